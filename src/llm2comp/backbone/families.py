@@ -1,0 +1,75 @@
+"""What differs between model families, as tables and small look-ups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
+BUILTIN_MODELS = {"builtin:tiny": TINY}
+
+# LoRA targets by `model_type`: q, v, o, gate, up, down as in the release (not k), where the family keeps them apart.
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "gpt2": ("c_attn", "c_proj", "c_fc"),
+    "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    "opt": ("q_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "starcoder2": ("q_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
+}
+DEFAULT_LORA_TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_RATE_NAMES = ("attention_dropout", "attn_dropout", "dropout")
+
+
+def lora_targets(model_type: str) -> tuple[str, ...]:
+    """Module names that the default adapter of a family changes."""
+    return LORA_TARGETS.get(model_type, DEFAULT_LORA_TARGETS)
+
+
+def scale_logits(logits_NV: Tensor, config: Any) -> Tensor:
+    """What a family does between its head's projection and the softmax: scale (Cohere, Granite) or softcap (Gemma 2)."""
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits_NV = logits_NV * scale
+    if (scaling := getattr(config, "logits_scaling", None)) is not None:
+        logits_NV = logits_NV / scaling
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits_NV = torch.tanh(logits_NV / cap) * cap
+    return logits_NV
+
+
+@dataclass(frozen=True)
+class AttentionDropout:
+    """Where one attention module keeps the rate of its dropout on attention weights, and the modules it asks for `training`."""
+
+    holder: Any
+    attribute: str
+    switches: tuple[nn.Module, ...]
+
+    def set_rate(self, p: float) -> None:
+        """Set the rate; it acts only where `training` is on."""
+        setattr(self.holder, self.attribute, p)
+
+    def switch(self, on: bool) -> None:
+        """Let the rate act or not."""
+        for module in self.switches:
+            module.training = on
+
+
+def attention_dropouts(lm: nn.Module) -> list[AttentionDropout]:
+    """One entry per attention module of a model; empty for a family that has no such dropout."""
+    found = []
+    for module in lm.modules():
+        if "Attention" not in type(module).__name__:
+            continue
+        for name in _RATE_NAMES:
+            rate = getattr(module, name, None)
+            if isinstance(rate, nn.Dropout):
+                found.append(AttentionDropout(rate, "p", (module, rate)))
+                break
+            if isinstance(rate, float | int):
+                found.append(AttentionDropout(module, name, (module,)))
+                break
+    return found

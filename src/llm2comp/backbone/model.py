@@ -1,0 +1,152 @@
+"""Backbone: the frozen LM's three passes, its tokenizer, and its training mode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llm2comp.backbone.adapters import AdapterStack
+from llm2comp.backbone.families import attention_dropouts, scale_logits
+from llm2comp.errors import BackboneError
+from llm2comp.tokens import position_ids
+
+
+class Backbone(nn.Module):
+    """A causal LM, its tokenizer, and the adapters over it.
+
+    Args:
+        lm: a `...ForCausalLM` model; its weights are frozen here.
+        tokenizer: its tokenizer; chat templates are never applied.
+        attention: attention of the encoder pass, `bidirectional` or `causal`.
+        name: where the model came from, for messages and saved settings.
+    """
+
+    def __init__(self, lm: Any, tokenizer: Any, attention: str = "bidirectional", name: str = "model") -> None:
+        super().__init__()
+        if getattr(lm.config, "is_causal", True) is False:
+            raise BackboneError(
+                "is not a causal LM", where=name, expected="is_causal unset or true in its config", found="false"
+            )
+        self.lm = lm.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.attention = attention
+        self.name = name
+        self.adapters = AdapterStack(lm, name)
+        self._dropouts = attention_dropouts(lm)
+        self._dropout_on = False
+        self.set_attention_dropout(0.0)
+
+    @property
+    def config(self) -> Any:
+        """The LM's configuration."""
+        return self.lm.config
+
+    @property
+    def embedding_table(self) -> Tensor:
+        """Input embeddings, (V, D)."""
+        table: Tensor = self.lm.get_input_embeddings().weight
+        return table
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the LM was made for, memory included; None if it names none."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the input embedding module multiplies its rows by (Gemma 3: √D); 1 for most families."""
+        return float(getattr(self.lm.get_input_embeddings(), "embed_scale", 1.0))
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id that starts every text, for encoder and teacher alike; None where the tokenizer has no BOS."""
+        value: int | None = self.tokenizer.bos_token_id
+        return value
+
+    @property
+    def pad_id(self) -> int:
+        """Id for masked places; 0 where the tokenizer has none, as it never matters."""
+        value: int | None = self.tokenizer.pad_token_id
+        return 0 if value is None else value
+
+    def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
+        """Token ids per text: BOS (if any) + the text's own tokens, cut to `max_tokens`; no chat template."""
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        start = [] if self.bos_id is None else [self.bos_id]
+        return [(start + list(row))[:max_tokens] for row in rows]
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Frozen input embeddings, x_BTD."""
+        x: Tensor = self.lm.get_input_embeddings()(ids_BT)
+        return x
+
+    def read(self, x_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+        """Encoder pass: adapters on; states_BSD after the final norm."""
+        return self._run(x_BSD, mask_BS, **({"is_causal": False} if self.attention == "bidirectional" else {}))
+
+    def decode(self, x_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+        """Teacher and decoder pass: adapters off, causal, no dropout; states_BSD after the final norm."""
+        with self.base_only():
+            return self._run(x_BSD, mask_BS)
+
+    def project(self, states_ND: Tensor) -> Tensor:
+        """Frozen LM head with the family's scale or softcap: logits_NV (held against the LM's own at load)."""
+        return scale_logits(self.lm.get_output_embeddings()(states_ND), self.config)
+
+    @contextlib.contextmanager
+    def base_only(self, off: bool = True) -> Iterator[None]:
+        """The untouched LM inside: adapters and attention dropout off (`off=False`: both as an encoder pass has them)."""
+        self._switch_dropout(self._dropout_on and not off)
+        try:
+            with self.adapters.switched(off):
+                yield
+        finally:
+            self._switch_dropout(self._dropout_on and not self.adapters.off)
+
+    def set_attention_dropout(self, p: float) -> None:
+        """Dropout on the attention weights of the encoder pass, in training only.
+
+        Raises:
+            BackboneError: p > 0 and the family's attention has no such dropout.
+        """
+        if p > 0 and not self._dropouts:
+            raise BackboneError("has no attention dropout", where=self.name, fix="set attention_dropout: 0 for this stage")
+        for dropout in self._dropouts:
+            dropout.set_rate(p)
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute layers in the backward pass; each recompute replays the adapter flag of its forward pass."""
+
+        def replay() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), self.base_only(self.adapters.off)
+
+        if on:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replay})
+        elif self.lm.is_gradient_checkpointing:
+            self.lm.gradient_checkpointing_disable()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Training mode for the newest adapter's dropout and the attention dropout alone; the base LM stays in eval mode."""
+        super().train(False)
+        self.training = mode
+        for module in self.lm.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = mode
+        self._dropout_on = mode
+        self._switch_dropout(mode)
+        self.adapters.train_dropout(mode)
+        return self
+
+    def _switch_dropout(self, on: bool) -> None:
+        for dropout in self._dropouts:
+            dropout.switch(on)
+
+    def _run(self, x_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> Tensor:
+        states: Tensor = self.lm.base_model(
+            inputs_embeds=x_BSD, attention_mask=mask_BS, position_ids=position_ids(mask_BS), use_cache=False, **kwargs
+        ).last_hidden_state
+        return states

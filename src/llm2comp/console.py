@@ -1,0 +1,63 @@
+"""What a person sees: one console on standard error, progress with rate and time left."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+LINE_EVERY_SECONDS = 10.0
+
+
+class Bar:
+    """Progress of one long task: a live bar on a terminal, a plain line every ten seconds elsewhere.
+
+    with Bar("embed", total=1000) as bar:
+        bar.advance(32, "1,234 tokens/s")
+    """
+
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
+        self.name, self.total, self.done, self.note = name, total, done, ""
+        self._first, self._begin, self._last_line = done, time.monotonic(), 0.0
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Bar:
+        """Start the clock and draw."""
+        self._begin = time.monotonic()
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+            self._task = self._progress.add_task(self.name, total=self.total, completed=self.done, note="")
+            self._progress.start()
+        return self
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """`count` more are done; `note` (loss, rate) stays until the next one."""
+        self.done += count
+        self.note = self.note if note is None else note
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self.done, note=self.note)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
+            self._line()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Leave the last state on the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+        elif kind is None:
+            self._line()
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        spent = self._last_line - self._begin
+        left = spent / max(1, self.done - self._first) * (self.total - self.done)
+        say(f"{self.name} {self.done:,}/{self.total:,} {self.note} {spent:.0f} s, {left:.0f} s left")
+
+
+def say(message: object) -> None:
+    """One line (or a rich table) for the person at the console."""
+    console.print(message, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Texts and pairs: where they come from and how they become batches."""

@@ -1,0 +1,100 @@
+"""Stage 1's rows: texts as token ids, drawn in a fixed order and split at a fixed site, whatever the workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm2comp.errors import DataError
+from llm2comp.recipe import PretextStage
+from llm2comp.tokens import SplitTexts, split_site
+
+TOKENISE_AT_ONCE = 1000
+
+
+def token_rows(
+    texts: Sequence[str],
+    stage: PretextStage,
+    tokenise: Callable[[Sequence[str]], list[list[int]]],
+    max_tokens: int,
+    bos_id: int | None,
+) -> tuple[list[np.ndarray], Counter[str]]:
+    """Texts as token ids that can be split, and the texts left out by reason.
+
+    Args:
+        texts: the stage's texts.
+        stage: its limits (`min_characters`, `long_texts`, `site_margin_tokens`).
+        tokenise: `Backbone.tokenise`.
+        max_tokens: longest row, BOS included.
+        bos_id: what every row starts with, later pieces of a chunked text too.
+
+    Raises:
+        DataError: no text is left.
+    """
+    rows: list[np.ndarray] = []
+    left_out: Counter[str] = Counter()
+    for start in range(0, len(texts), TOKENISE_AT_ONCE):
+        batch = [text for text in texts[start : start + TOKENISE_AT_ONCE] if len(text) >= stage.min_characters]
+        left_out[f"under {stage.min_characters} characters"] += len(texts[start : start + TOKENISE_AT_ONCE]) - len(batch)
+        for ids in tokenise(batch) if batch else []:
+            if len(ids) > max_tokens and stage.long_texts == "skip":
+                left_out[f"over {max_tokens} tokens"] += 1
+                continue
+            for piece in _pieces(ids, max_tokens, stage.long_texts == "chunk", bos_id):
+                if len(piece) < 2 * stage.site_margin_tokens:
+                    left_out[f"under {2 * stage.site_margin_tokens} tokens"] += 1
+                else:
+                    rows.append(np.asarray(piece, dtype=np.int32))
+    left_out = +left_out
+    if not rows:
+        raise DataError(
+            "no text is fit for stage 1",
+            where="pretext.data",
+            expected=f"{stage.min_characters} characters or more, {2 * stage.site_margin_tokens} to {max_tokens} tokens",
+            found=", ".join(f"{count:,} {reason}" for reason, count in left_out.items()),
+            fix="set pretext.min_characters, max_tokens or long_texts (truncate, chunk)",
+        )
+    return rows, left_out
+
+
+def _pieces(ids: list[int], max_tokens: int, chunk: bool, bos_id: int | None) -> Iterable[list[int]]:
+    if len(ids) <= max_tokens or not chunk:
+        return [ids[:max_tokens]]
+    start = [] if bos_id is None else [bos_id]
+    rest, room = ids[len(start) :], max_tokens - len(start)
+    return [start + rest[i : i + room] for i in range(0, len(rest), room)]
+
+
+class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Sample i of a run, for i in 0..samples−1: text i of a shuffle per epoch, split at a site fixed by (seed, i)."""
+
+    def __init__(self, rows: Sequence[np.ndarray], samples: int, margin: int, seed: int) -> None:
+        self.rows, self.samples, self.margin, self.seed = rows, samples, margin, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        epoch, place = divmod(i, len(self.rows))
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
+        ids = self.rows[int(self._order[1][place])].tolist()
+        return {"ids": ids, "site": split_site(len(ids), self.margin, self.seed, i)}
+
+
+class PretextCollator:
+    """Samples → the flat tensors of a `SplitTexts`."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Pad and split."""
+        rows, sites = [sample["ids"] for sample in samples], [sample["site"] for sample in samples]
+        return SplitTexts.from_rows(rows, sites, self.pad_id).to_tensors()

@@ -1,0 +1,299 @@
+"""`builtin:python-docs`: the documentation of the Python standard library, read on the user's own machine.
+
+    language reference (pydoc_data.topics)  ─┐
+    docstrings in the library's .py files   ─┼→ entries → pairs     a summary and the text that follows it
+    __doc__ of modules written in C         ─┘          → passages  texts to train on
+                                                        → retrieval the held-out fifth, as a search task
+
+Only stdlib modules written in C are imported (their docs exist nowhere else); Python files are parsed, never run.
+
+The held-out split. Docstrings that share a normalised summary or a normalised body (lower case, white space collapsed) form
+a group, also through others (union-find). A group is held out when the 64-bit BLAKE2b of its smallest normalised text is a
+multiple of 5: the same on every machine with the same Python. Topics are never held out. A training text or pair is left out
+if it quotes, whatever the punctuation, a held-out summary, a held-out body, or a paragraph of at least 12 words of such a body.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+import sysconfig
+import types
+import warnings
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from typing import Literal, TypeAlias, TypeVar
+
+T = TypeVar("T")
+Kind = Literal["topic", "module", "member"]
+Doc: TypeAlias = tuple[str, Kind, str]  # qualified name, kind, raw documentation
+Phrases: TypeAlias = dict[tuple[str, ...], list[tuple[str, ...]]]  # first words of a phrase → all its words
+
+_LEFT_OUT = {"test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+_SIGNATURE = re.compile(r"^[\w.]+\(.*\)\s*([-=]>\s*\S+(\s+\S+){0,3})?\.?$")
+_C_MEMBERS = (  # no slot wrappers: their docs are the same on every type
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType, types.MemberDescriptorType, staticmethod,
+)  # fmt: skip
+_INHERITED = {getattr(value, "__doc__", None) for owner in (object, type) for value in vars(owner).values()}
+_PHRASE_START_WORDS = 4
+_QUOTED_PARAGRAPH_WORDS = 12
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The documentation of one thing: the first paragraph as one line, and what follows it (may be empty)."""
+
+    name: str
+    summary: str
+    body: str
+    kind: Kind = "member"
+
+    @property
+    def text(self) -> str:
+        """Summary, blank line, body."""
+        return f"{self.summary}\n\n{self.body}" if self.body else self.summary
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """A search task: which documents are the right answers to which query."""
+
+    queries: dict[str, str]
+    documents: dict[str, str]
+    relevant: dict[str, set[str]]
+    names: dict[str, str]
+
+
+@functools.cache
+def entries() -> tuple[Entry, ...]:
+    """Everything documented, sorted by qualified name; of several docs under one name the longest.
+
+    A name is the public one: `_heapq.heappush` counts as `heapq.heappush`, `posix.stat` as `os.stat`.
+    """
+    found: dict[str, Entry] = {}
+    for name, kind, doc in (*_topic_docs(), *_source_docs(), *_compiled_docs()):
+        entry = _entry(name, kind, doc)
+        if entry and (name not in found or (len(entry.text), entry.text) > (len(found[name].text), found[name].text)):
+            found[name] = entry
+    return tuple(found[name] for name in sorted(found))
+
+
+def pairs(heldout: bool) -> list[tuple[str, str]]:
+    """Distinct (summary, body) of docstrings, from the held-out groups or from the others.
+
+    A summary has 4 to 60 words; the words of a body, leaving out doctests, make at least 80 characters.
+    """
+    chosen = [entry for entry in entries() if _is_pair(entry) and _split()[normalise(entry.summary)] == heldout]
+    distinct = _first_of_each(((normalise(entry.summary), normalise(entry.body)), entry) for entry in chosen)
+    return [(entry.summary, entry.body) for entry in distinct if heldout or not quotes_held_out(entry.text)]
+
+
+def passages() -> list[str]:
+    """Distinct texts of 4 words and more to train on: entries, cut at paragraph ends if long; nothing held out."""
+    cut = (passage for entry in entries() for passage in _cut(entry.text) if len(_words(passage)) >= 4)
+    return _first_of_each((normalise(passage), passage) for passage in cut if not quotes_held_out(passage))
+
+
+def retrieval() -> Retrieval:
+    """Make the held-out fifth a search task: one query per distinct summary, one document per distinct body.
+
+    Every body that stands under a summary anywhere in the fifth is relevant to it.
+    """
+    held_out = [(normalise(summary), normalise(body), summary, body) for summary, body in pairs(heldout=True)]
+    qids = {key: f"q{number:04}" for number, key in enumerate(dict.fromkeys(row[0] for row in held_out))}
+    docids = {key: f"d{number:04}" for number, key in enumerate(dict.fromkeys(row[1] for row in held_out))}
+    names = {normalise(entry.body): entry.name for entry in reversed(entries())}
+    task = Retrieval({}, {}, {}, {docid: names[key] for key, docid in docids.items()})
+    for query, document, summary, body in held_out:
+        task.queries.setdefault(qids[query], summary)
+        task.documents.setdefault(docids[document], body)
+        task.relevant.setdefault(qids[query], set()).add(docids[document])
+    return task
+
+
+def functions() -> list[tuple[str, str]]:
+    """(qualified name, documentation) of all functions, classes and methods with a distinct doc, for a search to show."""
+    members = _first_of_each((normalise(entry.text), entry) for entry in entries() if entry.kind == "member")
+    return [(entry.name, entry.text) for entry in members]
+
+
+def normalise(text: str) -> str:
+    """Lower case, white space collapsed: what decides whether two texts are the same."""
+    return " ".join(text.lower().split())
+
+
+def quotes_held_out(text: str) -> bool:
+    """Whether the words of a held-out summary, body or longer paragraph of a body stand in this text, one after another."""
+    words, phrases = _words(text), _held_out_phrases()
+    return any(
+        words[start : start + len(phrase)] == phrase
+        for start in range(len(words) - _PHRASE_START_WORDS + 1)
+        for phrase in phrases.get(words[start : start + _PHRASE_START_WORDS], ())
+    )
+
+
+def _first_of_each(keyed: Iterable[tuple[Hashable, T]]) -> list[T]:
+    """In the given order, the first value of each key."""
+    first: dict[Hashable, T] = {}
+    for key, value in keyed:
+        first.setdefault(key, value)
+    return list(first.values())
+
+
+def _topic_docs() -> Iterator[Doc]:
+    """Topics of the language reference; none where a distribution leaves pydoc's data out."""
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        return
+    for name, text in topics.items():
+        yield f"topic:{name}", "topic", re.sub(r'(?m)^[*=\-~^"]{3,}$', "", text)  # no underlines
+
+
+def _source_docs() -> Iterator[Doc]:
+    """Docstrings of the library's Python files, without tests; a file that does not parse is passed over."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in _LEFT_OUT]  # no site-packages
+        for file in (Path(folder, name) for name in files if name.endswith(".py")):
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    tree = ast.parse(file.read_bytes())
+            except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
+            module = _public(".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
+            yield module, "module", ast.get_docstring(tree, clean=False) or ""
+            yield from _docs_in(tree, module)
+
+
+def _docs_in(node: ast.AST, prefix: str) -> Iterator[Doc]:
+    """Docstrings of functions, classes and methods below a node, also under `if` and `try`, not inside functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = f"{prefix}.{child.name}"
+            yield name, "member", ast.get_docstring(child, clean=False) or ""
+            if isinstance(child, ast.ClassDef):
+                yield from _docs_in(child, name)
+        elif isinstance(child, ast.If | ast.Try | ast.With | ast.ExceptHandler):
+            yield from _docs_in(child, prefix)
+
+
+def _compiled_docs() -> Iterator[Doc]:
+    """Docs of modules written in C with their functions, types and methods, but not docs that any type or object has."""
+    for module in _compiled_modules():
+        name = _public(module.__name__)
+        yield name, "module", module.__doc__ or ""
+        for path, item in _c_members(module):
+            doc = getattr(item, "__doc__", None)
+            if isinstance(doc, str) and doc != type(item).__doc__ and doc not in _INHERITED:
+                yield f"{name}.{path}".removeprefix("builtins."), "member", doc
+
+
+def _c_members(module: types.ModuleType) -> Iterator[tuple[str, object]]:
+    """Functions and types of a module and the members of its types, by their path in it; no second names of builtins."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, types.BuiltinFunctionType):
+            yield name, value
+        elif isinstance(value, type) and (value.__name__ == name or value.__module__ == module.__name__ != "builtins"):
+            yield name, value
+            yield from ((f"{name}.{inner}", item) for inner, item in vars(value).items() if isinstance(item, _C_MEMBERS))
+
+
+def _compiled_modules() -> Iterator[types.ModuleType]:
+    """Modules of the standard library that are built in or extension files, as far as they can be imported here."""
+    for name in sorted(sys.stdlib_module_names - {"readline"}):  # readline changes how this process reads a terminal
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                spec = importlib.util.find_spec(name)
+                compiled = spec and (spec.origin == "built-in" or isinstance(spec.loader, ExtensionFileLoader))
+                module = importlib.import_module(name) if compiled else None
+        except Exception:  # broken or missing on this machine
+            continue
+        if module:
+            yield module
+
+
+def _public(module: str) -> str:
+    """`_heapq`, `_pydecimal`, `posix` → `heapq`, `decimal`, `os`: the module that users import."""
+    for prefix in ("_py", "_"):
+        if module.startswith(prefix) and module.removeprefix(prefix) in sys.stdlib_module_names:
+            return module.removeprefix(prefix)
+    return {"posix": "os", "nt": "os"}.get(module, module)
+
+
+def _entry(name: str, kind: Kind, doc: str) -> Entry | None:
+    """Clean indentation, drop signatures that open the doc; None where nothing is left."""
+    lines = inspect.cleandoc(doc.encode("utf-8", "replace").decode("utf-8")).splitlines()
+    while lines and (not lines[0].strip() or _SIGNATURE.match(lines[0].strip())):
+        del lines[0]
+    head, *rest = _paragraphs("\n".join(lines)) or [""]
+    return Entry(name, " ".join(head.split()), "\n\n".join(rest), kind) if head.strip() else None
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip("\n").rstrip() for part in re.split(r"\n\s*?\n", text) if part.strip()]
+
+
+def _is_pair(entry: Entry) -> bool:
+    prose = " ".join(line for line in entry.body.splitlines() if not line.lstrip().startswith((">>>", "...")))
+    enough = min(len(_words(entry.summary)), len(_words(prose))) >= _PHRASE_START_WORDS and len(" ".join(_words(prose))) >= 80
+    return entry.kind != "topic" and enough and 4 <= len(entry.summary.split()) <= 60
+
+
+@functools.cache
+def _split() -> dict[str, bool]:
+    """Each normalised text of a docstring → whether its group is held out."""
+    parent: dict[str, str] = {}
+
+    def find(text: str) -> str:  # the smallest text of the group
+        while parent.setdefault(text, text) != text:
+            parent[text] = parent[parent[text]]
+            text = parent[text]
+        return text
+
+    for entry in entries():
+        if entry.kind != "topic":
+            smaller, larger = sorted((find(normalise(entry.summary)), find(normalise(entry.body or entry.summary))))
+            parent[larger] = smaller
+    return {text: int(hashlib.blake2b(find(text).encode(), digest_size=8).hexdigest(), 16) % 5 == 0 for text in parent}
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+@functools.cache
+def _held_out_phrases() -> Phrases:
+    """Word sequences that no training text may contain, found by their first words."""
+    phrases: set[tuple[str, ...]] = set()
+    for summary, body in pairs(heldout=True):
+        phrases |= {_words(summary), _words(body)}
+        phrases |= {words for words in map(_words, _paragraphs(body)) if len(words) >= _QUOTED_PARAGRAPH_WORDS}
+    index: Phrases = {}
+    for phrase in sorted(phrases):
+        index.setdefault(phrase[:_PHRASE_START_WORDS], []).append(phrase)
+    return index
+
+
+def _cut(text: str) -> Iterator[str]:
+    """Pieces of about 600 to 1,800 characters, cut at paragraph ends, and at line ends only inside a longer paragraph."""
+    least, most = 600, 1800
+    paragraphs = (f"{paragraph}\n\n" for paragraph in _paragraphs(text))
+    parts = (part for text in paragraphs for part in ([text] if len(text) <= most else text.splitlines(keepends=True)))
+    piece = ""
+    for part in parts:
+        if len(piece) >= least and len(piece) + len(part) > most:
+            yield piece.rstrip()
+            piece = ""
+        piece += part
+    if piece:
+        yield piece.rstrip()

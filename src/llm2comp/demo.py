@@ -1,0 +1,104 @@
+"""`llm2comp demo`: the whole path on what every machine has: embedded backbone, documentation of one's own Python."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from llm2comp.analysis.spectrum import effective_rank, spectrum
+from llm2comp.backbone import load_backbone
+from llm2comp.baselines.mean import mean_pooled
+from llm2comp.console import say
+from llm2comp.data import python_docs
+from llm2comp.encoder import embed_texts
+from llm2comp.evaluation.retrieval import Collection
+from llm2comp.files import write_text
+from llm2comp.loading import load
+from llm2comp.recipe import Recipe
+from llm2comp.training.run import FOLDERS, MODEL_FOLDER, read_run, stage_encoder, train
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+TITLES = {"pretext": "after CTKD", "ucl": "after UCL", "scl": "after SCL"}
+QUESTIONS = (
+    "copy a whole folder of files to another place",
+    "split a string at white space, respecting quotes as a shell does",
+    "largest common divisor of two whole numbers",
+)
+
+
+SEARCHED_MODULES = frozenset(
+    """bisect collections copy csv datetime difflib fnmatch fractions functools glob gzip hashlib heapq itertools json math
+    operator os pathlib random re shlex shutil statistics string subprocess tempfile textwrap threading time urllib
+    zipfile""".split()  # noqa: SIM905
+)
+
+
+def demo(out: Path, recipe: str = "tiny") -> Path:
+    """Train, score every stage on the held-out fifth of the documentation, search it. Returns the model folder."""
+    begin = time.monotonic()
+    run = train(recipe, out)
+    trained = time.monotonic()
+    rows = score(run)
+    say(table(rows))
+    model = load(run / MODEL_FOLDER)
+    for question, answers in search(model, QUESTIONS):
+        say(f"\n[bold]{question}[/bold]")
+        for name, summary, cosine in answers:
+            say(f"  {cosine:.2f}  [green]{name}[/green]  {summary[:90]}")
+    end = time.monotonic()
+    say(f"\n{run / MODEL_FOLDER}   ({trained - begin:.0f} s training, {end - trained:.0f} s scoring and search)")
+    return run / MODEL_FOLDER
+
+
+def score(run: Path) -> list[dict[str, float | str | None]]:
+    """Retrieval figures and effective rank of the backbone, of every stage of a run, and of BM25; kept in `scores/`."""
+    recipe = read_run(run)
+    task = python_docs.retrieval()
+    collection = Collection(task.queries, task.documents, task.relevant)
+    rows: list[dict[str, float | str | None]] = []
+    for name, model in _encoders(run, recipe):
+        scores = collection.score(model)
+        rank = effective_rank(spectrum(embed_texts(model, list(task.documents.values()))))
+        rows.append({"model": name, "ndcg_at_10": scores.ndcg_at_10, "mrr_at_10": scores.mrr_at_10, "effective_rank": rank})
+    lexical = collection.score_bm25()
+    rows.append({"model": "BM25", "ndcg_at_10": lexical.ndcg_at_10, "mrr_at_10": lexical.mrr_at_10, "effective_rank": None})
+    say(f"{len(task.queries)} queries over {len(task.documents)} held-out documents")
+    write_text(run / "scores" / "python-docs.json", json.dumps(rows, indent=1))
+    return rows
+
+
+def _encoders(run: Path, recipe: Recipe) -> Iterator[tuple[str, SentenceTransformer]]:
+    yield "backbone, mean-pooled", mean_pooled(load_backbone(recipe.model))
+    for stage in recipe.stages:
+        if (run / FOLDERS[stage]).is_dir():
+            yield TITLES[stage], stage_encoder(run, recipe, stage)
+
+
+def table(rows: list[dict[str, float | str | None]]) -> Table:
+    """The demo's result as a rich table."""
+    shown = Table("model", "nDCG@10", "MRR@10", "effective rank", title="held-out Python documentation: summary line → body")
+    for row in rows:
+        figures = [row["ndcg_at_10"], row["mrr_at_10"]]
+        rank = row["effective_rank"]
+        shown.add_row(str(row["model"]), *(f"{100 * float(x or 0):.1f}" for x in figures), f"{rank:.1f}" if rank else "–")
+    return shown
+
+
+def search(model: SentenceTransformer, questions: tuple[str, ...]) -> Iterator[tuple[str, list[tuple[str, str, float]]]]:
+    """For each question the three functions whose documentation is nearest: name, summary line, cosine."""
+    named = [
+        (name, text) for name, text in python_docs.functions() if name.split(".")[0] in SEARCHED_MODULES and "._" not in name
+    ]
+    documents = model.encode_document([text[:400] for _, text in named], convert_to_tensor=True, show_progress_bar=False)
+    queries = model.encode_query(list(questions), convert_to_tensor=True, show_progress_bar=False)
+    for question, cosines in zip(questions, model.similarity(queries, documents), strict=True):
+        best = cosines.topk(3)
+        answers = [(named[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        yield question, [(name, text.splitlines()[0], value) for (name, text), value in answers]

@@ -1,0 +1,81 @@
+"""The Compressor as sentence-transformers' first module: preprocess, forward, and the stage folders it lives in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+
+from llm2comp.compressor import Compressor
+from llm2comp.tokens import Tokens
+
+ROLES = ("query", "document")
+
+
+class MemoryEncoder(InputModule):
+    """Texts → embeddings, for `SentenceTransformer(modules=[MemoryEncoder(compressor)])`.
+
+    Args:
+        compressor: the encoder proper.
+        max_tokens: longest text, BOS included, memory not; longer ones are cut.
+        role_max_tokens: other limits for the roles `query` and `document` (sentence-transformers' `task`).
+    """
+
+    def __init__(self, compressor: Compressor, max_tokens: int = 512, role_max_tokens: dict[str, int] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.compressor = compressor
+        self.max_tokens = compressor.max_tokens(max_tokens)
+        self.role_max_tokens = {role: compressor.max_tokens(n) for role, n in (role_max_tokens or {}).items()}
+        self.tokenizer = compressor.backbone.tokenizer
+
+    @property
+    def max_seq_length(self) -> int:
+        """Positions of the longest input, memory included."""
+        return self.max_tokens + self.compressor.memory.count
+
+    def get_embedding_dimension(self) -> int:
+        """D."""
+        return int(self.compressor.backbone.embedding_table.shape[1])
+
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any
+    ) -> dict[str, Tensor]:
+        """Texts, behind their prompt, as left-padded token ids."""
+        backbone = self.compressor.backbone
+        limit = self.role_max_tokens.get(task or "", self.max_tokens)
+        tokens = Tokens.pad(backbone.tokenise([(prompt or "") + text for text in inputs], limit), "left", backbone.pad_id)
+        return {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
+
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        """Adds `sentence_embedding` (B, D)."""
+        features["sentence_embedding"] = self.compressor(Tokens(features["input_ids"], features["attention_mask"]))
+        return features
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Not this way: stages are saved by their trainer, whole encoders by `llm2comp.export.export`."""
+        raise NotImplementedError("save a trained encoder with llm2comp.export.export(model, folder)")
+
+
+def as_sentence_transformer(
+    compressor: Compressor,
+    max_tokens: int,
+    role_max_tokens: dict[str, int] | None = None,
+    prompts: dict[str, str] | None = None,
+) -> SentenceTransformer:
+    """A SentenceTransformer over a live compressor; its memory states are pooled inside the module."""
+    module = MemoryEncoder(compressor, max_tokens, role_max_tokens)
+    device = str(compressor.backbone.embedding_table.device)
+    model = SentenceTransformer(modules=[module], device=device, prompts=prompts or {})
+    model.eval()
+    return model
+
+
+def embed_texts(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+    """Embeddings on the CPU, float32, (B, D); no progress bar, not normalised."""
+    with torch.no_grad():
+        embeddings: Tensor = model.encode(list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
+    return embeddings.float().cpu()

@@ -1,0 +1,43 @@
+"""The one error family: each message says what was wrong and, where known, where, expected, found, and what to do."""
+
+from __future__ import annotations
+
+
+class Llm2CompError(Exception):
+    """Base of all errors that a user can cause or mend; the command line prints it without a traceback."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: str | None = None,
+        expected: object = None,
+        found: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.problem, self.where, self.expected, self.found, self.fix = problem, where, expected, found, fix
+        lines = [f"{where}: {problem}" if where else problem]
+        lines += [f"  {name}: {value}" for name, value in (("expected", expected), ("found", found)) if value is not None]
+        if fix:
+            lines.append(f"  to do: {fix}")
+        super().__init__("\n".join(lines))
+
+
+class RecipeError(Llm2CompError):
+    """A recipe that cannot be read, or whose settings contradict each other or the backbone."""
+
+
+class DataError(Llm2CompError):
+    """Texts or pairs that are missing, unreadable, or unfit for the stage that asked for them."""
+
+
+class BackboneError(Llm2CompError):
+    """A causal language model that cannot be loaded or cannot do what the method needs of it."""
+
+
+class RunError(Llm2CompError):
+    """A run directory that does not fit the recipe, or a stage that could not be finished."""
+
+
+class ModelFolderError(Llm2CompError):
+    """A saved encoder that is missing, incomplete, or gives other embeddings than when it was saved."""

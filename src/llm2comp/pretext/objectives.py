@@ -1,0 +1,114 @@
+"""The compression objectives, in one shape: memory states in, decoder's loss out.
+
+What every objective does (METHOD 1 and 2, DESIGN 1.3), on one copy of the weights:
+1. encode the contexts to memory states, adapters on
+2. detach them into a leaf; the frozen decoder works from BOS, the leaf and the continuation, adapters off
+3. loss → gradient of the leaf; the decoder's graph is freed here
+4. return a scalar with the loss's value whose gradient is the leaf's, carried into the encoder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llm2comp.compressor import Compressor
+from llm2comp.pretext.kl import chunked_cross_entropy, chunked_kl
+from llm2comp.tokens import SplitTexts, Tokens
+
+Weighting = Literal["sample_mean", "token_mean"]
+Objective = Callable[..., Tensor]
+
+
+def ctkd(compressor: Compressor, batch: SplitTexts, weighting: Weighting, items: float, temperature: float = 1.0) -> Tensor:
+    """Continuation with knowledge distillation: KL(teacher on the full text ‖ decoder on memory and continuation).
+
+    Compared are the L − a + 1 positions that predict n_{a+1}..n_L and the token after n_L.
+
+    Args:
+        compressor: encoder; its frozen LM is teacher and decoder.
+        batch: B texts, each split into context and continuation.
+        weighting: mean over a sample's positions, then over samples (release), or mean over all positions.
+        items: samples (or positions) that the mean runs over; more than this batch holds under gradient accumulation.
+        temperature: of both distributions.
+    """
+    backbone = compressor.backbone
+    with torch.no_grad():
+        teacher_BTD = backbone.decode(backbone.embed(batch.text.ids_BT), batch.text.mask_BT)
+        last_of_context_B1 = batch.context.lengths_B[:, None] - 1
+        places_BT = torch.arange(batch.text.ids_BT.shape[1], device=teacher_BTD.device)[None]
+        teacher_ND = teacher_BTD[(places_BT >= last_of_context_B1) & batch.text.mask_BT.bool()]
+        del teacher_BTD
+    positions_B = batch.continuation.lengths_B + 1
+
+    def loss_from(memory_BKD: Tensor) -> Tensor:
+        student_BCD, valid_BC = decode_from_memory(compressor, memory_BKD, batch.continuation)
+        weights_N = position_weights(positions_B, weighting, items)
+        return chunked_kl(student_BCD[valid_BC], teacher_ND, backbone.project, weights_N, temperature)
+
+    return two_step(compressor.encode(batch.context), loss_from)
+
+
+def continuation(
+    compressor: Compressor, batch: SplitTexts, weighting: Weighting, items: float, temperature: float = 1.0
+) -> Tensor:
+    """The paper's NLL: −log g_φ(n_j given memory, n_{a+1}..n_{j−1}), j = a+1..L. Arguments as for `ctkd`; no temperature."""
+    backbone = compressor.backbone
+
+    def loss_from(memory_BKD: Tensor) -> Tensor:
+        student_BCD, _ = decode_from_memory(compressor, memory_BKD, batch.continuation)
+        valid_BC = batch.continuation.mask_BT.bool()
+        weights_N = position_weights(batch.continuation.lengths_B, weighting, items)
+        targets_N = batch.continuation.ids_BT[valid_BC]
+        return chunked_cross_entropy(student_BCD[:, :-1][valid_BC], targets_N, backbone.project, weights_N)
+
+    return two_step(compressor.encode(batch.context), loss_from)
+
+
+OBJECTIVES: dict[str, Objective] = {"ctkd": ctkd, "continuation": continuation}
+DEFAULT_WEIGHTING: dict[str, Weighting] = {"ctkd": "sample_mean", "continuation": "token_mean"}
+
+
+def count_items(objective: str, weighting: Weighting, continuation_mask_BT: Tensor) -> int:
+    """What a mean of this weighting runs over in one batch: samples, or compared positions."""
+    samples = continuation_mask_BT.shape[0]
+    if weighting == "sample_mean":
+        return samples
+    return int(continuation_mask_BT.sum()) + (samples if objective == "ctkd" else 0)
+
+
+def position_weights(positions_B: Tensor, weighting: Weighting, items: float) -> Tensor:
+    """Weight of each gathered position so that the weighted sum is the mean asked for: weights_N, float32."""
+    per_text_B = positions_B.float().reciprocal() if weighting == "sample_mean" else torch.ones_like(positions_B).float()
+    return (per_text_B / items).repeat_interleave(positions_B)
+
+
+def decode_from_memory(compressor: Compressor, memory_BKD: Tensor, text: Tokens) -> tuple[Tensor, Tensor]:
+    """Frozen decoder on BOS (if any), memory, text (right-padded): states from the last memory token on, and their mask.
+
+    Returns:
+        states_BCD with C + 1 places (place 0 predicts the text's first token), valid_BC bool.
+    """
+    backbone = compressor.backbone
+    x = torch.cat([memory_BKD, backbone.embed(text.ids_BT).to(memory_BKD.dtype)], 1)
+    mask = torch.cat([text.mask_BT.new_ones(memory_BKD.shape[:2]), text.mask_BT], 1)
+    if backbone.bos_id is not None:
+        bos_B1 = text.ids_BT.new_full((len(x), 1), backbone.bos_id)
+        x = torch.cat([backbone.embed(bos_B1).to(x.dtype), x], 1)
+        mask = torch.cat([mask.new_ones(len(x), 1), mask], 1)
+    start = x.shape[1] - text.ids_BT.shape[1] - 1
+    return backbone.decode(x, mask)[:, start:], mask[:, start:].bool()
+
+
+def two_step(memory_BKD: Tensor, loss_from: Callable[[Tensor], Tensor]) -> Tensor:
+    """Value of the loss, gradient through the memory states alone (module docstring, steps 2 to 4)."""
+    if not torch.is_grad_enabled():
+        return loss_from(memory_BKD)
+    leaf = memory_BKD.detach().requires_grad_()
+    loss = loss_from(leaf)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    carried = (memory_BKD * gradient).sum(dtype=loss.dtype)
+    return loss.detach() + carried - carried.detach()

@@ -1,0 +1,36 @@
+"""Recipes: strict YAML → frozen models, the one source of truth for a run. No torch here."""
+
+from llm2comp.recipe.reading import find_recipe, load_recipe, parse_recipe, shipped_recipes
+from llm2comp.recipe.settings import (
+    AdapterSettings,
+    ContrastiveStage,
+    MemorySettings,
+    ModelSettings,
+    PairData,
+    PretextStage,
+    Recipe,
+    Schedule,
+    SclStage,
+    Stage,
+    TextData,
+    UclStage,
+)
+
+__all__ = [
+    "AdapterSettings",
+    "ContrastiveStage",
+    "MemorySettings",
+    "ModelSettings",
+    "PairData",
+    "PretextStage",
+    "Recipe",
+    "Schedule",
+    "SclStage",
+    "Stage",
+    "TextData",
+    "UclStage",
+    "find_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "shipped_recipes",
+]

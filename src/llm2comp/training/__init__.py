@@ -1,0 +1,1 @@
+"""Stages: from a recipe to a trained encoder in a run directory."""

@@ -1,0 +1,126 @@
+"""`--dry-run`: the resolved plan of a recipe and what it will need, from the model's config alone (no weights are read)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from rich.table import Table
+
+from llm2comp.backbone import resolve_device
+from llm2comp.backbone.adapters import AdapterStack
+from llm2comp.backbone.loading import load_config, load_tokenizer
+from llm2comp.backbone.quiet import quiet_libraries
+from llm2comp.console import say
+from llm2comp.pretext.kl import CHUNK
+from llm2comp.recipe import ContrastiveStage, PretextStage, Recipe, SclStage, Stage, UclStage
+from llm2comp.training.stages import load_queries, load_texts
+
+SAMPLE = 1000
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage will read and hold. Lengths in tokens, sizes in bytes; `peak` is an estimate."""
+
+    name: str
+    rows: int
+    samples: int
+    tokens: int
+    trainable: int
+    peak: int
+
+
+def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
+    """Plans of all stages, and the bytes of the frozen base.
+
+    Raises:
+        BackboneError, DataError: as the run itself would.
+    """
+    device = resolve_device(recipe.model.device)
+    config = load_config(recipe.model)
+    with torch.device("meta"):
+        lm = transformers.AutoModelForCausalLM.from_config(config)
+    base_parameters = sum(p.numel() for p in lm.parameters())
+    adapters = AdapterStack(lm, recipe.model.name)
+    tokenizer = load_tokenizer(recipe.model)
+    full = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and device.type == "cpu")
+    base = base_parameters * (4 if full else 2)
+    plans, held = [], base
+    for name, stage in recipe.stages.items():
+        with torch.device("meta"):
+            adapters.add(name, recipe.adapter)
+        lora = sum(p.numel() for p in adapters.parameters(name))
+        texts, per_sample = stage_texts(stage)
+        mean = mean_tokens(tokenizer, texts, stage)
+        samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
+        trainable = lora + trained_embeddings(stage, lm, recipe.memory.tokens)
+        at_once = getattr(stage, "mini_batch_size", None) or stage.batch_size * per_sample
+        peak = held + 16 * trainable + activations(config, stage, at_once, mean + recipe.memory.tokens, full)
+        plans.append(StagePlan(name, len(texts), samples, int(samples * per_sample * mean), trainable, peak))
+        held += 4 * lora
+    return plans, base
+
+
+def stage_texts(stage: Stage) -> tuple[list[str], int]:
+    """A stage's texts, and how many texts (views, columns) make one sample."""
+    if isinstance(stage, SclStage):
+        pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
+        columns = 2 + max((len(p.negatives) for p in pairs), default=0)
+        return [f"{p.anchor} {p.positive}" for p in pairs[:SAMPLE]] + [p.anchor for p in pairs[SAMPLE:]], columns
+    assert isinstance(stage, PretextStage | UclStage)
+    texts = [text for text in load_texts(stage.data) if len(text) >= stage.min_characters]
+    return texts, 2 if isinstance(stage, UclStage) else 1
+
+
+def mean_tokens(tokenizer: Any, texts: Sequence[str], stage: Stage) -> float:
+    """Mean length of a text after cutting, over the first thousand."""
+    limit = stage.document_max_tokens if isinstance(stage, SclStage) else stage.max_tokens  # type: ignore[attr-defined]
+    rows = tokenizer(list(texts[:SAMPLE]), add_special_tokens=False, verbose=False)["input_ids"]
+    share = 0.5 if isinstance(stage, SclStage) else 1.0
+    return sum(min(len(row) * share, limit) for row in rows) / max(1, len(rows))
+
+
+def trained_embeddings(stage: Stage, lm: Any, memory_tokens: int) -> int:
+    """Trained embedding weights: the memory rows, or the whole table as well."""
+    rows, width = (int(n) for n in lm.get_input_embeddings().weight.shape)
+    if isinstance(stage, ContrastiveStage):
+        return memory_tokens * width if stage.train_memory else 0
+    every = isinstance(stage, PretextStage) and stage.train_embeddings == "all"
+    return (memory_tokens + (rows if every else 0)) * width
+
+
+def activations(config: Any, stage: Stage, texts: int, tokens: float, full: bool) -> int:
+    """Estimate of what the backward pass keeps: states per token and layer, and one chunk of logits.
+
+    Per token and layer about 14 D + 4 F numbers (projections, LoRA inputs, norms; F = width of the MLP); checkpointing
+    keeps D. Pretext adds the decoder's pass without LoRA (half).
+    """
+    d, layers = config.hidden_size, config.num_hidden_layers
+    f = getattr(config, "intermediate_size", None) or 4 * d
+    size = 4 if full and stage.precision == "float32" else 2
+    per_layer = d if stage.gradient_checkpointing else 14 * d + 4 * f
+    kept = texts * tokens * layers * per_layer * size * (1.5 if isinstance(stage, PretextStage) else 1.0)
+    logits = 4 * CHUNK * config.vocab_size * 4 if isinstance(stage, PretextStage) else 0
+    return int(kept + logits)
+
+
+def show_plan(recipe: Recipe) -> None:
+    """Print the resolved recipe, a table of stages, and whether it will fit the device found."""
+    quiet_libraries()
+    say(recipe.to_yaml())
+    plans, base = plan(recipe)
+    table = Table("stage", "rows", "samples", "text tokens", "trainable parameters", "peak memory, about")
+    for p in plans:
+        table.add_row(p.name, f"{p.rows:,}", f"{p.samples:,}", f"{p.tokens:,}", f"{p.trainable:,}", f"{p.peak / GIB:.1f} GiB")
+    say(table)
+    device = resolve_device(recipe.model.device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    worst = max(p.peak for p in plans)
+    verdict = "will fit" if worst < 0.9 * free else "will probably NOT fit: lower batch_size, or set gradient_checkpointing"
+    say(f"{device}: {free / GIB:.1f} GiB free, base model {base / GIB:.1f} GiB, needs about {worst / GIB:.1f} GiB: {verdict}")

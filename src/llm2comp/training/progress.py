@@ -1,0 +1,84 @@
+"""Callbacks of the trainers: a progress bar, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from llm2comp.console import Bar
+from llm2comp.files import write_text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class TokenCounter:
+    """Text tokens that a stage has read, padding not counted, since this process began it."""
+
+    def __init__(self) -> None:
+        self.tokens, self._begin = 0, time.monotonic()
+
+    def start(self) -> None:
+        """Start the clock."""
+        self.tokens, self._begin = 0, time.monotonic()
+
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / max(1e-9, time.monotonic() - self._begin)
+
+
+class ProgressCallback(TrainerCallback):
+    """One bar per stage, with loss and tokens per second."""
+
+    def __init__(self, name: str, counter: TokenCounter) -> None:
+        self.name, self.counter, self.loss = name, counter, ""
+        self.bar: Bar | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar at the step that a resumed stage stands at."""
+        self.counter.start()
+        if state.is_world_process_zero:
+            self.bar = Bar(self.name, state.max_steps, state.global_step).__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One step further."""
+        if self.bar is not None:
+            self.bar.advance(1, f"{self.loss}{self.counter.rate():,.0f} tokens/s")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Remember the loss for the bar."""
+        if logs and "loss" in logs:
+            self.loss = f"loss {logs['loss']:.4f} "
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
+
+
+class MetricsCallback(TrainerCallback):
+    """A line per log in the stage folder's metrics.jsonl: step, loss, learning_rate, grad_norm, tokens_per_second."""
+
+    def __init__(self, folder: Path, counter: TokenCounter) -> None:
+        self.file, self.counter = folder / METRICS_FILE, counter
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Keep the lines up to the step that training goes on from; a killed run wrote some beyond it."""
+        if state.is_world_process_zero:
+            lines = self.file.read_text().splitlines() if self.file.exists() and state.global_step > 0 else []
+            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            write_text(self.file, "".join(f"{line}\n" for line in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Append one line."""
+        if state.is_world_process_zero and logs and "loss" in logs:
+            row: dict[str, float] = {
+                "step": state.global_step,
+                **{key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs},
+            }
+            row["tokens_per_second"] = round(self.counter.rate(), 1)
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")

@@ -1,0 +1,225 @@
+"""A run: recipe → run directory, stage after stage; running again goes on where it stopped.
+
+runs/x/recipe.yaml            the resolved recipe
+runs/x/environment.json       versions, machine, command
+runs/x/1-pretext/, 2-ucl/, 3-scl/   config.json, metrics.jsonl, adapter/, memory.safetensors, done.json
+runs/x/model/                 plain sentence-transformers folder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from llm2comp.backbone import load_backbone
+from llm2comp.backbone.quiet import quiet_libraries
+from llm2comp.compressor import Compressor
+from llm2comp.console import say
+from llm2comp.encoder import as_sentence_transformer
+from llm2comp.errors import RunError
+from llm2comp.export import export
+from llm2comp.files import sha256, write_text
+from llm2comp.recipe import Recipe, Stage, load_recipe, parse_recipe
+from llm2comp.training.stages import RUNNERS, query_prompt
+
+FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
+RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = "recipe.yaml", "done.json", "config.json", "model"
+FORMAT_VERSION = 1
+# Settings that change what is written or how fast, not what is learned.
+NO_EFFECT = {"log_every_steps", "save_every_steps", "workers"}
+PACKAGES = ("llm2comp", "torch", "transformers", "peft", "sentence-transformers", "datasets", "accelerate", "numpy")
+
+
+def train(recipe: Recipe | str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+    """Run all stages of a recipe that are not done yet, then export.
+
+    Args:
+        recipe: a Recipe, a file, or the name of a shipped recipe.
+        out: run directory; default `runs/<recipe name>`.
+        overrides: `key.sub=value` changes to a recipe file.
+
+    Returns:
+        The run directory; `<run>/model` is the finished encoder.
+
+    Raises:
+        Llm2CompError: see the family; nothing half-written stays in a stage that is called done.
+    """
+    quiet_libraries()
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    run = Path(out) if out is not None else Path("runs") / resolved.name
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            _claim(run, resolved)
+            _run_stages(run, resolved)
+    except Timeout as error:
+        raise RunError("another process is training here", where=str(run), fix="wait for it, or give another --out") from error
+    return run
+
+
+def restore(run: Path, recipe: Recipe, upto: str) -> Compressor:
+    """The encoder as it was after stage `upto` of a run.
+
+    Raises:
+        RunError: the stage is not done. ModelFolderError: its files are damaged.
+    """
+    backbone = load_backbone(recipe.model)
+    compressor = Compressor.fresh(backbone, recipe.memory.tokens, recipe.seed)
+    for name in recipe.stages:
+        _require_done(run / FOLDERS[name])
+        _push_adapter(compressor, recipe, name)
+        compressor.load(run / FOLDERS[name], name)
+        if name == upto:
+            return compressor.eval()
+    raise RunError("no such stage in this run", where=str(run), expected=", ".join(recipe.stages), found=upto)
+
+
+def stage_encoder(run: Path, recipe: Recipe, upto: str) -> Any:
+    """`restore` as a SentenceTransformer with the run's limits and prompts."""
+    prompts = _prompts(recipe) if upto == "scl" else {}  # earlier stages never saw the query prompt
+    return as_sentence_transformer(restore(run, recipe, upto), *_limits(recipe), prompts=prompts)
+
+
+def read_run(run: Path) -> Recipe:
+    """The recipe of a run directory. Raises RunError when there is none."""
+    file = run / RECIPE_FILE
+    if not file.is_file():
+        raise RunError("not a run directory", where=str(run), expected=f"{RECIPE_FILE} in it")
+    return load_recipe(file)
+
+
+def _run_stages(run: Path, recipe: Recipe) -> None:
+    backbone = load_backbone(recipe.model)
+    compressor = Compressor.fresh(backbone, recipe.memory.tokens, recipe.seed)
+    previous = ""
+    for number, (name, stage) in enumerate(recipe.stages.items()):
+        folder = run / FOLDERS[name]
+        key = _stage_key(recipe, name, stage, previous)
+        _push_adapter(compressor, recipe, name)
+        if _is_done(folder, key):
+            say(f"{folder.name}: done before")
+            compressor.load(folder, name)
+        else:
+            folder.mkdir(exist_ok=True)
+            begin = time.time()
+            RUNNERS[name](compressor, stage, folder, recipe.seed + number, recipe.report_to)  # type: ignore[operator]
+            if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+                continue
+            compressor.save(folder, name)
+            config = {"format_version": FORMAT_VERSION, "stage": name, "stack": list(recipe.stages)[: number + 1]}
+            write_text(folder / CONFIG_FILE, json.dumps(config))
+            write_text(folder / DONE_FILE, json.dumps({"inputs": key, "steps": stage.steps, "seconds": time.time() - begin}))
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        previous = key
+    if not _is_done(run / MODEL_FOLDER, previous):
+        model = as_sentence_transformer(compressor.eval(), *_limits(recipe), prompts=_prompts(recipe))
+        export(model, run / MODEL_FOLDER, _card(recipe))
+        write_text(run / MODEL_FOLDER / DONE_FILE, json.dumps({"inputs": previous}))
+
+
+def _push_adapter(compressor: Compressor, recipe: Recipe, name: str) -> None:
+    stage = recipe.stages[name]
+    seed = recipe.seed + 1 + list(recipe.stages).index(name)
+    compressor.backbone.adapters.add(name, recipe.adapter, stage.adapter_dropout, seed)
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
+    """Make the directory this recipe's, or find that it is another's."""
+    file = run / RECIPE_FILE
+    if file.exists():
+        before, now = _flat(load_recipe(file).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key.split(".")[-1] not in NO_EFFECT]
+        if changed:
+            lines = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked for" for key in sorted(changed)[:5]]
+            raise RunError(
+                "the run directory belongs to another recipe",
+                where=str(run),
+                found="; ".join(lines),
+                fix="give another --out, or delete the directory",
+            )
+    elif any(path.name != ".lock" for path in run.iterdir()):
+        raise RunError("the directory is not empty and not a run", where=str(run), fix="give another --out")
+    environment = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": {name: version(name) for name in PACKAGES},
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_text(file, recipe.to_yaml())
+    write_text(run / "environment.json", json.dumps(environment, indent=1))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, value in items for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
+    """Hash of all that a stage's result depends on: its settings, model, adapter, seed, data files, the stage before."""
+    settings = stage.model_dump(mode="json", exclude=NO_EFFECT)
+    shared = recipe.model_dump(mode="json", include={"model", "memory", "adapter", "seed"})
+    files = {d["source"]: sha256(Path(d["source"])) for d in settings["data"] if Path(d["source"]).is_file()}
+    payload = json.dumps([FORMAT_VERSION, name, settings, shared, files, previous], sort_keys=True)
+    return hashlib.sha256(payload.encode()).hexdigest()
+
+
+def _is_done(folder: Path, key: str) -> bool:
+    try:
+        return bool(json.loads((folder / DONE_FILE).read_text())["inputs"] == key)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _require_done(folder: Path) -> None:
+    if not (folder / DONE_FILE).is_file():
+        raise RunError("the stage is not finished", where=str(folder), fix="run `llm2comp train` on the recipe again")
+
+
+def _limits(recipe: Recipe) -> tuple[int, dict[str, int] | None]:
+    """Length limits of the finished encoder: those of its last stage."""
+    if recipe.scl is not None:
+        roles = {"query": recipe.scl.query_max_tokens, "document": recipe.scl.document_max_tokens}
+        return recipe.scl.document_max_tokens, roles
+    last = recipe.ucl or recipe.pretext
+    assert last is not None
+    return last.max_tokens, None
+
+
+def _prompts(recipe: Recipe) -> dict[str, str]:
+    """The stored query prompt: that of the first source of SCL with an instruction."""
+    if recipe.scl is None:
+        return {}
+    prompts = [prompt for spec in recipe.scl.data if (prompt := query_prompt(recipe.scl, spec))]
+    return {"query": prompts[0], "document": ""} if prompts else {}
+
+
+def _card(recipe: Recipe) -> dict[str, str]:
+    sources = {name: ", ".join(spec.source for spec in stage.data) for name, stage in _data_stages(recipe).items()}
+    card = {f"{name}_data": source for name, source in sources.items()}
+    if recipe.scl is not None and recipe.scl.query_suffix:
+        card["note"] = f"queries were trained with {recipe.scl.query_suffix!r} behind them; append it yourself"
+    return {"recipe": recipe.name, "licence": f"that of the base model {recipe.model.name} and of the data", **card}
+
+
+def _data_stages(recipe: Recipe) -> dict[str, Any]:
+    return dict(recipe.stages)
+
+
+__all__ = ["parse_recipe", "read_run", "restore", "stage_encoder", "train"]

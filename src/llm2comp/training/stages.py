@@ -1,0 +1,183 @@
+"""One function per stage: rows, encoder, objective → trainer → artefacts in the stage's folder."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from llm2comp.compressor import Compressor
+from llm2comp.console import say
+from llm2comp.data.pretext import PretextCollator, PretextRows, token_rows
+from llm2comp.data.sources import Pair, read_pairs, read_texts
+from llm2comp.encoder import as_sentence_transformer
+from llm2comp.errors import DataError
+from llm2comp.recipe import PairData, PretextStage, SclStage, Stage, TextData, UclStage
+from llm2comp.training import progress
+from llm2comp.training.contrastive import contrastive_loss
+from llm2comp.training.trainers import ContrastiveTrainer, PretextModel, PretextTrainer, last_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def load_texts(specs: Sequence[TextData]) -> list[str]:
+    """All texts of a stage, with a line per source that says what was read and what was left out."""
+    texts: list[str] = []
+    for spec in specs:
+        loaded = read_texts(spec)
+        say(loaded.summary())
+        texts += loaded.rows
+    return texts
+
+
+def load_queries(stage: SclStage, spec: PairData) -> list[Pair]:
+    """Pairs of one source, each query behind its instruction."""
+    loaded = read_pairs(spec)
+    say(loaded.summary())
+    prompt = query_prompt(stage, spec)
+    suffix = stage.query_suffix if spec.instruction else ""
+    return [Pair(f"{prompt}{pair.anchor}{suffix}", pair.positive, pair.negatives) for pair in loaded.rows]
+
+
+def query_prompt(stage: SclStage, spec: PairData) -> str:
+    """What stands before the queries of one source."""
+    return stage.query_prompt.replace("{instruction}", spec.instruction) if spec.instruction else ""
+
+
+def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed: int, report_to: Sequence[str]) -> None:
+    """Stage 1 (METHOD 2): context compression."""
+    backbone = compressor.backbone
+    compressor.learn(memory=True, embeddings=stage.train_embeddings == "all")
+    max_tokens = compressor.max_tokens(stage.max_tokens)
+    rows, left_out = token_rows(load_texts(stage.data), stage, backbone.tokenise, max_tokens, backbone.bos_id)
+    reasons = "".join(f"; left out: {count:,} {reason}" for reason, count in left_out.items())
+    say(f"stage 1: {len(rows):,} texts of up to {max_tokens} tokens{reasons}")
+    arguments = TrainingArguments(
+        gradient_accumulation_steps=stage.gradient_accumulation_steps, **_arguments(compressor, stage, folder, seed, report_to)
+    )
+    samples = stage.steps * stage.batch_size * stage.gradient_accumulation_steps * arguments.world_size
+    trainer = PretextTrainer(
+        model=PretextModel(compressor, stage),
+        args=arguments,
+        train_dataset=PretextRows(rows, samples, stage.site_margin_tokens, seed),
+        data_collator=PretextCollator(backbone.pad_id),
+    )
+    _train(trainer, compressor, "pretext", stage, folder)
+
+
+def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, report_to: Sequence[str]) -> None:
+    """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout."""
+    texts = [text for text in load_texts(stage.data) if len(text) >= stage.min_characters]
+    _enough("ucl", len(texts), stage.batch_size)
+    say(f"stage 2: {len(texts):,} texts of {stage.min_characters} characters or more")
+    compressor.learn(memory=stage.train_memory)
+    model = as_sentence_transformer(compressor, stage.max_tokens)
+    arguments = SentenceTransformerTrainingArguments(
+        batch_sampler=BatchSamplers.NO_DUPLICATES, **_arguments(compressor, stage, folder, seed, report_to)
+    )
+    rows = Dataset.from_dict({"anchor": texts, "positive": texts})
+    trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=rows, loss=contrastive_loss(model, stage))
+    _train(trainer, compressor, "ucl", stage, folder)
+
+
+def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, report_to: Sequence[str]) -> None:
+    """Stage 3 (METHOD 2): query against positive, hard negatives and the rest of the batch."""
+    pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
+    rows = pair_datasets(pairs)
+    for part in rows.values():
+        _enough("scl", len(part), stage.batch_size)
+    say(f"stage 3: {len(pairs):,} pairs; " + ", ".join(f"{len(part):,} {name}" for name, part in rows.items()))
+    compressor.learn(memory=stage.train_memory)
+    limits = {"query": stage.query_max_tokens, "document": stage.document_max_tokens}
+    model = as_sentence_transformer(compressor, stage.document_max_tokens, limits)
+    columns = {column for part in rows.values() for column in part.column_names}
+    arguments = SentenceTransformerTrainingArguments(
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        router_mapping={column: "query" if column == "anchor" else "document" for column in columns},
+        **_arguments(compressor, stage, folder, seed, report_to),
+    )
+    train_dataset = next(iter(rows.values())) if len(rows) == 1 else rows
+    trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=train_dataset, loss=contrastive_loss(model, stage))
+    _train(trainer, compressor, "scl", stage, folder)
+
+
+RUNNERS = {"pretext": run_pretext, "ucl": run_ucl, "scl": run_scl}
+
+
+def pair_datasets(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Pairs as one table per number of hard negatives (a batch needs as many for each of its queries)."""
+    groups: dict[int, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        groups[len(pair.negatives)].append(pair)
+    tables = {}
+    for count, group in sorted(groups.items()):
+        columns = {"anchor": [p.anchor for p in group], "positive": [p.positive for p in group]}
+        columns |= {f"negative_{i + 1}": [p.negatives[i] for p in group] for i in range(count)}
+        tables[f"with {count} hard negatives"] = Dataset.from_dict(columns)
+    return tables
+
+
+def _enough(stage: str, rows: int, batch_size: int) -> None:
+    if rows < batch_size:
+        raise DataError(
+            "too few rows for one batch",
+            where=f"{stage}.data",
+            expected=f"batch_size = {batch_size:,} or more",
+            found=f"{rows:,}",
+            fix=f"give more data or set {stage}.batch_size",
+        )
+
+
+def _arguments(compressor: Compressor, stage: Stage, folder: Path, seed: int, report_to: Sequence[str]) -> dict[str, Any]:
+    """What all stages ask of their trainer."""
+    device = compressor.backbone.embedding_table.device
+    return {
+        "output_dir": str(folder),
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.batch_size,
+        "learning_rate": stage.schedule.learning_rate,
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm or 0.0,
+        "bf16": stage.precision == "bfloat16",
+        "logging_steps": stage.log_every_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_steps": stage.save_every_steps or max(1, stage.steps // 10),
+        "save_total_limit": 2,
+        "dataloader_num_workers": stage.workers,
+        "dataloader_pin_memory": device.type == "cuda",
+        "use_cpu": device.type == "cpu",
+        "report_to": list(report_to) or "none",
+        "seed": seed,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+
+
+def _train(trainer: Any, compressor: Compressor, name: str, stage: Stage, folder: Path) -> None:
+    """Train from the last complete checkpoint, or from the start."""
+    counter = progress.TokenCounter()
+    trainer.begin_stage(compressor, name, stage, counter)
+    backbone = compressor.backbone
+    backbone.set_attention_dropout(stage.attention_dropout)
+    backbone.set_checkpointing(stage.gradient_checkpointing)
+    _keep_callbacks(trainer, (progress.ProgressCallback(name, counter), progress.MetricsCallback(folder, counter)))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    backbone.set_attention_dropout(0.0)
+    backbone.set_checkpointing(False)
+    compressor.eval()
+
+
+def _keep_callbacks(trainer: Any, own: Sequence[TrainerCallback]) -> None:
+    for foreign in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(foreign)
+    for callback in own:
+        trainer.add_callback(callback)

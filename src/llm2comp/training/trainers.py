@@ -1,0 +1,131 @@
+"""The ecosystem's trainers with what all stages share: schedule, adapter checkpoints, token count, safe resume."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer
+
+from llm2comp.compressor import Compressor
+from llm2comp.files import explain_disk_errors
+from llm2comp.pretext import DEFAULT_WEIGHTING, OBJECTIVES, count_items
+from llm2comp.recipe import PretextStage, Stage
+from llm2comp.tokens import SplitTexts
+from llm2comp.training.progress import TokenCounter
+from llm2comp.training.schedule import scheduler
+
+COMPLETE_FILE = "complete"
+
+
+class StageMixin:
+    """Put before a trainer class. `begin_stage` must be called before `train`."""
+
+    compressor: Compressor
+    stage_name: str
+    stage: Stage
+    counter: TokenCounter
+
+    def begin_stage(self, compressor: Compressor, stage_name: str, stage: Stage, counter: TokenCounter) -> None:
+        """What this trainer trains."""
+        self.compressor, self.stage_name, self.stage, self.counter = compressor, stage_name, stage, counter
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """The recipe's schedule."""
+        trainer: Any = self
+        trainer.lr_scheduler = scheduler(optimizer or trainer.optimizer, self.stage.schedule, self.stage.steps)
+        lr_scheduler: LambdaLR = trainer.lr_scheduler
+        return lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Count text tokens, then the trainer's own step."""
+        masks = [v for k, v in inputs.items() if k.endswith("attention_mask") or k == "text_mask"]
+        self.counter.tokens += sum(int(mask.sum()) for mask in masks)
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The newest adapter and the memory, nothing of the base."""
+        trainer: Any = self
+        self.compressor.save(Path(output_dir or trainer.args.output_dir), self.stage_name)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        self.compressor.load(Path(checkpoint), self.stage_name)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Mark a checkpoint complete once all of it is written; an unmarked one is not resumed from."""
+        trainer: Any = self
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        with explain_disk_errors(folder):
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            if trainer.args.should_save:
+                (folder / COMPLETE_FILE).touch()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Newest complete checkpoint in a stage folder; incomplete ones (a kill while saving) are removed."""
+    complete = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / COMPLETE_FILE).exists():
+            complete.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+class PretextModel(nn.Module):
+    """Stage 1 as one module, batch → loss: encoder, teacher and decoder pass under one wrapper (DDP, FSDP)."""
+
+    def __init__(self, compressor: Compressor, stage: PretextStage) -> None:
+        super().__init__()
+        self.compressor = compressor
+        self.stage = stage
+        self.weighting = stage.position_weighting or DEFAULT_WEIGHTING[stage.objective]
+
+    def items(self, batch: dict[str, Tensor]) -> int:
+        """What the stage's mean runs over in one batch."""
+        return count_items(self.stage.objective, self.weighting, batch["continuation_mask"])
+
+    def forward(self, items: float, **batch: Tensor) -> Tensor:
+        """Loss of one micro-batch; `items` counts the whole optimiser step."""
+        split = SplitTexts.from_tensors(batch)
+        return OBJECTIVES[self.stage.objective](self.compressor, split, self.weighting, items, self.stage.temperature)
+
+
+class PretextTrainer(StageMixin, Trainer):
+    """transformers' Trainer over a PretextModel; samples in their fixed order, means over the whole optimiser step."""
+
+    loss_is_scaled_for_ga = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
+        return SequentialSampler(rows)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Micro-batches of one optimiser step, and the number of items over all of them and all devices."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        items = torch.tensor(sum(self._stage_model().items(batch) for batch in batches), device=device)
+        return batches, self.accelerator.gather(items).sum() if self.args.world_size > 1 else items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss scaled so that the gradients' mean over devices is the mean over all items."""
+        items = self._stage_model().items(inputs) if num_items_in_batch is None else num_items_in_batch
+        loss = model(items=float(items), **inputs) * self.args.world_size
+        return (loss, {}) if return_outputs else loss
+
+    def _stage_model(self) -> PretextModel:
+        model: PretextModel = self.accelerator.unwrap_model(self.model)
+        return model
+
+
+class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
+    """sentence-transformers' trainer over a memory encoder, its loss and its samplers."""
