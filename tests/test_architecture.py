@@ -26,6 +26,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
         "pretext encoder data baselines",
         "analysis evaluation",
         "export training",
+        "loading",
         "embed demo serve report",
         "cli",
         "__init__ __main__",

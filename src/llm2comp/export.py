@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer, WordWeights
 from tokenizers.processors import TemplateProcessing
 
-from llm2comp import __version__
 from llm2comp.backbone import Backbone
 from llm2comp.encoder import MemoryEncoder, embed_texts
 from llm2comp.errors import BackboneError, ModelFolderError
@@ -77,7 +77,7 @@ def export(model: SentenceTransformer, folder: Path, card: dict[str, str] | None
             )
         golden = {
             "format_version": FORMAT_VERSION,
-            "llm2comp": __version__,
+            "llm2comp": version("llm2comp"),
             "base": module.compressor.backbone.name,
             "licence": (card or {}).get("licence", "unknown"),
             "minimum_cosine": MIN_COSINE[dtype],

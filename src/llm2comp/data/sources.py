@@ -8,34 +8,25 @@ broken archive, no usable row) is a DataError. Nothing that is read gets execute
 
 from __future__ import annotations
 
-import codecs
-import csv
-import difflib
 import hashlib
-import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from llm2comp.data import python_docs
+from llm2comp.data.tables import Columns, Row, Rows, check_columns, file_kind, file_rows, no_such_file
 from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, TextData
 
 T = TypeVar("T")
 Spec: TypeAlias = TextData | PairData
-Columns: TypeAlias = tuple[str, ...]
-Row: TypeAlias = dict[str, Any]
-Rows: TypeAlias = Iterator[tuple[str, Row | str]]  # (place, row), or (place, reason why there is none)
 
-_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_ADVICE = "check name and split; `hf auth login` for a gated set; HF_HUB_OFFLINE=1 finds only sets in the cache"
 
@@ -64,7 +55,7 @@ class Loaded(Generic[T]):
 
     def summary(self) -> str:
         """One line: how many rows, how many left out and why."""
-        name = Path(self.source).name if _kind(Path(self.source)) else self.source
+        name = Path(self.source).name if file_kind(Path(self.source)) else self.source
         return f"{name}: {len(self.rows):,} rows" + (f"; left out: {self.left_out()}" if self.skipped else "")
 
     def left_out(self) -> str:
@@ -117,7 +108,7 @@ def _collect(spec: Spec, columns: Columns, make: Callable[[Row], T], parts: Call
         if len(loaded.rows) == spec.limit:
             break
     if columns_seen:
-        _check_columns(spec.source, columns, columns_seen)
+        check_columns(spec.source, columns, columns_seen)
     if not loaded.rows:
         raise DataError("no usable row", where=spec.source, found=loaded.left_out() or "nothing in it")
     return Loaded(loaded.rows, loaded.skipped, spec.source, digest.hexdigest(), loaded.first_at)
@@ -155,9 +146,9 @@ def _rows(spec: Spec, columns: Columns) -> Rows:
         if spec.source.startswith("builtin:"):
             yield from _builtin_rows(spec.source, columns)
         elif path.exists():
-            yield from _file_rows(path, columns)
-        elif _kind(path) or not _HUB_NAME.fullmatch(spec.source):
-            raise _no_such_file(path.absolute())
+            yield from file_rows(path, columns)
+        elif file_kind(path) or not _HUB_NAME.fullmatch(spec.source):
+            raise no_such_file(path.absolute())
         else:
             yield from _hub_rows(spec, columns)
     except (OSError, pa.ArrowException) as error:
@@ -173,128 +164,21 @@ def _builtin_rows(source: str, columns: Columns) -> Rows:
 
 
 def _hub_rows(spec: Spec, columns: Columns) -> Rows:
-    try:
-        import datasets
+    """Rows of a Hub data set, or of one file in its repository."""
+    import datasets
+    import huggingface_hub
 
-        table = datasets.load_dataset(spec.source, spec.subset, split=spec.split, revision=spec.revision)
-    except Exception as error:  # the library raises some twenty kinds
+    try:
+        if spec.file is None:
+            table = datasets.load_dataset(spec.source, spec.subset, split=spec.split, revision=spec.revision)
+        else:
+            file = huggingface_hub.hf_hub_download(spec.source, spec.file, repo_type="dataset", revision=spec.revision)
+    except Exception as error:  # the libraries raise some twenty kinds
         cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise DataError(f"not a file, nor a loadable Hub data set: {cause}", where=spec.source, fix=_HUB_ADVICE) from error
-    _check_columns(spec.source, columns, table.column_names)
+    if spec.file is not None:
+        yield from file_rows(Path(file), columns)
+        return
+    check_columns(spec.source, columns, table.column_names)
     for number, row in enumerate(table.select_columns(list(dict.fromkeys(columns))), 1):
         yield f"row {number}", row
-
-
-def _file_rows(path: Path, columns: Columns) -> Rows:
-    if path.is_dir() or (kind := _kind(path)) is None:
-        problem = "a folder, not a file" if path.is_dir() else "a kind of file that is not read"
-        raise DataError(problem, where=str(path), expected=f"{', '.join(_KINDS)}; all but parquet also with .gz or .zst")
-    readers = (_json_line_rows, _json_rows, _table_rows, _table_rows, _parquet_rows, _line_rows)
-    return readers[_KINDS.index(kind)](path, columns)
-
-
-def _json_line_rows(path: Path, columns: Columns) -> Rows:
-    for number, line in enumerate(_lines(path), 1):
-        yield f"line {number}", _json_row(line)
-
-
-def _json_row(line: bytes) -> Row | str:
-    if not line.strip():
-        return "empty"
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except (ValueError, RecursionError):
-        return "malformed JSON"
-    return value if isinstance(value, dict) else "not a JSON object"
-
-
-def _json_rows(path: Path, columns: Columns) -> Rows:
-    """One array of objects, or JSON lines."""
-    if not next((line for line in _lines(path) if line.strip()), b"").lstrip().startswith(b"["):
-        yield from _json_line_rows(path, columns)
-        return
-    try:
-        values = json.loads(b"".join(_lines(path)).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not a JSON array: {error}", where=str(path), fix="write one JSON object per line instead") from error
-    for number, value in enumerate(values, 1):
-        yield f"item {number}", value if isinstance(value, dict) else "not a JSON object"
-
-
-def _table_rows(path: Path, columns: Columns) -> Rows:
-    """Comma- or tab-separated with a header; quotes as in RFC 4180."""
-    csv.field_size_limit(2**31 - 1)
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
-    reader = csv.reader(lines, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
-    header: list[str] = []
-    while True:
-        place = f"line {reader.line_num + 1}"
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            if not header or "unexpected end" in str(error):  # an open quote has swallowed the rest of the file
-                raise DataError(f"not a table from {place} on: {error}", where=str(path), fix='write " as ""') from None
-            yield place, "malformed CSV"
-            continue
-        if values is None:
-            return
-        if not any(value.strip() for value in values):
-            yield place, "empty"
-        elif not header:
-            header = values
-            _check_columns(str(path), columns, header)
-        else:
-            yield place, dict(zip(header, values, strict=True)) if len(values) == len(header) else "wrong number of columns"
-
-
-def _parquet_rows(path: Path, columns: Columns) -> Rows:
-    number = 0
-    with pq.ParquetFile(path) as file:
-        _check_columns(str(path), columns, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=1024, columns=list(dict.fromkeys(columns))):
-            for index in range(len(batch)):
-                number += 1
-                try:
-                    yield f"row {number}", {column: batch[column][index].as_py() for column in columns}
-                except UnicodeDecodeError:
-                    yield f"row {number}", "not UTF-8"
-
-
-def _line_rows(path: Path, columns: Columns) -> Rows:
-    if len(columns) > 1:
-        raise DataError("a .txt file has no columns, pairs need some", where=str(path), fix="use .jsonl, .csv or .parquet")
-    for number, line in enumerate(_lines(path), 1):
-        yield f"line {number}", {columns[0]: line.decode("utf-8", "surrogateescape").rstrip("\r\n")}
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of a plain or compressed file, split at line feeds, without a byte order mark."""
-    with io.BufferedReader(pa.input_stream(str(path), compression=_COMPRESSIONS.get(path.suffix.lower()))) as stream:
-        for number, line in enumerate(stream):
-            yield line if number else line.removeprefix(codecs.BOM_UTF8)
-
-
-def _kind(path: Path) -> str | None:
-    """`.jsonl` for x.jsonl and x.JSONL.gz; None for a name that is of no kind we read."""
-    *_, inner, last = ("", "", *path.suffixes)
-    kind = inner if last.lower() in _COMPRESSIONS and inner.lower() != ".parquet" else last
-    return kind.lower() if kind.lower() in _KINDS else None
-
-
-def _check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
-    names = [str(name) for name in found]
-    for column in wanted:
-        if column not in names:
-            nearest = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
-            fix = f"did you mean {nearest[0]!r}?" if nearest else None
-            raise DataError(f"no column {column!r}", where=source, found=f"columns {', '.join(names[:30])}", fix=fix)
-
-
-def _no_such_file(path: Path) -> DataError:
-    folder = next(parent for parent in path.parents if parent.is_dir())
-    if folder != path.parent:
-        return DataError("no such file", where=str(path), found=f"the path exists up to {folder}")
-    nearest = difflib.get_close_matches(path.name, [file.name for file in folder.iterdir() if _kind(file)], n=1, cutoff=0.0)
-    return DataError("no such file", where=str(path), fix=f"did you mean {nearest[0]!r}?" if nearest else None)

@@ -64,7 +64,8 @@ class TextData(Section):
     column: str = Field(default="text", description="column that holds the text (ignored for .txt: a line is a text)")
     subset: str | None = Field(default=None, description="Hub data set: configuration name")
     split: str = Field(default="train", description="Hub data set: split")
-    revision: str | None = None
+    file: str | None = Field(default=None, description="Hub data set: one file of its repository, read as a local one is")
+    revision: str | None = Field(default=None, description="Hub data set: branch, tag or commit")
     limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="use at most so many rows")
 
 
@@ -80,6 +81,7 @@ class PairData(Section):
     instruction: str | None = Field(default=None, description="put before each query through scl.query_prompt")
     subset: str | None = None
     split: str = "train"
+    file: str | None = None
     revision: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
 
