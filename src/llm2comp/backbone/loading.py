@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -22,14 +25,14 @@ PROBE_TOKENS = 6
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` = cuda, else mps, else cpu.
+    """`auto` = cuda (under a launcher: this process's own), else mps, else cpu.
 
     Raises:
         BackboneError: no device of that name, or not on this machine.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -60,6 +63,19 @@ def load_config(settings: ModelSettings) -> Any:
     """The model's configuration. Raises BackboneError when it cannot be loaded."""
     with _explained(settings.name):
         return transformers.AutoConfig.from_pretrained(model_source(settings), revision=settings.revision)
+
+
+def base_licence(settings: ModelSettings) -> str:
+    """Licence that the model's card names, or `unknown`; an encoder made from it cannot be freer."""
+    folder = Path(model_source(settings))
+    try:
+        card = huggingface_hub.ModelCard.load(
+            folder / "README.md" if folder.is_dir() else settings.name, ignore_metadata_errors=True
+        )
+    except (OSError, ValueError) as error:
+        log.info("%s: no model card (%s)", settings.name, type(error).__name__)
+        return "unknown"
+    return str(card.data.license or "unknown")
 
 
 @contextlib.contextmanager

@@ -221,6 +221,9 @@ class Recipe(Section):
     pretext: PretextStage | None = None
     ucl: UclStage | None = None
     scl: SclStage | None = None
+    max_tokens: Annotated[int, Field(ge=4)] | None = Field(
+        default=None, description="longest text that the finished encoder reads; null = as long as its last stage's"
+    )
     report_to: tuple[str, ...] = Field(default=(), description="the trainers' own loggers: tensorboard, wandb, ...")
 
     @model_validator(mode="after")

@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from llm2comp.backbone import load_backbone
+from llm2comp.backbone import base_licence, load_backbone
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.compressor import Compressor
 from llm2comp.console import say
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
-from llm2comp.files import sha256, write_text
-from llm2comp.recipe import Recipe, Stage, load_recipe, parse_recipe
+from llm2comp.files import explain_disk_errors, sha256, write_text
+from llm2comp.recipe import Recipe, Stage, load_recipe
 from llm2comp.training.stages import RUNNERS, query_prompt
 
 FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
@@ -59,7 +59,11 @@ def train(recipe: Recipe | str | Path, out: str | Path | None = None, overrides:
     quiet_libraries()
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     run = Path(out) if out is not None else Path("runs") / resolved.name
-    run.mkdir(parents=True, exist_ok=True)
+    if not _main_process():
+        _run_stages(run, resolved)
+        return run
+    with explain_disk_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run / ".lock", timeout=0):
             _claim(run, resolved)
@@ -112,22 +116,35 @@ def _run_stages(run: Path, recipe: Recipe) -> None:
             say(f"{folder.name}: done before")
             compressor.load(folder, name)
         else:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True, parents=True)
             begin = time.time()
             RUNNERS[name](compressor, stage, folder, recipe.seed + number, recipe.report_to)  # type: ignore[operator]
-            if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-                continue
-            compressor.save(folder, name)
-            config = {"format_version": FORMAT_VERSION, "stage": name, "stack": list(recipe.stages)[: number + 1]}
-            write_text(folder / CONFIG_FILE, json.dumps(config))
-            write_text(folder / DONE_FILE, json.dumps({"inputs": key, "steps": stage.steps, "seconds": time.time() - begin}))
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+            if _main_process():
+                _finish(compressor, recipe, name, key, time.time() - begin, folder)
         previous = key
-    if not _is_done(run / MODEL_FOLDER, previous):
+    exported = f"{previous}:{recipe.max_tokens}"
+    if _main_process() and not _is_done(run / MODEL_FOLDER, exported):
         model = as_sentence_transformer(compressor.eval(), *_limits(recipe), prompts=_prompts(recipe))
         export(model, run / MODEL_FOLDER, _card(recipe))
-        write_text(run / MODEL_FOLDER / DONE_FILE, json.dumps({"inputs": previous}))
+        write_text(run / MODEL_FOLDER / DONE_FILE, json.dumps({"inputs": exported}))
+
+
+def _finish(compressor: Compressor, recipe: Recipe, name: str, key: str, seconds: float, folder: Path) -> None:
+    """Write a stage's result, say that it is done, drop its checkpoints."""
+    with explain_disk_errors(folder):
+        compressor.save(folder, name)
+    names = list(recipe.stages)
+    stack = names[: names.index(name) + 1]
+    write_text(folder / CONFIG_FILE, json.dumps({"format_version": FORMAT_VERSION, "stage": name, "stack": stack}))
+    done = {"inputs": key, "steps": recipe.stages[name].steps, "seconds": round(seconds, 1)}
+    write_text(folder / DONE_FILE, json.dumps(done))
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def _main_process() -> bool:
+    """Whether this process writes: the only one, or rank 0 under a launcher."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _push_adapter(compressor: Compressor, recipe: Recipe, name: str) -> None:
@@ -193,7 +210,9 @@ def _require_done(folder: Path) -> None:
 
 
 def _limits(recipe: Recipe) -> tuple[int, dict[str, int] | None]:
-    """Length limits of the finished encoder: those of its last stage."""
+    """Length limits of the finished encoder: the recipe's, or those of its last stage."""
+    if recipe.max_tokens is not None:
+        return recipe.max_tokens, None
     if recipe.scl is not None:
         roles = {"query": recipe.scl.query_max_tokens, "document": recipe.scl.document_max_tokens}
         return recipe.scl.document_max_tokens, roles
@@ -211,15 +230,8 @@ def _prompts(recipe: Recipe) -> dict[str, str]:
 
 
 def _card(recipe: Recipe) -> dict[str, str]:
-    sources = {name: ", ".join(spec.source for spec in stage.data) for name, stage in _data_stages(recipe).items()}
-    card = {f"{name}_data": source for name, source in sources.items()}
+    stages: dict[str, Any] = dict(recipe.stages)
+    card = {f"{name}_data": ", ".join(spec.source for spec in stage.data) for name, stage in stages.items()}
     if recipe.scl is not None and recipe.scl.query_suffix:
         card["note"] = f"queries were trained with {recipe.scl.query_suffix!r} behind them; append it yourself"
-    return {"recipe": recipe.name, "licence": f"that of the base model {recipe.model.name} and of the data", **card}
-
-
-def _data_stages(recipe: Recipe) -> dict[str, Any]:
-    return dict(recipe.stages)
-
-
-__all__ = ["parse_recipe", "read_run", "restore", "stage_encoder", "train"]
+    return {"recipe": recipe.name, "licence": base_licence(recipe.model), **card}

@@ -76,7 +76,7 @@ def last_checkpoint(folder: Path) -> str | None:
         if (checkpoint / COMPLETE_FILE).exists():
             complete.append(checkpoint)
         else:
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # another rank may be at it
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 

@@ -1,0 +1,144 @@
+"""Tiny random causal LMs of several families, tokenizers for them, and encoders whose adapters are not zero."""
+
+import copy
+import functools
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llm2comp.backbone import Backbone
+from llm2comp.compressor import Compressor
+from llm2comp.recipe import AdapterSettings
+
+VOCABULARY = 320
+TOKENS = 300  # of the tokenizer; the model's table has rows to spare, as real ones do
+MEMORY = 3
+
+SENTENCES = [
+    "the quick brown fox jumps over the lazy dog",
+    "a causal language model reads a text from left to right",
+    "memory tokens hold what the text said",
+    "compression keeps what matters and drops the rest",
+    "an encoder turns the text into one vector",
+]
+TEXTS = [
+    "the fox reads",
+    "memory tokens hold what the lazy dog said over and over",
+    "Compression! drops Ünicode 記憶 too?",
+    "one vector",
+]
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 160,
+    "initializer_range": 0.15,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": False}
+NARROW = {"head_dim": 8, "sliding_window": 8}
+GPT2 = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 160,
+    **{k: SIZES[k] for k in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")},
+}
+
+# family → (configuration, how it is told apart)
+FAMILIES = {
+    "llama": ("LlamaConfig", GROUPED),
+    "mistral": ("MistralConfig", GROUPED | {"sliding_window": None}),
+    "mistral-window": ("MistralConfig", GROUPED | {"sliding_window": 8}),
+    "qwen2": ("Qwen2Config", GROUPED | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 8}),
+    "gemma3": ("Gemma3TextConfig", GROUPED | NARROW | {"query_pre_attn_scalar": 8, "tie_word_embeddings": True}),
+    "phi3": ("Phi3Config", GROUPED),
+    "olmo2": ("Olmo2Config", GROUPED),
+    "gpt2": ("GPT2Config", GPT2 | {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}),
+    "gpt_neox": ("GPTNeoXConfig", SIZES | {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
+}
+WITHOUT_BOS = {"qwen2", "qwen3"}
+CHAT_TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+
+
+@functools.cache
+def byte_level_bpe(specials):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENS, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    return tokenizer.to_str()
+
+
+def make_tokenizer(bos=True, chat=False):
+    """With BOS: as Llama's (a template puts it before the text). Without: as Qwen's, and no pad token either."""
+    specials = ("<s>", "</s>") if bos else ("<|end|>", "<|start|>")
+    tokenizer = Tokenizer.from_str(byte_level_bpe(specials))
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    names = {"bos_token": "<s>", "eos_token": "</s>"} if bos else {"eos_token": "<|end|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_lm(family="llama", seed=0, **changes):
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, name)(**settings | changes)
+    return lm_from(config, seed)
+
+
+def lm_from(config, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def make_backbone(family="llama", attention="bidirectional", chat=False, **changes):
+    return Backbone(make_lm(family, **changes), make_tokenizer(family not in WITHOUT_BOS, chat), attention, family)
+
+
+def push_adapter(backbone, name, seed=1, dropout=0.0, scale=0.15, **settings):
+    """One more adapter; its B weights, zero at the start of a training, are random here."""
+    backbone.adapters.add(name, AdapterSettings(**{"rank": 4, "alpha": 8, "dropout": dropout} | settings), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in backbone.adapters.parameters(name):
+        if not parameter.any():
+            parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def make_compressor(family="llama", stages=("pretext", "ucl"), dropout=0.0, memory=MEMORY, **settings):
+    """An encoder with one non-zero adapter per stage."""
+    compressor = Compressor.fresh(make_backbone(family, **settings), memory, seed=3)
+    for number, name in enumerate(stages):
+        push_adapter(compressor.backbone, name, seed=number + 1, dropout=dropout)
+    return compressor.eval()
+
+
+def snapshot(module):
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def untouched(family, **changes):
+    """A second copy of the LM that `make_backbone` wraps, never wrapped itself."""
+    return copy.deepcopy(make_lm(family, **changes)).requires_grad_(False)
+
+
+def relative_error(found, expected):
+    """|found − expected| / |expected|, and a failure where the expected value is zero."""
+    norm = expected.norm()
+    assert norm > 0, "vacuous: the expected value is zero"
+    return ((found - expected).norm() / norm).item()
