@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -17,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+STDIN_NAME = "standard-input.txt"
+STOPPED = 130
 
 
 class LongTexts(StrEnum):
@@ -143,7 +147,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder.")
 
 
 def _read_source(source: str, column: str) -> list[str]:
-    """Texts of a file, or the non-empty lines of standard input."""
+    """Texts of a file, or the lines of standard input; says what was left out."""
     from llm2comp.console import say
     from llm2comp.data.sources import read_texts
     from llm2comp.errors import DataError
@@ -151,28 +155,37 @@ def _read_source(source: str, column: str) -> list[str]:
 
     if source != "-":
         loaded = read_texts(TextData(source=source, column=column))
-        say(loaded.summary())
-        return loaded.rows
-    try:
-        lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error}", where="standard input") from error
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise DataError("no text", where="standard input", expected="a text per line", found="nothing")
-    return texts
+    else:
+        with tempfile.TemporaryDirectory() as folder:  # so that lines are read as those of any text file
+            file = Path(folder) / STDIN_NAME
+            with file.open("wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+            try:
+                loaded = read_texts(TextData(source=str(file)))
+            except DataError as error:
+                raise DataError(error.problem, where="standard input", expected="a text per line", found=error.found) from None
+    say(loaded.summary())
+    return loaded.rows
 
 
 def main() -> None:
-    """Entry point: an error of ours is one message and exit code 1, never a traceback."""
+    """Entry point: an error of ours, or of the disk, is one message and exit code 1, never a traceback."""
     try:
         app()
     except Llm2CompError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
+        _fail(str(error))
+    except OSError as error:  # one that nobody nearer has explained: a full disk, a folder that is not ours
+        _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != STOPPED:
+            raise
         print("stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(STOPPED)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True)
+console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # under a launcher rank 0 speaks for all
 LINE_EVERY_SECONDS = 10.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 LongTexts = Literal["truncate", "chunk-mean", "error"]
 OUTPUT_FORMATS = (".npy", ".parquet", ".jsonl")
+TOKENISE_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -52,36 +54,41 @@ def embed(
         normalise: scale each embedding to length 1.
 
     Raises:
-        DataError: no texts; a text over the limit under `error`; an embedding that is not finite.
+        DataError: no texts, or one that is not Unicode; a text over the limit under `error`; a prompt that leaves no room;
+            an embedding that is not finite.
     """
-    if not texts:
-        raise DataError("nothing to embed", expected="one or more texts", found="none")
+    _check_texts(texts)
     prompt: str = (model.prompts.get(role) or "") if role else ""
-    pieces = [_pieces(model, text, prompt) if _may_be_long(model, prompt + text) else [text] for text in texts]
-    long = [i for i, parts in enumerate(pieces) if len(parts) > 1]
+    room = _room(model, prompt)
+    tokens = _count_tokens(model, [prompt + text for text in texts])
+    long = [i for i, count in enumerate(tokens) if count > room]
     if long and long_texts == "error":
         raise DataError(
             f"{len(long):,} texts are longer than the model reads",
             where=f"text {long[0] + 1}",
-            expected=f"{model.max_seq_length} tokens or fewer, prompt and memory tokens included",
-            found=f"about {len(pieces[long[0]])} times that",
+            expected=f"{room:,} tokens or fewer" + (", prompt included" if prompt else ""),
+            found=f"{tokens[long[0]]:,} tokens",
             fix="choose truncate or chunk-mean for long texts",
         )
-    if long_texts != "chunk-mean":
-        pieces = [[text] for text in texts]
-    flat = [prompt + part for parts in pieces for part in parts]
-    states = _encode(model, flat, batch_size)
-    lengths = (
-        np.array([len(model.tokenizer(part, verbose=False)["input_ids"]) for part in flat]) if long else np.ones(len(flat))
-    )
+    pieces = [[text] for text in texts]
+    if long_texts == "chunk-mean":
+        for i in long:
+            pieces[i] = _pieces(model, texts[i], prompt, room)
+    flat = [part for parts in pieces for part in parts]
+    states = _encode(model, [prompt + part for part in flat], batch_size)
+    weights = _count_tokens(model, flat) if len(flat) > len(texts) else [1] * len(flat)
     bounds = np.cumsum([0, *(len(parts) for parts in pieces)])
-    means = [np.average(states[a:b], axis=0, weights=lengths[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    means = [
+        states[a] if b == a + 1 else np.average(states[a:b], axis=0, weights=weights[a:b])
+        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
     embeddings = np.asarray(means, dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(embeddings).all(1))
     if len(bad):
-        raise DataError("an embedding is not finite", where=f"text {bad[0] + 1}", found=texts[bad[0]][:80])
+        found = f"{texts[bad[0]][:80]!r}" + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else "")
+        raise DataError("the embedding is not finite", where=f"text {bad[0] + 1}", found=found, fix="check the model's weights")
     if normalise:
-        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     return Embedded(embeddings, len(long))
 
 
@@ -110,11 +117,24 @@ def write_embeddings(path: Path, embedded: Embedded, texts: Sequence[str]) -> No
 
 
 def check_output(path: Path) -> None:
-    """Raise DataError for a file name that `write_embeddings` cannot write."""
+    """Raise DataError for a file name that `write_embeddings` cannot write, before hours are spent on embedding."""
     if path.suffix not in OUTPUT_FORMATS:
         raise DataError(
             "unknown format", where=str(path), expected=" or ".join(OUTPUT_FORMATS), found=path.suffix or "no suffix"
         )
+    home = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not home.is_dir() or not os.access(home, os.W_OK):
+        raise DataError("no file can be written there", where=str(path), fix="give another --out")
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    if not texts:
+        raise DataError("nothing to embed", expected="one or more texts", found="none")
+    for number, text in enumerate(texts, 1):
+        try:
+            text.encode("utf-8")
+        except (UnicodeEncodeError, AttributeError):  # a byte that did not decode, as in arguments; no string at all
+            raise DataError("not a Unicode text", where=f"text {number}", found=ascii(text)[:80]) from None
 
 
 def _encode(model: SentenceTransformer, texts: Sequence[str], batch_size: int) -> NDArray[np.float32]:
@@ -133,21 +153,41 @@ def _encode(model: SentenceTransformer, texts: Sequence[str], batch_size: int) -
     return out
 
 
-def _room(model: SentenceTransformer) -> int:
-    """Text tokens that fit into one input; special tokens of the template not counted."""
-    limit = model.max_seq_length or 10**9
-    return int(limit) - len(model.tokenizer("", verbose=False)["input_ids"])
+def _room(model: SentenceTransformer, prompt: str) -> int:
+    """Tokens of prompt and text that fit into one input, beside what the model itself adds (BOS, memory)."""
+    from llm2comp.encoder import MemoryEncoder
+
+    module: Any = model[0]
+    if isinstance(module, MemoryEncoder):  # live: its tokenizer has no template
+        room = module.max_tokens - (module.compressor.backbone.bos_id is not None)
+    else:
+        room = (model.max_seq_length or 10**9) - len(model.tokenizer("", verbose=False)["input_ids"])
+    if prompt and _count_tokens(model, [prompt])[0] >= room:
+        raise DataError("the prompt leaves no room for a text", expected=f"fewer than {room} tokens", found=repr(prompt[:80]))
+    return room
 
 
-def _may_be_long(model: SentenceTransformer, text: str) -> bool:
-    return len(text.encode()) > _room(model)  # a token holds at least a byte
+def _count_tokens(model: SentenceTransformer, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text; what the model adds (BOS, memory) not counted."""
+    counts: list[int] = []
+    for start in range(0, len(texts), TOKENISE_AT_ONCE):
+        batch = list(texts[start : start + TOKENISE_AT_ONCE])
+        counts += [len(row) for row in model.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
+    return counts
 
 
-def _pieces(model: SentenceTransformer, text: str, prompt: str) -> list[str]:
-    """A text as parts that each fit behind the prompt; one part if it fits whole."""
-    encode = {"add_special_tokens": False, "verbose": False}
-    room = _room(model) - len(model.tokenizer(prompt, **encode)["input_ids"])
-    offsets = model.tokenizer(text, return_offsets_mapping=True, **encode)["offset_mapping"]
-    if room < 1 or len(offsets) <= room:
-        return [text]
-    return [text[offsets[i][0] : offsets[min(i + room, len(offsets)) - 1][1]] for i in range(0, len(offsets), room)]
+def _pieces(model: SentenceTransformer, text: str, prompt: str, room: int) -> list[str]:
+    """A text in parts that each fit behind the prompt, cut between tokens and never inside a character."""
+    spans = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
+    free = room - (_count_tokens(model, [prompt])[0] if prompt else 0)
+    parts, begin = [], 0
+    while begin < len(spans):
+        end = min(begin + free, len(spans))
+        while end > begin + 1 and (
+            (end < len(spans) and spans[end][0] < spans[end - 1][1])
+            or _count_tokens(model, [prompt + text[spans[begin][0] : spans[end - 1][1]]])[0] > room  # cutting may add tokens
+        ):
+            end -= 1
+        parts.append(text[spans[begin][0] : spans[end - 1][1]])
+        begin = end
+    return parts

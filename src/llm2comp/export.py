@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import tempfile
 from importlib.metadata import version
@@ -22,7 +21,9 @@ import torch
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer, WordWeights
+from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from llm2comp.backbone import Backbone
 from llm2comp.encoder import MemoryEncoder, embed_texts
@@ -168,28 +169,27 @@ def _write_transformer(module: MemoryEncoder, folder: Path) -> list[str]:
 
 
 def _tokenizer_with_memory(backbone: Backbone, count: int) -> tuple[Any, list[str]]:
-    """A copy of the tokenizer whose template is BOS, text, memory; no chat template, padded on the right."""
-    tokenizer = copy.deepcopy(backbone.tokenizer)
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
+    """The backbone's tokenizer with the template BOS, text, memory, padded on the right.
+
+    It is rebuilt as the generic class: a family's own class may set up its template anew when it is loaded. No chat template.
+    """
+    backend = getattr(backbone.tokenizer, "backend_tokenizer", None)
+    if backend is None:
         raise BackboneError("has no fast tokenizer, which the exported folder needs", where=backbone.name)
-    taken = set(tokenizer.get_vocab())
-    prefix = "<mem_" if "<mem_0>" not in taken else "<llm2comp_mem_"
+    backend = Tokenizer.from_str(backend.to_str())
+    prefix = "<mem_" if backend.token_to_id("<mem_0>") is None else "<llm2comp_mem_"
     names = [f"{prefix}{i}>" for i in range(count)]
-    tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
-    specials = dict(zip(names, tokenizer.convert_tokens_to_ids(names), strict=True))
-    start = []
-    if backbone.bos_id is not None:
-        start = [tokenizer.bos_token]
-        specials[tokenizer.bos_token] = backbone.bos_id
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = names[-1]  # masked, so any token will do; this one is surely there
-    template = [*start, "$A", *names]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=list(specials.items()))
-    tokenizer.padding_side, tokenizer.truncation_side = "right", "right"
-    tokenizer.chat_template = None
-    for flag in ("add_bos_token", "add_eos_token"):
-        tokenizer.init_kwargs.pop(flag, None)
-    return tokenizer, names
+    backend.add_special_tokens(names)
+    own = dict(backbone.tokenizer.special_tokens_map)
+    start = [] if backbone.bos_id is None else [backbone.tokenizer.bos_token]
+    ids = [(name, backend.token_to_id(name)) for name in [*start, *names]]
+    backend.post_processor = TemplateProcessing(single=[*start, "$A", *names], special_tokens=ids)
+    special = {key: own[key] for key in ("bos_token", "eos_token", "unk_token") if key in own}
+    # Padding is masked, so any token will do where the family has none; a memory token is surely there.
+    special["pad_token"] = own.get("pad_token", names[-1])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="right", truncation_side="right", additional_special_tokens=names, **special
+    ), names
 
 
 def _modules(module: MemoryEncoder, folder: Path, names: list[str]) -> SentenceTransformer:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm2comp.errors import RunError
+from llm2comp.errors import Llm2CompError, RunError
+
+# How a failed write speaks in libraries that write by themselves: safetensors and tokenizers, then torch.
+_NATIVE = re.compile(r"([^:\n]+) \(os error \d+\)|inline_container\.cc|PytorchStreamWriter")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,30 +43,61 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; on leaving without error it takes the place of `path`, otherwise nothing changes there."""
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "a file of that name is there")
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         old = temporary.with_name(temporary.name + ".old")
         try:
             yield temporary
             temporary.chmod(0o755)
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
+            _take_place(temporary, path, old)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _take_place(new: Path, path: Path, old: Path) -> None:
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+
+
+@contextlib.contextmanager
+def whole_or_gone(path: Path) -> Iterator[None]:
+    """For a folder that others fill in place: an error inside removes it. Raises RunError when it cannot be written."""
+    with explain_disk_errors(path):
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+
 @contextlib.contextmanager
 def explain_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write (full disk, no permission) into a RunError that names the place."""
+    """Turn a failed write (full disk, no permission) into a RunError that names the place; other errors pass."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        reason = _failed_write(error)
+        if reason is None:
+            raise
         raise RunError(
-            f"cannot write: {error.strerror or error}",
-            where=str(path),
-            fix="free space or choose another place, then run again",
+            f"cannot write: {reason}", where=str(path), fix="free space or choose another place, then run again"
         ) from error
+
+
+def _failed_write(error: Exception) -> str | None:
+    """Why a write failed, or None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    told = None if isinstance(error, Llm2CompError) else _NATIVE.search(str(error))
+    return told and (told[1] or "not all of it could be written").strip()
 
 
 def sha256(path: Path) -> str:

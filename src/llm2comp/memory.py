@@ -43,5 +43,5 @@ def mean_weights(count: int) -> Tensor:
 
 
 def embedding_from_memory(memory_BKD: Tensor, weights_K: Tensor) -> Tensor:
-    """Weighted mean over the memory states, embedding_BD. `weights_K` sums to 1."""
-    return torch.einsum("bkd,k->bd", memory_BKD, weights_K.to(memory_BKD))
+    """Weighted mean over the memory states, in float32: embedding_BD. `weights_K` sums to 1."""
+    return torch.einsum("bkd,k->bd", memory_BKD.float(), weights_K.float())

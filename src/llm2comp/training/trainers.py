@@ -129,3 +129,6 @@ class PretextTrainer(StageMixin, Trainer):
 
 class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
     """sentence-transformers' trainer over a memory encoder, its loss and its samplers."""
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """None: the exported folder gets a card of its own."""
