@@ -11,3 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    # transformers 5.23 renames it; the old name is what 5.2, our lower bound, knows
+    config.addinivalue_line("filterwarnings", "ignore:.*gradient_checkpointing.*:FutureWarning")

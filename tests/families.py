@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import json
+import string
 
 import torch
 import transformers
@@ -52,16 +54,21 @@ GPT2 = {
     **{k: SIZES[k] for k in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")},
 }
 
-# family → (configuration, how it is told apart)
+# family → (name of its configuration, settings)
 FAMILIES = {
     "llama": ("LlamaConfig", GROUPED),
     "mistral": ("MistralConfig", GROUPED | {"sliding_window": None}),
     "mistral-window": ("MistralConfig", GROUPED | {"sliding_window": 8}),
     "qwen2": ("Qwen2Config", GROUPED | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        GROUPED | NARROW | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
+    ),
     "gemma3": ("Gemma3TextConfig", GROUPED | NARROW | {"query_pre_attn_scalar": 8, "tie_word_embeddings": True}),
     "phi3": ("Phi3Config", GROUPED),
     "olmo2": ("Olmo2Config", GROUPED),
+    "granite": ("GraniteConfig", GROUPED | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
     "gpt2": ("GPT2Config", GPT2 | {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}),
     "gpt_neox": ("GPTNeoXConfig", SIZES | {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
 }
@@ -95,6 +102,26 @@ def make_tokenizer(bos=True, chat=False):
     return tokenizer
 
 
+def own_tokenizer(family):
+    """A tokenizer of the family's own class, as its Hub repositories have it; these set up their template by themselves."""
+    if family in ("qwen2", "gpt2"):
+        model = json.loads(byte_level_bpe(("<|endoftext|>", "<|im_end|>")))["model"]
+        vocabulary, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
+    else:
+        specials = {"llama": ("<unk>", "<s>", "</s>"), "gemma3": ("<pad>", "<eos>", "<bos>", "<unk>")}[family]
+        pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *string.ascii_lowercase, "\u2581t", "he"]
+        vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, [("\u2581", "t"), ("h", "e")]
+    name, settings = {
+        "llama": ("LlamaTokenizer", {"add_bos_token": True}),
+        "qwen2": ("Qwen2Tokenizer", {}),
+        "gemma3": ("GemmaTokenizer", {"add_bos_token": True}),
+        "gpt2": ("GPT2Tokenizer", {}),
+    }[family]
+    tokenizer = getattr(transformers, name)(vocab=vocabulary, merges=merges, **settings)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def make_lm(family="llama", seed=0, **changes):
     name, settings = FAMILIES[family]
     config = getattr(transformers, name)(**settings | changes)
@@ -107,8 +134,9 @@ def lm_from(config, seed=0):
         return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def make_backbone(family="llama", attention="bidirectional", chat=False, **changes):
-    return Backbone(make_lm(family, **changes), make_tokenizer(family not in WITHOUT_BOS, chat), attention, family)
+def make_backbone(family="llama", attention="bidirectional", chat=False, own=False, **changes):
+    tokenizer = own_tokenizer(family) if own else make_tokenizer(family not in WITHOUT_BOS, chat)
+    return Backbone(make_lm(family, **changes), tokenizer, attention, family)
 
 
 def push_adapter(backbone, name, seed=1, dropout=0.0, scale=0.15, **settings):

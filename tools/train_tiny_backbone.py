@@ -15,6 +15,7 @@ is time.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import io
 import json
@@ -270,11 +271,11 @@ def main() -> None:
     print(f"{parameters:,} parameters")
     stream = np.memmap(args.work / "tokens.bin", dtype=np.uint16, mode="r")
     figures = train(model, stream, args, tokenizer.bos_token_id)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(args.out)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(args.out)
     figures["perplexity_per_word"] = perplexity_per_word(model, tokenizer, args.corpus / "heldout.jsonl")
     print(json.dumps({key: value for key, value in figures.items() if key != "curve"}, indent=1))
-    args.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
     (args.out / "training.json").write_text(json.dumps(figures) + "\n")
     (args.out / "README.md").write_text(model_card(args, figures, parameters))
 

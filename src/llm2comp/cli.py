@@ -131,7 +131,8 @@ def similarity(
 
     vectors = embed_texts(load(model, device), texts, normalise=True).embeddings_ND
     for text, row in zip(texts, vectors @ vectors.T, strict=True):
-        print(" ".join(f"{cosine:6.3f}" for cosine in row), "", text if len(text) <= 60 else text[:57] + "...")
+        line = " ".join(text.split())
+        print(" ".join(f"{cosine:6.3f}" for cosine in row), "", line if len(line) <= 60 else line[:57] + "...")
 
 
 @app.command()
@@ -171,7 +172,7 @@ def _read_source(source: str, column: str) -> list[str]:
 def main() -> None:
     """Entry point: an error of ours, or of the disk, is one message and exit code 1, never a traceback."""
     try:
-        app()
+        app(prog_name="llm2comp")
     except Llm2CompError as error:
         _fail(str(error))
     except OSError as error:  # one that nobody nearer has explained: a full disk, a folder that is not ours

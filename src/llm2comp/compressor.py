@@ -11,11 +11,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llm2comp.backbone import Backbone
-from llm2comp.errors import ModelFolderError
+from llm2comp.errors import BackboneError, ModelFolderError
 from llm2comp.memory import MemoryTokens, embedding_from_memory, mean_weights
 from llm2comp.tokens import Tokens
 
 STATE_FILE = "memory.safetensors"
+
+
+def room_for_text(positions: int | None, memory: int, asked: int) -> int:
+    """Tokens of the longest text that fits with `memory` tokens into `positions` (None: no limit): `asked` or less.
+
+    Raises:
+        BackboneError: the memory leaves no room for BOS and a token.
+    """
+    room = asked if positions is None else min(asked, positions - memory)
+    if room < 2:
+        raise BackboneError(
+            "no room for a text beside the memory",
+            where="memory.tokens",
+            expected=f"{positions} positions of the model, less 2 or more for a text",
+            found=memory,
+        )
+    return room
 
 
 class Compressor(nn.Module):
@@ -65,8 +82,7 @@ class Compressor(nn.Module):
 
     def max_tokens(self, asked: int) -> int:
         """Longest text, BOS included, that fits with the memory into the LM's positions: `asked` or less."""
-        limit = self.backbone.max_positions
-        return asked if limit is None else min(asked, limit - self.memory.count)
+        return room_for_text(self.backbone.max_positions, self.memory.count, asked)
 
     def save(self, folder: Path, adapter: str) -> None:
         """Write one adapter and all that is not in adapters: `adapter/`, `memory.safetensors`."""

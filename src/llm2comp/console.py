@@ -28,7 +28,7 @@ class Bar:
 
     def __enter__(self) -> Bar:
         """Start the clock and draw."""
-        self._begin = time.monotonic()
+        self._begin = self._last_line = time.monotonic()
         if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
             self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
@@ -56,9 +56,10 @@ class Bar:
         self._last_line = time.monotonic()
         spent = self._last_line - self._begin
         left = spent / max(1, self.done - self._first) * (self.total - self.done)
-        say(f"{self.name} {self.done:,}/{self.total:,} {self.note} {spent:.0f} s, {left:.0f} s left")
+        note = f"{self.note}, " if self.note else ""
+        say(f"{self.name} {self.done:,}/{self.total:,}: {note}{spent:.0f} s, {left:.0f} s left")
 
 
 def say(message: object) -> None:
-    """One line (or a rich table) for the person at the console."""
-    console.print(message, highlight=False, soft_wrap=True)
+    """One line (or a rich renderable) for the person at the console; brackets in a line are no markup."""
+    console.print(message, highlight=False, soft_wrap=True, markup=False, emoji=False)

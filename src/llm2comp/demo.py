@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from llm2comp.analysis.spectrum import effective_rank, spectrum
 from llm2comp.backbone import load_backbone
@@ -49,9 +50,9 @@ def demo(out: Path, recipe: str = "tiny") -> Path:
     say(table(rows))
     model = load(run / MODEL_FOLDER)
     for question, answers in search(model, QUESTIONS):
-        say(f"\n[bold]{question}[/bold]")
+        say(Text(f"\n{question}", style="bold"))
         for name, summary, cosine in answers:
-            say(f"  {cosine:.2f}  [green]{name}[/green]  {summary[:90]}")
+            say(Text.assemble(f"  {cosine:.2f}  ", (name, "green"), f"  {summary[:90]}"))
     end = time.monotonic()
     say(f"\n{run / MODEL_FOLDER}   ({trained - begin:.0f} s training, {end - trained:.0f} s scoring and search)")
     return run / MODEL_FOLDER
@@ -64,8 +65,9 @@ def score(run: Path) -> list[dict[str, float | str | None]]:
     collection = Collection(task.queries, task.documents, task.relevant)
     rows: list[dict[str, float | str | None]] = []
     for name, model in _encoders(run, recipe):
-        scores = collection.score(model)
-        rank = effective_rank(spectrum(embed_texts(model, list(task.documents.values()))))
+        documents_ND = embed_texts(model, list(task.documents.values()))
+        scores = collection.score(model, documents_ND)
+        rank = effective_rank(spectrum(documents_ND))
         rows.append({"model": name, "ndcg_at_10": scores.ndcg_at_10, "mrr_at_10": scores.mrr_at_10, "effective_rank": rank})
     lexical = collection.score_bm25()
     rows.append({"model": "BM25", "ndcg_at_10": lexical.ndcg_at_10, "mrr_at_10": lexical.mrr_at_10, "effective_rank": None})
@@ -96,7 +98,7 @@ def search(model: SentenceTransformer, questions: tuple[str, ...]) -> Iterator[t
     named = [
         (name, text) for name, text in python_docs.functions() if name.split(".")[0] in SEARCHED_MODULES and "._" not in name
     ]
-    documents = model.encode_document([text[:400] for _, text in named], convert_to_tensor=True, show_progress_bar=False)
+    documents = model.encode_document([text[:300] for _, text in named], convert_to_tensor=True, show_progress_bar=False)
     queries = model.encode_query(list(questions), convert_to_tensor=True, show_progress_bar=False)
     for question, cosines in zip(questions, model.similarity(queries, documents), strict=True):
         best = cosines.topk(3)

@@ -177,16 +177,14 @@ def _count_tokens(model: SentenceTransformer, texts: Sequence[str]) -> list[int]
 
 
 def _pieces(model: SentenceTransformer, text: str, prompt: str, room: int) -> list[str]:
-    """A text in parts that each fit behind the prompt, cut between tokens and never inside a character."""
+    """A text in parts that each fit behind the prompt, cut between tokens."""
     spans = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
     free = room - (_count_tokens(model, [prompt])[0] if prompt else 0)
     parts, begin = [], 0
     while begin < len(spans):
         end = min(begin + free, len(spans))
-        while end > begin + 1 and (
-            (end < len(spans) and spans[end][0] < spans[end - 1][1])
-            or _count_tokens(model, [prompt + text[spans[begin][0] : spans[end - 1][1]]])[0] > room  # cutting may add tokens
-        ):
+        # a part may have more tokens than the text had there: its last character whole, its first word without a space
+        while end > begin + 1 and _count_tokens(model, [prompt + text[spans[begin][0] : spans[end - 1][1]]])[0] > room:
             end -= 1
         parts.append(text[spans[begin][0] : spans[end - 1][1]])
         begin = end

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer, WordWeights
 from tokenizers import Tokenizer
@@ -133,8 +132,11 @@ def load_folder(folder: Path, device: str | None = None) -> SentenceTransformer:
     if not (folder / "modules.json").is_file():
         raise ModelFolderError("not a sentence-transformers folder", where=str(folder), expected="modules.json in it")
     try:
-        return SentenceTransformer(str(folder), device=device, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        safe = {"use_safetensors": True}
+        model = SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs=safe)
+        embed_texts(model, ["a trial: some damage shows only here"])
+        return model
+    except Exception as error:  # what libraries raise on a broken file has no common base
         raise ModelFolderError(
             f"cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=str(folder),

@@ -15,7 +15,7 @@ from pathlib import Path
 from llm2comp.errors import Llm2CompError, RunError
 
 # How a failed write speaks in libraries that write by themselves: safetensors and tokenizers, then torch.
-_NATIVE = re.compile(r"([^:\n]+) \(os error \d+\)|inline_container\.cc|PytorchStreamWriter")
+_NATIVE = re.compile(r"([^:\n]+) \(os error \d+\)|inline_container\.cc|PytorchStreamWriter|iostream error")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,7 +97,7 @@ def _failed_write(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     told = None if isinstance(error, Llm2CompError) else _NATIVE.search(str(error))
-    return told and (told[1] or "not all of it could be written").strip()
+    return told and (told[1] or "not all of it could be written, as on a full disk").strip()
 
 
 def sha256(path: Path) -> str:

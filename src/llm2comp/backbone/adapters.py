@@ -41,6 +41,8 @@ class AdapterStack:
             BackboneError: the targets match no module of this model.
         """
         config = self._config(settings, settings.dropout if dropout is None else dropout)
+        if isinstance(settings.targets, tuple) and (unknown := self._unmatched(settings.targets)) is not None:
+            raise self._no_target(unknown)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft speaks up for GPT-2's Conv1D and for a second adapter
             torch.manual_seed(seed)
@@ -137,12 +139,18 @@ class AdapterStack:
             base_model_name_or_path=self.model_name,
         )
 
+    def _unmatched(self, targets: tuple[str, ...]) -> list[str] | None:
+        """Those of the named targets that are no module of this model; None if all are some."""
+        modules = [f".{path}" for path, _ in self.lm.named_modules()]
+        unmatched = [name for name in targets if not any(path.endswith(f".{name}") for path in modules)]
+        return unmatched if unmatched or not targets else None
+
     def _no_target(self, targets: Any) -> BackboneError:
         linear = {n.rsplit(".", 1)[-1] for n, m in self.lm.named_modules() if isinstance(m, nn.Linear)}
         return BackboneError(
             "LoRA targets match no module",
             where=f"{self.model_name} (model_type {self.lm.config.model_type})",
             expected=f"some of {', '.join(sorted(linear))}",
-            found=", ".join(sorted(targets)),
+            found=", ".join(sorted(targets)) or "none",
             fix="set adapter.targets in the recipe",
         )

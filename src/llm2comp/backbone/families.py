@@ -58,6 +58,18 @@ class AttentionDropout:
             module.training = on
 
 
+def silence_dropout(lm: nn.Module) -> None:
+    """Set every dropout rate that a module applies by function to 0 (OPT's layers, Starcoder-2's projections).
+
+    Such a rate would act whenever the module is switched to training, which checkpointing and `AttentionDropout` do.
+    Dropout modules need nothing: they stay in eval mode. The config keeps its values.
+    """
+    for module in lm.modules():
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def attention_dropouts(lm: nn.Module) -> list[AttentionDropout]:
     """One entry per attention module of a model; empty for a family that has no such dropout."""
     found = []

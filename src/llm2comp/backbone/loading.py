@@ -12,7 +12,6 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from llm2comp.backbone.families import BUILTIN_MODELS
 from llm2comp.backbone.model import Backbone
@@ -65,6 +64,13 @@ def load_config(settings: ModelSettings) -> Any:
         return transformers.AutoConfig.from_pretrained(model_source(settings), revision=settings.revision)
 
 
+def load_skeleton(settings: ModelSettings) -> Any:
+    """The model without weights (meta tensors), from its configuration. Raises BackboneError when it cannot be made."""
+    config = load_config(settings)
+    with _explained(settings.name), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
 def base_licence(settings: ModelSettings) -> str:
     """Licence that the model's card names, or `unknown`; an encoder made from it cannot be freer."""
     folder = Path(model_source(settings))
@@ -72,7 +78,7 @@ def base_licence(settings: ModelSettings) -> str:
         card = huggingface_hub.ModelCard.load(
             folder / "README.md" if folder.is_dir() else settings.name, ignore_metadata_errors=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # no network, no file, a header that is not YAML: nothing to stop a run for
         log.info("%s: no model card (%s)", settings.name, type(error).__name__)
         return "unknown"
     return str(card.data.license or "unknown")
@@ -82,7 +88,7 @@ def base_licence(settings: ModelSettings) -> str:
 def _explained(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # what libraries raise on a broken or foreign file has no common base
         raise BackboneError(
             f"cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=name,
@@ -100,15 +106,20 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     device = resolve_device(settings.device)
     tokenizer = load_tokenizer(settings)
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
-    lm: Any
+    loaded: Any
     with _explained(settings.name):
-        lm = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
             model_source(settings),
             revision=settings.revision,
             dtype=default if settings.dtype == "auto" else getattr(torch, settings.dtype),
             attn_implementation=settings.attention_implementation,
             use_safetensors=True,
+            output_loading_info=True,
         )
+    lm, told = loaded
+    if told["missing_keys"]:  # transformers would fill them with noise
+        missing = sorted(told["missing_keys"])
+        raise BackboneError("lacks weights", where=settings.name, found=f"no {', '.join(missing[:3])}, {len(missing)} in all")
     backbone = Backbone(lm.to(device), tokenizer, settings.attention, settings.name)
     if backbone.bos_id is None:
         log.info("%s: the tokenizer has no BOS; texts start with their first token, the decoder with the memory", settings.name)
@@ -135,6 +146,9 @@ def probe(backbone: Backbone) -> None:
         first, second = (backbone.read(backbone.embed(x), mask)[0, 0].float() for x in (ids, other))
     except TypeError as error:
         raise BackboneError(f"cannot be run with is_causal=False: {error}", where=backbone.name) from error
+    if not (first.isfinite().all() and second.isfinite().all()):
+        fix = "set another model.dtype, or fetch the weights again: some are damaged"
+        raise BackboneError("gives states that are not finite", where=backbone.name, fix=fix)
     moved = (first - second).abs().max().item() > 1e-6 * first.abs().max().item()
     if moved != (backbone.attention == "bidirectional"):
         raise BackboneError(

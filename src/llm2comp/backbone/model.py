@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm2comp.backbone.adapters import AdapterStack
-from llm2comp.backbone.families import attention_dropouts, scale_logits
+from llm2comp.backbone.families import attention_dropouts, scale_logits, silence_dropout
 from llm2comp.errors import BackboneError
 from llm2comp.tokens import position_ids
 
@@ -37,6 +37,7 @@ class Backbone(nn.Module):
         self.name = name
         self.adapters = AdapterStack(lm, name)
         self._dropouts = attention_dropouts(lm)
+        silence_dropout(lm)
         self._dropout_on = False
         self.set_attention_dropout(0.0)
 

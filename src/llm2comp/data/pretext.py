@@ -15,6 +15,7 @@ from llm2comp.recipe import PretextStage
 from llm2comp.tokens import SplitTexts, split_site
 
 TOKENISE_AT_ONCE = 1000
+WINDOW_BATCHES = 16
 
 
 def token_rows(
@@ -71,21 +72,43 @@ def _pieces(ids: list[int], max_tokens: int, chunk: bool, bos_id: int | None) ->
 
 
 class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Sample i of a run, for i in 0..samples−1: text i of a shuffle per epoch, split at a site fixed by (seed, i)."""
+    """Sample i of a run, for i in 0..samples−1: a text of this epoch's shuffle, split at a site fixed by (seed, i).
 
-    def __init__(self, rows: Sequence[np.ndarray], samples: int, margin: int, seed: int) -> None:
+    Args:
+        rows: texts as token ids.
+        samples: how many the run draws.
+        margin: least tokens on both sides of a site.
+        seed: of the shuffles and the sites.
+        batch_size: > 1 lets samples that fall into one batch be of like length, which saves padding: each window of 16
+            shuffled batches is sorted by length, its batches shuffled. Texts that fill no batch wait for the next epoch.
+    """
+
+    def __init__(self, rows: Sequence[np.ndarray], samples: int, margin: int, seed: int, batch_size: int = 1) -> None:
         self.rows, self.samples, self.margin, self.seed = rows, samples, margin, seed
+        self.batch_size = batch_size if batch_size <= len(rows) else 1
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        epoch, place = divmod(i, len(self.rows))
+        epoch, place = divmod(i, len(self.rows) - len(self.rows) % self.batch_size)
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
+            self._order = (epoch, self._shuffle(epoch))
         ids = self.rows[int(self._order[1][place])].tolist()
         return {"ids": ids, "site": split_site(len(ids), self.margin, self.seed, i)}
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.rows))
+        if self.batch_size == 1:
+            return order
+        order = order[: len(order) - len(order) % self.batch_size]
+        lengths = np.array([len(self.rows[i]) for i in order])
+        window = self.batch_size * WINDOW_BATCHES
+        parts = range(0, len(order), window)
+        order = np.concatenate([order[s : s + window][np.argsort(lengths[s : s + window], kind="stable")] for s in parts])
+        return rng.permutation(order.reshape(-1, self.batch_size)).ravel()
 
 
 class PretextCollator:

@@ -10,6 +10,7 @@ import bm25s
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import cos_sim
+from torch import Tensor
 
 DEPTH = 10
 
@@ -46,9 +47,9 @@ class Collection:
             write_csv=False,
         )
 
-    def score(self, model: SentenceTransformer) -> Scores:
-        """Rank all documents by cosine; queries get the model's query prompt."""
-        found: Any = self._evaluator.compute_metrices(model)["cosine"]
+    def score(self, model: SentenceTransformer, documents_ND: Tensor | None = None) -> Scores:
+        """Rank all documents by cosine; queries get the model's query prompt. `documents_ND`: embedded before, in order."""
+        found: Any = self._evaluator.compute_metrices(model, corpus_embeddings=documents_ND)["cosine"]
         return _scores(found)
 
     def score_bm25(self) -> Scores:

@@ -1,6 +1,6 @@
 """Recipes: strict YAML → frozen models, the one source of truth for a run. No torch here."""
 
-from llm2comp.recipe.reading import find_recipe, load_recipe, parse_recipe, shipped_recipes
+from llm2comp.recipe.reading import change_recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
 from llm2comp.recipe.settings import (
     AdapterSettings,
     ContrastiveStage,
@@ -29,6 +29,7 @@ __all__ = [
     "Stage",
     "TextData",
     "UclStage",
+    "change_recipe",
     "find_recipe",
     "load_recipe",
     "parse_recipe",

@@ -25,13 +25,21 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     file = find_recipe(path)
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, a 45th day of a month
         raise RecipeError(f"not readable as YAML: {error}", where=str(file)) from error
     if not isinstance(tree, dict):
         raise RecipeError("not a recipe", where=str(file), expected="a mapping of settings", found=type(tree).__name__)
     for override in overrides:
         _apply(tree, override)
     return parse_recipe(tree, where=str(file))
+
+
+def change_recipe(recipe: Recipe, overrides: typing.Sequence[str]) -> Recipe:
+    """A recipe with `key.sub=value` overrides. Raises RecipeError as `load_recipe` does."""
+    tree = recipe.model_dump(mode="json")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree)
 
 
 def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -74,6 +82,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a name", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -87,7 +97,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise RecipeError("not an override", where=override, expected="key.sub=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"value is not YAML: {error}", where=override) from None
     *path, last = key.split(".")
     node: Any = tree

@@ -136,6 +136,7 @@ class PretextStage(Stage):
     long_texts: Literal["skip", "truncate", "chunk"] = Field(
         default="skip", description="texts over max_tokens: left out, cut, or cut into several"
     )
+    group_by_length: bool = Field(default=True, description="texts of like length share a batch; less padding")
     site_margin_tokens: Annotated[int, Field(ge=1)] = Field(
         default=10, description="split site uniform in [margin, L − margin]"
     )

@@ -8,17 +8,17 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from rich.table import Table
 
 from llm2comp.backbone import resolve_device
 from llm2comp.backbone.adapters import AdapterStack
-from llm2comp.backbone.loading import load_config, load_tokenizer
+from llm2comp.backbone.loading import load_skeleton, load_tokenizer
 from llm2comp.backbone.quiet import quiet_libraries
+from llm2comp.compressor import room_for_text
 from llm2comp.console import say
 from llm2comp.pretext.kl import CHUNK
 from llm2comp.recipe import ContrastiveStage, PretextStage, Recipe, SclStage, Stage, UclStage
-from llm2comp.training.stages import load_queries, load_texts
+from llm2comp.training.stages import enough, load_queries, load_texts, pair_datasets
 
 SAMPLE = 1000
 GIB = 2**30
@@ -43,9 +43,9 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
         BackboneError, DataError: as the run itself would.
     """
     device = resolve_device(recipe.model.device)
-    config = load_config(recipe.model)
-    with torch.device("meta"):
-        lm = transformers.AutoModelForCausalLM.from_config(config)
+    lm = load_skeleton(recipe.model)
+    config = lm.config
+    room_for_text(getattr(config, "max_position_embeddings", None), recipe.memory.tokens, SAMPLE)
     base_parameters = sum(p.numel() for p in lm.parameters())
     adapters = AdapterStack(lm, recipe.model.name)
     tokenizer = load_tokenizer(recipe.model)
@@ -68,13 +68,16 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
 
 
 def stage_texts(stage: Stage) -> tuple[list[str], int]:
-    """A stage's texts, and how many texts (views, columns) make one sample."""
+    """A stage's texts, and how many texts (views, columns) make one sample. Raises DataError as the stage would."""
     if isinstance(stage, SclStage):
         pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
+        pair_datasets(pairs, stage.batch_size)
         columns = 2 + max((len(p.negatives) for p in pairs), default=0)
         return [f"{p.anchor} {p.positive}" for p in pairs[:SAMPLE]] + [p.anchor for p in pairs[SAMPLE:]], columns
     assert isinstance(stage, PretextStage | UclStage)
     texts = [text for text in load_texts(stage.data) if len(text) >= stage.min_characters]
+    if isinstance(stage, UclStage):
+        enough("ucl", len(set(texts)), stage.batch_size)
     return texts, 2 if isinstance(stage, UclStage) else 1
 
 

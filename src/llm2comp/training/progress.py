@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from llm2comp.console import Bar
-from llm2comp.files import write_text
+from llm2comp.files import explain_disk_errors, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -80,5 +80,5 @@ class MetricsCallback(TrainerCallback):
                 **{key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs},
             }
             row["tokens_per_second"] = round(self.counter.rate(), 1)
-            with self.file.open("a", encoding="utf-8") as out:
+            with explain_disk_errors(self.file), self.file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")

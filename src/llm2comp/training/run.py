@@ -31,14 +31,16 @@ from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
 from llm2comp.files import explain_disk_errors, sha256, write_text
-from llm2comp.recipe import Recipe, Stage, load_recipe
-from llm2comp.training.stages import RUNNERS, query_prompt
+from llm2comp.recipe import Recipe, Stage, change_recipe, load_recipe
+from llm2comp.training.stages import RUNNERS, check_data, query_prompt
 
 FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
 RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = "recipe.yaml", "done.json", "config.json", "model"
 FORMAT_VERSION = 1
 # Settings that change what is written or how fast, not what is learned.
 NO_EFFECT = {"log_every_steps", "save_every_steps", "workers"}
+# Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads, where figures go.
+NO_STAGE = {"max_tokens", "report_to"}
 PACKAGES = ("llm2comp", "torch", "transformers", "peft", "sentence-transformers", "datasets", "accelerate", "numpy")
 
 
@@ -48,7 +50,7 @@ def train(recipe: Recipe | str | Path, out: str | Path | None = None, overrides:
     Args:
         recipe: a Recipe, a file, or the name of a shipped recipe.
         out: run directory; default `runs/<recipe name>`.
-        overrides: `key.sub=value` changes to a recipe file.
+        overrides: `key.sub=value` changes to the recipe.
 
     Returns:
         The run directory; `<run>/model` is the finished encoder.
@@ -57,11 +59,13 @@ def train(recipe: Recipe | str | Path, out: str | Path | None = None, overrides:
         Llm2CompError: see the family; nothing half-written stays in a stage that is called done.
     """
     quiet_libraries()
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    resolved = change_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     run = Path(out) if out is not None else Path("runs") / resolved.name
     if not _main_process():
         _run_stages(run, resolved)
         return run
+    _refuse_foreign(run, resolved)
+    check_data(resolved)
     with explain_disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     try:
@@ -116,7 +120,8 @@ def _run_stages(run: Path, recipe: Recipe) -> None:
             say(f"{folder.name}: done before")
             compressor.load(folder, name)
         else:
-            folder.mkdir(exist_ok=True, parents=True)
+            if _main_process():
+                _begin(recipe, name, key, folder)
             begin = time.time()
             RUNNERS[name](compressor, stage, folder, recipe.seed + number, recipe.report_to)  # type: ignore[operator]
             if _main_process():
@@ -129,13 +134,22 @@ def _run_stages(run: Path, recipe: Recipe) -> None:
         write_text(run / MODEL_FOLDER / DONE_FILE, json.dumps({"inputs": exported}))
 
 
+def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
+    """A stage's folder to train in: with the checkpoints of an unfinished training on the same inputs, else empty."""
+    with explain_disk_errors(folder):
+        if folder.exists() and not _has_inputs(folder / CONFIG_FILE, key):
+            shutil.rmtree(folder)
+        (folder / DONE_FILE).unlink(missing_ok=True)
+    names = list(recipe.stages)
+    stack = names[: names.index(name) + 1]
+    config = {"format_version": FORMAT_VERSION, "stage": name, "stack": stack, "inputs": key}
+    write_text(folder / CONFIG_FILE, json.dumps(config))
+
+
 def _finish(compressor: Compressor, recipe: Recipe, name: str, key: str, seconds: float, folder: Path) -> None:
     """Write a stage's result, say that it is done, drop its checkpoints."""
     with explain_disk_errors(folder):
         compressor.save(folder, name)
-    names = list(recipe.stages)
-    stack = names[: names.index(name) + 1]
-    write_text(folder / CONFIG_FILE, json.dumps({"format_version": FORMAT_VERSION, "stage": name, "stack": stack}))
     done = {"inputs": key, "steps": recipe.stages[name].steps, "seconds": round(seconds, 1)}
     write_text(folder / DONE_FILE, json.dumps(done))
     for checkpoint in folder.glob("checkpoint-*"):
@@ -153,12 +167,14 @@ def _push_adapter(compressor: Compressor, recipe: Recipe, name: str) -> None:
     compressor.backbone.adapters.add(name, recipe.adapter, stage.adapter_dropout, seed)
 
 
-def _claim(run: Path, recipe: Recipe) -> None:
-    """Make the directory this recipe's, or find that it is another's."""
+def _refuse_foreign(run: Path, recipe: Recipe) -> None:
+    """Raise RunError for a directory of another recipe that has trained something, or of something else."""
     file = run / RECIPE_FILE
     if file.exists():
+        if not (any(run.glob(f"*/{DONE_FILE}")) or any(run.glob("*/checkpoint-*"))):
+            return
         before, now = _flat(load_recipe(file).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key.split(".")[-1] not in NO_EFFECT]
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and _matters(key.split("."))]
         if changed:
             lines = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked for" for key in sorted(changed)[:5]]
             raise RunError(
@@ -167,8 +183,18 @@ def _claim(run: Path, recipe: Recipe) -> None:
                 found="; ".join(lines),
                 fix="give another --out, or delete the directory",
             )
-    elif any(path.name != ".lock" for path in run.iterdir()):
+    elif run.is_dir() and any(path.name != ".lock" for path in run.iterdir()):
         raise RunError("the directory is not empty and not a run", where=str(run), fix="give another --out")
+
+
+def _matters(path: list[str]) -> bool:
+    """Whether another value of a setting is another training."""
+    return path[-1] not in NO_EFFECT and path[0] not in NO_STAGE
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
+    """Make the directory this recipe's."""
+    _refuse_foreign(run, recipe)
     environment = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -177,7 +203,7 @@ def _claim(run: Path, recipe: Recipe) -> None:
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_text(file, recipe.to_yaml())
+    write_text(run / RECIPE_FILE, recipe.to_yaml())
     write_text(run / "environment.json", json.dumps(environment, indent=1))
 
 
@@ -192,15 +218,20 @@ def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     """Hash of all that a stage's result depends on: its settings, model, adapter, seed, data files, the stage before."""
     settings = stage.model_dump(mode="json", exclude=NO_EFFECT)
     shared = recipe.model_dump(mode="json", include={"model", "memory", "adapter", "seed"})
-    files = {d["source"]: sha256(Path(d["source"])) for d in settings["data"] if Path(d["source"]).is_file()}
+    paths = {d["source"]: Path(d["source"]).expanduser() for d in settings["data"]}
+    files = {source: sha256(path) for source, path in paths.items() if path.is_file()}
     payload = json.dumps([FORMAT_VERSION, name, settings, shared, files, previous], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
 
 def _is_done(folder: Path, key: str) -> bool:
+    return _has_inputs(folder / DONE_FILE, key)
+
+
+def _has_inputs(file: Path, key: str) -> bool:
     try:
-        return bool(json.loads((folder / DONE_FILE).read_text())["inputs"] == key)
-    except (OSError, ValueError, KeyError):
+        return bool(json.loads(file.read_text())["inputs"] == key)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -20,7 +20,7 @@ from llm2comp.data.pretext import PretextCollator, PretextRows, token_rows
 from llm2comp.data.sources import Pair, read_pairs, read_texts
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import DataError
-from llm2comp.recipe import PairData, PretextStage, SclStage, Stage, TextData, UclStage
+from llm2comp.recipe import PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
 from llm2comp.training import progress
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.trainers import ContrastiveTrainer, PretextModel, PretextTrainer, last_checkpoint
@@ -58,7 +58,7 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
     compressor.learn(memory=True, embeddings=stage.train_embeddings == "all")
     max_tokens = compressor.max_tokens(stage.max_tokens)
     rows, left_out = token_rows(load_texts(stage.data), stage, backbone.tokenise, max_tokens, backbone.bos_id)
-    reasons = "".join(f"; left out: {count:,} {reason}" for reason, count in left_out.items())
+    reasons = "; left out: " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     say(f"stage 1: {len(rows):,} texts of up to {max_tokens} tokens{reasons}")
     arguments = TrainingArguments(
         gradient_accumulation_steps=stage.gradient_accumulation_steps, **_arguments(compressor, stage, folder, seed, report_to)
@@ -67,7 +67,9 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
     trainer = PretextTrainer(
         model=PretextModel(compressor, stage),
         args=arguments,
-        train_dataset=PretextRows(rows, samples, stage.site_margin_tokens, seed),
+        train_dataset=PretextRows(
+            rows, samples, stage.site_margin_tokens, seed, stage.batch_size if stage.group_by_length else 1
+        ),
         data_collator=PretextCollator(backbone.pad_id),
     )
     _train(trainer, compressor, "pretext", stage, folder)
@@ -76,7 +78,7 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
 def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, report_to: Sequence[str]) -> None:
     """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout."""
     texts = [text for text in load_texts(stage.data) if len(text) >= stage.min_characters]
-    _enough("ucl", len(texts), stage.batch_size)
+    enough("ucl", len(set(texts)), stage.batch_size)
     say(f"stage 2: {len(texts):,} texts of {stage.min_characters} characters or more")
     compressor.learn(memory=stage.train_memory)
     model = as_sentence_transformer(compressor, stage.max_tokens)
@@ -91,9 +93,7 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, re
 def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, report_to: Sequence[str]) -> None:
     """Stage 3 (METHOD 2): query against positive, hard negatives and the rest of the batch."""
     pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
-    rows = pair_datasets(pairs)
-    for part in rows.values():
-        _enough("scl", len(part), stage.batch_size)
+    rows = pair_datasets(pairs, stage.batch_size)
     say(f"stage 3: {len(pairs):,} pairs; " + ", ".join(f"{len(part):,} {name}" for name, part in rows.items()))
     compressor.learn(memory=stage.train_memory)
     limits = {"query": stage.query_max_tokens, "document": stage.document_max_tokens}
@@ -112,11 +112,35 @@ def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, re
 RUNNERS = {"pretext": run_pretext, "ucl": run_ucl, "scl": run_scl}
 
 
-def pair_datasets(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Pairs as one table per number of hard negatives (a batch needs as many for each of its queries)."""
+def check_data(recipe: Recipe) -> None:
+    """Find a missing file or column of any stage before the first one trains: reads a row of each source."""
+    for stage in recipe.stages.values():
+        specs: tuple[TextData | PairData, ...] = stage.data  # type: ignore[attr-defined]
+        for spec in specs:
+            first = spec.model_copy(update={"limit": 1})
+            read_pairs(first) if isinstance(first, PairData) else read_texts(first)
+
+
+def pair_datasets(pairs: Sequence[Pair], batch_size: int) -> dict[str, Any]:
+    """Pairs as one table per number of hard negatives (a batch needs as many for each of its queries).
+
+    Where too few for a batch have so many negatives, the last ones of these are dropped; where too few have so little, the
+    pairs are left out.
+
+    Raises:
+        DataError: too few pairs for one batch.
+    """
     groups: dict[int, list[Pair]] = defaultdict(list)
     for pair in pairs:
         groups[len(pair.negatives)].append(pair)
+    for count in sorted(groups, reverse=True):
+        if _distinct(groups[count]) < batch_size and count > min(groups):
+            groups[max(fewer for fewer in groups if fewer < count)] += groups.pop(count)
+    lowest = min(groups)
+    if len(groups) == 1:
+        enough("scl", _distinct(groups[lowest]), batch_size)
+    elif _distinct(groups[lowest]) < batch_size:
+        say(f"left out: {len(groups.pop(lowest)):,} pairs with {lowest} hard negatives, too few for a batch")
     tables = {}
     for count, group in sorted(groups.items()):
         columns = {"anchor": [p.anchor for p in group], "positive": [p.positive for p in group]}
@@ -125,10 +149,16 @@ def pair_datasets(pairs: Sequence[Pair]) -> dict[str, Any]:
     return tables
 
 
-def _enough(stage: str, rows: int, batch_size: int) -> None:
+def _distinct(pairs: Sequence[Pair]) -> int:
+    """How many pairs one batch without duplicates can hold, at most."""
+    return min(len({pair.anchor for pair in pairs}), len({pair.positive for pair in pairs}))
+
+
+def enough(stage: str, rows: int, batch_size: int) -> None:
+    """Raise DataError when no batch can be filled."""
     if rows < batch_size:
         raise DataError(
-            "too few rows for one batch",
+            "too few distinct rows for one batch",
             where=f"{stage}.data",
             expected=f"batch_size = {batch_size:,} or more",
             found=f"{rows:,}",

@@ -15,7 +15,8 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
 from llm2comp.compressor import Compressor
-from llm2comp.files import explain_disk_errors
+from llm2comp.errors import RunError
+from llm2comp.files import whole_or_gone
 from llm2comp.pretext import DEFAULT_WEIGHTING, OBJECTIVES, count_items
 from llm2comp.recipe import PretextStage, Stage
 from llm2comp.tokens import SplitTexts
@@ -45,10 +46,17 @@ class StageMixin:
         return lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Count text tokens, then the trainer's own step."""
+        """Count text tokens, then the trainer's own step. Raises RunError when the loss has run away."""
         masks = [v for k, v in inputs.items() if k.endswith("attention_mask") or k == "text_mask"]
         self.counter.tokens += sum(int(mask.sum()) for mask in masks)
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not loss.isfinite():
+            trainer: Any = self
+            raise RunError(
+                "the loss is not finite",
+                where=f"{self.stage_name}, step {trainer.state.global_step + 1}",
+                fix=f"lower {self.stage_name}.schedule.learning_rate or set precision: float32, in a new run directory",
+            )
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -63,7 +71,7 @@ class StageMixin:
         """Mark a checkpoint complete once all of it is written; an unmarked one is not resumed from."""
         trainer: Any = self
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        with explain_disk_errors(folder):
+        with whole_or_gone(folder):
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
             if trainer.args.should_save:
                 (folder / COMPLETE_FILE).touch()

@@ -1,0 +1,253 @@
+"""Objectives on one copy of the weights against a naive oracle that has three, and the trainer's means over a step.
+
+The oracle is written out here: encoder, teacher and decoder are copies of the LM, each text goes alone and unpadded, the full
+logits exist, one ordinary backward pass runs through decoder and encoder.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from families import FAMILIES, SENTENCES, make_compressor, push_adapter, relative_error, untouched
+from llm2comp.compressor import Compressor
+from llm2comp.pretext import OBJECTIVES, count_items
+from llm2comp.recipe import PretextStage
+from llm2comp.tokens import SplitTexts
+from llm2comp.training.stages import run_pretext
+
+LENGTHS, SITES = (17, 9, 23, 12), (9, 4, 5, 11)
+CASES = [(objective, weighting) for objective in OBJECTIVES for weighting in ("sample_mean", "token_mean")]
+
+
+def rows_for(compressor):
+    generator = torch.Generator().manual_seed(7)
+    rows = [torch.randint(2, 300, (length,), generator=generator).tolist() for length in LENGTHS]
+    bos = compressor.backbone.bos_id
+    return rows if bos is None else [[bos, *row[1:]] for row in rows]
+
+
+def oracle(family, compressor, objective, weighting, temperature=1.0):
+    """Loss, and gradients of every adapter weight, of the memory and of the encoder's own embeddings if it has some."""
+    encoder, frozen = copy.deepcopy(compressor), untouched(family)
+    lm = encoder.backbone.lm
+    embed = encoder.embedding or lm.get_input_embeddings()
+    table = frozen.get_input_embeddings()
+    bos = [] if encoder.backbone.bos_id is None else [encoder.backbone.bos_id]
+    per_text = []
+    for row, site in zip(rows_for(compressor), SITES, strict=True):
+        context, continuation = torch.tensor([row[:site]]), torch.tensor([row[site:]])
+        read = torch.cat([embed(context), encoder.memory.vectors_KD[None]], 1)
+        attention = {"is_causal": False} if encoder.backbone.attention == "bidirectional" else {}
+        memory = lm.base_model(inputs_embeds=read, use_cache=False, **attention).last_hidden_state[:, site:]
+        start = table(torch.tensor([bos], dtype=torch.int64))
+        decoded = frozen(inputs_embeds=torch.cat([start, memory, table(continuation)], 1), use_cache=False).logits[0]
+        student = decoded[len(bos) + memory.shape[1] - 1 :]
+        if objective == "ctkd":
+            teacher = frozen(torch.tensor([row]), use_cache=False).logits[0, site - 1 :].detach()
+            logs = [functional.log_softmax(logits / temperature, -1) for logits in (student, teacher)]
+            per_text.append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
+        else:
+            per_text.append(functional.cross_entropy(student[:-1], continuation[0], reduction="none"))
+    loss = torch.cat(per_text).mean() if weighting == "token_mean" else torch.stack([x.mean() for x in per_text]).mean()
+    loss.backward()
+    return loss.item(), gradients(encoder)
+
+
+def gradients(compressor):
+    found = {name: p.grad for name, p in compressor.backbone.lm.named_parameters() if p.grad is not None}
+    found["memory"] = compressor.memory.vectors_KD.grad
+    if compressor.embedding is not None:
+        found["embeddings"] = compressor.embedding.weight.grad
+    return found
+
+
+def ours(compressor, objective, weighting, temperature=1.0):
+    batch = SplitTexts.from_rows(rows_for(compressor), SITES, compressor.backbone.pad_id)
+    items = count_items(objective, weighting, batch.continuation.mask_BT)
+    loss = OBJECTIVES[objective](compressor, batch, weighting, items, temperature)
+    loss.backward()
+    return loss.item(), gradients(compressor)
+
+
+def assert_equal(found, expected, lora_weights):
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[0] > 5e-3
+    assert set(found[1]) == set(expected[1])
+    assert len([name for name in found[1] if "lora_" in name]) == lora_weights
+    for name, gradient in expected[1].items():
+        assert relative_error(found[1][name], gradient) < 1e-4, name
+
+
+def make(family, checkpointing=False, dropout=0.0, **settings):
+    """Two adapters, the older one frozen; the newer one and the memory learn."""
+    compressor = make_compressor(family, dropout=dropout, **settings).train()
+    compressor.learn(memory=True)
+    compressor.backbone.set_checkpointing(checkpointing)
+    return compressor
+
+
+def count_calls(compressor):
+    """How often the first layer's MLP runs."""
+    name = next(n for n, _ in compressor.backbone.lm.named_modules() if n.rsplit(".", 1)[-1] == "mlp")
+    calls = []
+    compressor.backbone.lm.get_submodule(name).register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(("objective", "weighting"), CASES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_equals_the_oracle(family, objective, weighting, checkpointing):
+    compressor = make(family, checkpointing)
+    expected = oracle(family, make(family), objective, weighting)
+    calls = count_calls(compressor)
+    found = ours(compressor, objective, weighting)
+    assert_equal(found, expected, len(list(compressor.backbone.adapters.parameters("ucl"))))
+    passes = 3 if objective == "ctkd" else 2
+    assert len(calls) == (passes + 2 if checkpointing else passes), "recomputed are the encoder and the decoder pass"
+
+
+@pytest.mark.parametrize("weighting", ["sample_mean", "token_mean"])
+def test_temperature(weighting):
+    expected = oracle("llama", make("llama"), "ctkd", weighting, temperature=2.5)
+    compressor = make("llama")
+    assert_equal(ours(compressor, "ctkd", weighting, 2.5), expected, len(compressor.backbone.adapters.parameters("ucl")))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_causal_encoder(family, checkpointing):
+    compressor = make(family, checkpointing, attention="causal")
+    expected = oracle(family, make(family, attention="causal"), "ctkd", "sample_mean")
+    found = ours(compressor, "ctkd", "sample_mean")
+    assert_equal(found, expected, len(compressor.backbone.adapters.parameters("ucl")))
+    assert abs(found[0] - ours(make(family), "ctkd", "sample_mean")[0]) > 1e-3, "vacuous: attention makes no difference"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize(("objective", "weighting"), [("ctkd", "sample_mean"), ("continuation", "token_mean")])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])
+def test_own_embeddings_learn_and_the_base_table_does_not(family, objective, weighting, checkpointing):
+    """`train_embeddings: all`, also where the base's table is its head (Qwen2, Gemma 3, GPT-2)."""
+
+    def own(checkpointing):
+        compressor = make(family, checkpointing)
+        compressor.learn(memory=True, embeddings=True)
+        generator = torch.Generator().manual_seed(5)
+        compressor.embedding.weight.data += 0.05 * torch.randn(compressor.embedding.weight.shape, generator=generator)
+        return compressor
+
+    compressor = own(checkpointing)
+    expected = oracle(family, own(False), objective, weighting)
+    found = ours(compressor, objective, weighting)
+    assert "embeddings" in found[1]
+    assert_equal(found, expected, len(compressor.backbone.adapters.parameters("ucl")))
+    rows = rows_for(compressor)
+    read = sorted({i for row, site in zip(rows, SITES, strict=True) for i in row[:site]})
+    touched = found[1]["embeddings"].abs().sum(1).nonzero().flatten().tolist()
+    assert touched == read, "exactly the rows of context tokens"
+    torch.optim.SGD([p for p in compressor.parameters() if p.requires_grad], lr=1.0).step()
+    table = compressor.backbone.embedding_table
+    assert torch.equal(table, untouched(family).get_input_embeddings().weight)
+    assert table.grad is None
+    assert not torch.equal(compressor.embedding.weight, table)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputed_layers_drop_what_they_dropped(family):
+    """Adapter and attention dropout on: checkpointing changes no bit of what was drawn, in encoder and decoder."""
+    results = []
+    for checkpointing in (False, True):
+        compressor = make(family, checkpointing, dropout=0.3)
+        compressor.backbone.set_attention_dropout(0.2)
+        torch.manual_seed(11)
+        results.append(ours(compressor, "ctkd", "sample_mean"))
+        assert compressor.training
+    assert_equal(results[1], results[0], len(compressor.backbone.adapters.parameters("ucl")))
+    torch.manual_seed(12)
+    other = ours(make(family, dropout=0.3), "ctkd", "sample_mean")
+    assert abs(other[0] - results[0][0]) > 1e-4, "vacuous: dropout does nothing"
+
+
+def test_value_without_gradient_is_the_same():
+    compressor = make("llama")
+    with_gradient = ours(compressor, "ctkd", "sample_mean")[0]
+    batch = SplitTexts.from_rows(rows_for(compressor), SITES)
+    with torch.no_grad():
+        assert OBJECTIVES["ctkd"](compressor, batch, "sample_mean", len(SITES)).item() == pytest.approx(with_gradient, rel=1e-6)
+
+
+def test_loss_ignores_padding_and_batch_mates():
+    """Each text alone, weighted as in the batch, adds up to the batch's loss."""
+    compressor = make("llama").eval()
+    rows = rows_for(compressor)
+    for objective, weighting in CASES:
+        whole = SplitTexts.from_rows(rows, SITES, pad_id=5)
+        items = count_items(objective, weighting, whole.continuation.mask_BT)
+        with torch.no_grad():
+            together = OBJECTIVES[objective](compressor, whole, weighting, items).item()
+            alone = [
+                OBJECTIVES[objective](compressor, SplitTexts.from_rows([row], [site]), weighting, items).item()
+                for row, site in zip(rows, SITES, strict=True)
+            ]
+        assert sum(alone) == pytest.approx(together, rel=1e-5)
+
+
+def test_count_items():
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    assert count_items("ctkd", "sample_mean", mask) == count_items("continuation", "sample_mean", mask) == 2
+    assert count_items("ctkd", "token_mean", mask) == 6
+    assert count_items("continuation", "token_mean", mask) == 4
+
+
+@pytest.fixture
+def texts(tmp_path):
+    file = tmp_path / "texts.txt"
+    lines = [" ".join(SENTENCES[(i + j) % 5] for j in range(1 + i % 4)) + f" {i}" for i in range(40)]
+    file.write_text("\n".join(lines))
+    return str(file)
+
+
+def fresh():
+    compressor = Compressor.fresh(make_compressor(stages=()).backbone, 3, seed=3)
+    push_adapter(compressor.backbone, "pretext", dropout=0.0)
+    return compressor
+
+
+@pytest.mark.parametrize(("objective", "weighting"), CASES)
+def test_accumulation_equals_one_large_batch(texts, tmp_path, objective, weighting):
+    """4 × 2 = 8 × 1 through the real stage: ragged texts, so means over micro-batches would be another thing."""
+    results = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        compressor = fresh()
+        before = torch.cat([p.detach().flatten() for p in compressor.backbone.adapters.parameters("pretext")])
+        stage = PretextStage(
+            data=[{"source": texts}],
+            objective=objective,
+            position_weighting=weighting,
+            steps=2,
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=None,
+            min_characters=0,
+            max_tokens=128,
+            site_margin_tokens=4,
+            group_by_length=False,  # else the three runs meet the texts in other orders
+            log_every_steps=1,
+            schedule={"learning_rate": 1e-2, "warmup": "linear"},
+        )
+        folder = tmp_path / f"{batch_size}"
+        folder.mkdir()
+        run_pretext(compressor, stage, folder, seed=5, report_to=())
+        after = torch.cat([p.detach().flatten() for p in compressor.backbone.adapters.parameters("pretext")])
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in log] == [1, 2]
+        results.append((after - before, [row["loss"] for row in log], [row["grad_norm"] for row in log]))
+    update, losses, norms = results[0]
+    for other_update, other_losses, other_norms in results[1:]:
+        assert other_losses == pytest.approx(losses, rel=1e-4)
+        assert other_norms == pytest.approx(norms, rel=1e-4)
+        assert relative_error(other_update, update) < 1e-2

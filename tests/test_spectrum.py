@@ -1,0 +1,73 @@
+"""Spectra that are known in closed form."""
+
+import numpy as np
+import pytest
+
+from llm2comp.analysis.spectrum import effective_rank, spectrum
+from llm2comp.errors import DataError
+
+D, N = 8, 64
+
+
+def embeddings_with(values, shift=0.0, seed=0):
+    """N embeddings whose covariance has exactly these eigenvalues, in a random basis."""
+    rng = np.random.default_rng(seed)
+    columns = rng.standard_normal((N, len(values)))
+    columns, _ = np.linalg.qr(columns - columns.mean(0))  # mean-free, orthonormal
+    basis, _ = np.linalg.qr(rng.standard_normal((len(values), len(values))))
+    return columns * np.sqrt(N * np.asarray(values)) @ basis + shift
+
+
+@pytest.mark.parametrize("values", [np.ones(D), [3.0, 2, 1, 0.5, 0.1, 0, 0, 0], 1 / np.arange(1, D + 1) ** 1.5])
+def test_spectrum_is_that_of_the_covariance(values):
+    found = spectrum(embeddings_with(values, shift=5.0))
+    assert found.shape == (D,)
+    np.testing.assert_allclose(found, values, atol=1e-10)
+
+
+def test_identity_covariance_has_full_rank():
+    assert effective_rank(spectrum(embeddings_with(np.full(D, 0.3)))) == pytest.approx(D, abs=1e-6)
+
+
+def test_one_direction_has_rank_one():
+    line = np.outer(np.linspace(-1, 1, N), np.arange(1, D + 1))
+    assert effective_rank(spectrum(line)) == pytest.approx(1.0, abs=1e-6)
+    assert effective_rank(spectrum(np.ones((N, D)))) == 1.0, "all the same: no spread at all"
+
+
+def test_two_equal_directions_have_rank_two_whatever_their_size():
+    for size in (1e-6, 1.0, 1e6):
+        assert effective_rank([size, size, 0, 0]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
+def test_power_law(exponent):
+    sigma = np.arange(1, 101) ** -exponent
+    z = sigma.sum()
+    # exp(−Σ p ln p) with ln p_i = −a ln i − ln Z
+    entropy = sum(s / z * (exponent * np.log(i) + np.log(z)) for i, s in enumerate(sigma, 1))
+    assert effective_rank(sigma) == pytest.approx(np.exp(entropy), rel=1e-12)
+    assert 1 < effective_rank(sigma) < 100
+
+
+def test_rank_falls_as_the_spectrum_steepens():
+    ranks = [effective_rank(spectrum(embeddings_with(np.arange(1, D + 1) ** -a))) for a in (0.0, 0.5, 1.0, 2.0, 4.0)]
+    assert ranks == sorted(ranks, reverse=True)
+    assert ranks[0] == pytest.approx(D)
+
+
+def test_float32_and_one_dimension():
+    assert spectrum(np.array([[1.0], [3.0]], dtype=np.float32)) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("bad", [np.zeros((1, 4)), np.zeros(4), [[1.0, np.nan], [0.0, 1.0]]])
+def test_what_has_no_spectrum(bad):
+    with pytest.raises(DataError):
+        spectrum(bad)
+
+
+def test_row_that_is_not_finite_is_named():
+    x = np.ones((5, 3))
+    x[3, 1] = np.inf
+    with pytest.raises(DataError, match=r"row 3, 1 in all"):
+        spectrum(x)
