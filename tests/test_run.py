@@ -387,3 +387,20 @@ def test_copied_run_directories_are_runs(tmp_path):
     before = state(run)
     assert llm2comp.train(recipe, run) == run
     assert state(run) == before
+
+
+def test_other_weights_under_the_same_name_train_anew(tmp_path):
+    """The folder of a local model may be replaced; stages that its old weights made do not count as done."""
+    from llm2comp.backbone import weights_digest
+    from llm2comp.recipe import ModelSettings
+
+    folder = tmp_path / "backbone"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"a" * 3_000_000)
+    first = weights_digest(ModelSettings(name=str(folder)))
+    assert first == weights_digest(ModelSettings(name=str(folder)))
+    (folder / "model.safetensors").write_bytes(b"a" * 2_999_999 + b"b")
+    assert weights_digest(ModelSettings(name=str(folder))) != first
+    assert weights_digest(ModelSettings(name="owner/on-the-hub")) == ""
+    assert weights_digest(ModelSettings(name="builtin:tiny")) != ""

@@ -10,7 +10,7 @@ loading.py: from a name to a probed Backbone.
 """
 
 from llm2comp.backbone.adapters import AdapterStack
-from llm2comp.backbone.loading import base_licence, load_backbone, probe, resolve_device
+from llm2comp.backbone.loading import base_licence, load_backbone, probe, resolve_device, weights_digest
 from llm2comp.backbone.model import Backbone
 
-__all__ = ["AdapterStack", "Backbone", "base_licence", "load_backbone", "probe", "resolve_device"]
+__all__ = ["AdapterStack", "Backbone", "base_licence", "load_backbone", "probe", "resolve_device", "weights_digest"]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from llm2comp.backbone import base_licence, load_backbone
+from llm2comp.backbone import base_licence, load_backbone, weights_digest
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.compressor import Compressor
 from llm2comp.console import say
@@ -215,12 +215,14 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
-    """Hash of all that a stage's result depends on: its settings, model, adapter, seed, data files, the stage before."""
+    """Hash of all that a stage's result depends on: settings, model and its weights, adapter, seed, data, the stage before."""
     settings = stage.model_dump(mode="json", exclude=NO_EFFECT)
     shared = recipe.model_dump(mode="json", include={"model", "memory", "adapter", "seed"})
     paths = {d["source"]: Path(d["source"]).expanduser() for d in settings["data"]}
     files = {source: sha256(path) for source, path in paths.items() if path.is_file()}
-    payload = json.dumps([FORMAT_VERSION, name, settings, shared, files, previous], sort_keys=True)
+    python = platform.python_version() if "builtin:python-docs" in paths else ""  # its documentation is the data
+    model = weights_digest(recipe.model)
+    payload = json.dumps([FORMAT_VERSION, name, settings, shared, model, files, python, previous], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
 
