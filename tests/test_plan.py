@@ -102,7 +102,7 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch):
     assert f"│ {first.trainable:,} " in table["pretext"]
     assert "│ 28 " in table["pretext"], "7 steps of 4 samples"
     assert set(table) == {"pretext", "ucl", "scl"}
-    assert re.search(r"^cpu: [\d.]+ GiB free, base model 0\.0 GiB, needs about 0\.0 GiB: will fit$", said.err, re.MULTILINE)
+    assert re.search(r"^cpu: [\d.]+ GiB free, base model 0\.0 GiB, needs about 1\.5 GiB: will fit$", said.err, re.MULTILINE)
 
 
 def test_verdict_when_it_will_not_fit(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from llm2comp.training.stages import enough, load_queries, load_texts, pair_data
 
 SAMPLE = 1000
 GIB = 2**30
+PROCESS = 3 * GIB // 2  # interpreter, libraries and texts, as the demo's process holds them between its stages
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,6 @@ def show_plan(recipe: Recipe) -> None:
     say(table)
     device = resolve_device(recipe.model.device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    worst = max(p.peak for p in plans)
+    worst = max(p.peak for p in plans) + (PROCESS if device.type == "cpu" else 0)
     verdict = "will fit" if worst < 0.9 * free else "will probably NOT fit: lower batch_size, or set gradient_checkpointing"
     say(f"{device}: {free / GIB:.1f} GiB free, base model {base / GIB:.1f} GiB, needs about {worst / GIB:.1f} GiB: {verdict}")
