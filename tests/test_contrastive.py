@@ -187,6 +187,21 @@ def test_denominators_differ():
     assert losses[1] > losses[0] + 1e-3
 
 
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_a_small_loss_keeps_its_digits(mini_batch_size):
+    """Both views alike: scores of 1 / temperature cancel, in float32 all but the first digit if taken as they are."""
+    compressor = make_compressor("llama")
+    model = as_sentence_transformer(compressor, 64)
+    stage = UclStage(**DATA, temperature=0.02, mini_batch_size=mini_batch_size)
+    columns = [ANCHORS, ANCHORS]
+    with torch.no_grad():
+        first, second = (x.double() for x in embeddings(compressor, columns))
+    loss = contrastive_loss(model, stage)(features_of(model, columns), None).item()
+    expected = naive(first, second, stage.temperature).item()
+    assert 1e-9 < expected < 1e-3
+    assert loss == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradcache_draws_the_same_dropout_twice(checkpointing):
     """With dropout on, the second encoding of a mini-batch must drop what the first one dropped: a small step along the
