@@ -27,7 +27,9 @@ RANKS: tuple[frozenset[str], ...] = tuple(
         "analysis evaluation",
         "export training",
         "loading",
-        "embed demo serve report",
+        "embed",
+        "evaluate analyze report",
+        "demo serve",
         "cli",
         "__init__ __main__",
     )

@@ -320,8 +320,11 @@ def test_a_run_in_use(tmp_path):
 @pytest.mark.parametrize("stage", ["pretext", "ucl", "scl"])
 def test_a_learning_rate_that_runs_away(tmp_path, stage):
     overrides = (f"{stage}.schedule.learning_rate=1.0e+38", f"{stage}.schedule.warmup_steps=0")
-    said = train(tmp_path, *overrides, **only(stage))
+    said = train(tmp_path, *overrides, "watch=null", **only(stage))
     assert_refused(said, f"{stage}, step ", "the loss is not finite", f"lower {stage}.schedule.learning_rate")
+    shutil.rmtree(tmp_path / "run")
+    said = train(tmp_path, *overrides, **only(stage))
+    assert_refused(said, f"{stage}, step 1: the watch found", "not finite", f"lower {stage}.schedule.learning_rate")
     assert not list((tmp_path / "run").glob("*/done.json"))
 
 

@@ -117,7 +117,8 @@ def test_train_and_verify_say_where_the_result_is(tmp_path):
     said = cli("train", write_recipe(tmp_path, pretext=None, scl=None), "ucl.steps=1", "--out", tmp_path / "run")
     assert said.code == 0, said
     assert said.out == ""
-    assert said.err.endswith(f"finished: {tmp_path / 'run' / 'model'}\n")
+    assert said.err.endswith(f"finished: {tmp_path / 'run' / 'model'}\nreport: {tmp_path / 'run' / 'report.html'}\n")
+    assert "tiny-run" in (tmp_path / "run" / "report.html").read_text()
     said = cli("verify", tmp_path / "run" / "model")
     assert said.code == 0
     assert said.err == f"{tmp_path / 'run' / 'model'}: sound, lowest cosine 1.0000000\n"

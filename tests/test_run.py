@@ -38,6 +38,7 @@ FILES_OF_A_STAGE = {
     "done.json",
     "memory.safetensors",
     "metrics.jsonl",
+    "watch.jsonl",
 }
 
 
@@ -47,7 +48,7 @@ def files_in(folder):
 
 def state(run):
     """Content and time of every file of a run that a second call must leave alone."""
-    rewritten = {"recipe.yaml", "environment.json", ".lock"}
+    rewritten = {"recipe.yaml", "environment.json", "report.html", ".lock"}
     return {name: ((run / name).read_bytes(), (run / name).stat().st_mtime_ns) for name in files_in(run) - rewritten}
 
 
@@ -272,7 +273,7 @@ def test_full_disk_at_a_checkpoint(tmp_path, size):
     with no_file_over(size):
         said = train(tmp_path, ucl=None, scl=None)
     assert_refused(said, "1-pretext/checkpoint-1: cannot write", "free space")
-    assert files_in(tmp_path / "run" / "1-pretext") == {"config.json", "metrics.jsonl"}
+    assert files_in(tmp_path / "run" / "1-pretext") == {"config.json", "metrics.jsonl", "watch.jsonl"}
     assert train(tmp_path, ucl=None, scl=None).code == 0
     assert cli("verify", tmp_path / "run" / "model").code == 0
 

@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+REPORT_FILE = "report.html"
 STDIN_NAME = "standard-input.txt"
 STOPPED = 130
 
@@ -38,7 +39,8 @@ class Role(StrEnum):
     document = "document"
 
 
-ModelArgument = Annotated[Path, typer.Option("--model", "-m", help="Model folder, run directory, or stage of a run.")]
+MODEL_HELP = "Model folder, run directory, stage of a run, mean:NAME (an untrained LM), or Hub id."
+ModelArgument = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best there is.")]
 
 
@@ -61,10 +63,14 @@ def train(
         show_plan(resolved)
         return
     from llm2comp.console import say
-    from llm2comp.training.run import MODEL_FOLDER
+    from llm2comp.report import report as write_report
+    from llm2comp.training.run import MODEL_FOLDER, is_main_process
     from llm2comp.training.run import train as run_recipe
 
-    say(f"finished: {run_recipe(resolved, out) / MODEL_FOLDER}")
+    run = run_recipe(resolved, out)
+    if is_main_process():
+        say(f"finished: {run / MODEL_FOLDER}")
+        say(f"report: {write_report([run], run / REPORT_FILE)}")
 
 
 @app.command()
@@ -145,6 +151,96 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder.")
     from llm2comp.export import verify as check
 
     say(f"{folder}: sound, lowest cosine {check(folder):.7f}")
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help=MODEL_HELP)],
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="paper14, or a task or benchmark of mteb's, such as 'MTEB(eng, v2)'; repeatable.")
+    ] = None,
+    local: Annotated[list[Path] | None, typer.Option(help="Folder of local evaluation sets (docs/evaluate.md).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; default: scores/ in the model's run, else here.")] = None,
+    compare: Annotated[bool, typer.Option(help="Show models evaluated before and the published figures beside.")] = False,
+    instructions: Annotated[
+        str, typer.Option(help="auto: the paper's for models trained with instructions; none; or a YAML file of task: text.")
+    ] = "auto",
+    template: Annotated[str, typer.Option(help="How an instruction stands before a text.")] = "{instruction}:",
+    batch_size: Annotated[str, typer.Option(help="Texts at once; auto: as many as fit.")] = "auto",
+    rehearse: Annotated[bool, typer.Option(help="Made-up data in place of the real: does it all run? No scores.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Evaluate models on mteb's tasks or on local sets; run again to go on where it stopped."""
+    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.console import say
+    from llm2comp.errors import DataError, RunError
+
+    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
+        raise DataError("no batch size", where="--batch-size", expected="auto or a number above 0", found=batch_size)
+    if "{instruction}" not in template:
+        raise DataError("no template", where="--template", expected="a text with {instruction} in it", found=template)
+    quiet_libraries()
+    from llm2comp import evaluate as evaluation
+
+    size = None if batch_size == "auto" else int(batch_size)
+    options = evaluation.Options(tuple(tasks or ()), tuple(local or ()), instructions, template, size, rehearse, device)
+    rows = evaluation.evaluate(models, options, out)
+    before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out)) if compare else []
+    say(evaluation.table([*before, *rows], compare))
+    if failed := {task for row in rows for task in row.failed}:
+        raise RunError(f"{len(failed)} tasks could not be run: {', '.join(sorted(failed))}", fix="see above, then run it again")
+
+
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    texts: Annotated[str, typer.Option(help="File of texts, more of them than the embedding has dimensions.")],
+    pairs: Annotated[str | None, typer.Option(help="File of related texts, columns anchor and positive.")] = None,
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    limit: Annotated[int, typer.Option(min=2, help="Use at most so many texts and pairs.")] = 5000,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: analysis/ in the model's run, else here.")] = None,
+    threshold: Annotated[float, typer.Option(min=-1, max=1, help="Mean cosine from which memory tokens are merged.")] = 0.9,
+    write_weights: Annotated[bool, typer.Option("--write-weights", help="Store cluster-then-merge in the model.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """See why a model is good: collapse, what counts as similar, what its memory tokens hold."""
+    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.console import say
+    from llm2comp.data.sources import read_pairs, read_texts
+    from llm2comp.recipe import PairData, TextData
+
+    loaded = read_texts(TextData(source=texts, column=column, limit=limit))
+    say(loaded.summary())
+    related = read_pairs(PairData(source=pairs, limit=limit)).rows if pairs else []
+    quiet_libraries()
+    from llm2comp import analyze as analysis
+
+    found = analysis.analyze(model, loaded.rows, related, threshold=threshold, device=device)
+    folder = out or analysis.default_folder(model)
+    analysis.write_analysis(found, folder)
+    say(analysis.table(found))
+    for line in analysis.readout_lines(found):
+        say(line)
+    say(f"{folder}: {analysis.ANALYSIS_FILE} and plots")
+    if write_weights:
+        weights = analysis.check_has_memory(found)
+        for changed in analysis.write_weights(model, weights):
+            say(f"{changed}: memory tokens now weigh {', '.join(f'{weight:.3f}' for weight in weights)}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the first run.")] = None,
+) -> None:
+    """One self-contained HTML page about training runs: curves, spectra, memory tokens, scores, settings."""
+    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.console import say
+
+    quiet_libraries()
+    from llm2comp.report import report as write_report
+
+    say(f"report: {write_report(runs, out or runs[0] / REPORT_FILE)}")
 
 
 def _read_source(source: str, column: str) -> list[str]:

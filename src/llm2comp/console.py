@@ -18,10 +18,12 @@ class Bar:
 
     with Bar("embed", total=1000) as bar:
         bar.advance(32, "1,234 tokens/s")
+
+    `stays=False`: part of a longer task, gone when done; `shown=False`: nothing at all.
     """
 
-    def __init__(self, name: str, total: int, done: int = 0) -> None:
-        self.name, self.total, self.done, self.note = name, total, done, ""
+    def __init__(self, name: str, total: int, done: int = 0, stays: bool = True, shown: bool = True) -> None:
+        self.name, self.total, self.done, self.note, self.stays, self.shown = name, total, done, "", stays, shown
         self._first, self._begin, self._last_line = done, time.monotonic(), 0.0
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -29,9 +31,10 @@ class Bar:
     def __enter__(self) -> Bar:
         """Start the clock and draw."""
         self._begin = self._last_line = time.monotonic()
-        if console.is_terminal:
+        if self.shown and console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-            self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+            clocks = (TimeElapsedColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, *clocks, console=console, transient=not self.stays)
             self._task = self._progress.add_task(self.name, total=self.total, completed=self.done, note="")
             self._progress.start()
         return self
@@ -42,14 +45,14 @@ class Bar:
         self.note = self.note if note is None else note
         if self._progress is not None:
             self._progress.update(self._task, completed=self.done, note=self.note)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
+        elif self.shown and time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._line()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Leave the last state on the screen."""
         if self._progress is not None:
             self._progress.stop()
-        elif kind is None:
+        elif self.shown and self.stays and kind is None:
             self._line()
 
     def _line(self) -> None:

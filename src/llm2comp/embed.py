@@ -83,13 +83,18 @@ def embed(
         for a, b in zip(bounds[:-1], bounds[1:], strict=True)
     ]
     embeddings = np.asarray(means, dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(embeddings).all(1))
-    if len(bad):
-        found = f"{texts[bad[0]][:80]!r}" + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else "")
-        raise DataError("the embedding is not finite", where=f"text {bad[0] + 1}", found=found, fix="check the model's weights")
+    refuse_not_finite(embeddings, texts)
     if normalise:
         embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     return Embedded(embeddings, len(long))
+
+
+def refuse_not_finite(embeddings_ND: NDArray[np.float32], texts: Sequence[str]) -> None:
+    """Raise DataError, naming the text, unless all embeddings are finite."""
+    bad = np.flatnonzero(~np.isfinite(embeddings_ND).all(1))
+    if len(bad):
+        found = f"{texts[bad[0]][:80]!r}" + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else "")
+        raise DataError("the embedding is not finite", where=f"text {bad[0] + 1}", found=found, fix="check the model's weights")
 
 
 def write_embeddings(path: Path, embedded: Embedded, texts: Sequence[str]) -> None:

@@ -12,7 +12,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,37 @@ def verify(folder: Path) -> float:
             fix="a file was changed or damaged: copy the folder again",
         )
     return lowest
+
+
+def memory_names(model: SentenceTransformer) -> list[str] | None:
+    """The memory tokens of a loaded folder that `export` wrote, in order; None for any other model."""
+    words = [module for module in model if isinstance(module, WordWeights)]
+    return list(words[0].word_weights) if len(model) == 3 and words and model[1] is words[0] else None
+
+
+def reweight(folder: Path, weights_K: Sequence[float]) -> None:
+    """Give the memory tokens of an exported folder other weights in the mean, and renew its golden vectors.
+
+    Raises:
+        ModelFolderError: not a folder that `export` wrote, or another number of memory tokens. RunError: cannot be written.
+    """
+    model = load_folder(folder, device="cpu")
+    names = memory_names(model)
+    if names is None or len(names) != len(weights_K):
+        found = "another kind of model" if names is None else f"{len(names)} memory tokens"
+        raise ModelFolderError(
+            "cannot be given weights", where=str(folder), expected=f"a folder with {len(weights_K)} memory tokens", found=found
+        )
+    verify(folder)
+    old: Any = model[1]
+    words = WordWeights(old.vocab, dict(zip(names, map(float, weights_K), strict=True)), unknown_word_weight=0.0)
+    with new_folder(folder) as target:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+        words.save(str(target / json.loads((folder / "modules.json").read_text())[1]["path"]))
+        golden = json.loads((folder / GOLDEN_FILE).read_text(encoding="utf-8"))
+        embeddings = embed_texts(load_folder(target, device="cpu"), golden["texts"])
+        golden["embeddings"] = [[round(value, 7) for value in row] for row in embeddings.tolist()]
+        write_text(target / GOLDEN_FILE, json.dumps(golden))
 
 
 def load_folder(folder: Path, device: str | None = None) -> SentenceTransformer:

@@ -87,6 +87,10 @@ class SplitTexts:
             continuation=Tokens.pad([row[site:] for row, site in zip(rows, sites, strict=True)], "right", pad_id),
         )
 
+    def to(self, device: torch.device | str) -> SplitTexts:
+        """The same batch on a device."""
+        return SplitTexts(self.text.to(device), self.context.to(device), self.continuation.to(device))
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat form, as trainers move it between devices."""
         parts = {"text": self.text, "context": self.context, "continuation": self.continuation}

@@ -16,14 +16,12 @@ def spectrum(embeddings_ND: ArrayLike) -> NDArray[np.float64]:
     Raises:
         DataError: fewer than two embeddings, or one that is not finite.
     """
-    x = np.asarray(embeddings_ND, dtype=np.float64)
-    if x.ndim != 2 or len(x) < 2:
-        raise DataError("no spectrum", expected="two or more embeddings, shape (N, D)", found=x.shape)
-    if not np.isfinite(x).all():
-        rows = np.flatnonzero(~np.isfinite(x).all(1))
-        raise DataError("an embedding is not finite", found=f"row {rows[0]}, {len(rows)} in all")
-    covariance = np.cov(x, rowvar=False, bias=True)
-    return np.linalg.svd(np.atleast_2d(covariance), compute_uv=False)
+    x = finite_vectors(embeddings_ND, least=2)
+    if len(x) > x.shape[1]:
+        return np.linalg.svd(np.atleast_2d(np.cov(x, rowvar=False, bias=True)), compute_uv=False)
+    few = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2 / len(x)  # the same, ten times as fast for wide vectors
+    few[-1] = 0.0  # centred rows sum to 0, so one direction is lost
+    return np.pad(few, (0, x.shape[1] - len(few)))
 
 
 def effective_rank(values_D: ArrayLike) -> float:
@@ -33,3 +31,40 @@ def effective_rank(values_D: ArrayLike) -> float:
         return 1.0
     p = sigma[sigma > 0] / sigma.sum()
     return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def participation_ratio(values_D: ArrayLike) -> float:
+    """(Σσ)² / Σσ², between 1 and D; 1 without any spread, as `effective_rank`. `values_D` as from `spectrum`."""
+    sigma = np.asarray(values_D, dtype=np.float64)
+    if sigma.sum() <= 0:
+        return 1.0
+    p = sigma / sigma.sum()
+    return float(1 / (p**2).sum())
+
+
+def count_above(values_D: ArrayLike, share: float = 0.01) -> int:
+    """Directions with σ_i ≥ share · σ_1; 0 without any spread. `values_D` as from `spectrum`."""
+    sigma = np.asarray(values_D, dtype=np.float64)
+    largest = sigma.max(initial=0.0)
+    return int((sigma >= share * largest).sum()) if largest > 0 else 0
+
+
+def finite_vectors(vectors: ArrayLike, shape: str = "(N, D)", least: int = 1, where: str | None = None) -> NDArray[np.float64]:
+    """The vectors in float64, or a DataError: not of this shape, fewer rows than `least`, or a number that is not finite."""
+    x = np.asarray(vectors, dtype=np.float64)
+    if x.ndim != shape.count(",") + 1 or len(x) < least or x.size == 0:
+        raise DataError(
+            "vectors too few or of another shape",
+            where=where,
+            expected=f"shape {shape} with N ≥ {least}",
+            found=f"shape {x.shape}",
+        )
+    refuse(np.logical_not(np.isfinite(x).all(-1)), "a vector is not finite", where)
+    return x
+
+
+def refuse(bad: NDArray[np.bool_], problem: str, where: str | None = None) -> None:
+    """Raise a DataError that names the first bad row (and memory token, if `bad` is (N, K)), unless there is none."""
+    if bad.any():
+        place = ", ".join(f"{name} {i}" for name, i in zip(("row", "memory token"), np.argwhere(bad)[0], strict=False))
+        raise DataError(problem, where=where, found=f"{place}, {bad.sum()} in all", fix="leave it out or embed it anew")

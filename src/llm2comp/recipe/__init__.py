@@ -2,6 +2,7 @@
 
 from llm2comp.recipe.reading import change_recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
 from llm2comp.recipe.settings import (
+    WATCHED,
     AdapterSettings,
     ContrastiveStage,
     MemorySettings,
@@ -14,9 +15,11 @@ from llm2comp.recipe.settings import (
     Stage,
     TextData,
     UclStage,
+    WatchSettings,
 )
 
 __all__ = [
+    "WATCHED",
     "AdapterSettings",
     "ContrastiveStage",
     "MemorySettings",
@@ -29,6 +32,7 @@ __all__ = [
     "Stage",
     "TextData",
     "UclStage",
+    "WatchSettings",
     "change_recipe",
     "find_recipe",
     "load_recipe",

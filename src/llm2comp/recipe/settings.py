@@ -12,6 +12,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 FORMAT_VERSION = 1
+# Figures of the watch that a stage may be steered by, and whether a higher one is better.
+WATCHED = {
+    "loss": False,
+    "context_recovered": True,
+    "effective_rank": True,
+    "participation_ratio": True,
+    "uniformity": False,
+    "alignment": False,
+    "anisotropy": False,
+}
 
 Steps = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -118,6 +128,29 @@ class Stage(Section):
     log_every_steps: Steps = 10
     save_every_steps: Steps | None = Field(default=None, description="checkpoint for resume; null = ten per stage")
     workers: Annotated[int, Field(ge=0)] = Field(default=0, description="processes that prepare batches")
+    keep_best: str | None = Field(
+        default=None,
+        description="keep the step of the watch where this figure was best instead of the last: one of WATCHED, or the name "
+        "of a local evaluation set of watch.tasks",
+    )
+    patience: Steps | None = Field(default=None, description="stop after so many watches without a better keep_best")
+
+    @model_validator(mode="after")
+    def _patience_for_something(self) -> Stage:
+        if self.patience is not None and self.keep_best is None:
+            raise ValueError(f"patience {self.patience} waits for nothing: set keep_best to the figure that is to improve")
+        return self
+
+
+class WatchSettings(Section):
+    """Collapse watch: figures of a fixed sample of texts while a stage trains (METHOD 4). Changes nothing that is learned."""
+
+    every_steps: Steps | None = Field(default=None, description="steps from one watch to the next; null = five per stage")
+    texts: Annotated[int, Field(ge=8)] = Field(default=256, description="texts in the sample, and pairs for the alignment")
+    max_tokens: Annotated[int, Field(ge=16)] = Field(default=256, description="longer texts of the sample are cut")
+    data: tuple[TextData, ...] = Field(default=(), description="where the sample is drawn; empty = the first stage's texts")
+    pairs: tuple[PairData, ...] = Field(default=(), description="pairs for the alignment; empty = those of scl, if any")
+    tasks: tuple[str, ...] = Field(default=(), description="folders of local evaluation sets, scored at every watch")
 
 
 class PretextStage(Stage):
@@ -222,6 +255,7 @@ class Recipe(Section):
     pretext: PretextStage | None = None
     ucl: UclStage | None = None
     scl: SclStage | None = None
+    watch: WatchSettings | None = Field(default=WatchSettings(), description="null = no collapse watch")
     max_tokens: Annotated[int, Field(ge=4)] | None = Field(
         default=None, description="longest text that the finished encoder reads; null = as long as its last stage's"
     )
@@ -231,6 +265,20 @@ class Recipe(Section):
     def _has_a_stage(self) -> Recipe:
         if not self.stages:
             raise ValueError("a recipe needs at least one of pretext, ucl, scl")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_keep_by(self) -> Recipe:
+        tasks = self.watch.tasks if self.watch else ()
+        for name, stage in self.stages.items():
+            if stage.keep_best is None:
+                continue
+            if self.watch is None:
+                raise ValueError(f"{name}.keep_best {stage.keep_best!r} needs the watch, which is null")
+            if stage.keep_best not in WATCHED and not tasks:
+                raise ValueError(
+                    f"{name}.keep_best {stage.keep_best!r} is not one of {', '.join(WATCHED)}, and watch.tasks names no set"
+                )
         return self
 
     @property

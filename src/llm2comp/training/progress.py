@@ -25,6 +25,10 @@ class TokenCounter:
         """Start the clock."""
         self.tokens, self._begin = 0, time.monotonic()
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on training."""
+        self._begin += seconds
+
     def rate(self) -> float:
         """Tokens per second."""
         return self.tokens / max(1e-9, time.monotonic() - self._begin)
@@ -59,26 +63,45 @@ class ProgressCallback(TrainerCallback):
             self.bar.__exit__(None, None, None)
 
 
+class StepLines:
+    """A file of JSON lines, each with its `step`; grows while a stage trains and survives a kill."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def begin(self, step: int) -> list[dict[str, Any]]:
+        """Keep the lines up to the step that training goes on from (a killed run wrote some beyond it); none at 0."""
+        kept = [row for row in self.read() if row["step"] <= step] if step > 0 else []
+        write_text(self.file, "".join(f"{json.dumps(row)}\n" for row in kept))
+        return kept
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines; none where there is no file. A last line that a kill cut off is left out."""
+        if not self.file.exists():
+            return []
+        *lines, rest = self.file.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one line."""
+        with explain_disk_errors(self.file), self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(row) + "\n")
+
+
 class MetricsCallback(TrainerCallback):
     """A line per log in the stage folder's metrics.jsonl: step, loss, learning_rate, grad_norm, tokens_per_second."""
 
     def __init__(self, folder: Path, counter: TokenCounter) -> None:
-        self.file, self.counter = folder / METRICS_FILE, counter
+        self.lines, self.counter = StepLines(folder / METRICS_FILE), counter
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the lines up to the step that training goes on from; a killed run wrote some beyond it."""
+        """Go on behind the last line that counts."""
         if state.is_world_process_zero:
-            lines = self.file.read_text().splitlines() if self.file.exists() and state.global_step > 0 else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            write_text(self.file, "".join(f"{line}\n" for line in kept))
+            self.lines.begin(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Append one line."""
         if state.is_world_process_zero and logs and "loss" in logs:
-            row: dict[str, float] = {
-                "step": state.global_step,
-                **{key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs},
-            }
-            row["tokens_per_second"] = round(self.counter.rate(), 1)
-            with explain_disk_errors(self.file), self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row) + "\n")
+            row: dict[str, Any] = {"step": state.global_step}
+            row |= {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            self.lines.add(row | {"tokens_per_second": round(self.counter.rate(), 1)})

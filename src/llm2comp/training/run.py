@@ -32,7 +32,8 @@ from llm2comp.errors import RunError
 from llm2comp.export import export
 from llm2comp.files import explain_disk_errors, sha256, write_text
 from llm2comp.recipe import Recipe, Stage, change_recipe, load_recipe
-from llm2comp.training.stages import RUNNERS, check_data, query_prompt
+from llm2comp.training.sample import Watch
+from llm2comp.training.stages import RUNNERS, RunOptions, check_data, query_prompt
 
 FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
 RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = "recipe.yaml", "done.json", "config.json", "model"
@@ -40,7 +41,7 @@ FORMAT_VERSION = 1
 # Settings that change what is written or how fast, not what is learned.
 NO_EFFECT = {"log_every_steps", "save_every_steps", "workers"}
 # Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads, where figures go.
-NO_STAGE = {"max_tokens", "report_to"}
+NO_STAGE = {"max_tokens", "report_to", "watch"}
 PACKAGES = ("llm2comp", "torch", "transformers", "peft", "sentence-transformers", "datasets", "accelerate", "numpy")
 
 
@@ -61,7 +62,7 @@ def train(recipe: Recipe | str | Path, out: str | Path | None = None, overrides:
     quiet_libraries()
     resolved = change_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     run = Path(out) if out is not None else Path("runs") / resolved.name
-    if not _main_process():
+    if not is_main_process():
         _run_stages(run, resolved)
         return run
     _refuse_foreign(run, resolved)
@@ -112,6 +113,7 @@ def _run_stages(run: Path, recipe: Recipe) -> None:
     backbone = load_backbone(recipe.model)
     compressor = Compressor.fresh(backbone, recipe.memory.tokens, recipe.seed)
     previous = ""
+    options: RunOptions | None = None
     for number, (name, stage) in enumerate(recipe.stages.items()):
         folder = run / FOLDERS[name]
         key = _stage_key(recipe, name, stage, previous)
@@ -120,15 +122,18 @@ def _run_stages(run: Path, recipe: Recipe) -> None:
             say(f"{folder.name}: done before")
             compressor.load(folder, name)
         else:
-            if _main_process():
+            if is_main_process():
                 _begin(recipe, name, key, folder)
             begin = time.time()
-            RUNNERS[name](compressor, stage, folder, recipe.seed + number, recipe.report_to)  # type: ignore[operator]
-            if _main_process():
-                _finish(compressor, recipe, name, key, time.time() - begin, folder)
+            if options is None:
+                options = RunOptions(recipe.report_to, Watch(recipe, recipe.watch, compressor) if recipe.watch else None)
+            kept = RUNNERS[name](compressor, stage, folder, recipe.seed + number, options)  # type: ignore[operator]
+            if is_main_process():
+                seconds = round(time.time() - begin, 1)
+                _finish(compressor, name, {"inputs": key, "steps": stage.steps, "kept_step": kept, "seconds": seconds}, folder)
         previous = key
     exported = f"{previous}:{recipe.max_tokens}"
-    if _main_process() and not _is_done(run / MODEL_FOLDER, exported):
+    if is_main_process() and not _is_done(run / MODEL_FOLDER, exported):
         model = as_sentence_transformer(compressor.eval(), *_limits(recipe), prompts=_prompts(recipe))
         export(model, run / MODEL_FOLDER, _card(recipe))
         write_text(run / MODEL_FOLDER / DONE_FILE, json.dumps({"inputs": exported}))
@@ -146,17 +151,16 @@ def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
     write_text(folder / CONFIG_FILE, json.dumps(config))
 
 
-def _finish(compressor: Compressor, recipe: Recipe, name: str, key: str, seconds: float, folder: Path) -> None:
+def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Path) -> None:
     """Write a stage's result, say that it is done, drop its checkpoints."""
     with explain_disk_errors(folder):
         compressor.save(folder, name)
-    done = {"inputs": key, "steps": recipe.stages[name].steps, "seconds": round(seconds, 1)}
     write_text(folder / DONE_FILE, json.dumps(done))
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
 
-def _main_process() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes: the only one, or rank 0 under a launcher."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -174,7 +178,7 @@ def _refuse_foreign(run: Path, recipe: Recipe) -> None:
         if not (any(run.glob(f"*/{DONE_FILE}")) or any(run.glob("*/checkpoint-*"))):
             return
         before, now = _flat(load_recipe(file).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and _matters(key.split("."))]
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and _matters(key.split("."), recipe)]
         if changed:
             lines = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked for" for key in sorted(changed)[:5]]
             raise RunError(
@@ -187,9 +191,10 @@ def _refuse_foreign(run: Path, recipe: Recipe) -> None:
         raise RunError("the directory is not empty and not a run", where=str(run), fix="give another --out")
 
 
-def _matters(path: list[str]) -> bool:
-    """Whether another value of a setting is another training."""
-    return path[-1] not in NO_EFFECT and path[0] not in NO_STAGE
+def _matters(path: list[str], recipe: Recipe) -> bool:
+    """Whether another value of a setting is another training; the watch is one where a stage is steered by it."""
+    steered = path[0] == "watch" and any(stage.keep_best for stage in recipe.stages.values())
+    return path[-1] not in NO_EFFECT and (path[0] not in NO_STAGE or steered)
 
 
 def _claim(run: Path, recipe: Recipe) -> None:
@@ -217,7 +222,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     """Hash of all that a stage's result depends on: settings, model and its weights, adapter, seed, data, the stage before."""
     settings = stage.model_dump(mode="json", exclude=NO_EFFECT)
-    shared = recipe.model_dump(mode="json", include={"model", "memory", "adapter", "seed"})
+    steered = {"watch"} if stage.keep_best else set()
+    shared = recipe.model_dump(mode="json", include={"model", "memory", "adapter", "seed"} | steered)
     paths = {d["source"]: Path(d["source"]).expanduser() for d in settings["data"]}
     files = {source: sha256(path) for source, path in paths.items() if path.is_file()}
     python = platform.python_version() if "builtin:python-docs" in paths else ""  # its documentation is the data

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,17 @@ from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
 from llm2comp.training import progress
 from llm2comp.training.contrastive import contrastive_loss
+from llm2comp.training.sample import Watch
 from llm2comp.training.trainers import ContrastiveTrainer, PretextModel, PretextTrainer, last_checkpoint
+from llm2comp.training.watch import WatchCallback, check_watch, keep_best
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run gives to each of its stages beside their own settings."""
+
+    report_to: tuple[str, ...] = ()
+    watch: Watch | None = None
 
 
 def load_texts(specs: Sequence[TextData]) -> list[str]:
@@ -52,7 +60,7 @@ def query_prompt(stage: SclStage, spec: PairData) -> str:
     return stage.query_prompt.replace("{instruction}", spec.instruction) if spec.instruction else ""
 
 
-def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed: int, report_to: Sequence[str]) -> None:
+def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed: int, options: RunOptions) -> int | None:
     """Stage 1 (METHOD 2): context compression."""
     backbone = compressor.backbone
     compressor.learn(memory=True, embeddings=stage.train_embeddings == "all")
@@ -61,7 +69,8 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
     reasons = "; left out: " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     say(f"stage 1: {len(rows):,} texts of up to {max_tokens} tokens{reasons}")
     arguments = TrainingArguments(
-        gradient_accumulation_steps=stage.gradient_accumulation_steps, **_arguments(compressor, stage, folder, seed, report_to)
+        gradient_accumulation_steps=stage.gradient_accumulation_steps,
+        **_arguments(compressor, stage, folder, seed, options.report_to),
     )
     samples = stage.steps * stage.batch_size * stage.gradient_accumulation_steps * arguments.world_size
     trainer = PretextTrainer(
@@ -72,10 +81,10 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
         ),
         data_collator=PretextCollator(backbone.pad_id),
     )
-    _train(trainer, compressor, "pretext", stage, folder)
+    return _train(trainer, compressor, "pretext", stage, folder, options)
 
 
-def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, report_to: Sequence[str]) -> None:
+def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
     """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout."""
     texts = [text for text in load_texts(stage.data) if len(text) >= stage.min_characters]
     enough("ucl", len(set(texts)), stage.batch_size)
@@ -83,14 +92,14 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, re
     compressor.learn(memory=stage.train_memory)
     model = as_sentence_transformer(compressor, stage.max_tokens)
     arguments = SentenceTransformerTrainingArguments(
-        batch_sampler=BatchSamplers.NO_DUPLICATES, **_arguments(compressor, stage, folder, seed, report_to)
+        batch_sampler=BatchSamplers.NO_DUPLICATES, **_arguments(compressor, stage, folder, seed, options.report_to)
     )
     rows = Dataset.from_dict({"anchor": texts, "positive": texts})
     trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=rows, loss=contrastive_loss(model, stage))
-    _train(trainer, compressor, "ucl", stage, folder)
+    return _train(trainer, compressor, "ucl", stage, folder, options)
 
 
-def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, report_to: Sequence[str]) -> None:
+def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
     """Stage 3 (METHOD 2): query against positive, hard negatives and the rest of the batch."""
     pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
     rows = pair_datasets(pairs, stage.batch_size)
@@ -102,11 +111,11 @@ def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, re
     arguments = SentenceTransformerTrainingArguments(
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         router_mapping={column: "query" if column == "anchor" else "document" for column in columns},
-        **_arguments(compressor, stage, folder, seed, report_to),
+        **_arguments(compressor, stage, folder, seed, options.report_to),
     )
     train_dataset = next(iter(rows.values())) if len(rows) == 1 else rows
     trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=train_dataset, loss=contrastive_loss(model, stage))
-    _train(trainer, compressor, "scl", stage, folder)
+    return _train(trainer, compressor, "scl", stage, folder, options)
 
 
 RUNNERS = {"pretext": run_pretext, "ucl": run_ucl, "scl": run_scl}
@@ -119,6 +128,7 @@ def check_data(recipe: Recipe) -> None:
         for spec in specs:
             first = spec.model_copy(update={"limit": 1})
             read_pairs(first) if isinstance(first, PairData) else read_texts(first)
+    check_watch(recipe)
 
 
 def pair_datasets(pairs: Sequence[Pair], batch_size: int) -> dict[str, Any]:
@@ -192,18 +202,22 @@ def _arguments(compressor: Compressor, stage: Stage, folder: Path, seed: int, re
     }
 
 
-def _train(trainer: Any, compressor: Compressor, name: str, stage: Stage, folder: Path) -> None:
-    """Train from the last complete checkpoint, or from the start."""
+def _train(trainer: Any, compressor: Compressor, name: str, stage: Stage, folder: Path, options: RunOptions) -> int | None:
+    """Train from the last complete checkpoint, or from the start. Returns the step that was kept, if the stage kept one."""
     counter = progress.TokenCounter()
     trainer.begin_stage(compressor, name, stage, counter)
     backbone = compressor.backbone
     backbone.set_attention_dropout(stage.attention_dropout)
     backbone.set_checkpointing(stage.gradient_checkpointing)
-    _keep_callbacks(trainer, (progress.ProgressCallback(name, counter), progress.MetricsCallback(folder, counter)))
+    callbacks: list[TrainerCallback] = [progress.ProgressCallback(name, counter), progress.MetricsCallback(folder, counter)]
+    if options.watch is not None:
+        callbacks.append(WatchCallback(options.watch, compressor, name, stage, folder, counter))
+    _keep_callbacks(trainer, callbacks)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     backbone.set_attention_dropout(0.0)
     backbone.set_checkpointing(False)
     compressor.eval()
+    return keep_best(compressor, name, folder) if stage.keep_best else None
 
 
 def _keep_callbacks(trainer: Any, own: Sequence[TrainerCallback]) -> None:

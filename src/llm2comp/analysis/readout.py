@@ -1,0 +1,82 @@
+"""What the frozen LM makes of memory states: their nearest words, and what it goes on to say from them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llm2comp.backbone import Backbone
+from llm2comp.compressor import Compressor
+from llm2comp.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Readout:
+    """One text seen through its memory.
+
+    Attributes:
+        text: what was read (cut to the model's limit).
+        words: per memory token the vocabulary entries that the LM head ranks first for its state, best first.
+        from_text: how the frozen LM goes on behind the text itself.
+        from_memory: how it goes on behind the memory states alone, in place of the text.
+        from_nothing: how it goes on without any context; empty where the tokenizer has no BOS to start from.
+    """
+
+    text: str
+    words: list[list[str]]
+    from_text: str
+    from_memory: str
+    from_nothing: str
+
+
+@torch.no_grad()
+def read_out(compressor: Compressor, text: str, max_tokens: int, words: int = 5, continuation_tokens: int = 32) -> Readout:
+    """Look at one text through its memory states; greedy decoding.
+
+    Args:
+        compressor: encoder and frozen LM.
+        text: any text.
+        max_tokens: longer ones are cut, BOS included.
+        words: vocabulary entries per memory token.
+        continuation_tokens: how far the LM goes on.
+    """
+    backbone = compressor.backbone
+    (row,) = backbone.tokenise([text], compressor.max_tokens(max_tokens))
+    device = backbone.embedding_table.device
+    tokens = Tokens.pad([row], "left").to(device)
+    memory_BKD = compressor.encode(tokens)
+    best_KW = backbone.project(memory_BKD[0]).topk(words, dim=-1).indices
+    start = [] if backbone.bos_id is None else [backbone.bos_id]
+    start_BTD = backbone.embed(torch.tensor([start], dtype=torch.int64, device=device))
+    memory_BSD = torch.cat([start_BTD.to(memory_BKD), memory_BKD], 1)
+    return Readout(
+        text=backbone.tokenizer.decode(row, skip_special_tokens=True),
+        words=[[backbone.tokenizer.decode([index]) for index in of_token] for of_token in best_KW.tolist()],
+        from_text=_decode(backbone, continue_greedily(backbone, backbone.embed(tokens.ids_BT), continuation_tokens)),
+        from_memory=_decode(backbone, continue_greedily(backbone, memory_BSD, continuation_tokens)),
+        from_nothing=_decode(backbone, continue_greedily(backbone, start_BTD, continuation_tokens)) if start else "",
+    )
+
+
+@torch.no_grad()
+def continue_greedily(backbone: Backbone, x_BTD: Tensor, tokens: int) -> list[int]:
+    """Token ids that the frozen LM puts behind one row of input embeddings (1, T, D), until its EOS or its last position."""
+    room = tokens if backbone.max_positions is None else min(tokens, backbone.max_positions - x_BTD.shape[1])
+    found: list[int] = []
+    for _ in range(room):
+        mask_BT = torch.ones(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
+        state_D = backbone.decode(x_BTD, mask_BT)[0, -1]
+        best = int(backbone.project(state_D[None]).argmax())
+        if best == backbone.tokenizer.eos_token_id:
+            break
+        found.append(best)
+        x_BTD = torch.cat([x_BTD, backbone.embed(torch.tensor([[best]], device=x_BTD.device)).to(x_BTD)], 1)
+    return found
+
+
+def _decode(backbone: Backbone, ids: Sequence[int]) -> str:
+    text: str = backbone.tokenizer.decode(list(ids), skip_special_tokens=True)
+    return text

@@ -1,0 +1,32 @@
+"""Texts → memory states in bulk, as the measures want them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llm2comp.compressor import Compressor
+from llm2comp.tokens import Tokens
+
+TOKENS_AT_ONCE = 8192
+
+
+@torch.no_grad()
+def memory_states(compressor: Compressor, rows: Sequence[Sequence[int]], tokens_at_once: int = TOKENS_AT_ONCE) -> Tensor:
+    """Memory states of token rows (BOS included) in order: memory_NKD, float32, on the CPU.
+
+    Texts of like length are read together, as many as fit into `tokens_at_once` with their padding.
+    """
+    device = compressor.backbone.embedding_table.device
+    out = torch.empty(len(rows), compressor.memory.count, compressor.backbone.embedding_table.shape[1])
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    start = 0
+    while start < len(order):
+        longest = len(rows[order[start]]) + compressor.memory.count
+        places = order[start : start + max(1, tokens_at_once // longest)]
+        tokens = Tokens.pad([rows[i] for i in places], "left", compressor.backbone.pad_id).to(device)
+        out[places] = compressor.encode(tokens).float().cpu()
+        start += len(places)
+    return out

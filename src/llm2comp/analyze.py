@@ -1,0 +1,266 @@
+"""`llm2comp analyze`: why is a model good, or not: collapse, what counts as similar, what the memory tokens hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llm2comp.analysis.clusters import clusters, merge_weights
+from llm2comp.analysis.collapse import Collapse, collapse
+from llm2comp.analysis.context import SITE_MARGIN, context_recovered, split_sample
+from llm2comp.analysis.geometry import alignment, random_pair_cosines, related_pair_cosines, score_summary
+from llm2comp.analysis.plots import heatmap_figure, save_figure, scores_figure, spectrum_figure
+from llm2comp.analysis.readout import Readout, read_out
+from llm2comp.analysis.states import memory_states
+from llm2comp.compressor import STATE_FILE, Compressor
+from llm2comp.data.sources import Pair
+from llm2comp.embed import embed, refuse_not_finite
+from llm2comp.errors import ModelFolderError
+from llm2comp.export import memory_names, reweight
+from llm2comp.files import new_folder, write_text
+from llm2comp.loading import identity, load, run_of, stage_of
+from llm2comp.memory import embedding_from_memory
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+ANALYSIS_FOLDER, ANALYSIS_FILE = "analysis", "analysis.json"
+NEED_MORE_TEXTS = ("effective_rank", "participation_ratio", "above_one_percent")
+# Longest text read for the LM's own part; texts among which those for the split are looked for; texts at once.
+READ_TOKENS, SPLIT_FROM, BATCH = 512, 512, 16
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found; `withheld` says of each figure that is None why it is not given."""
+
+    model: str
+    name: str
+    revision: str
+    collapse: Collapse
+    figures: dict[str, float | None]
+    withheld: dict[str, str]
+    scores: dict[str, Any]
+    random_cosines: list[float]
+    related_cosines: list[float] | None
+    clusters: list[int] | None = None
+    merge_weights: list[float] | None = None
+    readouts: tuple[Readout, ...] = ()
+
+
+def analyze(
+    path: str,
+    texts: Sequence[str],
+    pairs: Sequence[Pair] = (),
+    *,
+    threshold: float = 0.9,
+    examples: int = 3,
+    device: str | None = None,
+) -> Analysis:
+    """Measure a model on texts.
+
+    Args:
+        path: whatever `llm2comp.load` takes; a run is looked at through its last stage, where the frozen LM is at hand.
+        texts: what to embed; more texts than dimensions, or the rank figures are withheld.
+        pairs: related texts, for alignment and for what counts as similar.
+        threshold: cosine from which memory tokens are merged into one cluster.
+        examples: texts to be read out through the LM.
+        device: None = the best there is.
+
+    Raises:
+        DataError: too few texts; an embedding that is zero or not finite, with its text. As `load` for the model.
+    """
+    model = load(_live_place(path), device)
+    compressor = live_compressor(model)
+    memory_NKD = _memory(model, compressor, texts)
+    embeddings_ND = _embeddings(model, compressor, memory_NKD, texts)
+    refuse_not_finite(embeddings_ND, texts)
+    measured = collapse(embeddings_ND, None if memory_NKD is None else memory_NKD.numpy())
+    random_cosines, related_cosines = random_pair_cosines(embeddings_ND), None
+    figures: dict[str, float | None] = {key: getattr(measured, key) for key in (*NEED_MORE_TEXTS, "uniformity", "anisotropy")}
+    if pairs:
+        anchors_ND = embed(model, [pair.anchor for pair in pairs], role="query").embeddings_ND
+        positives_ND = embed(model, [pair.positive for pair in pairs], role="document").embeddings_ND
+        figures["alignment"] = alignment(anchors_ND, positives_ND)
+        related_cosines = related_pair_cosines(anchors_ND, positives_ND)
+    if compressor is not None:
+        rows = compressor.backbone.tokenise(texts[:SPLIT_FROM], compressor.max_tokens(READ_TOKENS))
+        figures["context_recovered"] = context_recovered(compressor, split_sample(rows, compressor.backbone.pad_id))
+    withheld = _withheld(measured, bool(pairs), compressor is not None, figures)
+    labels = None if measured.memory_correlation is None else clusters(measured.memory_correlation, threshold)
+    who = identity(path, model)
+    return Analysis(
+        model=path,
+        name=who.name,
+        revision=who.revision,
+        collapse=measured,
+        figures=figures | dict.fromkeys(withheld),
+        withheld=withheld,
+        scores=asdict(score_summary(random_cosines, related_cosines)),
+        random_cosines=random_cosines.round(4).tolist(),
+        related_cosines=None if related_cosines is None else related_cosines.round(4).tolist(),
+        clusters=None if labels is None else labels.tolist(),
+        merge_weights=None if labels is None else merge_weights(labels).tolist(),
+        readouts=tuple(read_out(compressor, text, READ_TOKENS) for text in texts[:examples]) if compressor else (),
+    )
+
+
+def _withheld(measured: Collapse, pairs: bool, live: bool, figures: dict[str, float | None]) -> dict[str, str]:
+    """Figures that are not given, and why."""
+    reasons: dict[str, str] = {}
+    if not measured.enough_texts:
+        reason = f"{measured.texts:,} texts for {measured.dimensions:,} dimensions: give more texts than dimensions"
+        reasons |= dict.fromkeys(NEED_MORE_TEXTS, reason)
+    if not pairs:
+        reasons["alignment"] = "needs related pairs: give --pairs"
+    if figures.get("context_recovered") is None:
+        short = f"no text of {2 * SITE_MARGIN} tokens or more"
+        reasons["context_recovered"] = short if live else "needs the frozen LM: give a run or a stage of one"
+    return reasons
+
+
+def default_folder(path: str) -> Path:
+    """Where an analysis goes unless told otherwise: into the model's run, else here."""
+    run = run_of(path)
+    if run is None:
+        return Path(ANALYSIS_FOLDER)
+    folder = Path(path).absolute()
+    return run / ANALYSIS_FOLDER / (folder.name if stage_of(folder) else "")
+
+
+def write_analysis(found: Analysis, folder: Path) -> None:
+    """`analysis.json` and the plots (PNG, SVG) as one folder. Raises RunError when it cannot be written."""
+    with new_folder(folder) as target:
+        write_text(target / ANALYSIS_FILE, json.dumps(asdict(found), indent=1, ensure_ascii=False))
+        save_figure(spectrum_figure({found.model: found.collapse.spectrum}), target / "spectrum")
+        save_figure(scores_figure(found.random_cosines, found.related_cosines), target / "scores")
+        if found.collapse.memory_correlation is not None:
+            save_figure(heatmap_figure(found.collapse.memory_correlation, "memory tokens"), target / "memory")
+
+
+def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
+    """Store a weighting of the memory tokens in a model: a model folder, a stage, or both of a finished run.
+
+    Returns what was changed. Raises ModelFolderError for a model that has no memory tokens.
+    """
+    run, folder = run_of(path), Path(path).absolute()
+    changed = []
+    stage = Path(_live_place(path))
+    if stage_of(stage.absolute()):
+        file = stage / STATE_FILE
+        tensors = load_file(file)
+        tensors["weights"] = torch.tensor(weights_K, dtype=torch.float32)
+        temporary = file.with_name(f".{file.name}.part")
+        save_file(tensors, temporary)
+        temporary.replace(file)
+        changed.append(stage)
+    model = run / "model" if run == folder else folder
+    if stage_of(folder) is None and (run != folder or model.is_dir()):
+        reweight(model, weights_K)
+        changed.append(model)
+    return changed
+
+
+def live_compressor(model: SentenceTransformer) -> Compressor | None:
+    """The compressor of a live encoder; None for any other model."""
+    found = getattr(model[0], "compressor", None)
+    return found if isinstance(found, Compressor) else None
+
+
+def _live_place(path: str) -> str:
+    """The last stage of a run, where the LM is at hand; any other path as it is."""
+    run = run_of(path)
+    if run is None or run != Path(path).absolute():
+        return path
+    from llm2comp.training.run import FOLDERS, read_run
+
+    return str(run / FOLDERS[list(read_run(run).stages)[-1]])
+
+
+def _memory(model: SentenceTransformer, compressor: Compressor | None, texts: Sequence[str]) -> Tensor | None:
+    """Memory states of the texts, memory_NKD; None for a model without memory tokens."""
+    if compressor is not None:
+        module: Any = model[0]
+        return memory_states(compressor, compressor.backbone.tokenise(texts, module.max_tokens))
+    names = memory_names(model)
+    if names is None:
+        return None
+    ids_K = torch.tensor(model.tokenizer.convert_tokens_to_ids(names))
+    states = []
+    with torch.no_grad():
+        for start in range(0, len(texts), BATCH):
+            features: Any = model.preprocess(list(texts[start : start + BATCH]))
+            features = {key: value.to(model.device) for key, value in features.items() if isinstance(value, Tensor)}
+            states_BTD = model[0](features)["token_embeddings"].float().cpu()
+            found_BTK = features["input_ids"].cpu()[..., None] == ids_K
+            states.append(torch.einsum("btk,btd->bkd", found_BTK.float(), states_BTD))
+    return torch.cat(states)
+
+
+def _embeddings(
+    model: SentenceTransformer, compressor: Compressor | None, memory_NKD: Tensor | None, texts: Sequence[str]
+) -> NDArray[np.float32]:
+    if compressor is not None and memory_NKD is not None:
+        return np.asarray(embedding_from_memory(memory_NKD, compressor.get_buffer("weights_K").cpu()).numpy())
+    return embed(model, texts).embeddings_ND
+
+
+def table(found: Analysis) -> Table:
+    """The figures in words."""
+    shown = Table("figure", "value", "how to read it", title=f"{found.model}: {found.collapse.texts:,} texts")
+    dimensions = found.collapse.dimensions
+    told = {
+        "effective_rank": f"directions in use, of {dimensions:,}",
+        "participation_ratio": f"the same by variance, of {dimensions:,}",
+        "above_one_percent": "directions with 1 % or more of the largest one's variance",
+        "uniformity": "the lower, the more evenly texts are spread (0 = all the same)",
+        "anisotropy": "mean cosine of random texts (0 = no common direction)",
+        "alignment": "squared distance of related texts (0 = the same)",
+        "context_recovered": "share of the context's effect on the LM that the memory carries (1 = all)",
+    }
+    for key, meaning in told.items():
+        value = found.figures.get(key)
+        shown.add_row(key.replace("_", " "), "withheld" if value is None else f"{value:.4g}", found.withheld.get(key, meaning))
+    quantiles = found.scores["random"]
+    shown.add_row("random pairs", f"{quantiles[50]:.3f}", f"half of them score less; 1 % score {quantiles[99]:.3f} or more")
+    if found.scores["related"]:
+        share = 100 * (found.scores["related_above"] or 0)
+        shown.add_row("related pairs", f"{found.scores['related'][50]:.3f}", f"{share:.0f} % of them score more than that 1 %")
+    if found.clusters is not None:
+        shown.add_row("memory clusters", f"{max(found.clusters) + 1}", f"of {len(found.clusters)} tokens: {found.clusters}")
+    return shown
+
+
+def readout_lines(found: Analysis) -> list[str]:
+    """Readouts as plain lines."""
+    lines = []
+    for readout in found.readouts:
+        lines += ["", f"text: {_one_line(readout.text)}"]
+        lines += [f"  memory token {i}: {' '.join(words)}" for i, words in enumerate(readout.words)]
+        lines += [f"  the LM goes on from the text: {_one_line(readout.from_text)}"]
+        lines += [f"  from the memory alone: {_one_line(readout.from_memory)}"]
+    return lines
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def check_has_memory(found: Analysis) -> list[float]:
+    """The merge weights. Raises ModelFolderError for a model without memory tokens."""
+    if found.merge_weights is None:
+        raise ModelFolderError(
+            "has no memory tokens to weigh", where=found.model, expected="a run, a stage, or a model folder of llm2comp's"
+        )
+    return found.merge_weights

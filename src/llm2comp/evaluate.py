@@ -1,0 +1,234 @@
+"""`llm2comp evaluate`: models × tasks → scores in mteb's format, a table, and a summary that the report reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.table import Table
+
+from llm2comp.console import say
+from llm2comp.errors import DataError, RunError
+from llm2comp.evaluation.paper14 import PAPER14
+from llm2comp.evaluation.published import published
+from llm2comp.files import write_text
+from llm2comp.loading import identity, load, run_of
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+SCORES_FOLDER, SUMMARY_FILE = "scores", "summary.json"
+# Where a rehearsal's results go: apart from all others.
+REHEARSAL_FOLDER = "rehearsal"
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """What one model got: task → {score (0 to 1), metric, split}; task → why it could not be run."""
+
+    model: str
+    name: str
+    revision: str
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    synthetic: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to evaluate.
+
+    Args:
+        tasks: names of tasks and benchmarks of mteb, or `paper14`.
+        local: folders of local sets.
+        instructions: `auto` (the paper's 14 instructions, for models of ours that were trained with instructions), `none`,
+            or a YAML file of task names and instructions, which go to any model.
+        template: how an instruction stands before a text.
+        batch_size: None = what fits.
+        rehearse: made-up data instead of the real.
+        device: None = the best there is.
+    """
+
+    tasks: tuple[str, ...] = ()
+    local: tuple[Path, ...] = ()
+    instructions: str = "auto"
+    template: str = "{instruction}:"
+    batch_size: int | None = None
+    rehearse: bool = False
+    device: str | None = None
+
+
+def evaluate(models: Sequence[str], options: Options, out: Path | None = None) -> list[ModelScores]:
+    """Run every task on every model; results that are there already are not run again.
+
+    Args:
+        models: whatever `llm2comp.load` takes.
+        options: tasks and how to run them.
+        out: folder of the results; default: `scores/` in the model's run, or here.
+
+    Raises:
+        DataError: no task, an unknown one, a malformed local set, an embedding that is not finite.
+        ModelFolderError, BackboneError: a model that cannot be loaded.
+    """
+    tasks = _tasks(options)
+    instructions = _instructions(options)
+    rows = []
+    for path in models:
+        folder = results_folder(path, out)
+        model = load(path, options.device)
+        chosen = instructions if options.instructions != "auto" or _knows_instructions(path, model) else {}
+        row = _evaluate_one(str(path), model, tasks, chosen, options, folder)
+        if not options.rehearse:
+            _keep(folder / SUMMARY_FILE, row)
+        rows.append(row)
+    return rows
+
+
+def results_folder(model: str, out: Path | None = None) -> Path:
+    """Where a model's results go: `out`, or `scores/` in its run, or here."""
+    return out or (run_of(model) or Path()) / SCORES_FOLDER
+
+
+def _evaluate_one(
+    path: str, model: SentenceTransformer, tasks: Sequence[Any], instructions: Mapping[str, str], options: Options, folder: Path
+) -> ModelScores:
+    from llm2comp.evaluation.encoder import MtebEncoder
+    from llm2comp.evaluation.running import run_tasks
+
+    who = identity(path, model)
+    used = {task.metadata.name: instructions[task.metadata.name] for task in tasks if task.metadata.name in instructions}
+    # One revision per setting that changes scores: results under other instructions or lengths are other results.
+    settings = json.dumps([sorted(instructions.items()), options.template if instructions else "", model.max_seq_length])
+    revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}" + "-synthetic" * options.rehearse
+    encoder = MtebEncoder(model, who.name, revision, used, options.template, options.batch_size)
+    row = ModelScores(_label(path), who.name, revision, synthetic=options.rehearse)
+    say(f"{path}: {who.name}, revision {revision}, {len(tasks)} tasks" + ", instructions for the paper's tasks" * bool(used))
+    begin = time.monotonic()
+    results = folder / REHEARSAL_FOLDER if options.rehearse else folder
+    for number, outcome in enumerate(run_tasks(encoder, tasks, results), 1):
+        if outcome.score is None:
+            row.failed[outcome.task] = outcome.why
+            result = f"left out: {outcome.why}"
+        else:
+            row.scores[outcome.task] = {key: getattr(outcome.score, key) for key in ("score", "metric", "split")}
+            result = "ran" if row.synthetic else f"{100 * outcome.score.score:.2f} {outcome.score.metric}"
+        spent = time.monotonic() - begin
+        left = f", about {spent / number * (len(tasks) - number):.0f} s left" if number < len(tasks) else ""
+        say(f"  {number}/{len(tasks)} {outcome.task}: {result} ({outcome.seconds:.0f} s{left})")
+    return row
+
+
+def table(rows: Sequence[ModelScores], compare: bool = False) -> Table:
+    """Tasks down, models across, in percent; `compare` adds the published rows of the paper's tasks."""
+    tasks = list(dict.fromkeys(task for row in rows for task in (*row.scores, *row.failed)))
+    synthetic = any(row.synthetic for row in rows)
+    shown = Table("task", "figure", title="rehearsal on made-up data: no scores" if synthetic else None)
+    columns: list[dict[str, str]] = []
+    for row in rows:
+        shown.add_column(f"{row.model}\n{row.revision}", justify="right")
+        cells = dict.fromkeys(row.failed, "failed")
+        cells |= {task: "ran" if row.synthetic else f"{100 * found['score']:.2f}" for task, found in row.scores.items()}
+        columns.append(cells | {"average": "" if row.synthetic else _average(row, tasks)})
+    if compare and not synthetic and any(task in PAPER14 for task in tasks):
+        for known in published():
+            shown.add_column(f"{known.model}\n{known.stage}, paper", justify="right")
+            cells = {task: f"{value:.2f}" for task, value in known.scores.items()}
+            whole = known.average is not None and set(tasks) == set(PAPER14)
+            columns.append(cells | {"average": f"{known.average:.2f}" if whole else ""})
+    metrics = {task: found["metric"] for row in rows for task, found in row.scores.items()}
+    for task in (*tasks, "average"):
+        shown.add_row(task, metrics.get(task, ""), *(cells.get(task, "–") for cells in columns))
+    return shown
+
+
+def _average(row: ModelScores, tasks: Sequence[str]) -> str:
+    """Mean over all tasks asked for; none where one is missing, as it would be a mean of something else."""
+    if not tasks or any(task not in row.scores for task in tasks):
+        return ""
+    return f"{100 * sum(row.scores[task]['score'] for task in tasks) / len(tasks):.2f}"
+
+
+def read_summary(file: Path) -> list[ModelScores]:
+    """Rows of a summary file, none where there is no such file. Raises RunError when it is damaged."""
+    try:
+        return [ModelScores(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+    except (ValueError, TypeError) as error:
+        raise RunError(f"is damaged: {error}", where=str(file), fix="delete it; the results beside it remain") from None
+
+
+def earlier_rows(rows: Sequence[ModelScores], folder: Path) -> list[ModelScores]:
+    """Models with results in a folder, as far as they share tasks with `rows`."""
+    tasks = {task for row in rows for task in (*row.scores, *row.failed)}
+    known = {(row.name, row.revision) for row in rows}
+    before = [row for row in read_summary(folder / SUMMARY_FILE) if (row.name, row.revision) not in known]
+    cut = [replace(row, scores={t: s for t, s in row.scores.items() if t in tasks}, failed={}) for row in before]
+    return [row for row in cut if row.scores]
+
+
+def _keep(file: Path, row: ModelScores) -> None:
+    """Put a row into the summary, beside those of other models; what it got in other tasks stays."""
+    rows = read_summary(file)
+    same = [old for old in rows if (old.name, old.revision) == (row.name, row.revision)]
+    scores = {task: score for old in same for task, score in old.scores.items()} | row.scores
+    kept = [old for old in rows if old not in same]
+    merged = replace(row, scores=scores)
+    write_text(file, json.dumps([vars(one) for one in (*kept, merged)], indent=1))
+
+
+def _tasks(options: Options) -> list[Any]:
+    try:
+        from llm2comp.evaluation.tasks import local_tasks, named_tasks
+    except ImportError as error:
+        raise RunError(
+            f"mteb cannot be imported: {error}", where="llm2comp evaluate", fix="pip install 'llm2comp[eval]'"
+        ) from error
+    tasks = named_tasks(options.tasks) + [task for folder in options.local for task in local_tasks(folder)]
+    if not tasks:
+        raise DataError("nothing to evaluate", expected="--tasks paper14, a task of mteb's, or --local DIR")
+    if options.rehearse:
+        from llm2comp.evaluation.rehearsal import inject
+
+        for task in tasks:
+            if not task.data_loaded:
+                inject(task)
+    return tasks
+
+
+def _instructions(options: Options) -> dict[str, str]:
+    if options.instructions == "none":
+        return {}
+    if options.instructions == "auto":
+        return {task.name: task.instruction for task in PAPER14.values()}
+    file = Path(options.instructions)
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(file), expected="auto, none, or a YAML file") from None
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise DataError("not a table of instructions", where=str(file), expected="lines of `task name: instruction`")
+    return found
+
+
+def _knows_instructions(path: str | Path, model: SentenceTransformer) -> bool:
+    """Whether a model is one of ours that saw instructions in training: it stores a prompt for queries."""
+    from llm2comp.encoder import MemoryEncoder
+    from llm2comp.export import GOLDEN_FILE
+
+    folder = Path(path)
+    ours = isinstance(model[0], MemoryEncoder) or any((folder / place / GOLDEN_FILE).is_file() for place in ("", "model"))
+    return ours and bool(model.prompts.get("query"))
+
+
+def _label(path: str) -> str:
+    """Short name for a column: the run, the stage in its run, or what was asked for."""
+    run = run_of(path)
+    if run is None:
+        return Path(path).name if Path(path).is_dir() else path
+    folder = Path(path).absolute()
+    return run.name if folder in (run, run / "model") else f"{run.name}/{folder.name}"

@@ -1,0 +1,145 @@
+"""Tasks → scores, one after the other, results kept in mteb's format; what is there already is not run again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import mteb
+import torch
+from mteb.cache import ResultCache
+
+from llm2comp.errors import DataError, Llm2CompError
+from llm2comp.evaluation.encoder import MtebEncoder
+from llm2comp.evaluation.paper14 import PAPER14
+from llm2comp.files import explain_disk_errors
+
+if TYPE_CHECKING:
+    from mteb.models import EncoderProtocol
+
+FETCH_ADVICE = "check the network, `hf auth login` for a gated set, HF_HUB_OFFLINE; run again: only what is missing runs"
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One task's figure, 0 to 1 (mean over its splits and subsets); `metric` is mteb's key for it."""
+
+    task: str
+    score: float
+    metric: str
+    split: str
+
+
+class TaskFailedError(DataError):
+    """A task that could not be run: its data cannot be had, or it asks for what the model is not (images, ...)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one task: its score, or why there is none; `seconds` 0 for a result that was there before."""
+
+    task: str
+    score: Score | None
+    why: str
+    seconds: float
+
+
+def run_tasks(encoder: MtebEncoder, tasks: Sequence[Any], results: Path | None) -> Iterator[Outcome]:
+    """Every task in turn; where one fails, the rest goes on.
+
+    Raises:
+        DataError: an embedding is not finite. RunError: a result cannot be written.
+    """
+    for task in tasks:
+        begin = time.monotonic()
+        try:
+            score = run_task(encoder, task, results)
+            yield Outcome(score.task, score, "", time.monotonic() - begin)
+        except TaskFailedError as error:
+            yield Outcome(task.metadata.name, None, str(error), time.monotonic() - begin)
+
+
+def run_task(encoder: MtebEncoder, task: Any, results: Path | None = None) -> Score:
+    """Evaluate one task, or read its result if `results` holds one of this model, revision and data set.
+
+    Raises:
+        TaskFailedError: the data set cannot be fetched, or mteb cannot run the task on this model.
+        DataError: an embedding is not finite. RunError: the result cannot be written.
+    """
+    cache = ResultCache(results) if results else None
+    with _quiet():
+        found = _kept(cache, encoder, task)
+        if found is None:
+            given = task.data_loaded
+            with _explained(task, "its data cannot be had", FETCH_ADVICE):
+                task.load_data()
+            with explain_disk_errors(results or Path()), _explained(task, "cannot be run on this model", None):
+                found = mteb.evaluate(
+                    cast("EncoderProtocol", encoder),
+                    task,
+                    co2_tracker=False,
+                    cache=cache,
+                    encode_kwargs={"batch_size": encoder.batch_size, "show_progress_bar": False},
+                    overwrite_strategy="always",
+                    show_progress_bar=False,
+                ).task_results[0]
+            if not given:
+                task.unload_data()
+    return _score(task, found)
+
+
+@contextmanager
+def _explained(task: Any, problem: str, fix: str | None) -> Iterator[None]:
+    """What goes wrong inside mteb as a TaskFailedError; errors of ours and of the disk pass."""
+    try:
+        yield
+    except Llm2CompError:
+        raise
+    except Exception as error:  # the libraries raise some twenty kinds
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise TaskFailedError(f"{problem}: {cause}", where=task.metadata.name, fix=fix) from error
+
+
+def _kept(cache: ResultCache | None, encoder: MtebEncoder, task: Any) -> Any:
+    """The result of an earlier run, unless its data set was another or a split is missing."""
+    if cache is None or encoder.mteb_model_meta is None:
+        return None
+    try:
+        found = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
+    except ValueError:  # cut off or not one of mteb's: made anew
+        return None
+    if found is None or found.dataset_revision != task.metadata.revision or found.get_missing_evaluations(task):
+        return None
+    return found
+
+
+def _score(task: Any, result: Any) -> Score:
+    name = task.metadata.name
+    metric = PAPER14[name].metric if name in PAPER14 else task.metadata.main_score
+    rows = [row for split in task.eval_splits for row in result.scores[split] if row["hf_subset"] in task.hf_subsets]
+    return Score(name, sum(float(row[metric]) for row in rows) / len(rows), metric, "+".join(task.eval_splits))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the warnings of mteb and its libraries, and their seeding of everything, inside."""
+    logger = logging.getLogger("mteb")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,280 @@
+"""One run as sections of the page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+
+from llm2comp.analysis.plots import heatmap_figure, spectrum_figure
+from llm2comp.recipe import PretextStage, Stage
+from llm2comp.report.blocks import NONE, Part, Plot, Points, Section, Table, curves, drawn, duration, number, percent
+from llm2comp.report.reading import Evaluation, RunLog, StageLog, Watch
+
+# Figures of the watch as a table's columns: title → value.
+FIGURES: dict[str, Callable[[Watch], float | None]] = {
+    "effective rank": lambda w: w.effective_rank,
+    "participation ratio": lambda w: w.participation_ratio,
+    "context recovered": lambda w: w.context_recovered,
+    "uniformity": lambda w: w.uniformity,
+    "alignment": lambda w: w.alignment,
+    "anisotropy": lambda w: w.anisotropy,
+}
+# Plots of the watch: title, which figures share it, how to read it.
+WATCH_PLOTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (
+        "Effective rank",
+        ("effective rank", "participation ratio"),
+        "About how many independent directions the embeddings use: higher is richer, a fall towards 1 is collapse.",
+    ),
+    (
+        "Context recovered",
+        ("context recovered",),
+        "How much of a text's effect on the language model survives in the memory tokens: 1 is all of it, 0 is nothing.",
+    ),
+    (
+        "Uniformity and alignment",
+        ("uniformity", "alignment"),
+        "Lower is better for both: uniformity falls as texts spread out, alignment as texts that belong together come closer.",
+    ),
+    (
+        "Anisotropy",
+        ("anisotropy",),
+        "The mean cosine of texts that have nothing to do with each other: near 0 is good, near 1 all embeddings look alike.",
+    ),
+)
+ABOUT = {
+    "ctkd": "The model learns to put a text into its memory tokens, so that a frozen copy goes on as if it had read the text.",
+    "continuation": "The model learns to put a text into its memory tokens, so that a frozen copy of itself can continue it.",
+    "ucl": "Each text is read twice under different dropout; its two embeddings are pulled together, others away.",
+    "scl": "Queries are pulled to the texts that answer them, and away from the other texts of the batch.",
+}
+LOSS = {
+    "pretext": "Lower is better: how far the language model is from the right continuation with the memory tokens alone.",
+    "ucl": "Lower is better: how hard it still is to tell a text's second view from the other texts of the batch.",
+    "scl": "Lower is better: how hard it still is to tell a query's text from the other texts of the batch.",
+}
+TASKS = "Scores on evaluation sets while the stage trained, times 100: higher is better."
+HEATMAP = "Mean cosine of each two memory tokens: bright squares off the diagonal are tokens that carry the same."
+SPECTRUM = (
+    "How much the embeddings spread along each direction: a slow decline uses many, a cliff means that the rest collapsed."
+)
+
+
+def run_part(run: RunLog, ident: str) -> Part:
+    """All that one run's folder tells."""
+    sections = [overview(run, ident), *_warnings(run, ident), *_scores(run, ident), *_course(run, ident)]
+    sections += [section for stage in run.stages for section in _stage(run, stage, ident)]
+    sections += _environment(run, ident)
+    return Part(ident, run.label, sentence(run), sections)
+
+
+def sentence(run: RunLog) -> str:
+    """What was made of what, in words."""
+    stages = ", then ".join(stage.title for stage in run.stages)
+    tokens = run.recipe.memory.tokens
+    return f"{run.recipe.model.name} as a text encoder with {tokens} memory token{'s'[: tokens != 1]}, trained by {stages}."
+
+
+def overview(run: RunLog, ident: str) -> Section:
+    """What was trained on what, with which settings, how far it came."""
+    recipe = run.recipe
+    facts = {
+        "Recipe": recipe.name,
+        "Model": recipe.model.name + (f" at {recipe.model.revision}" if recipe.model.revision else ""),
+        "Memory tokens": str(recipe.memory.tokens),
+        "Attention of the encoder": recipe.model.attention,
+        "Adapter": f"LoRA, rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha:g}",
+        "Objective of stage 1": recipe.pretext.objective if recipe.pretext else "",
+        "Seed": str(recipe.seed),
+    }
+    header = ("stage", "data", "steps", "batch", "learning rate", "time")
+    table = Table("The stages, in order", header, tuple(map(_stage_row, run.stages)), numeric=False)
+    known = tuple((name, value) for name, value in facts.items() if value)
+    return Section(f"{ident}-overview", "What was trained", cards=_cards(run), facts=known, tables=(table,))
+
+
+def _stage_row(stage: StageLog) -> tuple[str, ...]:
+    settings = stage.settings
+    batch = str(settings.batch_size)
+    if isinstance(settings, PretextStage) and settings.gradient_accumulation_steps > 1:
+        batch += f" × {settings.gradient_accumulation_steps}"
+    rates = f"{settings.schedule.learning_rate:g} to {settings.schedule.floor_learning_rate:g}"
+    time = duration(stage.done.seconds) if stage.done else NONE
+    return (stage.title, _data(settings), _steps(stage), batch, rates, time)
+
+
+def _data(settings: Stage) -> str:
+    names = []
+    for spec in getattr(settings, "data", ()):
+        parts = [spec.source, spec.subset, spec.file, f"first {spec.limit:,} rows" if spec.limit else None]
+        names.append(", ".join(part for part in parts if part))
+    return "; ".join(names)
+
+
+def _steps(stage: StageLog) -> str:
+    planned = stage.settings.steps
+    if stage.done is None:
+        return f"{stage.reached:,} of {planned:,}, not " + ("finished" if stage.reached else "begun")
+    early = f" of {planned:,}, stopped early" if stage.reached < planned else ""
+    kept = f", step {stage.done.kept_step:,} kept" if stage.done.kept_step is not None else ""
+    return f"{stage.reached:,}{early}{kept}"
+
+
+def _cards(run: RunLog) -> tuple[tuple[str, str, str], ...]:
+    """The run in four figures, as far as they are known."""
+    cards = []
+    measured = measured_states(run)
+    if len(measured) > 1:
+        (first, before), (last, after) = measured[0], measured[-1]
+        cards.append(("effective rank", f"{before.effective_rank:.1f} → {after.effective_rank:.1f}", f"{first} → {last}"))
+    encoders = [row for row in run.demo if row.effective_rank is not None]
+    if len(encoders) > 1:
+        shown = f"{100 * encoders[0].ndcg_at_10:.1f} → {100 * encoders[-1].ndcg_at_10:.1f}"
+        cards.append(("retrieval, nDCG@10", shown, f"{encoders[0].model} → {encoders[-1].model}"))
+    done = [stage.done for stage in run.stages if stage.done]
+    if done:
+        steps = sum(stage.reached for stage in run.stages if stage.done)
+        cards.append(
+            ("training time", duration(sum(d.seconds for d in done)), f"{steps:,} steps in {len(done)} finished stages")
+        )
+    if any(stage.watch for stage in run.stages):
+        count = len(_spoken(run))
+        cards.append(("warnings", str(count) if count else "none", "of the collapse watch"))
+    return tuple(cards)
+
+
+def measured_states(run: RunLog) -> list[tuple[str, Watch]]:
+    """The encoder before training and after each stage (or where an unfinished one stands), as the watch saw it."""
+    states = []
+    for stage in run.stages:
+        if stage.number == run.stages[0].number and stage.watch and stage.watch[0].step == 0:
+            states.append(("before training", stage.watch[0]))
+        if stage.result and (stage.done or stage.result.step > 0):
+            states.append((f"after {stage.title}" if stage.done else f"{stage.title}, step {stage.result.step}", stage.result))
+    return states
+
+
+def _spoken(run: RunLog) -> list[str]:
+    """Warnings of the watch: each kind (what stands before its colon) once per stage, as last given, with its steps."""
+    found = []
+    for stage in run.stages:
+        given = [(line.step, text) for line in stage.watch for text in line.warnings]
+        for kind in dict.fromkeys(text.partition(":")[0] for _, text in given):
+            texts = {step: text for step, text in given if text.partition(":")[0] == kind}
+            steps = ", ".join(f"{step:,}" for step in texts)
+            found.append(f"{stage.title}, step{'s'[: len(texts) > 1]} {steps}: {list(texts.values())[-1]}")
+    return found
+
+
+def _warnings(run: RunLog, ident: str) -> list[Section]:
+    spoken = tuple(_spoken(run))
+    return [Section(f"{ident}-warnings", "Warnings", warnings=spoken)] if spoken else []
+
+
+def _scores(run: RunLog, ident: str) -> list[Section]:
+    tables = []
+    if run.demo:
+        rows = tuple(
+            (row.model, percent(row.ndcg_at_10), percent(row.mrr_at_10), number(row.effective_rank)) for row in run.demo
+        )
+        caption = "Finding held-out Python documentation by its summary line; nDCG and MRR times 100"
+        tables.append(Table(caption, ("model", "nDCG@10", "MRR@10", "effective rank"), rows))
+    if run.evaluations:
+        tables.append(evaluation_table({entry.model: entry for entry in run.evaluations}))
+    failed = tuple((task, entry.model, why) for entry in run.evaluations for task, why in entry.failed.items())
+    if failed:
+        tables.append(Table("Tasks that failed", ("task", "model", "why"), failed, numeric=False))
+    return [Section(f"{ident}-scores", "Scores", tables=tuple(tables))] if tables else []
+
+
+def evaluation_table(entries: dict[str, Evaluation]) -> Table:
+    """Tasks down, models across, scores times 100; the mean over the tasks where all models have them all."""
+    metrics = {task: f"{score.metric}, {score.split}" for e in entries.values() for task, score in e.scores.items()}
+    tasks = dict.fromkeys([*metrics, *(task for entry in entries.values() for task in entry.failed)])
+    rows = []
+    for task in tasks:
+        cells = [
+            percent(entry.scores[task].score) if task in entry.scores else "failed" if task in entry.failed else NONE
+            for entry in entries.values()
+        ]
+        rows.append((task, *cells, metrics.get(task, NONE)))
+    if len(tasks) > 1 and all(len(entry.scores) == len(tasks) for entry in entries.values()):
+        means = [sum(score.score for score in entry.scores.values()) / len(tasks) for entry in entries.values()]
+        rows.append((f"mean of {len(tasks)}", *map(percent, means), NONE))
+    names = [f"{name} (synthetic)" if entry.synthetic else name for name, entry in entries.items()]
+    return Table("Evaluation, main score of each task times 100", ("task", *names, "metric"), tuple(rows))
+
+
+def _course(run: RunLog, ident: str) -> list[Section]:
+    """Measures of collapse and spectra, from before training to the end."""
+    states = measured_states(run)
+    if not states:
+        return []
+    used = {name: value for name, value in FIGURES.items() if any(value(watch) is not None for _, watch in states)}
+    rows = tuple((name, *(number(value(watch)) for value in used.values())) for name, watch in states)
+    table = Table(f"Measured on the same {states[0][1].texts:,} texts", ("encoder", *used), rows)
+    plots = spectrum_plots(f"{ident}-spectrum", run.label, {name: watch.spectrum for name, watch in states})
+    return [Section(f"{ident}-course", "Before and after each stage", tables=(table,), plots=tuple(plots))]
+
+
+def spectrum_plots(ident: str, of: str, spectra: dict[str, tuple[float, ...]]) -> list[Plot]:
+    """Spectra in one drawing, in a list that is empty without any value above zero."""
+    spectra = {name: values for name, values in spectra.items() if any(value > 0 for value in values)}
+    if not spectra:
+        return []
+    longest = max(map(len, spectra.values()))
+    rows = tuple(
+        (str(i + 1), *(number(values[i]) if i < len(values) else NONE for values in spectra.values())) for i in range(longest)
+    )
+    table = Table("Singular values of the embeddings' covariance, largest first", ("direction", *spectra), rows)
+    return [drawn(ident, "Spectrum", of, spectrum_figure(spectra), SPECTRUM, table)]
+
+
+def _stage(run: RunLog, stage: StageLog, ident: str) -> list[Section]:
+    """What was logged and watched while a stage trained."""
+    place, of = f"{ident}-{stage.name}", f"{run.label}, {stage.title}"
+    loss: Points = [(line.step, line.loss) for line in stage.metrics]
+    logged = {
+        name: [(line.step, value) for line in stage.metrics if (value := getattr(line, field)) is not None]
+        for field, name in (
+            ("learning_rate", "learning rate"),
+            ("grad_norm", "gradient norm"),
+            ("tokens_per_second", "tokens/s"),
+        )
+    }
+    plots = curves(f"{place}-loss", "Loss", of, {"loss": loss}, LOSS[stage.name], beside=logged)
+    for title, names, reading in WATCH_PLOTS:
+        lines: dict[str, Points] = {
+            name: [(w.step, value) for w in stage.watch if (value := FIGURES[name](w)) is not None] for name in names
+        }
+        ylabel = "directions" if title == "Effective rank" else title.lower()
+        plots += curves(f"{place}-{title.split()[0].lower()}", title, of, lines, reading, ylabel)
+    tasks = dict.fromkeys(task for line in stage.watch for task in line.tasks)
+    scores: dict[str, Points] = {
+        task: [(line.step, 100 * line.tasks[task]) for line in stage.watch if task in line.tasks] for task in tasks
+    }
+    plots += curves(f"{place}-tasks", "Evaluation sets", of, scores, TASKS, "score × 100")
+    plots += _heatmap(stage, place, of)
+    about = ABOUT[stage.settings.objective if isinstance(stage.settings, PretextStage) else stage.name]
+    return [Section(place, f"Stage {stage.number}: {stage.title}", (about,), plots=tuple(plots))] if plots else []
+
+
+def _heatmap(stage: StageLog, place: str, of: str) -> list[Plot]:
+    if stage.result is None or not stage.result.memory_correlation:
+        return []
+    matrix = stage.result.memory_correlation
+    places = [str(i) for i in range(1, len(matrix) + 1)]
+    rows = tuple((i, *(f"{cosine:.3f}" for cosine in row)) for i, row in zip(places, matrix, strict=True))
+    table = Table(f"{of}: mean cosine between memory tokens", ("token", *places), rows)
+    figure = heatmap_figure(matrix, f"step {stage.result.step:,}")
+    return [drawn(f"{place}-memory", "Memory tokens", of, figure, HEATMAP, table)]
+
+
+def _environment(run: RunLog, ident: str) -> list[Section]:
+    found = run.environment
+    if found is None:
+        return []
+    facts = (("Started", found.started), ("Device", found.device), ("Machine", found.machine), ("Python", found.python))
+    table = Table("Packages", ("package", "version"), tuple(sorted(found.packages.items())), numeric=False)
+    command = shlex.join(found.command)
+    return [Section(f"{ident}-environment", "Environment", facts=facts, code=command, tables=(table,), folded=True)]

@@ -1,0 +1,141 @@
+"""The fixed sample of texts and pairs that a run is watched on, and the figures that it gives at any moment."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm2comp.analysis.collapse import collapse
+from llm2comp.analysis.context import context_recovered, split_sample
+from llm2comp.analysis.geometry import alignment
+from llm2comp.analysis.states import memory_states
+from llm2comp.compressor import Compressor
+from llm2comp.data.sources import Pair, read_pairs, read_texts
+from llm2comp.memory import embedding_from_memory
+from llm2comp.recipe import PretextStage, Recipe, TextData, UclStage, WatchSettings
+
+# Rows read to draw the sample from.
+POOL = 8192
+MIN_CHARACTERS = 20
+
+
+class Watch:
+    """The fixed sample of a run, and what it shows at any moment.
+
+    Raises:
+        DataError: a source of the sample cannot be read. RecipeError: `keep_best` names no figure and no local set.
+    """
+
+    def __init__(self, recipe: Recipe, settings: WatchSettings, compressor: Compressor) -> None:
+        backbone = compressor.backbone
+        self.settings = settings
+        self.limit = compressor.max_tokens(settings.max_tokens)
+        rows = backbone.tokenise(_sample_texts(recipe, settings), self.limit)
+        self.rows = [row for row in rows if len(row) > 1]
+        self.splits = split_sample(self.rows, backbone.pad_id, recipe.seed)
+        self.pairs = _sample_pairs(recipe, settings)
+        self.tasks = local_sets(settings)
+
+    def measure(self, compressor: Compressor, prompt: bool) -> dict[str, Any]:
+        """All figures of an encoder as it is now. `prompt`: anchors of pairs behind their instruction.
+
+        Raises:
+            DataError: an embedding is zero or not finite; names the row of the sample.
+        """
+        begin = time.monotonic()
+        training = compressor.training
+        compressor.eval()
+        try:
+            with unchanged_randomness():
+                figures = self._figures(compressor, prompt)
+        finally:
+            compressor.train(training)
+        rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in figures.items()}
+        return rounded | {"seconds": round(time.monotonic() - begin, 2)}
+
+    def _figures(self, compressor: Compressor, prompt: bool) -> dict[str, Any]:
+        memory_NKD = memory_states(compressor, self.rows)
+        weights_K = compressor.get_buffer("weights_K").cpu()
+        found = asdict(collapse(embedding_from_memory(memory_NKD, weights_K).numpy(), memory_NKD.numpy()))
+        found["context_recovered"] = context_recovered(compressor, self.splits)
+        found["alignment"] = None
+        if self.pairs:
+            anchors = [(instruction if prompt else "") + pair.anchor for instruction, pair in self.pairs]
+            positives = [pair.positive for _, pair in self.pairs]
+            rows = compressor.backbone.tokenise(anchors + positives, self.limit)
+            both_ND = embedding_from_memory(memory_states(compressor, rows), weights_K).numpy()
+            found["alignment"] = alignment(both_ND[: len(anchors)], both_ND[len(anchors) :])
+        found["tasks"] = self._score_tasks(compressor)
+        return found
+
+    def _score_tasks(self, compressor: Compressor) -> dict[str, float]:
+        if not self.tasks:
+            return {}
+        from llm2comp.encoder import as_sentence_transformer
+        from llm2comp.evaluation.encoder import MtebEncoder
+        from llm2comp.evaluation.running import run_task
+
+        model = as_sentence_transformer(compressor, self.limit)
+        encoder = MtebEncoder(model, "llm2comp/watch", "none", progress=False)
+        return {task.metadata.name: round(run_task(encoder, task).score, 5) for task in self.tasks}
+
+
+def local_sets(settings: WatchSettings) -> list[Any]:
+    """The local evaluation sets of a watch. Raises DataError for a folder that holds none."""
+    if not settings.tasks:
+        return []
+    from llm2comp.evaluation.tasks import local_tasks
+
+    with unchanged_randomness():  # mteb seeds everything when it makes a task
+        return [task for folder in settings.tasks for task in local_tasks(Path(folder).expanduser())]
+
+
+@contextmanager
+def unchanged_randomness() -> Iterator[None]:
+    """All generators go on afterwards as if nothing had drawn from them inside."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _sample_texts(recipe: Recipe, settings: WatchSettings) -> list[str]:
+    """Texts drawn from the watch's own sources, or those of the first stage that reads texts, or the pairs' positives."""
+    specs: Sequence[TextData] = settings.data
+    for stage in recipe.stages.values():
+        if not specs and isinstance(stage, PretextStage | UclStage):
+            specs = stage.data
+    if specs:
+        texts = [text for spec in specs for text in read_texts(_at_most(spec)).rows]
+    else:
+        assert recipe.scl is not None
+        texts = [pair.positive for spec in recipe.scl.data for pair in read_pairs(_at_most(spec)).rows]
+    usable = list(dict.fromkeys(text for text in texts if len(text) >= MIN_CHARACTERS)) or list(dict.fromkeys(texts))
+    return random.Random(recipe.seed).sample(usable, min(settings.texts, len(usable)))
+
+
+def _sample_pairs(recipe: Recipe, settings: WatchSettings) -> list[tuple[str, Pair]]:
+    """(what stands before the anchor in SCL, pair), none without a source of pairs."""
+    from llm2comp.training.stages import query_prompt
+
+    specs = settings.pairs or (recipe.scl.data if recipe.scl else ())
+    found = []
+    for spec in specs:
+        prompt = query_prompt(recipe.scl, spec) if recipe.scl else ""
+        found += [(prompt, pair) for pair in read_pairs(_at_most(spec)).rows]
+    return random.Random(recipe.seed).sample(found, min(settings.texts, len(found)))
+
+
+def _at_most(spec: Any) -> Any:
+    return spec.model_copy(update={"limit": min(POOL, spec.limit or POOL)})
