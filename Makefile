@@ -6,7 +6,7 @@ PYTHON ?= python3
 # Test processes; each uses one thread.
 WORKERS ?= 2
 # Which tests; `make test MARKERS=slow` runs the slow ones.
-MARKERS ?= not slow and not shared and not gpu
+MARKERS ?= not slow and not shared and not gpu and not browser
 
 VENV := .venv
 BIN := $(VENV)/bin

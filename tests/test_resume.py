@@ -26,12 +26,12 @@ class StoppedError(Exception):
     """Stands for whatever ends a process in the middle."""
 
 
-def make_recipe(folder, steps=STEPS, adapter_dropout=0.2, attention_dropout=0.2, **changes):
+def make_recipe(folder, steps=STEPS, adapter_dropout=0.2, attention_dropout=0.2, keep_best=None, **changes):
     """All three stages, dropout on, a checkpoint every two steps."""
     tree = make_tree(folder, adapter={"rank": 2, "alpha": 4, "dropout": adapter_dropout}, **changes)
     for stage in STAGES:
         if stage in tree:
-            common = {"steps": steps, "save_every_steps": SAVE_EVERY, "log_every_steps": 1}
+            common = {"steps": steps, "save_every_steps": SAVE_EVERY, "log_every_steps": 1, "keep_best": keep_best}
             tree[stage] = tree[stage] | common | {"attention_dropout": attention_dropout}
     tree["pretext"] |= {"gradient_accumulation_steps": 2, "batch_size": 2}
     return parse_recipe(tree)
@@ -102,6 +102,12 @@ def metrics(run, stage):
     return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
 
 
+def watched(run, stage):
+    rows = [json.loads(line) for line in (run / FOLDERS[stage] / "watch.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(STEPS + 1))
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
 def written(run):
     """When each stage and the model were called done, and when they were written."""
     return {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*")) if path.name in ("done.json", "model.safetensors")}
@@ -116,7 +122,7 @@ def test_killed_and_run_again_ends_as_if_never_killed(tmp_path):
     seed = int(os.environ.get("LLM2COMP_TEST_SEED", random.randrange(10**6)))
     print(f"LLM2COMP_TEST_SEED={seed}")  # noqa: T201
     steps = random.Random(seed)
-    recipe, run, seen = make_recipe(tmp_path), tmp_path / "run", tmp_path / "seen.jsonl"
+    recipe, run, seen = make_recipe(tmp_path, keep_best="uniformity"), tmp_path / "run", tmp_path / "seen.jsonl"
     reference = train(recipe, tmp_path / "reference")
 
     first = steps.randint(SAVE_EVERY + 1, STEPS)
@@ -146,6 +152,7 @@ def test_killed_and_run_again_ends_as_if_never_killed(tmp_path):
     for stage in STAGES:
         rows = metrics(run, stage)
         assert rows == metrics(reference, stage)
+        assert watched(run, stage) == watched(reference, stage)
         assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     golden = [json.loads((r / "model" / "golden.json").read_text())["embeddings"] for r in (run, reference)]
     assert golden[0] == golden[1]

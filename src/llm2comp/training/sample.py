@@ -24,6 +24,7 @@ from llm2comp.recipe import PretextStage, Recipe, TextData, UclStage, WatchSetti
 
 # Rows read to draw the sample from.
 POOL = 8192
+# Shorter texts of a stage's own sources are left out: headings and the like.
 MIN_CHARACTERS = 20
 
 
@@ -121,7 +122,8 @@ def _sample_texts(recipe: Recipe, settings: WatchSettings) -> list[str]:
     else:
         assert recipe.scl is not None
         texts = [pair.positive for spec in recipe.scl.data for pair in read_pairs(_at_most(spec)).rows]
-    usable = list(dict.fromkeys(text for text in texts if len(text) >= MIN_CHARACTERS)) or list(dict.fromkeys(texts))
+    least = 0 if settings.data else MIN_CHARACTERS
+    usable = list(dict.fromkeys(text for text in texts if len(text) >= least)) or list(dict.fromkeys(texts))
     return random.Random(recipe.seed).sample(usable, min(settings.texts, len(usable)))
 
 
