@@ -77,7 +77,7 @@ def test_greedy_continuation_is_that_of_generate(family):
     row = torch.tensor([row_of(compressor)])
     expected = generate(family, 20, None, input_ids=row)
     assert len(expected) == 20
-    assert len(set(expected)) > 2, "vacuous: the LM says one thing only"
+    assert len(set(expected)) > 1, "vacuous: the LM says one thing only"
     assert continue_greedily(backbone, backbone.embed(row), 20) == expected
     assert continue_greedily(backbone, backbone.embed(row), 7) == expected[:7]
     assert continue_greedily(backbone, backbone.embed(row), 0) == []

@@ -266,8 +266,8 @@ def test_what_a_watch_names_is_checked_before_training(tmp_path):
         train(parse_recipe(wrong), tmp_path / "run")
     with pytest.raises(DataError, match="no such folder"):
         train(parse_recipe(tree(tmp_path, stages=["ucl"], watch={"tasks": [folder + "x"]})), tmp_path / "run")
+    data = {"data": [{"source": str(tmp_path / "none.jsonl")}]}
     with pytest.raises(DataError, match="no such file"):
-        data = {"data": [{"source": str(tmp_path / "none.jsonl")}]}
         train(parse_recipe(tree(tmp_path, stages=["ucl"], watch=data)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

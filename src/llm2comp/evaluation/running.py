@@ -80,8 +80,9 @@ def run_task(encoder: MtebEncoder, task: Any, results: Path | None = None) -> Sc
         found = _kept(cache, encoder, task)
         if found is None:
             given = task.data_loaded
-            with _explained(task, "its data cannot be had", FETCH_ADVICE):
-                task.load_data()
+            if not given:
+                with _explained(task, "its data cannot be had", FETCH_ADVICE):
+                    task.load_data()
             with explain_disk_errors(results or Path()), _explained(task, "cannot be run on this model", None):
                 found = mteb.evaluate(
                     cast("EncoderProtocol", encoder),
@@ -128,7 +129,8 @@ def _score(task: Any, result: Any) -> Score:
     name = task.metadata.name
     metric = PAPER14[name].metric if name in PAPER14 else task.metadata.main_score
     rows = [row for split in task.eval_splits for row in result.scores[split] if row["hf_subset"] in task.hf_subsets]
-    return Score(name, sum(float(row[metric]) for row in rows) / len(rows), metric, "+".join(task.eval_splits))
+    score = sum(float(row[metric]) for row in rows) / len(rows)
+    return Score(name, round(score, 6), metric, "+".join(task.eval_splits))  # as exact as mteb's files
 
 
 @contextmanager
