@@ -1,9 +1,11 @@
 """`llm2comp analyze` on a tiny run, its stage, its folder, and models without memory: figures, files, weights, bad input."""
 
+import atexit
 import copy
 import functools
 import json
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from xml.etree import ElementTree
@@ -45,7 +47,8 @@ PLACES = (*LIVE, "run/model", *WITHOUT_MEMORY)
 @functools.cache
 def plain_folder():
     """A sentence-transformers folder of another origin: the tiny LM's body and mean pooling."""
-    folder = finished()[0] / "plain"
+    folder = Path(tempfile.mkdtemp(prefix="llm2comp-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(finished()[0] / "backbone")
     tokenizer.pad_token = tokenizer.eos_token
     shutil.copytree(finished()[0] / "backbone", folder / "body")
@@ -162,13 +165,11 @@ def test_memory_states_of_a_folder_are_those_of_the_run(monkeypatch):
     assert_memory_as_in_the_run()
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: padding counts as the last memory token where that is the pad token")
 def test_memory_states_of_a_folder_ignore_padding():
     """An exported folder whose base has no pad token is padded with its last memory token, behind the mask."""
     assert_memory_as_in_the_run()
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: as above")
 def test_memory_correlation_of_a_folder_is_that_of_the_run():
     expected = np.array(found("run").collapse.memory_correlation)
     np.testing.assert_allclose(found("run/model").collapse.memory_correlation, expected, atol=1e-4)
@@ -243,7 +244,6 @@ def test_every_figure_is_in_the_table():
         assert ("memory clusters" in rows) is (measured.clusters is not None)
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: a word with a line feed breaks the line that it stands in")
 def test_readout_lines_are_lines():
     measured = copy.copy(found("run"))
     readout = measured.readouts[0]
@@ -265,7 +265,7 @@ def spoil(weights, token):
 @pytest.mark.parametrize("place", ["run", "run/3-scl", "run/model"])
 def test_nan_in_a_weight_stops_with_the_text_that_made_it(place, run, tmp_path):
     texts = [*TEXTS[:17], "J " + TEXTS[17], *TEXTS[18:40]]
-    token = AutoTokenizer.from_pretrained(run / "model").convert_tokens_to_ids("J")
+    token = AutoTokenizer.from_pretrained(run / "model").convert_tokens_to_ids("J")  # not one that loading tries the LM with
     spoil(run / "model" / "model.safetensors", token)
     backbone = Path(shutil.copytree(finished()[0] / "backbone", tmp_path / "backbone"))
     spoil(backbone / "model.safetensors", token)
@@ -340,7 +340,6 @@ def test_where_it_goes_unless_told(run, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_plots")
-@pytest.mark.xfail(strict=True, reason="FAULT: the analysis of a run deletes those of its stages, which lie in its folder")
 def test_the_analysis_of_a_run_leaves_those_of_its_stages(run):
     write_analysis(found("run/3-scl"), analysis.default_folder(str(run / "3-scl")))
     write_analysis(found("run"), analysis.default_folder(str(run)))
@@ -349,7 +348,6 @@ def test_the_analysis_of_a_run_leaves_those_of_its_stages(run):
 
 
 @pytest.mark.usefixtures("no_plots")
-@pytest.mark.xfail(strict=True, reason="FAULT: --out with a folder that holds other things deletes all of them")
 def test_out_with_things_of_ones_own_in_it(texts_file, tmp_path):
     """Whether it is refused or written beside them: they stay."""
     (tmp_path / "notes.txt").write_text("mine")
@@ -474,12 +472,10 @@ def test_a_model_without_memory_tokens_takes_no_weights(place, texts_file, tmp_p
     assert "no memory tokens" in said.err.split("error: ")[1]
     assert "Traceback" not in said.err
     assert files_of(folder) == before
-    with pytest.raises(ModelFolderError, match="no memory tokens"):
-        analysis.check_has_memory(found(place))
+    assert found(place).merge_weights is None
 
 
 @pytest.mark.usefixtures("no_plots")
-@pytest.mark.xfail(strict=True, reason="FAULT: the refusal comes after the analysis is made and written")
 def test_a_model_without_memory_tokens_is_refused_before_anything_is_written(texts_file, tmp_path):
     out = tmp_path / "out"
     said = cli("analyze", path_of("mean"), "--texts", texts_file, "--device", "cpu", "--write-weights", "--out", out)
@@ -499,7 +495,6 @@ def test_a_threshold_that_merges_all_or_nothing(threshold, clusters, run, texts_
     assert_embeds(run / "3-scl", memory_by_hand().mean(1))
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: a full disk under a stage's weights is not told as an error of ours")
 def test_a_full_disk_leaves_the_stage_as_it_was(run):
     before = files_of(run)
     with no_file_over(100), pytest.raises(RunError, match="cannot write"):
@@ -507,7 +502,6 @@ def test_a_full_disk_leaves_the_stage_as_it_was(run):
     assert files_of(run) == before
 
 
-@pytest.mark.xfail(strict=True, reason="FAULT: the stage gets its weights before the folder is found to be damaged")
 def test_a_damaged_folder_leaves_the_whole_run_as_it_was(run):
     """Else the last stage and the model that came of it are no longer one encoder."""
     tensors = load_file(run / "model" / "model.safetensors")
@@ -558,7 +552,7 @@ def test_column_and_limit(tmp_path):
     [
         (["run/model", "--texts", "nothing.jsonl"], ["nothing.jsonl"]),
         (["run/model", "--texts", "texts.jsonl", "--column", "body"], ["body", "text"]),
-        (["run/model", "--texts", "one.jsonl"], ["≥ 2", "(1, 32)"]),
+        (["run/model", "--texts", "one.jsonl"], ["too few texts", "2 or more"]),
         (["run/model", "--texts", "texts.jsonl", "--pairs", "wrong.jsonl"], ["wrong.jsonl", "positive"]),
         (["run/model", "--texts", "texts.jsonl", "--pairs", "nothing.jsonl"], ["nothing.jsonl"]),
         (["no-such-model", "--texts", "texts.jsonl"], ["no-such-model", "no such folder"]),

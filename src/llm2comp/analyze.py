@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.table import Table
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from llm2comp.analysis.clusters import clusters, merge_weights
@@ -25,9 +25,9 @@ from llm2comp.analysis.states import memory_states
 from llm2comp.compressor import STATE_FILE, Compressor
 from llm2comp.data.sources import Pair
 from llm2comp.embed import embed, refuse_not_finite
-from llm2comp.errors import ModelFolderError
+from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.export import memory_names, reweight
-from llm2comp.files import new_folder, write_text
+from llm2comp.files import explain_disk_errors, write_bytes, write_text
 from llm2comp.loading import identity, load, run_of, stage_of
 from llm2comp.memory import embedding_from_memory
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 ANALYSIS_FOLDER, ANALYSIS_FILE = "analysis", "analysis.json"
+WITH_MEMORY = "a run, a stage, or a model folder of llm2comp's"
+PLOTS = ("spectrum", "scores", "memory")
 NEED_MORE_TEXTS = ("effective_rank", "participation_ratio", "above_one_percent")
 # Longest text read for the LM's own part; texts among which those for the split are looked for; texts at once.
 READ_TOKENS, SPLIT_FROM, BATCH = 512, 512, 16
@@ -65,6 +67,7 @@ def analyze(
     *,
     threshold: float = 0.9,
     examples: int = 3,
+    needs_memory: bool = False,
     device: str | None = None,
 ) -> Analysis:
     """Measure a model on texts.
@@ -75,13 +78,19 @@ def analyze(
         pairs: related texts, for alignment and for what counts as similar.
         threshold: cosine from which memory tokens are merged into one cluster.
         examples: texts to be read out through the LM.
+        needs_memory: refuse a model without memory tokens.
         device: None = the best there is.
 
     Raises:
+        ModelFolderError: no memory tokens, and they are needed.
         DataError: too few texts; an embedding that is zero or not finite, with its text. As `load` for the model.
     """
+    if len(texts) < 2:
+        raise DataError("too few texts to analyze", expected="2 or more", found=len(texts))
     model = load(_live_place(path), device)
-    compressor = live_compressor(model)
+    who, compressor = identity(path, model), live_compressor(model)
+    if needs_memory and compressor is None and memory_names(model) is None:
+        raise ModelFolderError("has no memory tokens to weigh", where=path, expected=WITH_MEMORY)
     memory_NKD = _memory(model, compressor, texts)
     embeddings_ND = _embeddings(model, compressor, memory_NKD, texts)
     refuse_not_finite(embeddings_ND, texts)
@@ -98,7 +107,6 @@ def analyze(
         figures["context_recovered"] = context_recovered(compressor, split_sample(rows, compressor.backbone.pad_id))
     withheld = _withheld(measured, bool(pairs), compressor is not None, figures)
     labels = None if measured.memory_correlation is None else clusters(measured.memory_correlation, threshold)
-    who = identity(path, model)
     return Analysis(
         model=path,
         name=who.name,
@@ -139,13 +147,16 @@ def default_folder(path: str) -> Path:
 
 
 def write_analysis(found: Analysis, folder: Path) -> None:
-    """`analysis.json` and the plots (PNG, SVG) as one folder. Raises RunError when it cannot be written."""
-    with new_folder(folder) as target:
-        write_text(target / ANALYSIS_FILE, json.dumps(asdict(found), indent=1, ensure_ascii=False))
-        save_figure(spectrum_figure({found.model: found.collapse.spectrum}), target / "spectrum")
-        save_figure(scores_figure(found.random_cosines, found.related_cosines), target / "scores")
-        if found.collapse.memory_correlation is not None:
-            save_figure(heatmap_figure(found.collapse.memory_correlation, "memory tokens"), target / "memory")
+    """The plots (PNG, SVG), then `analysis.json`, over those of an earlier analysis. Raises RunError when a write fails."""
+    with explain_disk_errors(folder):
+        for old in (ANALYSIS_FILE, *(f"{plot}.{kind}" for plot in PLOTS for kind in ("png", "svg"))):
+            (folder / old).unlink(missing_ok=True)
+    spectrum, scores, memory = (folder / plot for plot in PLOTS)
+    save_figure(spectrum_figure({found.model: found.collapse.spectrum}), spectrum)
+    save_figure(scores_figure(found.random_cosines, found.related_cosines), scores)
+    if found.collapse.memory_correlation is not None:
+        save_figure(heatmap_figure(found.collapse.memory_correlation, "memory tokens"), memory)
+    write_text(folder / ANALYSIS_FILE, json.dumps(asdict(found), indent=1, ensure_ascii=False))
 
 
 def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
@@ -153,21 +164,21 @@ def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
 
     Returns what was changed. Raises ModelFolderError for a model that has no memory tokens.
     """
-    run, folder = run_of(path), Path(path).absolute()
+    folder, stage = Path(path).absolute(), Path(_live_place(path)).absolute()
     changed = []
-    stage = Path(_live_place(path))
-    if stage_of(stage.absolute()):
+    if stage_of(folder) is None:
+        model = folder / "model" if run_of(path) == folder else folder
+        reweight(model, weights_K)  # first: it refuses a folder that is not sound
+        changed.append(model)
+    if stage_of(stage) is not None:
         file = stage / STATE_FILE
         tensors = load_file(file)
-        tensors["weights"] = torch.tensor(weights_K, dtype=torch.float32)
-        temporary = file.with_name(f".{file.name}.part")
-        save_file(tensors, temporary)
-        temporary.replace(file)
+        if len(weights_K) != len(tensors["weights"]):
+            raise ModelFolderError(
+                "another number of memory tokens", where=str(file), expected=len(tensors["weights"]), found=len(weights_K)
+            )
+        write_bytes(file, save(tensors | {"weights": torch.tensor(weights_K, dtype=torch.float32)}))
         changed.append(stage)
-    model = run / "model" if run == folder else folder
-    if stage_of(folder) is None and (run != folder or model.is_dir()):
-        reweight(model, weights_K)
-        changed.append(model)
     return changed
 
 
@@ -195,15 +206,15 @@ def _memory(model: SentenceTransformer, compressor: Compressor | None, texts: Se
     names = memory_names(model)
     if names is None:
         return None
-    ids_K = torch.tensor(model.tokenizer.convert_tokens_to_ids(names))
     states = []
     with torch.no_grad():
         for start in range(0, len(texts), BATCH):
             features: Any = model.preprocess(list(texts[start : start + BATCH]))
             features = {key: value.to(model.device) for key, value in features.items() if isinstance(value, Tensor)}
             states_BTD = model[0](features)["token_embeddings"].float().cpu()
-            found_BTK = features["input_ids"].cpu()[..., None] == ids_K
-            states.append(torch.einsum("btk,btd->bkd", found_BTK.float(), states_BTD))
+            lengths_B = features["attention_mask"].sum(1).cpu()  # padded on the right, memory last
+            places_BK = lengths_B[:, None] - len(names) + torch.arange(len(names))
+            states.append(states_BTD.gather(1, places_BK[..., None].expand(-1, -1, states_BTD.shape[-1])))
     return torch.cat(states)
 
 
@@ -246,21 +257,12 @@ def readout_lines(found: Analysis) -> list[str]:
     lines = []
     for readout in found.readouts:
         lines += ["", f"text: {_one_line(readout.text)}"]
-        lines += [f"  memory token {i}: {' '.join(words)}" for i, words in enumerate(readout.words)]
+        lines += [f"  memory token {i}: {_one_line(' '.join(words))}" for i, words in enumerate(readout.words)]
         lines += [f"  the LM goes on from the text: {_one_line(readout.from_text)}"]
         lines += [f"  from the memory alone: {_one_line(readout.from_memory)}"]
     return lines
 
 
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return line if len(line) <= 160 else line[:157] + "..."
-
-
-def check_has_memory(found: Analysis) -> list[float]:
-    """The merge weights. Raises ModelFolderError for a model without memory tokens."""
-    if found.merge_weights is None:
-        raise ModelFolderError(
-            "has no memory tokens to weigh", where=found.model, expected="a run, a stage, or a model folder of llm2comp's"
-        )
-    return found.merge_weights

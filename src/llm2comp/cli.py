@@ -215,15 +215,14 @@ def analyze(
     quiet_libraries()
     from llm2comp import analyze as analysis
 
-    found = analysis.analyze(model, loaded.rows, related, threshold=threshold, device=device)
+    found = analysis.analyze(model, loaded.rows, related, threshold=threshold, needs_memory=write_weights, device=device)
     folder = out or analysis.default_folder(model)
     analysis.write_analysis(found, folder)
     say(analysis.table(found))
     for line in analysis.readout_lines(found):
         say(line)
     say(f"{folder}: {analysis.ANALYSIS_FILE} and plots")
-    if write_weights:
-        weights = analysis.check_has_memory(found)
+    if write_weights and (weights := found.merge_weights):
         for changed in analysis.write_weights(model, weights):
             say(f"{changed}: memory tokens now weigh {', '.join(f'{weight:.3f}' for weight in weights)}")
 

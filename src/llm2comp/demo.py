@@ -21,6 +21,7 @@ from llm2comp.evaluation.retrieval import Collection
 from llm2comp.files import write_text
 from llm2comp.loading import load
 from llm2comp.recipe import Recipe
+from llm2comp.report import report
 from llm2comp.training.run import FOLDERS, MODEL_FOLDER, read_run, stage_encoder, train
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ def demo(out: Path, recipe: str = "tiny") -> Path:
         say(Text(f"\n{question}", style="bold"))
         for name, summary, cosine in answers:
             say(Text.assemble(f"  {cosine:.2f}  ", (name, "green"), f"  {summary[:90]}"))
+    page = report([run], run / "report.html")
     end = time.monotonic()
-    say(f"\n{run / MODEL_FOLDER}   ({trained - begin:.0f} s training, {end - trained:.0f} s scoring and search)")
+    say(f"\nwhy it is as good as it is: {page}")
+    say(f"{run / MODEL_FOLDER}   ({trained - begin:.0f} s training, {end - trained:.0f} s scoring and search)")
     return run / MODEL_FOLDER
 
 

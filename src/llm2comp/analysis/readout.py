@@ -52,10 +52,11 @@ def read_out(compressor: Compressor, text: str, max_tokens: int, words: int = 5,
     start = [] if backbone.bos_id is None else [backbone.bos_id]
     start_BTD = backbone.embed(torch.tensor([start], dtype=torch.int64, device=device))
     memory_BSD = torch.cat([start_BTD.to(memory_BKD), memory_BKD], 1)
+    x_BTD = backbone.embed(tokens.ids_BT)
     return Readout(
         text=backbone.tokenizer.decode(row, skip_special_tokens=True),
         words=[[backbone.tokenizer.decode([index]) for index in of_token] for of_token in best_KW.tolist()],
-        from_text=_decode(backbone, continue_greedily(backbone, backbone.embed(tokens.ids_BT), continuation_tokens)),
+        from_text=_decode(backbone, continue_greedily(backbone, x_BTD, continuation_tokens)) if row else "",
         from_memory=_decode(backbone, continue_greedily(backbone, memory_BSD, continuation_tokens)),
         from_nothing=_decode(backbone, continue_greedily(backbone, start_BTD, continuation_tokens)) if start else "",
     )
