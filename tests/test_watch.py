@@ -228,7 +228,7 @@ def line(step, rank=10.0, correlation=0.5, recovered=0.5):
     ],
 )
 def test_warnings(now, said):
-    found = warnings_of(line(0), now)
+    found = warnings_of(line(0), now, compresses=True)
     assert len(found) == len(said)
     assert all(part in text for part, text in zip(said, found, strict=True))
 
@@ -236,11 +236,12 @@ def test_warnings(now, said):
 def test_a_warning_is_said_once(tmp_path, monkeypatch):
     real = Watch.measure
     monkeypatch.setattr(Watch, "measure", lambda *args, **kwargs: real(*args, **kwargs) | {"context_recovered": -0.3})
-    said = cli("train", write_recipe(tmp_path, pretext=None, scl=None), "--out", tmp_path / "run")
+    said = cli("train", write_recipe(tmp_path, scl=None), "--out", tmp_path / "run")
     assert said.code == 0, said
-    assert said.err.count("warning, ucl step 1: the memory misleads") == 1
+    assert said.err.count("warning, pretext step 1: the memory misleads") == 1
     assert said.err.count("memory misleads") == 1
-    assert [len(row["warnings"]) for row in lines(tmp_path / "run", "ucl")] == [0, 1, 1, 1, 1]
+    assert [len(row["warnings"]) for row in lines(tmp_path / "run", "pretext")] == [0, 1, 1, 1, 1]
+    assert not any(row["warnings"] for row in lines(tmp_path / "run", "ucl")), "no longer trained to compress"
 
 
 @pytest.mark.parametrize(

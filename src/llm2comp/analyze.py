@@ -38,6 +38,7 @@ ANALYSIS_FOLDER, ANALYSIS_FILE = "analysis", "analysis.json"
 WITH_MEMORY = "a run, a stage, or a model folder of llm2comp's"
 PLOTS = ("spectrum", "scores", "memory")
 NEED_MORE_TEXTS = ("effective_rank", "participation_ratio", "above_one_percent")
+OF_EMBEDDINGS = (*NEED_MORE_TEXTS, "uniformity", "anisotropy")
 # Longest text read for the LM's own part; texts among which those for the split are looked for; texts at once.
 READ_TOKENS, SPLIT_FROM, BATCH = 512, 512, 16
 
@@ -78,11 +79,10 @@ def analyze(
         pairs: related texts, for alignment and for what counts as similar.
         threshold: cosine from which memory tokens are merged into one cluster.
         examples: texts to be read out through the LM.
-        needs_memory: refuse a model without memory tokens.
+        needs_memory: refuse (ModelFolderError) a model without memory tokens.
         device: None = the best there is.
 
     Raises:
-        ModelFolderError: no memory tokens, and they are needed.
         DataError: too few texts; an embedding that is zero or not finite, with its text. As `load` for the model.
     """
     if len(texts) < 2:
@@ -96,7 +96,7 @@ def analyze(
     refuse_not_finite(embeddings_ND, texts)
     measured = collapse(embeddings_ND, None if memory_NKD is None else memory_NKD.numpy())
     random_cosines, related_cosines = random_pair_cosines(embeddings_ND), None
-    figures: dict[str, float | None] = {key: getattr(measured, key) for key in (*NEED_MORE_TEXTS, "uniformity", "anisotropy")}
+    figures: dict[str, float | None] = {key: getattr(measured, key) for key in OF_EMBEDDINGS}
     if pairs:
         anchors_ND = embed(model, [pair.anchor for pair in pairs], role="query").embeddings_ND
         positives_ND = embed(model, [pair.positive for pair in pairs], role="document").embeddings_ND

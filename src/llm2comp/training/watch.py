@@ -82,7 +82,7 @@ class WatchCallback(TrainerCallback):
                 found=error.found,
                 fix=f"lower {self.name}.schedule.learning_rate or set precision: float32, in a new run directory",
             ) from error
-        line["warnings"] = warnings_of(self.seen[0] if self.seen else line, line)
+        line["warnings"] = warnings_of(self.seen[0] if self.seen else line, line, compresses=self.name == "pretext")
         line["best"] = self._is_best(line)
         told = {text.split(":")[0] for old in self.seen for text in old["warnings"]}
         for text in line["warnings"]:
@@ -128,8 +128,8 @@ def figure_of(line: dict[str, Any], figure: str) -> float | None:
     return value
 
 
-def warnings_of(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a watch has to say in words, against the stage's first one."""
+def warnings_of(first: dict[str, Any], now: dict[str, Any], compresses: bool) -> list[str]:
+    """What a watch has to say in words, against the stage's first one; `compresses`: the stage learns to continue."""
     found = []
     before, rank = first["effective_rank"], now["effective_rank"]
     if rank < RANK_FALL * before:
@@ -144,7 +144,7 @@ def warnings_of(first: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"(mean cosine {COPY} or more); fewer tokens, or merging (`llm2comp analyze --write-weights`), would do as well"
         )
     recovered = now["context_recovered"]
-    if now["step"] and recovered is not None and recovered < 0:
+    if compresses and now["step"] and recovered is not None and recovered < 0:
         found.append(f"the memory misleads: the LM continues worse with it than without any context ({recovered:.2f})")
     return found
 
