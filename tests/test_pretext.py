@@ -16,7 +16,7 @@ from llm2comp.compressor import Compressor
 from llm2comp.pretext import OBJECTIVES, count_items
 from llm2comp.recipe import PretextStage
 from llm2comp.tokens import SplitTexts
-from llm2comp.training.stages import run_pretext
+from llm2comp.training.stages import RunOptions, run_pretext
 
 LENGTHS, SITES = (17, 9, 23, 12), (9, 4, 5, 11)
 CASES = [(objective, weighting) for objective in OBJECTIVES for weighting in ("sample_mean", "token_mean")]
@@ -241,7 +241,7 @@ def test_accumulation_equals_one_large_batch(texts, tmp_path, objective, weighti
         )
         folder = tmp_path / f"{batch_size}"
         folder.mkdir()
-        run_pretext(compressor, stage, folder, seed=5, report_to=())
+        run_pretext(compressor, stage, folder, seed=5, options=RunOptions())
         after = torch.cat([p.detach().flatten() for p in compressor.backbone.adapters.parameters("pretext")])
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in log] == [1, 2]
