@@ -441,7 +441,7 @@ def test_a_malformed_local_set_says_file_and_line(tmp_path, sets):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["no/such-model", "nowhere", "mean:no/such-model", "runs/"])
+@pytest.mark.parametrize("name", ["no/such-model", "nowhere", "mean:no/such-model", "no-such-folder/"])
 def test_a_model_that_is_none(tmp_path, sets, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = cli("evaluate", name, "--local", sets, "--out", tmp_path / "out")
