@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
@@ -116,7 +117,9 @@ def keep_best(compressor: Compressor, name: str, folder: Path) -> int | None:
         return None
     compressor.load(best, name)
     lines = StepLines(folder / WATCH_FILE).read()
-    shutil.rmtree(best)
+    PartialState().wait_for_everyone()  # other ranks read it too
+    if PartialState().is_main_process:
+        shutil.rmtree(best)
     step: int = [line["step"] for line in lines if line["best"]][-1]
     say(f"{name}: keeping step {step}, the best of {len(lines)} watches")
     return step
