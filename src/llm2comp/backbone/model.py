@@ -11,7 +11,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm2comp.backbone.adapters import AdapterStack
 from llm2comp.backbone.families import attention_dropouts, scale_logits, silence_dropout
+from llm2comp.backbone.full import FullCopy
 from llm2comp.errors import BackboneError
+from llm2comp.recipe import AdapterSettings
 from llm2comp.tokens import position_ids
 
 
@@ -35,11 +37,27 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.attention = attention
         self.name = name
-        self.adapters = AdapterStack(lm, name)
+        self.adapters: AdapterStack | FullCopy = AdapterStack(lm, name)
+        self.copy: nn.Module | None = None
         self._dropouts = attention_dropouts(lm)
         silence_dropout(lm)
         self._dropout_on = False
         self.set_attention_dropout(0.0)
+
+    def add_adapter(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
+        """What the next stage trains: one more LoRA adapter, or (`kind: full`) the one copy of the LM.
+
+        Raises:
+            BackboneError: LoRA targets that match no module; both kinds over one LM.
+        """
+        full = settings.kind == "full"
+        if self.adapters.names and full != isinstance(self.adapters, FullCopy):
+            raise BackboneError("cannot mix LoRA and full fine-tuning", where=self.name, found=settings.kind)
+        if full and not isinstance(self.adapters, FullCopy):
+            self.adapters = FullCopy(self.lm, self.name)
+            self.copy = self.adapters.body
+            self._dropouts = attention_dropouts(self.adapters.body)
+        self.adapters.add(name, settings, dropout, seed)
 
     @property
     def config(self) -> Any:
@@ -125,16 +143,17 @@ class Backbone(nn.Module):
         def replay() -> tuple[Any, Any]:
             return contextlib.nullcontext(), self.base_only(self.adapters.off)
 
-        if on:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replay})
-        elif self.lm.is_gradient_checkpointing:
-            self.lm.gradient_checkpointing_disable()
+        for model in (self.lm, *([self.adapters.body] if isinstance(self.adapters, FullCopy) else [])):
+            if on:
+                model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replay})
+            elif model.is_gradient_checkpointing:
+                model.gradient_checkpointing_disable()
 
     def train(self, mode: bool = True) -> Backbone:
         """Training mode for the newest adapter's dropout and the attention dropout alone; the base LM stays in eval mode."""
         super().train(False)
         self.training = mode
-        for module in self.lm.modules():
+        for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = mode
         self._dropout_on = mode
@@ -147,7 +166,10 @@ class Backbone(nn.Module):
             dropout.switch(on)
 
     def _run(self, x_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> Tensor:
-        states: Tensor = self.lm.base_model(
+        body: Any = self.lm.base_model
+        if isinstance(self.adapters, FullCopy) and not self.adapters.off:
+            body, x_BSD = self.adapters.body, x_BSD.float()
+        states: Tensor = body(
             inputs_embeds=x_BSD, attention_mask=mask_BS, position_ids=position_ids(mask_BS), use_cache=False, **kwargs
         ).last_hidden_state
         return states

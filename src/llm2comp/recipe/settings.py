@@ -57,8 +57,12 @@ class MemorySettings(Section):
 
 
 class AdapterSettings(Section):
-    """LoRA; each stage adds one such adapter."""
+    """What learns: LoRA, each stage adding one such adapter, or a whole copy of the LM."""
 
+    kind: Literal["lora", "full"] = Field(
+        default="lora",
+        description="full = all layers of a separate, trained copy of the LM encode (the rest here is unused)",
+    )
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Share = 0.05
@@ -196,6 +200,8 @@ class ContrastiveStage(Stage):
 
     temperature: Annotated[float, Field(gt=0)] = 0.05
     train_memory: bool = Field(default=False, description="whether the memory tokens go on learning")
+    train_embeddings: bool = Field(default=False, description="also the encoder's own copy of the embedding table")
+    matryoshka_dims: tuple[Steps, ...] = Field(default=(), description="the loss also on so many first dimensions, summed")
     mini_batch_size: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="texts encoded at once; the gradient of the whole batch is kept (GradCache)"
     )

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 
 from llm2comp.analysis.plots import heatmap_figure, spectrum_figure
-from llm2comp.recipe import PretextStage, Stage
+from llm2comp.recipe import PretextStage, Recipe, Stage
 from llm2comp.report.blocks import NONE, Part, Plot, Points, Section, Table, curves, drawn, duration, number, percent
 from llm2comp.report.reading import Evaluation, RunLog, StageLog, Watch
 
@@ -75,6 +75,12 @@ def sentence(run: RunLog) -> str:
     return f"{run.recipe.model.name} as a text encoder with {tokens} memory token{'s'[: tokens != 1]}, trained by {stages}."
 
 
+def adapter_of(recipe: Recipe) -> str:
+    """What learned beside the memory tokens."""
+    settings = recipe.adapter
+    return "all layers of a copy" if settings.kind == "full" else f"LoRA, rank {settings.rank}, alpha {settings.alpha:g}"
+
+
 def overview(run: RunLog, ident: str) -> Section:
     """What was trained on what, with which settings, how far it came."""
     recipe = run.recipe
@@ -83,7 +89,7 @@ def overview(run: RunLog, ident: str) -> Section:
         "Model": recipe.model.name + (f" at {recipe.model.revision}" if recipe.model.revision else ""),
         "Memory tokens": str(recipe.memory.tokens),
         "Attention of the encoder": recipe.model.attention,
-        "Adapter": f"LoRA, rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha:g}",
+        "Adapter": adapter_of(recipe),
         "Objective of stage 1": recipe.pretext.objective if recipe.pretext else "",
         "Seed": str(recipe.seed),
     }

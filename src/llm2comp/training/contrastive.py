@@ -10,6 +10,7 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 
+from llm2comp.errors import RecipeError
 from llm2comp.recipe import ContrastiveStage, UclStage
 
 
@@ -28,7 +29,11 @@ def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.
     """InfoNCE over cosine with in-batch (and hard) negatives of all devices, temperature from the stage (METHOD 2).
 
     `denominator: both_views` also counts the other first views (the poster's 2B). `mini_batch_size` switches to GradCache,
-    which keeps the gradient of the whole batch.
+    which keeps the gradient of the whole batch. `matryoshka_dims` adds the same loss on the embedding's first dimensions
+    (Matryoshka representation learning, arXiv 2205.13147).
+
+    Raises:
+        RecipeError: more Matryoshka dimensions than the embedding has.
     """
     both_views = isinstance(stage, UclStage) and stage.denominator == "both_views"
     settings: dict[str, Any] = {
@@ -37,6 +42,16 @@ def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.
         "directions": ("query_to_doc", "query_to_query") if both_views else ("query_to_doc",),
         "gather_across_devices": torch.distributed.is_initialized(),
     }
+    loss: nn.Module
     if stage.mini_batch_size is None:
-        return losses.MultipleNegativesRankingLoss(model, **settings)
-    return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=stage.mini_batch_size, **settings)
+        loss = losses.MultipleNegativesRankingLoss(model, **settings)
+    else:
+        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=stage.mini_batch_size, **settings)
+    if not stage.matryoshka_dims:
+        return loss
+    width = int(model.get_embedding_dimension() or 0)
+    if too_wide := [dim for dim in stage.matryoshka_dims if dim > width]:
+        raise RecipeError(
+            "more dimensions than the model has", where="matryoshka_dims", expected=f"up to {width}", found=too_wide
+        )
+    return losses.MatryoshkaLoss(model, loss, matryoshka_dims=sorted({width, *stage.matryoshka_dims}, reverse=True))

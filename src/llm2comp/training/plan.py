@@ -48,23 +48,26 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
     config = lm.config
     room_for_text(getattr(config, "max_position_embeddings", None), recipe.memory.tokens, SAMPLE)
     base_parameters = sum(p.numel() for p in lm.parameters())
-    adapters = AdapterStack(lm, recipe.model.name)
+    adapters = None if recipe.adapter.kind == "full" else AdapterStack(lm, recipe.model.name)
+    layers = base_parameters - embedding_weights(lm)
     tokenizer = load_tokenizer(recipe.model)
     full = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and device.type == "cpu")
     base = base_parameters * (4 if full else 2)
-    plans, held = [], base
+    plans, held = [], base + (0 if adapters else 4 * (layers + lm.get_input_embeddings().weight.numel()))
     for name, stage in recipe.stages.items():
-        with torch.device("meta"):
-            adapters.add(name, recipe.adapter)
-        lora = sum(p.numel() for p in adapters.parameters(name))
+        learning = layers
+        if adapters is not None:
+            with torch.device("meta"):
+                adapters.add(name, recipe.adapter)
+            learning = sum(p.numel() for p in adapters.parameters(name))
         texts, per_sample = stage_texts(stage)
         mean = mean_tokens(tokenizer, texts, stage)
         samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
-        trainable = lora + trained_embeddings(stage, lm, recipe.memory.tokens)
+        trainable = learning + trained_embeddings(stage, lm, recipe.memory.tokens)
         at_once = getattr(stage, "mini_batch_size", None) or stage.batch_size * per_sample
         peak = held + 16 * trainable + activations(config, stage, at_once, mean + recipe.memory.tokens, full)
         plans.append(StagePlan(name, len(texts), samples, int(samples * per_sample * mean), trainable, peak))
-        held += 4 * lora
+        held += 4 * learning if adapters else 0
     return plans, base
 
 
@@ -90,11 +93,17 @@ def mean_tokens(tokenizer: Any, texts: Sequence[str], stage: Stage) -> float:
     return sum(min(len(row) * share, limit) for row in rows) / max(1, len(rows))
 
 
+def embedding_weights(lm: Any) -> int:
+    """Weights of input embeddings and head, counted once where they are tied."""
+    modules = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
 def trained_embeddings(stage: Stage, lm: Any, memory_tokens: int) -> int:
     """Trained embedding weights: the memory rows, or the whole table as well."""
     rows, width = (int(n) for n in lm.get_input_embeddings().weight.shape)
     if isinstance(stage, ContrastiveStage):
-        return memory_tokens * width if stage.train_memory else 0
+        return (memory_tokens if stage.train_memory else 0) * width + (rows * width if stage.train_embeddings else 0)
     every = isinstance(stage, PretextStage) and stage.train_embeddings == "all"
     return (memory_tokens + (rows if every else 0)) * width
 

@@ -168,7 +168,7 @@ def is_main_process() -> bool:
 def _push_adapter(compressor: Compressor, recipe: Recipe, name: str) -> None:
     stage = recipe.stages[name]
     seed = recipe.seed + 1 + list(recipe.stages).index(name)
-    compressor.backbone.adapters.add(name, recipe.adapter, stage.adapter_dropout, seed)
+    compressor.backbone.add_adapter(name, recipe.adapter, stage.adapter_dropout, seed)
 
 
 def _refuse_foreign(run: Path, recipe: Recipe) -> None:

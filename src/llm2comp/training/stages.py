@@ -89,7 +89,7 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, op
     texts = [text for text in load_texts(stage.data) if len(text) >= stage.min_characters]
     enough("ucl", len(set(texts)), stage.batch_size)
     say(f"stage 2: {len(texts):,} texts of {stage.min_characters} characters or more")
-    compressor.learn(memory=stage.train_memory)
+    compressor.learn(memory=stage.train_memory, embeddings=stage.train_embeddings)
     model = as_sentence_transformer(compressor, stage.max_tokens)
     arguments = SentenceTransformerTrainingArguments(
         batch_sampler=BatchSamplers.NO_DUPLICATES, **_arguments(compressor, stage, folder, seed, options.report_to)
@@ -104,7 +104,7 @@ def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, op
     pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
     rows = pair_datasets(pairs, stage.batch_size)
     say(f"stage 3: {len(pairs):,} pairs; " + ", ".join(f"{len(part):,} {name}" for name, part in rows.items()))
-    compressor.learn(memory=stage.train_memory)
+    compressor.learn(memory=stage.train_memory, embeddings=stage.train_embeddings)
     limits = {"query": stage.query_max_tokens, "document": stage.document_max_tokens}
     model = as_sentence_transformer(compressor, stage.document_max_tokens, limits)
     columns = {column for part in rows.values() for column in part.column_names}

@@ -1,0 +1,85 @@
+"""Full fine-tuning: instead of adapters, a trained copy of the LM's body encodes. Worth it for small backbones."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llm2comp.errors import BackboneError
+from llm2comp.recipe import AdapterSettings
+
+WEIGHTS_FILE = "encoder.safetensors"
+
+
+class FullCopy:
+    """The same face as `AdapterStack`, over a float32 copy of the LM's layers; every stage goes on with the same copy.
+
+    Input embeddings are not part of it: texts come in as embeddings (`Compressor.embedding` is their trained copy).
+    """
+
+    def __init__(self, lm: Any, model_name: str) -> None:
+        self.lm = lm
+        self.model_name = model_name
+        self.names: list[str] = []
+        self.body: Any = copy.deepcopy(lm.base_model).float()
+        self._table = self.body.get_input_embeddings()
+        self._off = False
+
+    def add(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
+        """One more stage that trains the copy."""
+        self.names.append(name)
+        self.lm.requires_grad_(False)
+        for parameter in self.parameters(name):
+            parameter.requires_grad_(True)
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """All weights of the copy but the input embeddings."""
+        table = {id(parameter) for parameter in self._table.parameters()}
+        return [parameter for parameter in self.body.parameters() if id(parameter) not in table]
+
+    @contextlib.contextmanager
+    def switched(self, off: bool) -> Iterator[None]:
+        """The LM itself inside (or its trained copy)."""
+        before, self._off = self._off, off
+        try:
+            yield
+        finally:
+            self._off = before
+
+    @property
+    def off(self) -> bool:
+        """Whether the LM itself runs at this moment."""
+        return self._off
+
+    def train_dropout(self, on: bool) -> None:
+        """There is none but the attention's."""
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write the copy, float32."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._state(), folder / WEIGHTS_FILE)
+
+    def load(self, name: str, folder: Path) -> None:
+        """Fill the copy with the weights that `save` wrote."""
+        tensors, state = load_file(folder / WEIGHTS_FILE), self._state()
+        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in state.items()}:
+            raise BackboneError("encoder weights do not fit this model", where=str(folder))
+        self.body.load_state_dict(tensors, strict=False)
+
+    def merged(self) -> Any:
+        """A copy of the LM with the trained layers, in the base's dtype."""
+        lm = copy.deepcopy(self.lm)
+        lm.base_model.load_state_dict(self._state(), strict=False)
+        return lm
+
+    def _state(self) -> dict[str, Tensor]:
+        """Weights without the input embeddings, by their names in the body."""
+        table = {tensor.data_ptr() for tensor in self._table.state_dict().values()}
+        named = self.body.state_dict().items()
+        return {key: tensor.detach().cpu().contiguous() for key, tensor in named if tensor.data_ptr() not in table}
