@@ -1,283 +1,270 @@
-"""Pre-train the embedded backbone (`model: builtin:tiny`): a small Llama and its own BPE tokenizer.
+"""Pre-train the embedded backbone (`model: builtin:tiny`), a small Llama, on two CPU cores or on one GPU.
 
-    python tools/train_tiny_backbone.py --corpus DIR --out src/llm2comp/assets/tiny
+    python tools/backbone_data.py --corpus DIR --out DATA
+    python tools/train_tiny_backbone.py --data DATA --out src/llm2comp/assets/tiny --budget-cpu-minutes 90
 
-1. read the corpora (jsonl.zst), drop repeated paragraphs, keep each source's share of the character budget
-2. train a byte-level BPE tokenizer; write all documents as one uint16 stream, BOS before each document
-3. next-token prediction on rows of `--context` tokens that start with BOS; Muon on matrices, AdamW on the rest,
-   warm-up then linear decay over the *CPU-time* budget, so that the budget is kept whatever the machine's speed
+1. read and check the data folder, unpacking its shards; build the model that the sizes and the tokenizer ask for
+2. next-token prediction on rows of `--context` tokens that start with BOS, in an order that (seed, epoch) fixes;
+   `--batch-tokens` a step, in as many parts as memory asks for; bfloat16 autocast, gradients clipped at norm 1;
+   Muon on matrices, AdamW on the rest; warm-up over 2 % of the budget (tokens, CPU time or wall time), then linear
+   decay to 2 %, so that the budget is kept whatever the machine's speed. Compiling counts as spent time
+3. every `--checkpoint-minutes`, on SIGTERM, on SIGINT and at the end: a checkpoint. The same command goes on from it
+   with the same batches; with a token budget the result is then that of a training never stopped
 4. held-out perplexity per word by source; model (bfloat16 safetensors), tokenizer, model card written to `--out`
 
-It runs on a CPU (bfloat16 autocast and torch.compile help twofold). Seeded; not bit-reproducible, as the budget
-is time.
+Lines tell the model FLOPs utilisation: tokens/s · FLOPs a token / peak, where a token costs 6·N_matmul +
+12·layers·hidden·context (forward and twice that backward; N_matmul: all matrices' weights, the output matrix included;
+the whole row of attention counted, no recomputation, no optimizer). The peak is `--peak-tflops`, by default 989
+on a GPU (H200, dense bfloat16) and the measured rate of a matrix product on a CPU.
+It needs torch, numpy, transformers and safetensors only.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import hashlib
-import io
 import json
 import math
+import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import zstandard
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-SHARES = {  # part of the character budget that each corpus gets, at most all of it
-    "encyclopaedia-core": 0.30,
-    "encyclopaedia-wide": 0.12,
-    "textbooks": 0.22,
-    "technical": 0.20,
-    "mixed": 0.10,
-    "books": 0.06,
-}
-LICENCES = {
-    "encyclopaedia-core": "English Wikipedia 2015, CC-BY-SA 3.0",
-    "encyclopaedia-wide": "English Wikipedia, CC-BY-SA 3.0",
-    "textbooks": "OpenStax books, CC-BY 4.0",
-    "technical": "Python PEPs (public domain/CC0), Rust RFCs and book (MIT/Apache-2.0), Dive into Deep Learning (CC-BY-SA 4.0)",
-    "mixed": "US government prose (public domain), MASC and OneStopEnglish (CC-BY-SA 4.0), arXiv abstracts (CC0)",
-    "books": "classic books, public domain",
-}
+from backbone_card import check_size, perplexity_per_word, write_model
+from backbone_store import MIB, Data, Parser, command, open_data, positive, positive_int, refuse_foreign
+from backbone_training import (
+    Rows,
+    StopSignals,
+    forward_flops_per_token,
+    learning_rate,
+    load_checkpoint,
+    make_optimizers,
+    measured_peak,
+    prefetched,
+    save_checkpoint,
+)
+
+CURVE_STEPS = 20  # steps between two values of the loss curve
+H200_TFLOPS = 989.0
 
 
-def read_corpus(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of one `.jsonl` or `.jsonl.zst` file."""
-    with path.open("rb") as raw:
-        stream = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-        for line in io.TextIOWrapper(stream, encoding="utf-8"):
-            yield json.loads(line)
+class Training:
+    """Model, optimizers and state, and the loop over them."""
 
+    def __init__(self, args: argparse.Namespace, model: Any, data: Data, device: torch.device) -> None:
+        self.args, self.model, self.device, self.settings = args, model, device, make_settings(args, model.config, data)
+        self.checkpoint = args.checkpoint or args.out.with_name(f"{args.out.name}.checkpoint")
+        self.optimizers = make_optimizers(model, args.lr, device)
+        self.rows = Rows(data.tokens_N, data.about["ids"]["bos"], args.context, args.seed)
+        self.state = load_checkpoint(self.checkpoint, self.settings, model, self.optimizers)
+        self.forward = torch.compile(model, dynamic=False) if args.compile else model
+        rows = max(1, args.batch_tokens // args.context)
+        self.part_rows = max(part for part in range(1, min(rows, rows_at_once(args, device)) + 1) if rows % part == 0)
+        self.batch_rows = rows
 
-def collect(corpus: Path, characters: int, seen: set[bytes]) -> dict[str, list[str]]:
-    """Documents per source up to its share; a paragraph already seen anywhere is dropped."""
-    documents: dict[str, list[str]] = {}
-    for source, share in SHARES.items():
-        budget, kept = int(characters * share), []
-        for row in read_corpus(corpus / f"{source}.jsonl.zst"):
-            paragraphs = []
-            for paragraph in row["text"].split("\n\n"):
-                key = hashlib.blake2b(" ".join(paragraph.lower().split()).encode(), digest_size=8).digest()
-                if key not in seen:
-                    seen.add(key)
-                    paragraphs.append(paragraph)
-            text = "\n\n".join(paragraphs)
-            if len(text) >= 200:
-                kept.append(text)
-                budget -= len(text)
-            if budget <= 0:
-                break
-        documents[source] = kept
-        print(f"{source}: {len(kept):,} documents, {sum(map(len, kept)) / 1e6:.1f} M characters")
-    return documents
+    def progress(self) -> float:
+        """Spent part of the budget, 0 to 1."""
+        kind, amount = self.settings["budget"]
+        return float(min(1.0, getattr(self.state, kind) / amount))
 
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; digits split; `<s>` put before every text by the template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=512,
-        padding_side="right",
-    )
-
-
-def tokenise(tokenizer: PreTrainedTokenizerFast, documents: dict[str, list[str]], path: Path, seed: int) -> int:
-    """All documents, shuffled, as one uint16 stream on disk. Returns its length in tokens."""
-    texts = [text for part in documents.values() for text in part]
-    order = np.random.default_rng(seed).permutation(len(texts))
-    total = 0
-    with path.open("wb") as out:
-        for start in range(0, len(order), 512):
-            encoded = tokenizer([texts[i] for i in order[start : start + 512]], verbose=False)["input_ids"]
-            ids = np.concatenate([np.asarray(row, dtype=np.uint16) for row in encoded])
-            ids.tofile(out)
-            total += len(ids)
-    return total
-
-
-def learning_rate(progress: float, peak: float) -> float:
-    """Linear warm-up over 2 % of the budget, then linear decay to 2 % of the peak."""
-    return peak * min(progress / 0.02, 1.0) * (0.02 + 0.98 * (1 - progress))
-
-
-@torch.no_grad()
-def perplexity_per_word(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> dict[str, float]:
-    """exp(total negative log-likelihood / whitespace words) by source, on rows of one context length."""
-    model.eval()
-    context, bos = model.config.max_position_embeddings, tokenizer.bos_token_id
-    nll: dict[str, float] = {}
-    words: dict[str, int] = {}
-    for row in read_corpus(path):
-        ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        total = 0.0
-        for start in range(0, len(ids), context - 1):
-            chunk = torch.tensor([[bos, *ids[start : start + context - 1]]])
-            logits = model(input_ids=chunk).logits[0, :-1].float()
-            total += torch.nn.functional.cross_entropy(logits, chunk[0, 1:], reduction="sum").item()
-        for key in (row["source"], "all"):
-            nll[key] = nll.get(key, 0.0) + total
-            words[key] = words.get(key, 0) + len(row["text"].split())
-    return {key: math.exp(nll[key] / words[key]) for key in sorted(nll)}
-
-
-def train(model: LlamaForCausalLM, stream: np.ndarray, args: argparse.Namespace, bos: int) -> dict[str, Any]:
-    """Train until `args.cpu_minutes` of this process's CPU time are spent. Returns the figures for the card."""
-    rng = np.random.default_rng(args.seed)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    forward = torch.compile(model) if args.compile else model
-    row_tokens, rows = args.context - 1, args.batch
-    starts = rng.permutation(len(stream) // row_tokens - 1)
-    begin_cpu, begin, step, epoch, curve = time.process_time(), time.time(), 0, 0, []
-    model.train()
-    while (spent := (time.process_time() - begin_cpu) / 60) < args.cpu_minutes:
-        at = (step * rows) % (len(starts) - rows)
-        if at < rows:
-            epoch += 1
-            starts = rng.permutation(starts)
-        batch = [[bos, *stream[s * row_tokens : (s + 1) * row_tokens]] for s in starts[at : at + rows]]
-        ids = torch.from_numpy(np.asarray(batch, dtype=np.int64))
-        for optimizer in (muon, adamw):
+    def step(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """One update. Returns the mean loss of the batch, still on the device."""
+        for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(spent / args.cpu_minutes, args.lr)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = forward(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in (muon, adamw):
-            optimizer.step()  # type: ignore[no-untyped-call]
+                group["lr"] = learning_rate(self.progress(), self.args.lr)
+        parts, total = ids_BT.split(self.part_rows), torch.zeros((), device=self.device)
+        for part_BT in parts:
+            with torch.autocast(self.device.type, torch.bfloat16):  # no use_cache=False: it would make a mask, and slow sdpa
+                loss = self.forward(input_ids=part_BT, labels=part_BT).loss / len(parts)
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
             optimizer.zero_grad()
-        step += 1
-        if step % 20 == 0:
-            curve.append((step, round(loss.item(), 4)))
-            rate = step * rows * args.context / (time.time() - begin)
-            print(f"step {step} loss {loss.item():.3f} {spent:.1f}/{args.cpu_minutes} CPU min {rate:,.0f} tokens/s", flush=True)
+        return total
+
+    def run(self) -> None:
+        """Train until the budget is spent. Raises SystemExit after a signal, a checkpoint being written first."""
+        state, lines = self.state, Lines(self)
+        cpu, wall = time.process_time() - 60 * state.cpu_minutes, time.monotonic() - 60 * state.minutes
+        saved = time.monotonic()
+        batches = prefetched(self.rows, state.rows, self.batch_rows, self.device)
+        self.model.train()
+        with StopSignals() as stop:
+            while self.progress() < 1:
+                ids_BT = next(batches)
+                loss = self.step(ids_BT)
+                state.step, state.rows, state.tokens = state.step + 1, state.rows + len(ids_BT), state.tokens + ids_BT.numel()
+                if state.step % CURVE_STEPS == 1:
+                    state.curve.append((state.step, round(loss.item(), 4)))
+                state.cpu_minutes, state.minutes = (time.process_time() - cpu) / 60, (time.monotonic() - wall) / 60
+                lines.after_step(loss)
+                if stop.caught or self.progress() == 1 or time.monotonic() - saved > 60 * self.args.checkpoint_minutes:
+                    self.save(loss)
+                    saved = time.monotonic()
+                if stop.caught and self.progress() < 1:
+                    print(f"stopped by {signal.Signals(stop.caught).name} after step {state.step}; the same command goes on")
+                    raise SystemExit(128 + stop.caught)
+
+    def save(self, loss: torch.Tensor) -> None:
+        """Write a checkpoint. Raises SystemExit, keeping the one before, if the loss is not a finite number."""
+        if not math.isfinite(loss.item()):
+            raise SystemExit(f"step {self.state.step}: the loss is {loss.item()}; train again with a smaller --lr")
+        save_checkpoint(self.checkpoint, self.state, self.settings, self.model, self.optimizers)
+
+    def figures(self) -> dict[str, Any]:
+        """What training.json and the model card tell of the training."""
+        state = self.state
+        return {
+            "settings": self.settings,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": state.step,
+            "tokens": state.tokens,
+            "epochs": round(state.rows / len(self.rows), 3),
+            "cpu_minutes": round(state.cpu_minutes, 1),
+            "wall_minutes": round(state.minutes, 1),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
+            "torch": torch.__version__,
+            "final_loss": round(float(np.mean([loss for _, loss in state.curve[-10:]])), 3),
+            "curve": state.curve,
+        }
+
+
+class Lines:
+    """Prints how training goes, every `--print-seconds`."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, args = training, training.args
+        default = H200_TFLOPS if training.device.type == "cuda" else None
+        self.peak = 1e12 * (args.peak_tflops or default or measured_peak(training.device))
+        self.flops = 3 * forward_flops_per_token(training.model.config, args.context)
+        self.begin = self.last = time.monotonic()
+        self.first, self.tokens = training.progress(), training.state.tokens
+        parts = f"{training.batch_rows} rows a step in parts of {training.part_rows}"
+        print(f"{len(training.rows):,} rows, {parts}")
+        print(f"{self.flops / 1e6:.1f} MFLOP a token, peak {self.peak / 1e12:.2f} TFLOP/s")
+        if training.state.step:
+            print(f"going on after step {training.state.step}, {100 * self.first:.1f} % of the budget spent", flush=True)
+
+    def after_step(self, loss: torch.Tensor) -> None:
+        """A line if it is time for one: loss of the last step, speed since the line before."""
+        state, done = self.training.state, self.training.progress()
+        if time.monotonic() - self.last < self.training.args.print_seconds and done < 1:
+            return
+        value = loss.item()  # waits for the device, so the clock is read after it
+        now = time.monotonic()
+        rate = (state.tokens - self.tokens) / (now - self.last)
+        left = (now - self.begin) / 60 * (1 - done) / max(done - self.first, 1e-9)
+        self.last, self.tokens = now, state.tokens
+        print(
+            f"step {state.step} loss {value:.3f} {state.tokens / 1e6:.2f} M tokens {rate:,.0f} tokens/s "
+            f"MFU {100 * rate * self.flops / self.peak:.1f} % {100 * done:.1f} % done, {left:.1f} min left",
+            flush=True,
+        )
+
+
+def rows_at_once(args: argparse.Namespace, device: torch.device) -> int:
+    """Rows that go through the model together."""
+    return int(args.part_rows or (64 if device.type == "cuda" else 8))
+
+
+def make_settings(args: argparse.Namespace, config: Any, data: Data) -> dict[str, Any]:
+    """All that decides which weights come out; a checkpoint goes on only with the same."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    budgets = {"tokens": args.budget_tokens, "cpu_minutes": args.budget_cpu_minutes, "minutes": args.budget_minutes}
     return {
-        "steps": step,
-        "epochs_started": epoch,
-        "tokens": step * rows * args.context,
-        "cpu_minutes": round((time.process_time() - begin_cpu) / 60, 1),
-        "wall_minutes": round((time.time() - begin) / 60, 1),
-        "final_loss": round(float(np.mean([value for _, value in curve[-10:]])), 3),
-        "curve": curve,
+        "data": data.about["hash"],
+        **{name: getattr(config, name) for name in names},
+        **{name: getattr(args, name) for name in ("context", "batch_tokens", "lr", "seed")},
+        "budget": next([kind, amount] for kind, amount in budgets.items() if amount),
     }
 
 
-def model_card(args: argparse.Namespace, figures: dict[str, Any], parameters: int) -> str:
-    """The README.md of the packaged backbone."""
-    sources = "\n".join(f"- {name}: {LICENCES[name]}" for name in SHARES)
-    perplexity = "\n".join(f"| {key} | {value:.1f} |" for key, value in figures["perplexity_per_word"].items())
-    return f"""---
-language: en
-license: cc-by-sa-4.0
-library_name: transformers
----
-# llm2comp tiny backbone
-
-A Llama-architecture causal language model with {parameters / 1e6:.1f} M parameters and its own byte-level BPE tokenizer
-({args.vocab:,} tokens), made to try LLM2Comp without a download. It is no chat model and knows little.
-
-Made by `tools/train_tiny_backbone.py`, seed {args.seed}: {figures["tokens"]:,} tokens in {figures["steps"]:,} steps,
-{figures["cpu_minutes"]} CPU minutes, hidden {args.hidden}, {args.layers} layers, context {args.context};
-weights stored in bfloat16.
-
-## Data and licences
-{sources}
-
-As part of the data is CC-BY-SA, the weights are offered under CC-BY-SA 4.0.
-
-## Held-out perplexity per word (300 documents never trained on)
-| source | perplexity |
-|---|---|
-{perplexity}
-
-Loss over training, one value each 20 steps: `training.json`.
-"""
-
-
-def main() -> None:
-    """Parse the arguments and run the four steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder with the jsonl.zst corpora and heldout.jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write model, tokenizer and card to")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny-backbone"), help="folder for the token stream")
-    parser.add_argument("--cpu-minutes", type=float, default=90.0, help="CPU time to spend on training, all cores counted")
-    parser.add_argument("--characters", type=int, default=60_000_000, help="characters of text to draw from the corpora")
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--intermediate", type=int, default=704)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--context", type=int, default=512, help="tokens per row")
-    parser.add_argument("--batch", type=int, default=8, help="rows per step")
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
-    args.work.mkdir(parents=True, exist_ok=True)
-    heldout = {
-        hashlib.blake2b(" ".join(p.lower().split()).encode(), digest_size=8).digest()
-        for row in read_corpus(args.corpus / "heldout.jsonl")
-        for p in row["text"].split("\n\n")
-    }
-    documents = collect(args.corpus, args.characters, heldout)
-    sample = (text for part in documents.values() for text in part[::4])
-    tokenizer = train_tokenizer(sample, args.vocab)
-    total = tokenise(tokenizer, documents, args.work / "tokens.bin", args.seed)
-    print(f"{total:,} tokens, {args.characters / total:.2f} characters a token")
+def make_model(args: argparse.Namespace, data: Data) -> Any:
+    """A fresh Llama. Raises SystemExit for sizes that do not go together or a file that would be too large."""
+    heads = args.heads or max(1, args.hidden // 64)
+    if args.hidden % (2 * heads):
+        raise SystemExit(f"--hidden {args.hidden}: expected an even multiple of --heads {heads}")
     config = LlamaConfig(
-        vocab_size=args.vocab,
+        vocab_size=data.about["vocab"],
         hidden_size=args.hidden,
         intermediate_size=args.intermediate,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 64,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=args.context,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **{f"{name}_token_id": number for name, number in data.about["ids"].items()},
     )
-    model: Any = LlamaForCausalLM(config)
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM(config)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters")
-    stream = np.memmap(args.work / "tokens.bin", dtype=np.uint16, mode="r")
-    figures = train(model, stream, args, tokenizer.bos_token_id)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(args.out)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(args.out)
-    figures["perplexity_per_word"] = perplexity_per_word(model, tokenizer, args.corpus / "heldout.jsonl")
+    print(f"{parameters:,} parameters, {2 * parameters / MIB:.1f} MiB in bfloat16")
+    check_size(2 * parameters / MIB, args.max_mib)
+    return model
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder that tools/backbone_data.py wrote")
+    add("--out", type=Path, required=True, help="folder to write model, tokenizer and card to")
+    add("--checkpoint", type=Path, help="folder of the checkpoint (default: OUT.checkpoint); may be deleted at the end")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--budget-tokens", type=positive_int, help="tokens to train on")
+    budget.add_argument("--budget-cpu-minutes", type=positive, help="CPU time to spend on training, all cores counted")
+    budget.add_argument("--budget-minutes", type=positive, help="wall time to spend on training")
+    add("--hidden", type=positive_int, default=256)
+    add("--intermediate", type=positive_int, default=704)
+    add("--layers", type=positive_int, default=4)
+    add("--heads", type=positive_int, help="default: hidden / 64")
+    add("--context", type=positive_int, default=512, help="tokens per row")
+    add("--batch-tokens", type=positive_int, default=4096, help="tokens per step")
+    add("--part-rows", type=positive_int, help="most rows at once, for memory (default: 8 on a CPU, 64 on a GPU)")
+    add("--lr", type=positive, default=4e-3)
+    add("--seed", type=int, default=0)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True)
+    add("--peak-tflops", type=positive, help="what 100 %% MFU is (default: 989 on a GPU, measured on a CPU)")
+    add("--checkpoint-minutes", type=positive, default=5.0)
+    add("--print-seconds", type=positive, default=5.0)
+    add("--max-mib", type=positive, default=32.0, help="largest model.safetensors allowed")
+    return parser
+
+
+def train(args: argparse.Namespace, words: str) -> None:
+    """The four steps."""
+    refuse_foreign(args.out, "training.json")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type != args.device != "auto":
+        raise SystemExit("--device cuda: no GPU on this machine")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+    data = open_data(args.data)
+    training = Training(args, make_model(args, data).to(device), data, device)
+    training.run()
+    figures = {"command": words, **training.figures()}
+    figures["perplexity_per_word"] = perplexity_per_word(training.model, data, args.context, rows_at_once(args, device))
     print(json.dumps({key: value for key, value in figures.items() if key != "curve"}, indent=1))
-    (args.out / "training.json").write_text(json.dumps(figures) + "\n")
-    (args.out / "README.md").write_text(model_card(args, figures, parameters))
+    size = write_model(args.out, training.model, data, figures, args.max_mib)
+    print(f"{args.out}: model.safetensors has {size:.1f} MiB; {training.checkpoint} may be deleted")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the arguments and train. Raises SystemExit with one line on a bad argument or file."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.context < 2:
+        raise SystemExit("--context: expected at least 2 tokens")
+    try:
+        train(args, command("train_tiny_backbone.py", parser, args))
+    except OSError as error:
+        raise SystemExit(f"{error.filename or args.out}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":
