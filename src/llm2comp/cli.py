@@ -155,7 +155,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder.")
 
 @app.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help=MODEL_HELP)],
+    models: Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also: tfidf.")],
     tasks: Annotated[
         list[str] | None, typer.Option(help="paper14, or a task or benchmark of mteb's, such as 'MTEB(eng, v2)'; repeatable.")
     ] = None,

@@ -23,6 +23,9 @@ from llm2comp.loading import identity, load, run_of
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from llm2comp.evaluation.running import Encoder
+
+TFIDF = "tfidf"  # a model by this name needs no training: the lexical floor
 SCORES_FOLDER, SUMMARY_FILE = "scores", "summary.json"
 # Where a rehearsal's results go: apart from all others.
 REHEARSAL_FOLDER = "rehearsal"
@@ -68,7 +71,7 @@ def evaluate(models: Sequence[str], options: Options, out: Path | None = None) -
     """Run every task on every model; results that are there already are not run again.
 
     Args:
-        models: whatever `llm2comp.load` takes.
+        models: whatever `llm2comp.load` takes, or `tfidf`.
         options: tasks and how to run them.
         out: folder of the results; default: `scores/` in the model's run, or here.
 
@@ -81,9 +84,8 @@ def evaluate(models: Sequence[str], options: Options, out: Path | None = None) -
     rows = []
     for path in models:
         folder = results_folder(path, out)
-        model = load(path, options.device)
-        chosen = instructions if options.instructions != "auto" or _knows_instructions(path, model) else {}
-        row = _evaluate_one(str(path), model, tasks, chosen, options, folder)
+        encoder = _encoder(str(path), tasks, instructions, options)
+        row = _evaluate_one(str(path), encoder, tasks, options, folder)
         if not options.rehearse:
             _keep(folder / SUMMARY_FILE, row)
         rows.append(row)
@@ -95,20 +97,32 @@ def results_folder(model: str, out: Path | None = None) -> Path:
     return out or (run_of(model) or Path()) / SCORES_FOLDER
 
 
-def _evaluate_one(
-    path: str, model: SentenceTransformer, tasks: Sequence[Any], instructions: Mapping[str, str], options: Options, folder: Path
-) -> ModelScores:
+def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], options: Options) -> Encoder:
+    """A model as mteb calls it, with the instructions it is to get."""
     from llm2comp.evaluation.encoder import MtebEncoder
-    from llm2comp.evaluation.running import run_tasks
+    from llm2comp.evaluation.lexical import TfidfEncoder
 
+    if path == TFIDF:
+        return TfidfEncoder()
+    model = load(path, options.device)
+    if options.instructions == "auto" and not _knows_instructions(path, model):
+        instructions = {}
     who = identity(path, model)
     used = {task.metadata.name: instructions[task.metadata.name] for task in tasks if task.metadata.name in instructions}
     # One revision per setting that changes scores: results under other instructions or lengths are other results.
     settings = json.dumps([sorted(instructions.items()), options.template if instructions else "", model.max_seq_length])
     revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}" + "-synthetic" * options.rehearse
-    encoder = MtebEncoder(model, who.name, revision, used, options.template, options.batch_size)
-    row = ModelScores(_label(path), who.name, revision, synthetic=options.rehearse)
-    say(f"{path}: {who.name}, revision {revision}, {len(tasks)} tasks" + ", instructions for the paper's tasks" * bool(used))
+    return MtebEncoder(model, who.name, revision, used, options.template, options.batch_size)
+
+
+def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], options: Options, folder: Path) -> ModelScores:
+    from llm2comp.evaluation.running import run_tasks
+
+    meta = encoder.mteb_model_meta
+    name, revision = str(meta and meta.name), str(meta and meta.revision)
+    row = ModelScores(_label(path), name, revision, synthetic=options.rehearse)
+    told = len(getattr(encoder, "instructions", {}))
+    say(f"{path}: {name}, revision {revision}, {len(tasks)} tasks" + f", {told} of them with an instruction" * bool(told))
     begin = time.monotonic()
     results = folder / REHEARSAL_FOLDER if options.rehearse else folder
     for number, outcome in enumerate(run_tasks(encoder, tasks, results), 1):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import mteb
 import torch
@@ -18,11 +18,14 @@ from mteb.cache import ResultCache
 
 from llm2comp.errors import DataError, Llm2CompError
 from llm2comp.evaluation.encoder import MtebEncoder
+from llm2comp.evaluation.lexical import TfidfEncoder
 from llm2comp.evaluation.paper14 import PAPER14
 from llm2comp.files import explain_disk_errors
 
 if TYPE_CHECKING:
     from mteb.models import EncoderProtocol
+
+Encoder: TypeAlias = MtebEncoder | TfidfEncoder
 
 FETCH_ADVICE = "check the network, `hf auth login` for a gated set, HF_HUB_OFFLINE; run again: only what is missing runs"
 
@@ -53,7 +56,7 @@ class Outcome:
     seconds: float
 
 
-def run_tasks(encoder: MtebEncoder, tasks: Sequence[Any], results: Path | None) -> Iterator[Outcome]:
+def run_tasks(encoder: Encoder, tasks: Sequence[Any], results: Path | None) -> Iterator[Outcome]:
     """Every task in turn; where one fails, the rest goes on.
 
     Raises:
@@ -68,7 +71,7 @@ def run_tasks(encoder: MtebEncoder, tasks: Sequence[Any], results: Path | None) 
             yield Outcome(task.metadata.name, None, str(error), time.monotonic() - begin)
 
 
-def run_task(encoder: MtebEncoder, task: Any, results: Path | None = None) -> Score:
+def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
     """Evaluate one task, or read its result if `results` holds one of this model, revision and data set.
 
     Raises:
@@ -83,6 +86,8 @@ def run_task(encoder: MtebEncoder, task: Any, results: Path | None = None) -> Sc
             if not given:
                 with _explained(task, "its data cannot be had", FETCH_ADVICE):
                     task.load_data()
+            if isinstance(encoder, TfidfEncoder):
+                encoder.fit_task(task)
             with explain_disk_errors(results or Path()), _explained(task, "cannot be run on this model", None):
                 found = mteb.evaluate(
                     cast("EncoderProtocol", encoder),
@@ -112,7 +117,7 @@ def _explained(task: Any, problem: str, fix: str | None) -> Iterator[None]:
         raise TaskFailedError(f"{problem}: {cause}", where=task.metadata.name, fix=fix) from error
 
 
-def _kept(cache: ResultCache | None, encoder: MtebEncoder, task: Any) -> Any:
+def _kept(cache: ResultCache | None, encoder: Encoder, task: Any) -> Any:
     """The result of an earlier run, unless its data set was another or a split is missing."""
     if cache is None or encoder.mteb_model_meta is None:
         return None
