@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +19,7 @@ from llm2comp.data import sources
 from llm2comp.errors import Llm2CompError, RunError
 from tiny_run import assert_refused, cli, finished, write_recipe
 
-COMMANDS = ("train", "demo", "embed", "similarity", "verify")
+COMMANDS = ("train", "demo", "embed", "similarity", "verify", "evaluate", "analyze", "report")
 
 
 # ---- help
@@ -236,3 +237,11 @@ def test_a_hub_name_that_cannot_be_looked_up(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_HUB_ADVICE", "advice")
     said = cli("embed", "no-such-owner/no-such-set", "-m", finished()[1], "-o", tmp_path / "out.npy")
     assert_refused(said, "no-such-owner/no-such-set: not a file, nor a loadable Hub data set", "advice")
+
+
+def test_out_of_device_memory_says_what_to_do(tmp_path, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("llm2comp.training.run.train", run_out)
+    assert_refused(cli("train", write_recipe(tmp_path), "--out", tmp_path / "run"), "out of device memory", "batch_size")

@@ -22,6 +22,10 @@ app = typer.Typer(
 REPORT_FILE = "report.html"
 STDIN_NAME = "standard-input.txt"
 STOPPED = 130
+OUT_OF_MEMORY = (
+    "lower batch_size, or set gradient_checkpointing: true or (stages 2 and 3) mini_batch_size: 16; "
+    "`--dry-run` estimates what a recipe needs, --batch-size limits evaluation"
+)
 
 
 class LongTexts(StrEnum):
@@ -272,6 +276,10 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:  # one that nobody nearer has explained: a full disk, a folder that is not ours
         _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch for --help
+            raise
+        _fail(f"out of device memory: {OUT_OF_MEMORY}")
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != STOPPED:
             raise

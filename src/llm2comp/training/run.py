@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from llm2comp.backbone import base_licence, load_backbone, weights_digest
@@ -124,6 +125,8 @@ def _run_stages(run: Path, recipe: Recipe) -> None:
         else:
             if is_main_process():
                 _begin(recipe, name, key, folder)
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                PartialState().wait_for_everyone()  # nobody looks for checkpoints in a folder that is being emptied
             begin = time.time()
             if options is None:
                 options = RunOptions(recipe.report_to, Watch(recipe, recipe.watch, compressor) if recipe.watch else None)
