@@ -43,7 +43,7 @@ class Role(StrEnum):
     document = "document"
 
 
-MODEL_HELP = "Model folder, run directory, stage of a run, mean:NAME (an untrained LM), or Hub id."
+MODEL_HELP = "Model folder, run directory, stage of a run, Hub id, or KIND:LM (untrained; mean, echo, ... docs/baselines.md)."
 ModelArgument = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best there is.")]
 

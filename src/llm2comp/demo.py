@@ -13,7 +13,8 @@ from rich.text import Text
 
 from llm2comp.analysis.spectrum import effective_rank, spectrum
 from llm2comp.backbone import load_backbone
-from llm2comp.baselines.mean import mean_pooled
+from llm2comp.baselines.encoder import baseline
+from llm2comp.baselines.settings import NAMES
 from llm2comp.console import say
 from llm2comp.data import python_docs
 from llm2comp.encoder import embed_texts
@@ -80,7 +81,7 @@ def score(run: Path) -> list[dict[str, float | str | None]]:
 
 
 def _encoders(run: Path, recipe: Recipe) -> Iterator[tuple[str, SentenceTransformer]]:
-    yield "backbone, mean-pooled", mean_pooled(load_backbone(recipe.model))
+    yield "backbone, mean-pooled", baseline(load_backbone(recipe.model), NAMES["mean"])
     for stage in recipe.stages:
         if (run / FOLDERS[stage]).is_dir():
             yield TITLES[stage], stage_encoder(run, recipe, stage)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm2comp.baselines.settings import BASELINE_FILE, NAMES, nearest
 from llm2comp.errors import ModelFolderError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-BASELINES = ("mean",)
+# Encoders that need no training: `kind:NAME` is one over the causal LM NAME.
+BASELINES = tuple(NAMES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Files of a model folder that change nothing in what it gives.
 _NO_EFFECT = ("README.md", "done.json", "golden.json")
@@ -32,13 +34,13 @@ def load(path: str | Path, device: str | None = None) -> SentenceTransformer:
 
     Args:
         path: an exported model folder, a run directory (its finished model), a stage folder of a run (adapters on the live
-            backbone), `mean:NAME` (the causal LM NAME, untrained, mean-pooled), or the Hub id of a
-            sentence-transformers model.
+            backbone), `mean:NAME`, `echo:NAME`, ... (the causal LM NAME as a training-free encoder, one of BASELINES), the
+            folder of a saved one, or the Hub id of a sentence-transformers model.
         device: `cpu`, `cuda`, `mps`; default: the best there is.
 
     Raises:
         ModelFolderError: nothing loadable there, an unfinished run, or a damaged file.
-        BackboneError: no such device; a causal LM that cannot be loaded.
+        BackboneError: no such device; a causal LM that cannot be loaded. RecipeError: settings of a saved baseline.
     """
     from llm2comp.backbone import resolve_device
     from llm2comp.export import load_folder
@@ -48,10 +50,14 @@ def load(path: str | Path, device: str | None = None) -> SentenceTransformer:
         device = str(resolve_device(device))
     kind, _, name = str(path).partition(":")
     if name and kind in BASELINES:
-        return _baseline(name, device)
+        return _baseline(kind, name, device)
     folder = Path(path).absolute()
     if not folder.is_dir():
         return _from_hub(str(path), device)
+    if (folder / BASELINE_FILE).is_file():
+        from llm2comp.baselines.encoder import load_saved
+
+        return load_saved(folder, device)
     stage = stage_of(folder)
     if stage is None:
         return load_folder(_finished(folder, str(path)), device)
@@ -85,14 +91,15 @@ def run_of(path: str | Path) -> Path | None:
 def identity(path: str | Path, model: SentenceTransformer) -> Identity:
     """Name and revision of a model that `load` gave; two checkpoints never share both."""
     from llm2comp.backbone import weights_digest
-    from llm2comp.recipe import ModelSettings
+    from llm2comp.baselines.encoder import BaselineEncoder
     from llm2comp.training.run import FOLDERS, read_run
 
-    kind, _, name = str(path).partition(":")
-    if name and kind in BASELINES:
-        settings = ModelSettings(name=name)
-        return Identity(f"llm2comp/{kind}-{_plain(name)}", _short(f"{name}:{weights_digest(settings)}"))
-    folder = Path(path).absolute()
+    folder, module = Path(path).absolute(), model[0]
+    if isinstance(module, BaselineEncoder):
+        kind, _, name = str(path).partition(":")
+        label = f"llm2comp/{kind}-{_plain(name)}" if name and kind in BASELINES else f"local/{_plain(folder.name)}"
+        saved, prompts = module.saved(), sorted(item for item in model.prompts.items() if item[1])
+        return Identity(label, _short(f"{saved.to_yaml()}:{prompts}:{weights_digest(saved.model.settings())}"))
     if not folder.is_dir():
         commit = getattr(getattr(model[0], "config", None), "_commit_hash", None)
         return Identity(str(path), str(commit or "unknown"))
@@ -121,20 +128,22 @@ def _finished(folder: Path, asked: str) -> Path:
     return folder / MODEL_FOLDER
 
 
-def _baseline(name: str, device: str | None) -> SentenceTransformer:
+def _baseline(kind: str, name: str, device: str | None) -> SentenceTransformer:
     from llm2comp.backbone import load_backbone
-    from llm2comp.baselines.mean import mean_pooled
+    from llm2comp.baselines.encoder import baseline
     from llm2comp.recipe import ModelSettings
 
-    return mean_pooled(load_backbone(ModelSettings(name=name, device=device or "auto")))
+    return baseline(load_backbone(ModelSettings(name=name, device=device or "auto", attention="causal")), NAMES[kind])
 
 
 def _from_hub(name: str, device: str | None) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
-    expected = "a model/ folder, a run, a stage of a run, mean:NAME, or a Hub id"
+    expected = f"a model/ folder, a run, a stage of a run, a Hub id, or KIND:NAME with KIND one of {', '.join(BASELINES)}"
     if not _HUB_ID.fullmatch(name):
-        raise ModelFolderError("no such folder", where=name, expected=expected)
+        kind, colon, _ = name.partition(":")
+        fix = nearest(kind, BASELINES) if colon else None
+        raise ModelFolderError("no such folder", where=name, expected=expected, fix=fix)
     try:
         return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})
     except Exception as error:  # the libraries raise some twenty kinds

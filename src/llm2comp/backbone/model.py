@@ -112,6 +112,13 @@ class Backbone(nn.Module):
         with self.base_only():
             return self._run(x_BSD, mask_BS)
 
+    def decode_layer(self, x_BSD: Tensor, mask_BS: Tensor, layer: int) -> Tensor:
+        """As `decode`, but states_BSD after one layer: 0 = the embeddings, -1 = the last, after the final norm."""
+        if layer == -1:
+            return self.decode(x_BSD, mask_BS)
+        with self.base_only():
+            return self._run(x_BSD, mask_BS, layer)
+
     def project(self, states_ND: Tensor) -> Tensor:
         """Frozen LM head with the family's scale or softcap: logits_NV (held against the LM's own at load)."""
         return scale_logits(self.lm.get_output_embeddings()(states_ND), self.config)
@@ -165,11 +172,12 @@ class Backbone(nn.Module):
         for dropout in self._dropouts:
             dropout.switch(on)
 
-    def _run(self, x_BSD: Tensor, mask_BS: Tensor, **kwargs: Any) -> Tensor:
+    def _run(self, x_BSD: Tensor, mask_BS: Tensor, layer: int | None = None, **kwargs: Any) -> Tensor:
         body: Any = self.lm.base_model
         if isinstance(self.adapters, FullCopy) and not self.adapters.off:
             body, x_BSD = self.adapters.body, x_BSD.float()
-        states: Tensor = body(
-            inputs_embeds=x_BSD, attention_mask=mask_BS, position_ids=position_ids(mask_BS), use_cache=False, **kwargs
-        ).last_hidden_state
+        if layer is not None:
+            kwargs["output_hidden_states"] = True
+        found = body(inputs_embeds=x_BSD, attention_mask=mask_BS, position_ids=position_ids(mask_BS), use_cache=False, **kwargs)
+        states: Tensor = found.last_hidden_state if layer is None else found.hidden_states[layer]
         return states

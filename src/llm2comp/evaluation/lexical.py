@@ -48,6 +48,8 @@ def texts_of(task: Any) -> Iterator[str]:
 def _strings(value: Any, skipped: set[str]) -> Iterator[str]:
     if isinstance(value, str):
         yield value
+    elif isinstance(value, Dataset) and {"title", "text"} <= set(value.column_names):  # a document as mteb joins it
+        yield from (f"{row['title']} {row['text']}" for row in value)
     elif isinstance(value, Dataset):
         for column in value.column_names:
             if column not in skipped:
