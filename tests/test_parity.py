@@ -72,7 +72,7 @@ def test_memory_states(compressor):
 def test_pretext_loss_and_gradients(compressor, objective, weighting, key, checkpointing):
     compressor.backbone.set_checkpointing(checkpointing)
     split = batch()
-    loss = objective(compressor, split, weighting, count_items(objective.__name__, weighting, split.continuation.mask_BT))
+    loss = objective(compressor, split, weighting, count_items(objective.__name__, weighting, split.to_tensors(), bos=True))
     assert loss.item() == pytest.approx(CASE["loss"][key], rel=1e-6)
     loss.backward()
     assert_gradients_equal(compressor, f"grad_{key}.safetensors", memory=True)

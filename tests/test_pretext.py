@@ -13,13 +13,19 @@ from torch.nn import functional
 
 from families import FAMILIES, SENTENCES, make_compressor, push_adapter, relative_error, untouched
 from llm2comp.compressor import Compressor
-from llm2comp.pretext import OBJECTIVES, count_items
+from llm2comp.pretext import OBJECTIVES, count_items, pretext_loss
 from llm2comp.recipe import PretextStage
 from llm2comp.tokens import SplitTexts
 from llm2comp.training.stages import RunOptions, run_pretext
 
 LENGTHS, SITES = (17, 9, 23, 12), (9, 4, 5, 11)
 CASES = [(objective, weighting) for objective in OBJECTIVES for weighting in ("sample_mean", "token_mean")]
+MIXED = {"ctkd": 1.0, "reconstruction": 0.3, "continuation": 2.0}
+
+
+def weights_of(objective):
+    """One objective's name, or several with their weights."""
+    return {objective: 1.0} if isinstance(objective, str) else objective
 
 
 def rows_for(compressor):
@@ -36,22 +42,28 @@ def oracle(family, compressor, objective, weighting, temperature=1.0):
     embed = encoder.embedding or lm.get_input_embeddings()
     table = frozen.get_input_embeddings()
     bos = [] if encoder.backbone.bos_id is None else [encoder.backbone.bos_id]
-    per_text = []
+    per_text = {name: [] for name in weights_of(objective)}
     for row, site in zip(rows_for(compressor), SITES, strict=True):
         context, continuation = torch.tensor([row[:site]]), torch.tensor([row[site:]])
         read = torch.cat([embed(context), encoder.memory.vectors_KD[None]], 1)
         attention = {"is_causal": False} if encoder.backbone.attention == "bidirectional" else {}
         memory = lm.base_model(inputs_embeds=read, use_cache=False, **attention).last_hidden_state[:, site:]
         start = table(torch.tensor([bos], dtype=torch.int64))
-        decoded = frozen(inputs_embeds=torch.cat([start, memory, table(continuation)], 1), use_cache=False).logits[0]
-        student = decoded[len(bos) + memory.shape[1] - 1 :]
-        if objective == "ctkd":
-            teacher = frozen(torch.tensor([row]), use_cache=False).logits[0, site - 1 :].detach()
-            logs = [functional.log_softmax(logits / temperature, -1) for logits in (student, teacher)]
-            per_text.append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
-        else:
-            per_text.append(functional.cross_entropy(student[:-1], continuation[0], reduction="none"))
-    loss = torch.cat(per_text).mean() if weighting == "token_mean" else torch.stack([x.mean() for x in per_text]).mean()
+        for name, losses in per_text.items():
+            said = context[:, len(bos) :] if name == "reconstruction" else continuation
+            decoded = frozen(inputs_embeds=torch.cat([start, memory, table(said)], 1), use_cache=False).logits[0]
+            student = decoded[len(bos) + memory.shape[1] - 1 :]
+            if name == "ctkd":
+                teacher = frozen(torch.tensor([row]), use_cache=False).logits[0, site - 1 :].detach()
+                logs = [functional.log_softmax(logits / temperature, -1) for logits in (student, teacher)]
+                losses.append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
+            else:
+                losses.append(functional.cross_entropy(student[:-1], said[0], reduction="none"))
+    loss = 0.0
+    for name, weight in weights_of(objective).items():
+        parts = per_text[name]
+        mean = torch.cat(parts).mean() if weighting == "token_mean" else torch.stack([x.mean() for x in parts]).mean()
+        loss = loss + weight * mean
     loss.backward()
     return loss.item(), gradients(encoder)
 
@@ -65,11 +77,21 @@ def gradients(compressor):
 
 
 def ours(compressor, objective, weighting, temperature=1.0):
-    batch = SplitTexts.from_rows(rows_for(compressor), SITES, compressor.backbone.pad_id)
-    items = count_items(objective, weighting, batch.continuation.mask_BT)
-    loss = OBJECTIVES[objective](compressor, batch, weighting, items, temperature)
+    loss = loss_of(compressor, objective, weighting, temperature=temperature)
     loss.backward()
     return loss.item(), gradients(compressor)
+
+
+def loss_of(compressor, objective, weighting, batch=None, items=None, temperature=1.0):
+    batch = batch or SplitTexts.from_rows(rows_for(compressor), SITES, compressor.backbone.pad_id)
+    names = weights_of(objective)
+    items = items or items_of(compressor, names, weighting, batch)
+    return pretext_loss(compressor, batch, names, dict.fromkeys(names, weighting), items, temperature)
+
+
+def items_of(compressor, names, weighting, batch):
+    bos = compressor.backbone.bos_id is not None
+    return {name: count_items(name, weighting, batch.to_tensors(), bos) for name in names}
 
 
 def assert_equal(found, expected, lora_weights):
@@ -108,6 +130,18 @@ def test_gradient_equals_the_oracle(family, objective, weighting, checkpointing)
     assert_equal(found, expected, len(list(compressor.backbone.adapters.parameters("ucl"))))
     passes = 3 if objective == "ctkd" else 2
     assert len(calls) == (passes + 2 if checkpointing else passes), "recomputed are the encoder and the decoder pass"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("weighting", ["sample_mean", "token_mean"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_several_objectives_share_one_encoding(family, weighting, checkpointing):
+    expected = oracle(family, make(family), MIXED, weighting)
+    compressor = make(family, checkpointing)
+    calls = count_calls(compressor)
+    found = ours(compressor, MIXED, weighting)
+    assert_equal(found, expected, len(list(compressor.backbone.adapters.parameters("ucl"))))
+    assert len(calls) == (9 if checkpointing else 5), "one encoder pass, one teacher, three decoders"
 
 
 @pytest.mark.parametrize("weighting", ["sample_mean", "token_mean"])
@@ -175,9 +209,8 @@ def test_recomputed_layers_drop_what_they_dropped(family):
 def test_value_without_gradient_is_the_same():
     compressor = make("llama")
     with_gradient = ours(compressor, "ctkd", "sample_mean")[0]
-    batch = SplitTexts.from_rows(rows_for(compressor), SITES)
     with torch.no_grad():
-        assert OBJECTIVES["ctkd"](compressor, batch, "sample_mean", len(SITES)).item() == pytest.approx(with_gradient, rel=1e-6)
+        assert loss_of(compressor, "ctkd", "sample_mean").item() == pytest.approx(with_gradient, rel=1e-6)
 
 
 def test_loss_ignores_padding_and_batch_mates():
@@ -186,21 +219,24 @@ def test_loss_ignores_padding_and_batch_mates():
     rows = rows_for(compressor)
     for objective, weighting in CASES:
         whole = SplitTexts.from_rows(rows, SITES, pad_id=5)
-        items = count_items(objective, weighting, whole.continuation.mask_BT)
+        items = items_of(compressor, [objective], weighting, whole)
         with torch.no_grad():
-            together = OBJECTIVES[objective](compressor, whole, weighting, items).item()
+            together = loss_of(compressor, objective, weighting, whole, items).item()
             alone = [
-                OBJECTIVES[objective](compressor, SplitTexts.from_rows([row], [site]), weighting, items).item()
+                loss_of(compressor, objective, weighting, SplitTexts.from_rows([row], [site]), items).item()
                 for row, site in zip(rows, SITES, strict=True)
             ]
         assert sum(alone) == pytest.approx(together, rel=1e-5)
 
 
 def test_count_items():
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    assert count_items("ctkd", "sample_mean", mask) == count_items("continuation", "sample_mean", mask) == 2
-    assert count_items("ctkd", "token_mean", mask) == 6
-    assert count_items("continuation", "token_mean", mask) == 4
+    batch = SplitTexts.from_rows([[1, 2, 3, 4, 5], [1, 2, 3]], [2, 2]).to_tensors()
+    for objective in OBJECTIVES:
+        assert count_items(objective, "sample_mean", batch, bos=True) == 2
+    assert count_items("ctkd", "token_mean", batch, bos=True) == 6
+    assert count_items("continuation", "token_mean", batch, bos=True) == 4
+    assert count_items("reconstruction", "token_mean", batch, bos=True) == 2
+    assert count_items("reconstruction", "token_mean", batch, bos=False) == 4
 
 
 @pytest.fixture
@@ -217,7 +253,7 @@ def fresh():
     return compressor
 
 
-@pytest.mark.parametrize(("objective", "weighting"), CASES)
+@pytest.mark.parametrize(("objective", "weighting"), [*CASES, (MIXED, "token_mean")])
 def test_accumulation_equals_one_large_batch(texts, tmp_path, objective, weighting):
     """4 × 2 = 8 × 1 through the real stage: ragged texts, so means over micro-batches would be another thing."""
     results = []

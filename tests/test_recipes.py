@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llm2comp.errors import RecipeError
-from llm2comp.recipe import load_recipe, shipped_recipes
+from llm2comp.recipe import load_recipe, parse_recipe, shipped_recipes
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 FILES = sorted(file for file in RECIPES.rglob("*.yaml") if "studies" not in file.relative_to(RECIPES).parts)
@@ -149,3 +149,18 @@ def test_recipe_is_frozen(minimal: Path):
     recipe = load_recipe(minimal)
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1
+
+
+@pytest.mark.parametrize("objective", [{}, {"ctkd": 0.0}, {"ctkd": -1}, {"ctdk": 1.0}, "ctdk", []])
+def test_objectives_that_are_none(objective):
+    recipe = load_recipe("tiny").model_dump(mode="json")
+    recipe["pretext"]["objective"] = objective
+    with pytest.raises(RecipeError, match=r"pretext\.objective"):
+        parse_recipe(recipe)
+
+
+def test_objectives_and_their_name():
+    recipe = load_recipe("tiny", ["pretext.objective={reconstruction: 0.1, ctkd: 1}"])
+    assert recipe.pretext.objectives == {"ctkd": 1.0, "reconstruction": 0.1}
+    assert recipe.pretext.objective_name == "1 ctkd + 0.1 reconstruction"
+    assert load_recipe("tiny").pretext.objectives == {"ctkd": 1.0}

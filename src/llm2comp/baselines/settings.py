@@ -12,8 +12,7 @@ from pydantic import Field, StrictBool, StrictInt, ValidationError, field_valida
 
 from llm2comp.baselines.prompts import ECHO, META_EOL, PROMPT_EOL, TEXT
 from llm2comp.errors import RecipeError
-from llm2comp.recipe import ModelSettings
-from llm2comp.recipe.settings import Section
+from llm2comp.recipe import ModelSettings, Section
 
 BASELINE_FILE = "baseline.yaml"
 

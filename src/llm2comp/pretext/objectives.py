@@ -9,7 +9,7 @@ What every objective does (METHOD 1 and 2, DESIGN 1.3), on one copy of the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -20,20 +20,45 @@ from llm2comp.pretext.kl import chunked_cross_entropy, chunked_kl
 from llm2comp.tokens import SplitTexts, Tokens
 
 Weighting = Literal["sample_mean", "token_mean"]
-Objective = Callable[..., Tensor]
+# compressor, memory leaf, batch, weighting, items, temperature → loss
+Objective = Callable[[Compressor, Tensor, SplitTexts, Weighting, float, float], Tensor]
 
 
-def ctkd(compressor: Compressor, batch: SplitTexts, weighting: Weighting, items: float, temperature: float = 1.0) -> Tensor:
-    """Continuation with knowledge distillation: KL(teacher on the full text ‖ decoder on memory and continuation).
-
-    Compared are the L − a + 1 positions that predict n_{a+1}..n_L and the token after n_L.
+def pretext_loss(
+    compressor: Compressor,
+    batch: SplitTexts,
+    objectives: Mapping[str, float],
+    weightings: Mapping[str, Weighting],
+    items: Mapping[str, float],
+    temperature: float = 1.0,
+) -> Tensor:
+    """The loss of stage 1: contexts encoded once, the weighted sum of one or several objectives on their memory states.
 
     Args:
         compressor: encoder; its frozen LM is teacher and decoder.
         batch: B texts, each split into context and continuation.
-        weighting: mean over a sample's positions, then over samples (release), or mean over all positions.
-        items: samples (or positions) that the mean runs over; more than this batch holds under gradient accumulation.
-        temperature: of both distributions.
+        objectives: weight by name, as in `OBJECTIVES`.
+        weightings: by name: mean over a sample's positions, then over samples (release), or mean over all positions.
+        items: by name: samples (or positions) that the mean runs over; more than this batch holds under accumulation.
+        temperature: of both distributions in `ctkd`.
+    """
+
+    def loss_from(memory_BKD: Tensor) -> Tensor:
+        terms = [
+            weight * OBJECTIVES[name](compressor, memory_BKD, batch, weightings[name], items[name], temperature)
+            for name, weight in objectives.items()
+        ]
+        return torch.stack(terms).sum()
+
+    return two_step(compressor.encode(batch.context), loss_from)
+
+
+def ctkd_from_memory(
+    compressor: Compressor, memory_BKD: Tensor, batch: SplitTexts, weighting: Weighting, items: float, temperature: float
+) -> Tensor:
+    """Continuation with knowledge distillation: KL(teacher on the full text ‖ decoder on memory and continuation).
+
+    Compared are the L − a + 1 positions that predict n_{a+1}..n_L and the token after n_L.
     """
     backbone = compressor.backbone
     with torch.no_grad():
@@ -42,42 +67,67 @@ def ctkd(compressor: Compressor, batch: SplitTexts, weighting: Weighting, items:
         places_BT = torch.arange(batch.text.ids_BT.shape[1], device=teacher_BTD.device)[None]
         teacher_ND = teacher_BTD[(places_BT >= last_of_context_B1) & batch.text.mask_BT.bool()]
         del teacher_BTD
-    positions_B = batch.continuation.lengths_B + 1
-
-    def loss_from(memory_BKD: Tensor) -> Tensor:
-        student_BCD, valid_BC = decode_from_memory(compressor, memory_BKD, batch.continuation)
-        weights_N = position_weights(positions_B, weighting, items)
-        return chunked_kl(student_BCD[valid_BC], teacher_ND, backbone.project, weights_N, temperature)
-
-    return two_step(compressor.encode(batch.context), loss_from)
+    student_BCD, valid_BC = decode_from_memory(compressor, memory_BKD, batch.continuation)
+    weights_N = position_weights(batch.continuation.lengths_B + 1, weighting, items)
+    return chunked_kl(student_BCD[valid_BC], teacher_ND, backbone.project, weights_N, temperature)
 
 
-def continuation(
-    compressor: Compressor, batch: SplitTexts, weighting: Weighting, items: float, temperature: float = 1.0
+def continuation_from_memory(
+    compressor: Compressor, memory_BKD: Tensor, batch: SplitTexts, weighting: Weighting, items: float, temperature: float
 ) -> Tensor:
-    """The paper's NLL: −log g_φ(n_j given memory, n_{a+1}..n_{j−1}), j = a+1..L. Arguments as for `ctkd`; no temperature."""
-    backbone = compressor.backbone
-
-    def loss_from(memory_BKD: Tensor) -> Tensor:
-        student_BCD, _ = decode_from_memory(compressor, memory_BKD, batch.continuation)
-        valid_BC = batch.continuation.mask_BT.bool()
-        weights_N = position_weights(batch.continuation.lengths_B, weighting, items)
-        targets_N = batch.continuation.ids_BT[valid_BC]
-        return chunked_cross_entropy(student_BCD[:, :-1][valid_BC], targets_N, backbone.project, weights_N)
-
-    return two_step(compressor.encode(batch.context), loss_from)
+    """The paper's NLL: −log g_φ(n_j given memory, n_{a+1}..n_{j−1}), j = a+1..L."""
+    return _nll(compressor, memory_BKD, batch.continuation, weighting, items)
 
 
-OBJECTIVES: dict[str, Objective] = {"ctkd": ctkd, "continuation": continuation}
-DEFAULT_WEIGHTING: dict[str, Weighting] = {"ctkd": "sample_mean", "continuation": "token_mean"}
+def reconstruction_from_memory(
+    compressor: Compressor, memory_BKD: Tensor, batch: SplitTexts, weighting: Weighting, items: float, temperature: float
+) -> Tensor:
+    """The paper's RC: −log g_φ(n_j given memory, n_1..n_{j−1}) over the context itself, its BOS (if any) given."""
+    skipped = int(compressor.backbone.bos_id is not None)
+    rows = [ids[mask.bool()][skipped:].tolist() for ids, mask in zip(batch.context.ids_BT, batch.context.mask_BT, strict=True)]
+    text = Tokens.pad(rows, "right", compressor.backbone.pad_id).to(memory_BKD.device)
+    return _nll(compressor, memory_BKD, text, weighting, items)
 
 
-def count_items(objective: str, weighting: Weighting, continuation_mask_BT: Tensor) -> int:
-    """What a mean of this weighting runs over in one batch: samples, or compared positions."""
-    samples = continuation_mask_BT.shape[0]
+def _nll(compressor: Compressor, memory_BKD: Tensor, text: Tokens, weighting: Weighting, items: float) -> Tensor:
+    student_BCD, _ = decode_from_memory(compressor, memory_BKD, text)
+    valid_BC = text.mask_BT.bool()
+    weights_N = position_weights(text.lengths_B, weighting, items)
+    targets_N = text.ids_BT[valid_BC]
+    return chunked_cross_entropy(student_BCD[:, :-1][valid_BC], targets_N, compressor.backbone.project, weights_N)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "ctkd": ctkd_from_memory,
+    "continuation": continuation_from_memory,
+    "reconstruction": reconstruction_from_memory,
+}
+DEFAULT_WEIGHTING: dict[str, Weighting] = {
+    "ctkd": "sample_mean",
+    "continuation": "token_mean",
+    "reconstruction": "token_mean",
+}
+
+
+def ctkd(compressor: Compressor, batch: SplitTexts, weighting: Weighting, items: float, temperature: float = 1.0) -> Tensor:
+    """`pretext_loss` with CTKD alone, the method itself."""
+    return pretext_loss(compressor, batch, {"ctkd": 1.0}, {"ctkd": weighting}, {"ctkd": items}, temperature)
+
+
+def continuation(compressor: Compressor, batch: SplitTexts, weighting: Weighting, items: float) -> Tensor:
+    """`pretext_loss` with the paper's NLL alone."""
+    name = "continuation"
+    return pretext_loss(compressor, batch, {name: 1.0}, {name: weighting}, {name: items})
+
+
+def count_items(objective: str, weighting: Weighting, batch: Mapping[str, Tensor], bos: bool) -> int:
+    """What a mean of this weighting runs over in one batch of `SplitTexts.to_tensors`: samples, or compared positions."""
+    samples = len(batch["continuation_mask"])
     if weighting == "sample_mean":
         return samples
-    return int(continuation_mask_BT.sum()) + (samples if objective == "ctkd" else 0)
+    if objective == "reconstruction":
+        return int(batch["context_mask"].sum()) - samples * bos
+    return int(batch["continuation_mask"].sum()) + (samples if objective == "ctkd" else 0)
 
 
 def position_weights(positions_B: Tensor, weighting: Weighting, items: float) -> Tensor:

@@ -1,22 +1,17 @@
 """Recipes: strict YAML → frozen models, the one source of truth for a run. No torch here."""
 
-from llm2comp.recipe.reading import change_recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
-from llm2comp.recipe.settings import (
-    WATCHED,
+from llm2comp.recipe.parts import (
     AdapterSettings,
-    ContrastiveStage,
     MemorySettings,
     ModelSettings,
     PairData,
-    PretextStage,
-    Recipe,
     Schedule,
-    SclStage,
-    Stage,
+    Section,
     TextData,
-    UclStage,
     WatchSettings,
 )
+from llm2comp.recipe.reading import change_recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from llm2comp.recipe.settings import WATCHED, ContrastiveStage, PretextStage, Recipe, SclStage, Stage, UclStage
 
 __all__ = [
     "WATCHED",
@@ -29,6 +24,7 @@ __all__ = [
     "Recipe",
     "Schedule",
     "SclStage",
+    "Section",
     "Stage",
     "TextData",
     "UclStage",

@@ -9,7 +9,20 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from llm2comp.recipe.parts import (
+    AdapterSettings,
+    MemorySettings,
+    ModelSettings,
+    PairData,
+    Schedule,
+    Section,
+    Share,
+    Steps,
+    TextData,
+    WatchSettings,
+)
 
 FORMAT_VERSION = 1
 # Figures of the watch that a stage may be steered by, and whether a higher one is better.
@@ -23,98 +36,7 @@ WATCHED = {
     "anisotropy": False,
 }
 
-Steps = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and closed to unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelSettings(Section):
-    """Which causal LM, and how to run it."""
-
-    name: str = Field(description="Hub id, local folder, or `builtin:tiny`")
-    revision: str | None = Field(
-        default=None, description="Hub branch, tag or commit; a token comes from HF_TOKEN or `hf auth login`"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="dtype of the frozen base; auto = float32 on a CPU, bfloat16 elsewhere"
-    )
-    attention: Literal["bidirectional", "causal"] = Field(default="bidirectional", description="attention of the encoder pass")
-    attention_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
-        default=None, description="null = the family's default"
-    )
-    device: str = Field(default="auto", description="auto = cuda, else mps, else cpu")
-
-
-class MemorySettings(Section):
-    """The learned memory tokens."""
-
-    tokens: Annotated[int, Field(ge=1, le=512)] = Field(default=8, description="k, number of memory tokens")
-
-
-class AdapterSettings(Section):
-    """What learns: LoRA, each stage adding one such adapter, or a whole copy of the LM."""
-
-    kind: Literal["lora", "full"] = Field(
-        default="lora",
-        description="full = all layers of a separate, trained copy of the LM encode (the rest here is unused)",
-    )
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
-    dropout: Share = 0.05
-    targets: Literal["default", "all-linear"] | tuple[str, ...] = Field(
-        default="default", description="default = the family's q, v, o, gate, up, down (not k); or module names"
-    )
-
-
-class TextData(Section):
-    """Texts: a builtin, a file, or a Hub data set."""
-
-    source: str = Field(description="`builtin:python-docs`, a jsonl/csv/parquet/txt file (also .gz, .zst), or a Hub data set")
-    column: str = Field(default="text", description="column that holds the text (ignored for .txt: a line is a text)")
-    subset: str | None = Field(default=None, description="Hub data set: configuration name")
-    split: str = Field(default="train", description="Hub data set: split")
-    file: str | None = Field(default=None, description="Hub data set: one file of its repository, read as a local one is")
-    revision: str | None = Field(default=None, description="Hub data set: branch, tag or commit")
-    limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="use at most so many rows")
-
-
-class PairData(Section):
-    """Training pairs for SCL, with the instruction their queries carry."""
-
-    source: str = Field(description="as for texts")
-    anchor: str = Field(default="anchor", description="column of the query")
-    positive: str = Field(default="positive", description="column of the text to be found")
-    negatives: tuple[str, ...] = Field(
-        default=(), description="columns of hard negatives; a column may hold one text or a list of texts"
-    )
-    instruction: str | None = Field(default=None, description="put before each query through scl.query_prompt")
-    subset: str | None = None
-    split: str = "train"
-    file: str | None = None
-    revision: str | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
-
-
-class Schedule(Section):
-    """Learning rate: warm-up from the floor, then decay to the floor (DeepSpeed's WarmupDecayLR in the release)."""
-
-    learning_rate: Annotated[float, Field(gt=0)]
-    floor_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
-    warmup: Literal["logarithmic", "linear"] = "logarithmic"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay: Literal["linear", "constant"] = "linear"
-    total_steps: Steps | None = Field(default=None, description="length of the schedule; null = the stage's steps")
-
-    @model_validator(mode="after")
-    def _floor_below_peak(self) -> Schedule:
-        if self.floor_learning_rate > self.learning_rate:
-            raise ValueError(f"floor_learning_rate {self.floor_learning_rate} is above learning_rate {self.learning_rate}")
-        return self
+Objective = Literal["ctkd", "continuation", "reconstruction"]
 
 
 class Stage(Section):
@@ -146,22 +68,14 @@ class Stage(Section):
         return self
 
 
-class WatchSettings(Section):
-    """Collapse watch: figures of a fixed sample of texts while a stage trains (METHOD 4). Changes nothing that is learned."""
-
-    every_steps: Steps | None = Field(default=None, description="steps from one watch to the next; null = five per stage")
-    texts: Annotated[int, Field(ge=8)] = Field(default=256, description="texts in the sample, and pairs for the alignment")
-    max_tokens: Annotated[int, Field(ge=16)] = Field(default=256, description="longer texts of the sample are cut")
-    data: tuple[TextData, ...] = Field(default=(), description="where the sample is drawn; empty = the first stage's texts")
-    pairs: tuple[PairData, ...] = Field(default=(), description="pairs for the alignment; empty = those of scl, if any")
-    tasks: tuple[str, ...] = Field(default=(), description="folders of local evaluation sets, scored at every watch")
-
-
 class PretextStage(Stage):
     """Stage 1, context compression (METHOD 2)."""
 
     data: tuple[TextData, ...] = Field(min_length=1)
-    objective: Literal["ctkd", "continuation"] = Field(default="ctkd", description="continuation = the paper's NLL")
+    objective: Objective | dict[Objective, Annotated[float, Field(gt=0)]] = Field(
+        default="ctkd",
+        description="continuation = the paper's NLL, reconstruction = its RC (of the context); or several with their weights",
+    )
     steps: Steps = 32_000
     batch_size: Annotated[int, Field(ge=1)] = 4
     gradient_accumulation_steps: Steps = 1
@@ -178,12 +92,31 @@ class PretextStage(Stage):
         default=10, description="split site uniform in [margin, L − margin]"
     )
     position_weighting: Literal["sample_mean", "token_mean"] | None = Field(
-        default=None, description="null = as released: sample_mean for ctkd, token_mean for continuation"
+        default=None, description="null = as released: sample_mean for ctkd, token_mean for the others"
     )
     train_embeddings: Literal["memory", "all"] = Field(
         default="memory", description="all = also the encoder's own copy of the embedding table, as the release does"
     )
     temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="of both distributions in the KL")
+
+    @field_validator("objective")
+    @classmethod
+    def _one_at_least(cls, value: str | dict[str, float]) -> str | dict[str, float]:
+        if not value:
+            raise ValueError("objective names nothing to learn")
+        return value
+
+    @property
+    def objectives(self) -> dict[str, float]:
+        """Weight by objective, in a fixed order."""
+        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(sorted(self.objective.items()))
+
+    @property
+    def objective_name(self) -> str:
+        """For people: `ctkd`, or `1 ctkd + 0.1 reconstruction`."""
+        if isinstance(self.objective, str):
+            return self.objective
+        return " + ".join(f"{weight:g} {name}" for name, weight in self.objectives.items())
 
     @model_validator(mode="after")
     def _site_possible(self) -> PretextStage:

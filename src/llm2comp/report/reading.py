@@ -118,7 +118,7 @@ class StageLog:
     def title(self) -> str:
         """CTKD, UCL, SCL, or what else stage 1 was trained for."""
         if isinstance(self.settings, PretextStage) and self.settings.objective != "ctkd":
-            return self.settings.objective
+            return self.settings.objective_name
         return {"pretext": "CTKD"}.get(self.name, self.name.upper())
 
     @property

@@ -45,6 +45,7 @@ WATCH_PLOTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 ABOUT = {
     "ctkd": "The model learns to put a text into its memory tokens, so that a frozen copy goes on as if it had read the text.",
     "continuation": "The model learns to put a text into its memory tokens, so that a frozen copy of itself can continue it.",
+    "reconstruction": "The model learns to put a text into its memory tokens, so that a frozen copy of itself can repeat it.",
     "ucl": "Each text is read twice under different dropout; its two embeddings are pulled together, others away.",
     "scl": "Queries are pulled to the texts that answer them, and away from the other texts of the batch.",
 }
@@ -90,7 +91,7 @@ def overview(run: RunLog, ident: str) -> Section:
         "Memory tokens": str(recipe.memory.tokens),
         "Attention of the encoder": recipe.model.attention,
         "Adapter": adapter_of(recipe),
-        "Objective of stage 1": recipe.pretext.objective if recipe.pretext else "",
+        "Objective of stage 1": recipe.pretext.objective_name if recipe.pretext else "",
         "Seed": str(recipe.seed),
     }
     header = ("stage", "data", "steps", "batch", "learning rate", "time")
@@ -261,8 +262,9 @@ def _stage(run: RunLog, stage: StageLog, ident: str) -> list[Section]:
     }
     plots += curves(f"{place}-tasks", "Evaluation sets", of, scores, TASKS, "score × 100")
     plots += _heatmap(stage, place, of)
-    about = ABOUT[stage.settings.objective if isinstance(stage.settings, PretextStage) else stage.name]
-    return [Section(place, f"Stage {stage.number}: {stage.title}", (about,), plots=tuple(plots))] if plots else []
+    names = tuple(stage.settings.objectives) if isinstance(stage.settings, PretextStage) else (stage.name,)
+    about = tuple(ABOUT[name] for name in names)
+    return [Section(place, f"Stage {stage.number}: {stage.title}", about, plots=tuple(plots))] if plots else []
 
 
 def _heatmap(stage: StageLog, place: str, of: str) -> list[Plot]:

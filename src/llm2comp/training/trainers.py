@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import Trainer
 from llm2comp.compressor import Compressor
 from llm2comp.errors import RunError
 from llm2comp.files import whole_or_gone
-from llm2comp.pretext import DEFAULT_WEIGHTING, OBJECTIVES, count_items
+from llm2comp.pretext import DEFAULT_WEIGHTING, count_items, pretext_loss
 from llm2comp.recipe import PretextStage, Stage
 from llm2comp.tokens import SplitTexts
 from llm2comp.training.progress import TokenCounter
@@ -95,16 +95,17 @@ class PretextModel(nn.Module):
         super().__init__()
         self.compressor = compressor
         self.stage = stage
-        self.weighting = stage.position_weighting or DEFAULT_WEIGHTING[stage.objective]
+        self.weightings = {name: stage.position_weighting or DEFAULT_WEIGHTING[name] for name in stage.objectives}
 
-    def items(self, batch: dict[str, Tensor]) -> int:
-        """What the stage's mean runs over in one batch."""
-        return count_items(self.stage.objective, self.weighting, batch["continuation_mask"])
+    def items(self, batch: dict[str, Tensor]) -> list[int]:
+        """What the mean of each objective runs over in one batch."""
+        bos = self.compressor.backbone.bos_id is not None
+        return [count_items(name, weighting, batch, bos) for name, weighting in self.weightings.items()]
 
-    def forward(self, items: float, **batch: Tensor) -> Tensor:
-        """Loss of one micro-batch; `items` counts the whole optimiser step."""
-        split = SplitTexts.from_tensors(batch)
-        return OBJECTIVES[self.stage.objective](self.compressor, split, self.weighting, items, self.stage.temperature)
+    def forward(self, items: Sequence[float], **batch: Tensor) -> Tensor:
+        """Loss of one micro-batch; `items` counts the whole optimiser step, per objective."""
+        split, by_name = SplitTexts.from_tensors(batch), dict(zip(self.weightings, items, strict=True))
+        return pretext_loss(self.compressor, split, self.stage.objectives, self.weightings, by_name, self.stage.temperature)
 
 
 class PretextTrainer(StageMixin, Trainer):
@@ -119,15 +120,15 @@ class PretextTrainer(StageMixin, Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Micro-batches of one optimiser step, and the number of items over all of them and all devices."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        items = torch.tensor(sum(self._stage_model().items(batch) for batch in batches), device=device)
-        return batches, self.accelerator.gather(items).sum() if self.args.world_size > 1 else items
+        items = torch.tensor([self._stage_model().items(batch) for batch in batches], device=device).sum(0)
+        return batches, self.accelerator.reduce(items) if self.args.world_size > 1 else items
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Loss scaled so that the gradients' mean over devices is the mean over all items."""
-        items = self._stage_model().items(inputs) if num_items_in_batch is None else num_items_in_batch
-        loss = model(items=float(items), **inputs) * self.args.world_size
+        items = self._stage_model().items(inputs) if num_items_in_batch is None else num_items_in_batch.tolist()
+        loss = model(items=items, **inputs) * self.args.world_size
         return (loss, {}) if return_outputs else loss
 
     def _stage_model(self) -> PretextModel:
