@@ -393,7 +393,7 @@ def test_a_variant_is_a_value():
         ("echo", {"templates": "{text}"}, ["templates", "valid tuple"]),
         ("echo", {"layer": True}, ["layer", "valid integer"]),
         ("echo", {"layer": "-2"}, ["layer", "valid integer"]),
-        ("echo", {"pooling": "max"}, ["pooling", "'weighted_mean'", "found max"]),
+        ("echo", {"pooling": "max"}, ["pooling", "'weighted_mean'", 'found "max"']),
         ("echo", {"span": "copy", "max_tokens": 0}, ["span", "'last_copy'", "max_tokens", "greater than or equal to 1"]),
     ],
 )
@@ -514,7 +514,7 @@ def test_name_and_revision_change_with_all_that_changes_embeddings(tmp_path):
             ["encoder.templates: a template must"],
         ),
         ("[", ["not readable as YAML"]),
-        ("", ["valid dictionary"]),
+        ("", ["a mapping of settings"]),
     ],
 )
 def test_a_wrong_file(text, parts, tmp_path):

@@ -14,7 +14,7 @@ from llm2comp.compressor import Compressor
 from llm2comp.encoder import as_sentence_transformer, embed_texts
 from llm2comp.errors import BackboneError, RecipeError
 from llm2comp.export import export, verify
-from llm2comp.pretext.objectives import ctkd
+from llm2comp.pretext import pretext_loss
 from llm2comp.recipe import AdapterSettings, SclStage, parse_recipe
 from llm2comp.tokens import SplitTexts, Tokens, position_ids
 from llm2comp.training.contrastive import contrastive_loss
@@ -36,6 +36,10 @@ def make_full(family, moved=True, **settings):
     return compressor.eval()
 
 
+def ctkd(compressor, batch):
+    return pretext_loss(compressor, batch, {"ctkd": 1.0}, {"ctkd": "sample_mean"}, {"ctkd": 2.0})
+
+
 def split_batch(compressor):
     rows = compressor.backbone.tokenise([" ".join(SENTENCES[i : i + 3]) for i in (0, 2)])
     return SplitTexts.from_rows(rows, [len(rows[0]) // 2, len(rows[1]) // 3], compressor.backbone.pad_id)
@@ -54,7 +58,7 @@ def test_a_fresh_copy_reads_as_the_lm_and_the_lm_never_changes(family):
     optimizer = torch.optim.SGD([p for p in compressor.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        ctkd(compressor, split_batch(compressor), "sample_mean", 2.0).backward()
+        ctkd(compressor, split_batch(compressor)).backward()
         optimizer.step()
     after = snapshot(backbone.lm)
     assert before.keys() == after.keys()
@@ -79,7 +83,7 @@ def test_gradient_is_that_of_two_separate_models(family, checkpointing):
     compressor.learn(memory=True)
     compressor.train()
     compressor.backbone.set_checkpointing(checkpointing)
-    loss = ctkd(compressor, batch, "sample_mean", 2.0)
+    loss = ctkd(compressor, batch)
     loss.backward()
 
     backbone, lm = frozen.backbone, untouched(family)

@@ -14,7 +14,7 @@ from llm2comp.backbone import Backbone, probe
 from llm2comp.compressor import Compressor
 from llm2comp.encoder import MemoryEncoder
 from llm2comp.memory import MemoryTokens
-from llm2comp.pretext import continuation, count_items, ctkd
+from llm2comp.pretext import count_items, pretext_loss
 from llm2comp.recipe import AdapterSettings, UclStage
 from llm2comp.tokens import SplitTexts, Tokens
 from llm2comp.training.contrastive import contrastive_loss
@@ -68,11 +68,14 @@ def test_memory_states(compressor):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("objective", "weighting", "key"), [(ctkd, "sample_mean", "kl"), (continuation, "token_mean", "nll")])
+@pytest.mark.parametrize(
+    ("objective", "weighting", "key"), [("ctkd", "sample_mean", "kl"), ("continuation", "token_mean", "nll")]
+)
 def test_pretext_loss_and_gradients(compressor, objective, weighting, key, checkpointing):
     compressor.backbone.set_checkpointing(checkpointing)
     split = batch()
-    loss = objective(compressor, split, weighting, count_items(objective.__name__, weighting, split.to_tensors(), bos=True))
+    items = {objective: count_items(objective, weighting, split.to_tensors(), bos=True)}
+    loss = pretext_loss(compressor, split, {objective: 1.0}, {objective: weighting}, items)
     assert loss.item() == pytest.approx(CASE["loss"][key], rel=1e-6)
     loss.backward()
     assert_gradients_equal(compressor, f"grad_{key}.safetensors", memory=True)

@@ -24,7 +24,8 @@ from llm2comp.analysis.readout import Readout, read_out
 from llm2comp.analysis.states import memory_states
 from llm2comp.compressor import STATE_FILE, Compressor
 from llm2comp.data.sources import Pair
-from llm2comp.embed import embed, refuse_not_finite
+from llm2comp.embed import embed
+from llm2comp.encoder import refuse_not_finite
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.export import memory_names, reweight
 from llm2comp.files import explain_disk_errors, write_bytes, write_text

@@ -57,6 +57,8 @@ def embed(
         DataError: no texts, or one that is not Unicode; a text over the limit under `error`; a prompt that leaves no room;
             an embedding that is not finite.
     """
+    from llm2comp.encoder import refuse_not_finite
+
     _check_texts(texts)
     prompt: str = (model.prompts.get(role) or "") if role else ""
     room = _room(model, prompt)
@@ -87,14 +89,6 @@ def embed(
     if normalise:
         embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     return Embedded(embeddings, len(long))
-
-
-def refuse_not_finite(embeddings_ND: NDArray[np.float32], texts: Sequence[str]) -> None:
-    """Raise DataError, naming the text, unless all embeddings are finite."""
-    bad = np.flatnonzero(~np.isfinite(embeddings_ND).all(1))
-    if len(bad):
-        found = f"{texts[bad[0]][:80]!r}" + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else "")
-        raise DataError("the embedding is not finite", where=f"text {bad[0] + 1}", found=found, fix="check the model's weights")
 
 
 def write_embeddings(path: Path, embedded: Embedded, texts: Sequence[str]) -> None:
@@ -144,11 +138,11 @@ def _check_texts(texts: Sequence[str]) -> None:
 
 def _encode(model: SentenceTransformer, texts: Sequence[str], batch_size: int) -> NDArray[np.float32]:
     """Longest first, so that a batch holds texts of like length; back in order."""
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    from llm2comp.tokens import longest_first
+
     out: NDArray[np.float32] | None = None
     with Bar("embed", len(texts)) as bar:
-        for start in range(0, len(texts), batch_size):
-            places = order[start : start + batch_size]
+        for places in longest_first([len(text) for text in texts], lambda _: batch_size):
             batch: Any = model.encode([texts[i] for i in places], batch_size=batch_size, prompt="", show_progress_bar=False)
             if out is None:
                 out = np.empty((len(texts), batch.shape[1]), dtype=np.float32)

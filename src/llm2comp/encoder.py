@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
 from llm2comp.compressor import Compressor
+from llm2comp.errors import DataError
 from llm2comp.tokens import Tokens
 
 ROLES = ("query", "document")
@@ -72,6 +75,18 @@ def as_sentence_transformer(
     model = SentenceTransformer(modules=[module], device=device, prompts=prompts or {})
     model.eval()
     return model
+
+
+def refuse_not_finite(embeddings_ND: NDArray[np.float32], texts: Sequence[str], where: str | None = None) -> None:
+    """Raise DataError, naming the text (its number, if there is no better `where`), unless all embeddings are finite."""
+    bad = np.flatnonzero(~np.isfinite(embeddings_ND).all(1))
+    if len(bad):
+        raise DataError(
+            "the embedding is not finite",
+            where=where or f"text {bad[0] + 1}",
+            found=f"{texts[bad[0]][:80]!r}" + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else ""),
+            fix="check the model's weights; in half precision try float32",
+        )
 
 
 def embed_texts(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 32) -> Tensor:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm2comp.baselines.settings import BASELINE_FILE, NAMES, nearest
+from llm2comp.baselines.settings import BASELINE_FILE, NAMES
 from llm2comp.errors import ModelFolderError
+from llm2comp.files import sha256
+from llm2comp.recipe import nearest
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -165,8 +167,7 @@ def _content(folder: Path) -> str:
         place = file.relative_to(folder)
         weighs = file.is_file() and file.name not in _NO_EFFECT and file.suffix != ".jsonl" and not file.name.startswith(".")
         if weighs and not place.parts[0].startswith(("checkpoint-", "best")):
-            with file.open("rb") as stream:
-                digest.update(f"{place.as_posix()}:{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+            digest.update(f"{place.as_posix()}:{sha256(file)}".encode())
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ N gathered positions.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +49,19 @@ class Tokens:
     def lengths_B(self) -> Tensor:
         """Tokens per text, padding not counted."""
         return self.mask_BT.sum(1)
+
+
+def longest_first(lengths: Sequence[int], at_once: Callable[[int], int]) -> Iterator[list[int]]:
+    """Places of texts in groups of like length, the longest first: what will not fit shows at once, little is padding.
+
+    `at_once` says, when a group is due, how many go into it, given the length of its longest; one at least.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        group = order[start : start + max(1, at_once(lengths[order[start]]))]
+        yield group
+        start += len(group)
 
 
 def position_ids(mask_BT: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from llm2comp.compressor import Compressor
 from llm2comp.errors import DataError
 from llm2comp.pretext.kl import chunked_kl
-from llm2comp.pretext.objectives import decode_from_memory
+from llm2comp.pretext.objectives import decode_from_memory, teacher_states
 from llm2comp.tokens import SplitTexts, Tokens, split_site
 
 # Texts of a sample at most, texts at once, and tokens that stay on either side of a split.
@@ -26,10 +26,7 @@ def context_kl(compressor: Compressor, batch: SplitTexts) -> tuple[float, float,
     """
     backbone = compressor.backbone
     skipped = int(backbone.bos_id is None)
-    teacher_BTD = backbone.decode(backbone.embed(batch.text.ids_BT), batch.text.mask_BT)
-    places_BT = torch.arange(batch.text.ids_BT.shape[1], device=teacher_BTD.device)[None]
-    first_B1 = batch.context.lengths_B[:, None] - 1 + skipped
-    teacher_ND = teacher_BTD[(places_BT >= first_B1) & batch.text.mask_BT.bool()]
+    teacher_ND = teacher_states(backbone, batch, skipped)
 
     def kl_from(memory_BKD: Tensor) -> float:
         states_BCD, valid_BC = _predicting_states(compressor, memory_BKD, batch.continuation)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llm2comp.compressor import Compressor
-from llm2comp.tokens import Tokens
+from llm2comp.tokens import Tokens, longest_first
 
 TOKENS_AT_ONCE = 8192
 
@@ -19,14 +19,9 @@ def memory_states(compressor: Compressor, rows: Sequence[Sequence[int]], tokens_
 
     Texts of like length are read together, as many as fit into `tokens_at_once` with their padding.
     """
-    device = compressor.backbone.embedding_table.device
-    out = torch.empty(len(rows), compressor.memory.count, compressor.backbone.embedding_table.shape[1])
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    start = 0
-    while start < len(order):
-        longest = len(rows[order[start]]) + compressor.memory.count
-        places = order[start : start + max(1, tokens_at_once // longest)]
+    device, count = compressor.backbone.embedding_table.device, compressor.memory.count
+    out = torch.empty(len(rows), count, compressor.backbone.embedding_table.shape[1])
+    for places in longest_first([len(row) for row in rows], lambda longest: tokens_at_once // (longest + count)):
         tokens = Tokens.pad([rows[i] for i in places], "left", compressor.backbone.pad_id).to(device)
         out[places] = compressor.encode(tokens).float().cpu()
-        start += len(places)
     return out

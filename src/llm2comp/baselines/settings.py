@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import Field, StrictBool, StrictInt, field_validator
 
 from llm2comp.baselines.prompts import ECHO, META_EOL, PROMPT_EOL, TEXT
 from llm2comp.errors import RecipeError
-from llm2comp.recipe import ModelSettings, Section
+from llm2comp.recipe import ModelSettings, Section, checked, nearest, read_yaml
 
 BASELINE_FILE = "baseline.yaml"
 
@@ -93,42 +91,9 @@ def variant(name: str, **changes: Any) -> BaselineSettings:
     if name not in NAMES:
         expected = f"one of {', '.join(NAMES)}"
         raise RecipeError("no such training-free encoder", where=name, expected=expected, fix=nearest(name, NAMES))
-    return _checked(BaselineSettings, NAMES[name].model_dump() | changes, name)
+    return checked(BaselineSettings, NAMES[name].model_dump() | changes, name)
 
 
 def read_saved(file: Path) -> SavedBaseline:
     """Content of a `baseline.yaml`. Raises RecipeError: no YAML, unknown keys (names the nearest), values that do not fit."""
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"not readable as YAML: {error}", where=str(file)) from None
-    return _checked(SavedBaseline, tree, str(file))
-
-
-def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that a mistyped one is nearest to, as a question; None if all are far."""
-    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else None
-
-
-Checked = TypeVar("Checked", bound=Section)
-
-
-def _checked(kind: type[Checked], tree: Any, where: str) -> Checked:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError("\n  ".join(_explain(kind, item) for item in error.errors()), where=where) from None
-
-
-def _explain(kind: Any, item: Any) -> str:
-    """One pydantic error as one line: the setting, what is wrong, what was found or the nearest valid key."""
-    *sections, last = item["loc"] or ("settings",)
-    place = ".".join(map(str, (*sections, last)))
-    if item["type"] == "extra_forbidden":
-        for section in sections:
-            kind = kind.model_fields[section].annotation
-        valid = list(kind.model_fields)
-        return f"{place}: unknown key; {nearest(str(last), valid) or 'valid keys: ' + ', '.join(valid)}"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message}" + ("" if item["type"] in ("missing", "value_error") else f", found {str(item['input'])[:80]}")
+    return checked(SavedBaseline, read_yaml(file, "saved encoder"), str(file))

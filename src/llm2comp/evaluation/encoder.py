@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llm2comp.console import Bar, say
+from llm2comp.encoder import refuse_not_finite
 from llm2comp.errors import DataError
+from llm2comp.tokens import longest_first
 
 BLOCK_BATCHES = 16
 DEFAULT_TEMPLATE = "{instruction}:"
@@ -60,26 +62,15 @@ class MtebEncoder(AbsEncoder):
         """
         texts = [text for batch in inputs for text in batch["text"]]
         out: NDArray[np.float32] | None = None
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # longest first: what will not fit shows at once
         with Bar(f"  {task_metadata.name}", len(texts), stays=False, shown=self.progress) as bar:
-            start = 0
-            while start < len(order):
-                places = order[start : start + BLOCK_BATCHES * self.batch_size]
+            for places in longest_first([len(text) for text in texts], lambda _: BLOCK_BATCHES * self.batch_size):
                 block = self._encode([texts[i] for i in places], self._prompt(task_metadata, prompt_type), prompt_type)
                 out = np.empty((len(texts), block.shape[1]), dtype=np.float32) if out is None else out
                 out[places] = block
-                start += len(places)
                 bar.advance(len(places))
         if out is None:
             raise DataError("no text to embed", where=task_metadata.name)
-        bad = np.flatnonzero(~np.isfinite(out).all(1))
-        if len(bad):
-            raise DataError(
-                "the embedding is not finite",
-                where=task_metadata.name,
-                found=f"{texts[bad[0]][:80]!r}" + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else ""),
-                fix="check the model's weights; in half precision try float32",
-            )
+        refuse_not_finite(out, texts, where=task_metadata.name)
         return out
 
     def _prompt(self, task: Any, prompt_type: PromptType | None) -> str | None:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor
 from llm2comp.pretext.kl import chunked_cross_entropy, chunked_kl
 from llm2comp.tokens import SplitTexts, Tokens
@@ -60,16 +61,10 @@ def ctkd_from_memory(
 
     Compared are the L − a + 1 positions that predict n_{a+1}..n_L and the token after n_L.
     """
-    backbone = compressor.backbone
-    with torch.no_grad():
-        teacher_BTD = backbone.decode(backbone.embed(batch.text.ids_BT), batch.text.mask_BT)
-        last_of_context_B1 = batch.context.lengths_B[:, None] - 1
-        places_BT = torch.arange(batch.text.ids_BT.shape[1], device=teacher_BTD.device)[None]
-        teacher_ND = teacher_BTD[(places_BT >= last_of_context_B1) & batch.text.mask_BT.bool()]
-        del teacher_BTD
+    teacher_ND = teacher_states(compressor.backbone, batch)
     student_BCD, valid_BC = decode_from_memory(compressor, memory_BKD, batch.continuation)
     weights_N = position_weights(batch.continuation.lengths_B + 1, weighting, items)
-    return chunked_kl(student_BCD[valid_BC], teacher_ND, backbone.project, weights_N, temperature)
+    return chunked_kl(student_BCD[valid_BC], teacher_ND, compressor.backbone.project, weights_N, temperature)
 
 
 def continuation_from_memory(
@@ -109,17 +104,6 @@ DEFAULT_WEIGHTING: dict[str, Weighting] = {
 }
 
 
-def ctkd(compressor: Compressor, batch: SplitTexts, weighting: Weighting, items: float, temperature: float = 1.0) -> Tensor:
-    """`pretext_loss` with CTKD alone, the method itself."""
-    return pretext_loss(compressor, batch, {"ctkd": 1.0}, {"ctkd": weighting}, {"ctkd": items}, temperature)
-
-
-def continuation(compressor: Compressor, batch: SplitTexts, weighting: Weighting, items: float) -> Tensor:
-    """`pretext_loss` with the paper's NLL alone."""
-    name = "continuation"
-    return pretext_loss(compressor, batch, {name: 1.0}, {name: weighting}, {name: items})
-
-
 def count_items(objective: str, weighting: Weighting, batch: Mapping[str, Tensor], bos: bool) -> int:
     """What a mean of this weighting runs over in one batch of `SplitTexts.to_tensors`: samples, or compared positions."""
     samples = len(batch["continuation_mask"])
@@ -134,6 +118,15 @@ def position_weights(positions_B: Tensor, weighting: Weighting, items: float) ->
     """Weight of each gathered position so that the weighted sum is the mean asked for: weights_N, float32."""
     per_text_B = positions_B.float().reciprocal() if weighting == "sample_mean" else torch.ones_like(positions_B).float()
     return (per_text_B / items).repeat_interleave(positions_B)
+
+
+@torch.no_grad()
+def teacher_states(backbone: Backbone, batch: SplitTexts, skipped: int = 0) -> Tensor:
+    """States of the frozen LM on the full texts, from the context's last token on (`skipped` tokens later), teacher_ND."""
+    states_BTD = backbone.decode(backbone.embed(batch.text.ids_BT), batch.text.mask_BT)
+    places_BT = torch.arange(states_BTD.shape[1], device=states_BTD.device)[None]
+    first_B1 = batch.context.lengths_B[:, None] - 1 + skipped
+    return states_BTD[(places_BT >= first_B1) & batch.text.mask_BT.bool()]
 
 
 def decode_from_memory(compressor: Compressor, memory_BKD: Tensor, text: Tokens) -> tuple[Tensor, Tensor]:

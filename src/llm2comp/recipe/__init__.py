@@ -10,7 +10,17 @@ from llm2comp.recipe.parts import (
     TextData,
     WatchSettings,
 )
-from llm2comp.recipe.reading import change_recipe, find_recipe, load_recipe, parse_recipe, shipped_recipes
+from llm2comp.recipe.reading import (
+    change_recipe,
+    checked,
+    find_recipe,
+    leaves,
+    load_recipe,
+    nearest,
+    parse_recipe,
+    read_yaml,
+    shipped_recipes,
+)
 from llm2comp.recipe.settings import WATCHED, ContrastiveStage, PretextStage, Recipe, SclStage, Stage, UclStage
 
 __all__ = [
@@ -30,8 +40,12 @@ __all__ = [
     "UclStage",
     "WatchSettings",
     "change_recipe",
+    "checked",
     "find_recipe",
+    "leaves",
     "load_recipe",
+    "nearest",
     "parse_recipe",
+    "read_yaml",
     "shipped_recipes",
 ]

@@ -7,7 +7,7 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,15 +23,21 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         RecipeError: the file is missing or not YAML, a key is unknown, or a value does not fit; names the field.
     """
     file = find_recipe(path)
-    try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, a 45th day of a month
-        raise RecipeError(f"not readable as YAML: {error}", where=str(file)) from error
-    if not isinstance(tree, dict):
-        raise RecipeError("not a recipe", where=str(file), expected="a mapping of settings", found=type(tree).__name__)
+    tree = read_yaml(file, "recipe")
     for override in overrides:
         _apply(tree, override)
     return parse_recipe(tree, where=str(file))
+
+
+def read_yaml(file: Path, kind: str) -> dict[str, Any]:
+    """The settings in a YAML file. Raises RecipeError: unreadable, no mapping, or a key given twice."""
+    try:
+        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, a 45th day of a month
+        raise RecipeError(f"not readable as YAML: {error}", where=str(file)) from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"not a {kind}", where=str(file), expected="a mapping of settings", found=type(tree).__name__)
+    return tree
 
 
 def change_recipe(recipe: Recipe, overrides: typing.Sequence[str]) -> Recipe:
@@ -44,14 +50,30 @@ def change_recipe(recipe: Recipe, overrides: typing.Sequence[str]) -> Recipe:
 
 def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from plain data. Raises RecipeError that lists every field at fault."""
+    return checked(Recipe, tree, where)
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def checked(kind: type[Checked], tree: Any, where: str) -> Checked:
+    """Settings of some kind from plain data. Raises RecipeError that lists every field at fault."""
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         items = error.errors()
         locations = [item["loc"] for item in items]
         # a list whose items are at fault is reported as too short as well: say it once
         telling = [i for i in items if i["type"] != "too_short" or not any(len(i["loc"]) < len(x) for x in locations)]
-        raise RecipeError("\n  ".join(_explain(item) for item in telling or items), where=where) from None
+        raise RecipeError("\n  ".join(_explain(kind, item) for item in telling or items), where=where) from None
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Plain data as dotted name → value; a container without content is a value."""
+    if not isinstance(tree, dict | list) or not tree:
+        return {path: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {k: v for key, value in items for k, v in leaves(value, f"{path}.{key}" if path else str(key)).items()}
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -71,7 +93,7 @@ def find_recipe(path: str | Path) -> Path:
     if name in shipped and not file.parent.is_dir() or str(path) in shipped:
         return shipped[name]
     raise RecipeError(
-        "no such recipe", where=str(path), expected=f"a YAML file or one of: {', '.join(shipped)}", fix=_nearest(name, shipped)
+        "no such recipe", where=str(path), expected=f"a YAML file or one of: {', '.join(shipped)}", fix=nearest(name, shipped)
     )
 
 
@@ -124,22 +146,27 @@ def _index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _explain(item: Any) -> str:
+def nearest(name: str, valid: typing.Iterable[str]) -> str | None:
+    """The valid name that a mistyped one is nearest to, as a question; None if all are far."""
+    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else None
+
+
+def _explain(kind: type[BaseModel], item: Any) -> str:
     """One pydantic error as one line: field, what is wrong, what was found, nearest valid key."""
-    location = ".".join(str(part) for part in item["loc"]) or "recipe"
+    location = ".".join(str(part) for part in item["loc"]) or "settings"
     if item["type"] == "extra_forbidden":
-        valid = _keys_at(item["loc"][:-1])
-        hint = _nearest(str(item["loc"][-1]), valid) or f"valid keys: {', '.join(valid)}"
-        return f"{location}: unknown key; {hint}"
+        valid = _keys_at(kind, item["loc"][:-1])
+        return f"{location}: unknown key; {nearest(str(item['loc'][-1]), valid) or 'valid keys: ' + ', '.join(valid)}"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] in ("missing", "value_error"):
         return f"{location}: {message}"
     return f"{location}: {message}, found {json.dumps(item['input'], default=str)[:80]}"
 
 
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
-    """Valid keys of the section at a location in a recipe."""
-    section: type[BaseModel] = Recipe
+def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Valid keys of the section at a location in settings of some kind."""
+    section = kind
     for part in location:
         field = section.model_fields.get(part) if isinstance(part, str) else None
         if field is not None:
@@ -152,8 +179,3 @@ def _sections_in(annotation: Any) -> typing.Iterator[type[BaseModel]]:
         yield annotation
     for argument in typing.get_args(annotation):
         yield from _sections_in(argument)
-
-
-def _nearest(name: str, valid: typing.Iterable[str]) -> str | None:
-    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else None

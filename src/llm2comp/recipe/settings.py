@@ -181,6 +181,10 @@ class SclStage(ContrastiveStage):
             raise ValueError("query_prompt must contain {instruction}")
         return value
 
+    def prompt_of(self, spec: PairData) -> str:
+        """What stands before the queries of one source."""
+        return self.query_prompt.replace("{instruction}", spec.instruction) if spec.instruction else ""
+
 
 class Recipe(Section):
     """One experiment."""

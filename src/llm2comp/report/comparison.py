@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from llm2comp.evaluation.published import SOURCE, published
+from llm2comp.recipe import leaves
 from llm2comp.report.blocks import NONE, Part, Plot, Points, Section, Table, curves, duration, number, percent
 from llm2comp.report.reading import RunLog
 from llm2comp.report.sections import FIGURES, LOSS, evaluation_table, measured_states, spectrum_plots
@@ -53,15 +53,8 @@ def final_figures(run: RunLog) -> dict[str, str]:
 
 def settings_of(run: RunLog) -> dict[str, str]:
     """Dotted name of a setting → its value; the recipe's name is none."""
-    return dict(_leaves(run.recipe.model_dump(mode="json", exclude={"name"})))
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(tree, dict | list) and tree:
-        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, "null" if tree is None else str(tree)
+    tree = run.recipe.model_dump(mode="json", exclude={"name"})
+    return {name: "null" if value is None else str(value) for name, value in leaves(tree).items()}
 
 
 def _side_by_side(caption: str, first: str, columns: dict[str, dict[str, str]], differing: bool = False) -> Table:

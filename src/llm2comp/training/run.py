@@ -32,9 +32,9 @@ from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
 from llm2comp.files import explain_disk_errors, sha256, write_text
-from llm2comp.recipe import Recipe, Stage, change_recipe, load_recipe
+from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
 from llm2comp.training.sample import Watch
-from llm2comp.training.stages import RUNNERS, RunOptions, check_data, query_prompt
+from llm2comp.training.stages import RUNNERS, RunOptions, check_data
 
 FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
 RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = "recipe.yaml", "done.json", "config.json", "model"
@@ -180,7 +180,7 @@ def _refuse_foreign(run: Path, recipe: Recipe) -> None:
     if file.exists():
         if not (any(run.glob(f"*/{DONE_FILE}")) or any(run.glob("*/checkpoint-*"))):
             return
-        before, now = _flat(load_recipe(file).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+        before, now = _settings(load_recipe(file)), _settings(recipe)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and _matters(key.split("."), recipe)]
         if changed:
             lines = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked for" for key in sorted(changed)[:5]]
@@ -215,11 +215,9 @@ def _claim(run: Path, recipe: Recipe) -> None:
     write_text(run / "environment.json", json.dumps(environment, indent=1))
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict | list):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {k: v for key, value in items for k, v in _flat(value, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): tree}
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Dotted name → value; an empty container is as good as none."""
+    return {key: value for key, value in leaves(recipe.model_dump(mode="json")).items() if value not in ([], {})}
 
 
 def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
@@ -267,7 +265,7 @@ def _prompts(recipe: Recipe) -> dict[str, str]:
     """The stored query prompt: that of the first source of SCL with an instruction."""
     if recipe.scl is None:
         return {}
-    prompts = [prompt for spec in recipe.scl.data if (prompt := query_prompt(recipe.scl, spec))]
+    prompts = [prompt for spec in recipe.scl.data if (prompt := recipe.scl.prompt_of(spec))]
     return {"query": prompts[0], "document": ""} if prompts else {}
 
 

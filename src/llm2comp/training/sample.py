@@ -129,12 +129,10 @@ def _sample_texts(recipe: Recipe, settings: WatchSettings) -> list[str]:
 
 def _sample_pairs(recipe: Recipe, settings: WatchSettings) -> list[tuple[str, Pair]]:
     """(what stands before the anchor in SCL, pair), none without a source of pairs."""
-    from llm2comp.training.stages import query_prompt
-
     specs = settings.pairs or (recipe.scl.data if recipe.scl else ())
     found = []
     for spec in specs:
-        prompt = query_prompt(recipe.scl, spec) if recipe.scl else ""
+        prompt = recipe.scl.prompt_of(spec) if recipe.scl else ""
         found += [(prompt, pair) for pair in read_pairs(_at_most(spec)).rows]
     return random.Random(recipe.seed).sample(found, min(settings.texts, len(found)))
 

@@ -50,14 +50,9 @@ def load_queries(stage: SclStage, spec: PairData) -> list[Pair]:
     """Pairs of one source, each query behind its instruction."""
     loaded = read_pairs(spec)
     say(loaded.summary())
-    prompt = query_prompt(stage, spec)
+    prompt = stage.prompt_of(spec)
     suffix = stage.query_suffix if spec.instruction else ""
     return [Pair(f"{prompt}{pair.anchor}{suffix}", pair.positive, pair.negatives) for pair in loaded.rows]
-
-
-def query_prompt(stage: SclStage, spec: PairData) -> str:
-    """What stands before the queries of one source."""
-    return stage.query_prompt.replace("{instruction}", spec.instruction) if spec.instruction else ""
 
 
 def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed: int, options: RunOptions) -> int | None:
