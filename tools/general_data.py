@@ -15,7 +15,6 @@ Deterministic for one seed and one set of files. Every file appears whole or not
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import random
 import re
@@ -24,7 +23,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import zstandard
+from backbone_store import Parser, positive_int
+from backbone_text import read_corpus, strings
 
 CORPORA = ("encyclopaedia-core", "encyclopaedia-wide", "textbooks", "technical", "mixed", "books")
 ENCYCLOPAEDIAS = ("encyclopaedia-core", "encyclopaedia-wide")
@@ -39,29 +39,12 @@ def plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "", text.lower())
 
 
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a .jsonl or .jsonl.zst file."""
-    with path.open("rb") as raw:
-        stream: Any = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
-        for line in io.TextIOWrapper(stream, encoding="utf-8"):
-            yield json.loads(line)
-
-
-def strings_in(value: Any) -> Iterator[str]:
-    """All strings in a row, however nested."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from strings_in(part)
-
-
 def evaluation_texts(folder: Path) -> set[str]:
     """Every text of the evaluation sets, plain."""
     files = sorted(folder.rglob("*.jsonl"))
     if not files:
         raise SystemExit(f"{folder}: expected evaluation sets (*.jsonl) below it, found none")
-    found = {plain(text) for file in files for row in rows_of(file) for text in strings_in(row)}
+    found = {plain(text) for file in files for row in read_corpus(file, ()) for text in strings(row)}
     return {text for text in found if len(text) >= SHORTEST_LEAK}
 
 
@@ -80,10 +63,10 @@ class Leaks:
 
 def documents(data: Path, leaks: Leaks, counts: Counter[str]) -> Iterator[tuple[str, str, list[str]]]:
     """(corpus, id, paragraphs) without repeated or leaking paragraphs."""
-    heldout = {plain(p) for row in rows_of(data / "corpus" / "heldout.jsonl") for p in row["text"].split("\n\n")}
+    heldout = {plain(p) for row in read_corpus(data / "corpus" / "heldout.jsonl") for p in row["text"].split("\n\n")}
     seen = {hash(paragraph) for paragraph in heldout}
     for corpus in CORPORA:
-        for row in rows_of(data / "corpus" / f"{corpus}.jsonl.zst"):
+        for row in read_corpus(data / "corpus" / f"{corpus}.jsonl.zst", ("id", "text")):
             kept = []
             for paragraph in row["text"].split("\n\n"):
                 key = hash(plain(paragraph))
@@ -132,7 +115,7 @@ def given_pairs(file: Path, leaks: Leaks, counts: Counter[str]) -> Iterator[dict
     """Pairs of one file without leaks; of those with the same anchor or positive the first."""
     seen: set[str] = set()
     name = file.name.partition(".")[0]
-    for row in rows_of(file):
+    for row in read_corpus(file, ("anchor", "positive")):
         texts = {key: str(row[key]).strip()[:MAX_POSITIVE] for key in ("anchor", "positive", "negative") if row.get(key)}
         keys = {plain(texts["anchor"]), plain(texts["positive"])}
         if any(leaks.within(text) for text in texts.values()):
@@ -157,11 +140,11 @@ def write(path: Path, rows: Iterable[dict[str, str]]) -> int:
 
 def main() -> None:
     """Parse the arguments and run the steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with corpus/, pairs/ and eval/")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--texts", type=int, default=200_000, help="at most so many texts, and as many sentences")
-    parser.add_argument("--weak-pairs", type=int, default=200_000, help="at most so many pairs of each kind from the corpora")
+    parser.add_argument("--texts", type=positive_int, default=200_000, help="at most so many texts, and as many sentences")
+    parser.add_argument("--weak-pairs", type=positive_int, default=200_000, help="pairs of each kind from the corpora at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for part in ("corpus", "pairs", "eval"):
