@@ -1,0 +1,1 @@
+"""Studies: several recipes over several seeds, scored on the same sets, compared in one table."""
