@@ -46,12 +46,33 @@ SIZES = {
 }
 GROUPED = SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": False}
 NARROW = {"head_dim": 8, "sliding_window": 8}
+SMALL = {k: SIZES[k] for k in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")}
 GPT2 = {
     "n_embd": 32,
     "n_layer": 2,
     "n_head": 4,
     "n_positions": 160,
-    **{k: SIZES[k] for k in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")},
+    **SMALL,
+}
+OPT = SMALL | {
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 160,
+    "layerdrop": 0.0,
+    "init_std": 0.15,
+    "pad_token_id": 1,
+}
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}  # the default one cannot run in float64
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
 }
 
 # family → (name of its configuration, settings)
@@ -71,8 +92,18 @@ FAMILIES = {
     "granite": ("GraniteConfig", GROUPED | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
     "gpt2": ("GPT2Config", GPT2 | {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}),
     "gpt_neox": ("GPTNeoXConfig", SIZES | {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
+    "llama3": ("LlamaConfig", GROUPED | {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "mixtral": ("MixtralConfig", GROUPED | EXPERTS | {"num_local_experts": 4, "router_jitter_noise": 0.3}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        GROUPED | EXPERTS | {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+    ),
+    "smollm3": ("SmolLM3Config", GROUPED | {"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
+    "opt": ("OPTConfig", OPT | {"dropout": 0.3, "attention_dropout": 0.3}),
+    "starcoder2": ("Starcoder2Config", GROUPED | {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3}),
 }
-WITHOUT_BOS = {"qwen2", "qwen3"}
+MIXTURES = {"mixtral", "qwen3_moe"}
+WITHOUT_BOS = {"qwen2", "qwen3", "qwen3_moe"}
 CHAT_TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
 
 
@@ -122,10 +153,13 @@ def own_tokenizer(family):
     return tokenizer
 
 
-def make_lm(family="llama", seed=0, **changes):
+def config_of(family, **changes):
     name, settings = FAMILIES[family]
-    config = getattr(transformers, name)(**settings | changes)
-    return lm_from(config, seed)
+    return getattr(transformers, name)(**settings | changes)
+
+
+def make_lm(family="llama", seed=0, **changes):
+    return lm_from(config_of(family, **changes), seed)
 
 
 def lm_from(config, seed=0):
@@ -148,9 +182,9 @@ def push_adapter(backbone, name, seed=1, dropout=0.0, scale=0.15, **settings):
             parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
-def make_compressor(family="llama", stages=("pretext", "ucl"), dropout=0.0, memory=MEMORY, **settings):
+def make_compressor(family="llama", stages=("pretext", "ucl"), dropout=0.0, memory=MEMORY, encoder=None, **settings):
     """An encoder with one non-zero adapter per stage."""
-    compressor = Compressor.fresh(make_backbone(family, **settings), memory, seed=3)
+    compressor = Compressor.fresh(make_backbone(family, **settings), memory, seed=3, settings=encoder)
     for number, name in enumerate(stages):
         push_adapter(compressor.backbone, name, seed=number + 1, dropout=dropout)
     return compressor.eval()

@@ -73,10 +73,14 @@ def test_default_targets_are_all_found(family):
     backbone = make_compressor(family, stages=["pretext"]).backbone
     model_type = backbone.config.model_type
     expected = set(LORA_TARGETS.get(model_type, ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")))
-    found = [path.rsplit(".", 1)[-1] for path, module in backbone.lm.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = {path: module for path, module in backbone.lm.named_modules() if isinstance(module, BaseTunerLayer)}
+    found = [f"experts.{m.parameter_name}" if hasattr(m, "parameter_name") else p.rsplit(".", 1)[-1] for p, m in layers.items()]
     assert set(found) == expected
     assert "k_proj" not in found
-    assert len(found) % backbone.config.num_hidden_layers == 0
+    sparse = backbone.config.num_hidden_layers - len(getattr(backbone.config, "mlp_only_layers", None) or ())
+    for name in expected:
+        layers_with_it = sparse if name.startswith("experts") else backbone.config.num_hidden_layers
+        assert found.count(name) % layers_with_it == 0, name
 
 
 def test_targets_that_match_nothing_are_an_error():

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from llm2comp import cli as cli_module
 from llm2comp import console
+from llm2comp.cli import using
 from llm2comp.console import Bar, say
 from llm2comp.data import sources
 from llm2comp.errors import Llm2CompError, RunError
@@ -90,7 +90,7 @@ def test_errors_end_in_one_message(monkeypatch, error, message):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(cli_module, "_read_source", fails)
+    monkeypatch.setattr(using, "_read_source", fails)
     said = cli("embed", "x.txt", "-m", "m", "-o", "o.npy")
     assert (said.code, said.out, said.err) == (1, "", message)
 
@@ -100,7 +100,7 @@ def test_programming_errors_keep_their_traceback(monkeypatch, error):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(cli_module, "_read_source", fails)
+    monkeypatch.setattr(using, "_read_source", fails)
     with pytest.raises(type(error)):
         cli("embed", "x.txt", "-m", "m", "-o", "o.npy")
 
@@ -109,7 +109,7 @@ def test_interrupted(monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_module, "_read_source", stopped)
+    monkeypatch.setattr(using, "_read_source", stopped)
     said = cli("embed", "x.txt", "-m", "m", "-o", "o.npy")
     assert (said.code, said.err) == (130, "stopped; run the same command again to go on\n")
 

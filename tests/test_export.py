@@ -12,16 +12,20 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from families import FAMILIES, MEMORY, TEXTS, TOKENS, make_compressor, relative_error, snapshot
-from llm2comp import export as exporting
+from llm2comp import analyze
 from llm2comp.encoder import as_sentence_transformer, embed_texts
 from llm2comp.errors import ModelFolderError
-from llm2comp.export import GOLDEN_TEXTS, export, load_folder, verify
+from llm2comp.export import GOLDEN_TEXTS, export, load_folder, memory_names, reweight, stock, verify
+from llm2comp.memory import prefix_weights
+from llm2comp.recipe import EncoderSettings
 from llm2comp.tokens import Tokens
 
 LIMIT = 40
 LONG = "memory tokens hold what the text said; " * 60
 READ = [*TEXTS, LONG, "", GOLDEN_TEXTS[1], TEXTS[0]]
 PROMPTS = {"query": "find: ", "document": ""}
+
+PROMPT = EncoderSettings(pooling="last_token", prompt='the memory "{text}" means in one word: ')
 
 # name → family and what is special about the encoder
 VARIANTS = {family: (family, {}) for family in FAMILIES} | {
@@ -35,6 +39,12 @@ VARIANTS = {family: (family, {}) for family in FAMILIES} | {
     "bfloat16-scaled": ("gemma3", {"dtype": torch.bfloat16}),
     "own-embeddings": ("gemma3", {}),
     "weighted": ("qwen3", {}),
+    "one-memory-token": ("llama", {"memory": 1}),
+    "many-memory-tokens": ("llama", {"memory": 64}),
+    "mean": ("llama", {"encoder": EncoderSettings(pooling="mean")}),
+    "mean-no-bos": ("qwen3", {"encoder": EncoderSettings(pooling="mean")}),
+    "last-token": ("gpt_neox", {"encoder": PROMPT, "attention": "causal"}),
+    "last-token-no-bos": ("qwen3", {"encoder": PROMPT}),
     "llama-tokenizer": ("llama", {"own": True}),
     "qwen2-tokenizer": ("qwen2", {"own": True}),
     "gemma3-tokenizer": ("gemma3", {"own": True}),
@@ -116,7 +126,9 @@ def test_exported_equals_native_without_this_package(exported, variant):
         if "bfloat16" in variant:
             assert torch.cosine_similarity(found, expected).min() > 0.99, role
         else:
-            assert ((found - expected).abs().amax(1) / expected.norm(dim=1)).max() < 1e-5, role
+            norms = expected.norm(dim=1)
+            assert (norms == 0).tolist() == [variant == "mean-no-bos" and role != "query" and not text for text in READ]
+            assert ((found - expected).abs().amax(1) / norms.clamp_min(1e-6)).max() < 1e-5, role
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -209,14 +221,14 @@ def test_an_export_that_embeds_otherwise_leaves_the_old_folder(tmp_path, monkeyp
     model = make_model("llama")
     export(model, tmp_path / "model")
     before = {path: path.read_bytes() for path in sorted((tmp_path / "model").rglob("*")) if path.is_file()}
-    write = exporting._write_transformer
+    write = stock._write_transformer
 
     def forgetful(module, folder):
         """Without the newest adapter."""
         module.compressor.backbone.adapters.names.pop()
         return write(module, folder)
 
-    monkeypatch.setattr(exporting, "_write_transformer", forgetful)
+    monkeypatch.setattr(stock, "_write_transformer", forgetful)
     with pytest.raises(ModelFolderError, match="does not embed as the native encoder"):
         export(model, tmp_path / "model")
     assert {path: path.read_bytes() for path in sorted((tmp_path / "model").rglob("*")) if path.is_file()} == before
@@ -285,3 +297,42 @@ def test_verify_refuses_a_golden_file_of_another_kind(folder, key, value):
     (folder / "golden.json").write_text(json.dumps(golden | {key: value}))
     with pytest.raises(ModelFolderError):
         verify(folder)
+
+
+def live_states(model):
+    """Memory states of READ, memory_NKD."""
+    module = model[0]
+    with torch.no_grad():
+        return module.compressor.encode(Tokens(*(module.preprocess(READ)[key] for key in ("input_ids", "attention_mask"))))
+
+
+WEIGHTINGS = {
+    "mean": [1 / 3, 1 / 3, 1 / 3],
+    "first": prefix_weights(MEMORY, 1).tolist(),
+    "first two": prefix_weights(MEMORY, 2).tolist(),
+    "two clusters": [0.25, 0.5, 0.25],
+}
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_any_weighting_can_be_written_into_a_folder(folder, weighting):
+    weights = WEIGHTINGS[weighting]
+    states = live_states(make_model("llama"))
+    before = embed_texts(load_folder(folder), READ)
+    reweight(folder, weights)
+    assert verify(folder) > 0.99999, "the golden vectors are the new ones"
+    found = embed_texts(SentenceTransformer(str(folder), device="cpu"), READ)
+    assert relative_error(found, torch.einsum("nkd,k->nd", states, torch.tensor(weights))) < 1e-5
+    assert (relative_error(found, before) < 1e-5) == (weighting == "mean")
+
+
+def test_one_memory_token_has_no_weights_to_change_but_is_found(exported, tmp_path):
+    folder = shutil.copytree(exported[0] / "one-memory-token", tmp_path / "model")
+    assert memory_names(load_folder(folder)) == ["<mem_0>"]
+    found = analyze._memory(load_folder(folder), None, READ)
+    assert relative_error(found, live_states(make_model("one-memory-token"))) < 1e-5
+    with pytest.raises(ModelFolderError, match="cannot be given weights"):
+        reweight(folder, [1.0])
+    assert verify(folder) > 0.99999
+    with pytest.raises(ModelFolderError, match="cannot be given weights"):
+        reweight(shutil.copytree(exported[0] / "mean", tmp_path / "mean"), [1.0])

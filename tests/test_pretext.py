@@ -1,11 +1,13 @@
 """Objectives on one copy of the weights against a naive oracle that has three, and the trainer's means over a step.
 
 The oracle is written out here: encoder, teacher and decoder are copies of the LM, each text goes alone and unpadded, the full
-logits exist, one ordinary backward pass runs through decoder and encoder.
+logits exist, one ordinary backward pass runs through decoder and encoder. Where an objective works from the text's own states
+it loops over masked places, or over the set of a target's tokens, one at a time.
 """
 
 import copy
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -13,14 +15,23 @@ from torch.nn import functional
 
 from families import FAMILIES, SENTENCES, make_compressor, push_adapter, relative_error, untouched
 from llm2comp.compressor import Compressor
-from llm2comp.pretext import OBJECTIVES, count_items, pretext_loss
+from llm2comp.data.pretext import Masking
+from llm2comp.pretext import DEFAULT_WEIGHTING, FROM_MEMORY, FROM_TEXT, OBJECTIVES, count_items, pretext_loss
 from llm2comp.recipe import PretextStage
+from llm2comp.recipe.stages import BagPrompts, Objective
 from llm2comp.tokens import SplitTexts
 from llm2comp.training.stages import RunOptions, run_pretext
 
 LENGTHS, SITES = (17, 9, 23, 12), (9, 4, 5, 11)
-CASES = [(objective, weighting) for objective in OBJECTIVES for weighting in ("sample_mean", "token_mean")]
+# Objectives on texts alone; the others need responses to them (test_response.py).
+ON_TEXTS = [name for name in OBJECTIVES if name not in ("response", "alignment")]
+CASES = [(objective, weighting) for objective in ON_TEXTS for weighting in ("sample_mean", "token_mean")]
+# Every objective with both means; with its own also under checkpointing.
+WITH_CHECKPOINTING = [*((*case, False) for case in CASES), *((name, DEFAULT_WEIGHTING[name], True) for name in ON_TEXTS)]
 MIXED = {"ctkd": 1.0, "reconstruction": 0.3, "continuation": 2.0}
+BOTH_KINDS = MIXED | {"mntp": 0.5, "ebae_ebar": 0.7}
+MASKING = Masking(rate=0.3, mask_id=290, vocabulary=300, bert=True, seed=2)
+PROMPTS = BagPrompts(itself="so {text} the text", next="{text} and then")
 
 
 def weights_of(objective):
@@ -35,42 +46,90 @@ def rows_for(compressor):
     return rows if bos is None else [[bos, *row[1:]] for row in rows]
 
 
+def batch_for(rows, sites=SITES, samples=range(4), pad_id=0):
+    return SplitTexts.from_rows(rows, sites, pad_id, [MASKING(row, i) for row, i in zip(rows, samples, strict=True)])
+
+
 def oracle(family, compressor, objective, weighting, temperature=1.0):
     """Loss, and gradients of every adapter weight, of the memory and of the encoder's own embeddings if it has some."""
     encoder, frozen = copy.deepcopy(compressor), untouched(family)
-    lm = encoder.backbone.lm
-    embed = encoder.embedding or lm.get_input_embeddings()
-    table = frozen.get_input_embeddings()
-    bos = [] if encoder.backbone.bos_id is None else [encoder.backbone.bos_id]
-    per_text = {name: [] for name in weights_of(objective)}
-    for row, site in zip(rows_for(compressor), SITES, strict=True):
-        context, continuation = torch.tensor([row[:site]]), torch.tensor([row[site:]])
-        read = torch.cat([embed(context), encoder.memory.vectors_KD[None]], 1)
-        attention = {"is_causal": False} if encoder.backbone.attention == "bidirectional" else {}
-        memory = lm.base_model(inputs_embeds=read, use_cache=False, **attention).last_hidden_state[:, site:]
-        start = table(torch.tensor([bos], dtype=torch.int64))
-        for name, losses in per_text.items():
-            said = context[:, len(bos) :] if name == "reconstruction" else continuation
-            decoded = frozen(inputs_embeds=torch.cat([start, memory, table(said)], 1), use_cache=False).logits[0]
-            student = decoded[len(bos) + memory.shape[1] - 1 :]
-            if name == "ctkd":
-                teacher = frozen(torch.tensor([row]), use_cache=False).logits[0, site - 1 :].detach()
-                logs = [functional.log_softmax(logits / temperature, -1) for logits in (student, teacher)]
-                losses.append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
-            else:
-                losses.append(functional.cross_entropy(student[:-1], said[0], reduction="none"))
+    parts = {name: [] for name in weights_of(objective)}
+    for i, (row, site) in enumerate(zip(rows_for(compressor), SITES, strict=True)):
+        if parts.keys() & FROM_MEMORY:
+            memory_losses(encoder, frozen, row, site, temperature, parts)
+        if "mntp" in parts:
+            parts["mntp"] += [masked_losses(encoder, row, MASKING(row, i))]
+        if "ebae_ebar" in parts:
+            parts["ebae_ebar"] += bag_losses(encoder, row, site)
     loss = 0.0
     for name, weight in weights_of(objective).items():
-        parts = per_text[name]
-        mean = torch.cat(parts).mean() if weighting == "token_mean" else torch.stack([x.mean() for x in parts]).mean()
+        means = [losses.mean() for losses in parts[name]]
+        mean = torch.cat(parts[name]).mean() if weighting == "token_mean" else torch.stack(means).mean()
         loss = loss + weight * mean
     loss.backward()
     return loss.item(), gradients(encoder)
 
 
+def memory_losses(encoder, frozen, row, site, temperature, parts):
+    """Adds the losses of one text at every position, by objective."""
+    lm = encoder.backbone.lm
+    embed = encoder.embedding or lm.get_input_embeddings()
+    table = frozen.get_input_embeddings()
+    bos = start_of(encoder)
+    context, continuation = torch.tensor([row[:site]]), torch.tensor([row[site:]])
+    read = torch.cat([embed(context), encoder.memory.vectors_KD[None]], 1)
+    memory = lm.base_model(inputs_embeds=read, use_cache=False, **attention_of(encoder)).last_hidden_state[:, site:]
+    start = table(torch.tensor([bos], dtype=torch.int64))
+    for name in parts.keys() & FROM_MEMORY:
+        said = context[:, len(bos) :] if name == "reconstruction" else continuation
+        decoded = frozen(inputs_embeds=torch.cat([start, memory, table(said)], 1), use_cache=False).logits[0]
+        student = decoded[len(bos) + memory.shape[1] - 1 :]
+        if name == "ctkd":
+            teacher = frozen(torch.tensor([row]), use_cache=False).logits[0, site - 1 :].detach()
+            logs = [functional.log_softmax(logits / temperature, -1) for logits in (student, teacher)]
+            parts[name].append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
+        else:
+            parts[name].append(functional.cross_entropy(student[:-1], said[0], reduction="none"))
+
+
+def masked_losses(encoder, row, replaced):
+    """−log p of each masked token at the place before it, the text read with its masks."""
+    read = [token if new < 0 else new for token, new in zip(row, replaced, strict=True)]
+    logs = log_probabilities(encoder, read)
+    return torch.stack([-logs[place - 1, row[place]] for place, new in enumerate(replaced) if new >= 0])
+
+
+def bag_losses(encoder, row, site):
+    """−log p of each token of the context's set, and of the continuation's, at the last token of their prompts."""
+    bos = start_of(encoder)
+    losses = []
+    for prompt, target in ((PROMPTS.itself, row[len(bos) : site]), (PROMPTS.next, row[site:])):
+        before, behind = (encoder.backbone.tokenizer(part)["input_ids"][len(bos) :] for part in prompt.split("{text}"))
+        logs = log_probabilities(encoder, [*bos, *before, *row[len(bos) : site], *behind])
+        losses.append(torch.stack([-logs[-1, token] for token in set(target)]))
+    return losses
+
+
+def log_probabilities(encoder, ids):
+    """Of the LM's own logits, adapters on, at each place of one text."""
+    embed = encoder.embedding or encoder.backbone.lm.get_input_embeddings()
+    read = embed(torch.tensor([ids]))
+    logits = encoder.backbone.lm(inputs_embeds=read, use_cache=False, **attention_of(encoder)).logits[0]
+    return functional.log_softmax(logits, -1)
+
+
+def start_of(encoder):
+    return [] if encoder.backbone.bos_id is None else [encoder.backbone.bos_id]
+
+
+def attention_of(encoder):
+    return {"is_causal": False} if encoder.backbone.attention == "bidirectional" else {}
+
+
 def gradients(compressor):
     found = {name: p.grad for name, p in compressor.backbone.lm.named_parameters() if p.grad is not None}
-    found["memory"] = compressor.memory.vectors_KD.grad
+    if compressor.memory.vectors_KD.grad is not None:
+        found["memory"] = compressor.memory.vectors_KD.grad
     if compressor.embedding is not None:
         found["embeddings"] = compressor.embedding.weight.grad
     return found
@@ -83,10 +142,10 @@ def ours(compressor, objective, weighting, temperature=1.0):
 
 
 def loss_of(compressor, objective, weighting, batch=None, items=None, temperature=1.0):
-    batch = batch or SplitTexts.from_rows(rows_for(compressor), SITES, compressor.backbone.pad_id)
+    batch = batch or batch_for(rows_for(compressor), pad_id=compressor.backbone.pad_id)
     names = weights_of(objective)
     items = items or items_of(compressor, names, weighting, batch)
-    return pretext_loss(compressor, batch, names, dict.fromkeys(names, weighting), items, temperature)
+    return pretext_loss(compressor, batch, names, dict.fromkeys(names, weighting), items, temperature, PROMPTS)
 
 
 def items_of(compressor, names, weighting, batch):
@@ -98,7 +157,9 @@ def assert_equal(found, expected, lora_weights):
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found[0] > 5e-3
     assert set(found[1]) == set(expected[1])
-    assert len([name for name in found[1] if "lora_" in name]) == lora_weights
+    learned = [name for name in found[1] if name not in ("memory", "embeddings")]
+    assert len(learned) == lora_weights
+    assert all("lora_" in name and ".ucl" in name for name in learned), "the newest adapter alone, nothing of the base"
     for name, gradient in expected[1].items():
         assert relative_error(found[1][name], gradient) < 1e-4, name
 
@@ -112,15 +173,25 @@ def make(family, checkpointing=False, dropout=0.0, **settings):
 
 
 def count_calls(compressor):
-    """How often the first layer's MLP runs."""
-    name = next(n for n, _ in compressor.backbone.lm.named_modules() if n.rsplit(".", 1)[-1] == "mlp")
+    """How often the first layer's attention runs."""
+    named = compressor.backbone.lm.named_modules()
+    name = next(n for n, _ in named if n.rsplit(".", 1)[-1] in ("self_attn", "attn", "attention"))
     calls = []
     compressor.backbone.lm.get_submodule(name).register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize(("objective", "weighting"), CASES)
+# Objective → passes that a gradient goes through (recomputed under checkpointing), and the teacher's.
+PASSES = {"ctkd": (2, 1), "continuation": (2, 0), "reconstruction": (2, 0), "mntp": (1, 0), "ebae_ebar": (2, 0)}
+
+
+def test_every_objective_of_a_recipe_is_tested():
+    assert set(get_args(Objective)) - set(ON_TEXTS) == {"response", "alignment"}
+    assert set(ON_TEXTS) == set(PASSES) == set(BOTH_KINDS) >= set(FROM_TEXT)
+    assert FROM_MEMORY["response"] is FROM_MEMORY["continuation"]
+
+
+@pytest.mark.parametrize(("objective", "weighting", "checkpointing"), WITH_CHECKPOINTING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_equals_the_oracle(family, objective, weighting, checkpointing):
     compressor = make(family, checkpointing)
@@ -128,20 +199,23 @@ def test_gradient_equals_the_oracle(family, objective, weighting, checkpointing)
     calls = count_calls(compressor)
     found = ours(compressor, objective, weighting)
     assert_equal(found, expected, len(list(compressor.backbone.adapters.parameters("ucl"))))
-    passes = 3 if objective == "ctkd" else 2
-    assert len(calls) == (passes + 2 if checkpointing else passes), "recomputed are the encoder and the decoder pass"
+    assert ("memory" in found[1]) == (objective in FROM_MEMORY)
+    learning, teaching = PASSES[objective]
+    assert len(calls) == learning * (2 if checkpointing else 1) + teaching
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("weighting", ["sample_mean", "token_mean"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_several_objectives_share_one_encoding(family, weighting, checkpointing):
-    expected = oracle(family, make(family), MIXED, weighting)
+    """Those from memory do; the others have passes of their own."""
+    expected = oracle(family, make(family), BOTH_KINDS, weighting)
     compressor = make(family, checkpointing)
     calls = count_calls(compressor)
-    found = ours(compressor, MIXED, weighting)
+    found = ours(compressor, BOTH_KINDS, weighting)
     assert_equal(found, expected, len(list(compressor.backbone.adapters.parameters("ucl"))))
-    assert len(calls) == (9 if checkpointing else 5), "one encoder pass, one teacher, three decoders"
+    one_encoding, decoders, others = 1, 3, 3
+    assert len(calls) == (one_encoding + decoders + others) * (2 if checkpointing else 1) + 1
 
 
 @pytest.mark.parametrize("weighting", ["sample_mean", "token_mean"])
@@ -152,17 +226,20 @@ def test_temperature(weighting):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("objective", ["ctkd", *FROM_TEXT])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_causal_encoder(family, checkpointing):
+def test_causal_encoder(family, objective, checkpointing):
     compressor = make(family, checkpointing, attention="causal")
-    expected = oracle(family, make(family, attention="causal"), "ctkd", "sample_mean")
-    found = ours(compressor, "ctkd", "sample_mean")
+    expected = oracle(family, make(family, attention="causal"), objective, "sample_mean")
+    found = ours(compressor, objective, "sample_mean")
     assert_equal(found, expected, len(compressor.backbone.adapters.parameters("ucl")))
-    assert abs(found[0] - ours(make(family), "ctkd", "sample_mean")[0]) > 1e-3, "vacuous: attention makes no difference"
+    assert abs(found[0] - ours(make(family), objective, "sample_mean")[0]) > 1e-3, "vacuous: attention makes no difference"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize(("objective", "weighting"), [("ctkd", "sample_mean"), ("continuation", "token_mean")])
+@pytest.mark.parametrize(
+    ("objective", "weighting"), [("ctkd", "sample_mean"), ("continuation", "token_mean"), ("ebae_ebar", "sample_mean")]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])
 def test_own_embeddings_learn_and_the_base_table_does_not(family, objective, weighting, checkpointing):
     """`train_embeddings: all`, also where the base's table is its head (Qwen2, Gemma 3, GPT-2)."""
@@ -180,7 +257,8 @@ def test_own_embeddings_learn_and_the_base_table_does_not(family, objective, wei
     assert "embeddings" in found[1]
     assert_equal(found, expected, len(compressor.backbone.adapters.parameters("ucl")))
     rows = rows_for(compressor)
-    read = sorted({i for row, site in zip(rows, SITES, strict=True) for i in row[:site]})
+    words = compressor.backbone.tokenise(["so", " the text", " and then"]) if objective == "ebae_ebar" else []
+    read = sorted({i for row, site in zip(rows, SITES, strict=True) for i in row[:site]}.union(*words))
     touched = found[1]["embeddings"].abs().sum(1).nonzero().flatten().tolist()
     assert touched == read, "exactly the rows of context tokens"
     torch.optim.SGD([p for p in compressor.parameters() if p.requires_grad], lr=1.0).step()
@@ -198,19 +276,19 @@ def test_recomputed_layers_drop_what_they_dropped(family):
         compressor = make(family, checkpointing, dropout=0.3)
         compressor.backbone.set_attention_dropout(0.2)
         torch.manual_seed(11)
-        results.append(ours(compressor, "ctkd", "sample_mean"))
+        results.append(ours(compressor, BOTH_KINDS, "sample_mean"))
         assert compressor.training
     assert_equal(results[1], results[0], len(compressor.backbone.adapters.parameters("ucl")))
     torch.manual_seed(12)
-    other = ours(make(family, dropout=0.3), "ctkd", "sample_mean")
+    other = ours(make(family, dropout=0.3), BOTH_KINDS, "sample_mean")
     assert abs(other[0] - results[0][0]) > 1e-4, "vacuous: dropout does nothing"
 
 
 def test_value_without_gradient_is_the_same():
     compressor = make("llama")
-    with_gradient = ours(compressor, "ctkd", "sample_mean")[0]
+    with_gradient = ours(compressor, BOTH_KINDS, "sample_mean")[0]
     with torch.no_grad():
-        assert loss_of(compressor, "ctkd", "sample_mean").item() == pytest.approx(with_gradient, rel=1e-6)
+        assert loss_of(compressor, BOTH_KINDS, "sample_mean").item() == pytest.approx(with_gradient, rel=1e-6)
 
 
 def test_loss_ignores_padding_and_batch_mates():
@@ -218,25 +296,28 @@ def test_loss_ignores_padding_and_batch_mates():
     compressor = make("llama").eval()
     rows = rows_for(compressor)
     for objective, weighting in CASES:
-        whole = SplitTexts.from_rows(rows, SITES, pad_id=5)
+        whole = batch_for(rows, pad_id=5)
         items = items_of(compressor, [objective], weighting, whole)
         with torch.no_grad():
             together = loss_of(compressor, objective, weighting, whole, items).item()
             alone = [
-                loss_of(compressor, objective, weighting, SplitTexts.from_rows([row], [site]), items).item()
-                for row, site in zip(rows, SITES, strict=True)
+                loss_of(compressor, objective, weighting, batch_for([row], [site], [i]), items).item()
+                for i, (row, site) in enumerate(zip(rows, SITES, strict=True))
             ]
         assert sum(alone) == pytest.approx(together, rel=1e-5)
 
 
 def test_count_items():
-    batch = SplitTexts.from_rows([[1, 2, 3, 4, 5], [1, 2, 3]], [2, 2]).to_tensors()
-    for objective in OBJECTIVES:
+    batch = SplitTexts.from_rows([[1, 2, 3, 4, 3], [1, 2, 2]], [2, 2], 0, [[-1, 9, -1, -1, 0], [-1, -1, 2]]).to_tensors()
+    for objective in get_args(Objective):
         assert count_items(objective, "sample_mean", batch, bos=True) == 2
     assert count_items("ctkd", "token_mean", batch, bos=True) == 6
     assert count_items("continuation", "token_mean", batch, bos=True) == 4
     assert count_items("reconstruction", "token_mean", batch, bos=True) == 2
     assert count_items("reconstruction", "token_mean", batch, bos=False) == 4
+    assert count_items("mntp", "token_mean", batch, bos=True) == 3
+    assert count_items("ebae_ebar", "token_mean", batch, bos=True) == (1 + 2) + (1 + 1)
+    assert count_items("ebae_ebar", "token_mean", batch, bos=False) == (2 + 2) + (2 + 1)
 
 
 @pytest.fixture
@@ -253,7 +334,7 @@ def fresh():
     return compressor
 
 
-@pytest.mark.parametrize(("objective", "weighting"), [*CASES, (MIXED, "token_mean")])
+@pytest.mark.parametrize(("objective", "weighting"), [*CASES, (BOTH_KINDS, "token_mean")])
 def test_accumulation_equals_one_large_batch(texts, tmp_path, objective, weighting):
     """4 × 2 = 8 × 1 through the real stage: ragged texts, so means over micro-batches would be another thing."""
     results = []

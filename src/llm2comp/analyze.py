@@ -29,7 +29,7 @@ from llm2comp.encoder import refuse_not_finite
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.export import memory_names, reweight
 from llm2comp.files import explain_disk_errors, write_bytes, write_text
-from llm2comp.loading import identity, load, run_of, stage_of
+from llm2comp.loading import identity, live_place, load, run_of, stage_of
 from llm2comp.memory import embedding_from_memory
 
 if TYPE_CHECKING:
@@ -88,12 +88,11 @@ def analyze(
     """
     if len(texts) < 2:
         raise DataError("too few texts to analyze", expected="2 or more", found=len(texts))
-    model = load(_live_place(path), device)
+    model = load(live_place(path), device)
     who, compressor = identity(path, model), live_compressor(model)
-    if needs_memory and compressor is None and memory_names(model) is None:
+    if needs_memory and not (compressor.memory.count if compressor else memory_names(model)):
         raise ModelFolderError("has no memory tokens to weigh", where=path, expected=WITH_MEMORY)
-    memory_NKD = _memory(model, compressor, texts)
-    embeddings_ND = _embeddings(model, compressor, memory_NKD, texts)
+    memory_NKD, embeddings_ND = _embeddings(model, compressor, texts)
     refuse_not_finite(embeddings_ND, texts)
     measured = collapse(embeddings_ND, None if memory_NKD is None else memory_NKD.numpy())
     random_cosines, related_cosines = random_pair_cosines(embeddings_ND), None
@@ -165,7 +164,7 @@ def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
 
     Returns what was changed. Raises ModelFolderError for a model that has no memory tokens.
     """
-    folder, stage = Path(path).absolute(), Path(_live_place(path)).absolute()
+    folder, stage = Path(path).absolute(), Path(live_place(path)).absolute()
     changed = []
     if stage_of(folder) is None:
         model = folder / "model" if run_of(path) == folder else folder
@@ -189,16 +188,6 @@ def live_compressor(model: SentenceTransformer) -> Compressor | None:
     return found if isinstance(found, Compressor) else None
 
 
-def _live_place(path: str) -> str:
-    """The last stage of a run, where the LM is at hand; any other path as it is."""
-    run = run_of(path)
-    if run is None or run != Path(path).absolute():
-        return path
-    from llm2comp.training.run import FOLDERS, read_run
-
-    return str(run / FOLDERS[list(read_run(run).stages)[-1]])
-
-
 def _memory(model: SentenceTransformer, compressor: Compressor | None, texts: Sequence[str]) -> Tensor | None:
     """Memory states of the texts, memory_NKD; None for a model without memory tokens."""
     if compressor is not None:
@@ -220,11 +209,14 @@ def _memory(model: SentenceTransformer, compressor: Compressor | None, texts: Se
 
 
 def _embeddings(
-    model: SentenceTransformer, compressor: Compressor | None, memory_NKD: Tensor | None, texts: Sequence[str]
-) -> NDArray[np.float32]:
-    if compressor is not None and memory_NKD is not None:
-        return np.asarray(embedding_from_memory(memory_NKD, compressor.get_buffer("weights_K").cpu()).numpy())
-    return embed(model, texts).embeddings_ND
+    model: SentenceTransformer, compressor: Compressor | None, texts: Sequence[str]
+) -> tuple[Tensor | None, NDArray[np.float32]]:
+    """Memory states, None without memory tokens, and embeddings."""
+    states_NKD = _memory(model, compressor, texts)
+    if compressor is None or states_NKD is None:
+        return states_NKD, embed(model, texts).embeddings_ND
+    embeddings_ND = np.asarray(embedding_from_memory(states_NKD, compressor.get_buffer("weights_K").cpu()).numpy())
+    return states_NKD if compressor.memory.count else None, embeddings_ND  # a pooled state is no memory token
 
 
 def table(found: Analysis) -> Table:

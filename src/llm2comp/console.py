@@ -1,9 +1,10 @@
-"""What a person sees: one console on standard error, progress with rate and time left."""
+"""What a person sees: one console on standard error, progress with rate and time left; what a command lets one choose."""
 
 from __future__ import annotations
 
 import os
 import time
+from enum import StrEnum
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +12,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # under a launcher rank 0 speaks for all
 LINE_EVERY_SECONDS = 10.0
+
+
+# The encoder that comes with the package: what commands take unless told otherwise.
+GENERAL = "builtin:general"
+
+
+class LongTexts(StrEnum):
+    """What to do with texts over the model's limit."""
+
+    truncate = "truncate"
+    chunk_mean = "chunk-mean"
+    error = "error"
+
+
+class Role(StrEnum):
+    """Which stored prompt to use."""
+
+    query = "query"
+    document = "document"
 
 
 class Bar:

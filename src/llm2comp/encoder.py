@@ -13,7 +13,8 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
 from llm2comp.compressor import Compressor
-from llm2comp.errors import DataError
+from llm2comp.errors import DataError, ModelFolderError
+from llm2comp.memory import prefix_embeddings
 from llm2comp.tokens import Tokens
 
 ROLES = ("query", "document")
@@ -34,11 +35,13 @@ class MemoryEncoder(InputModule):
         self.max_tokens = compressor.max_tokens(max_tokens)
         self.role_max_tokens = {role: compressor.max_tokens(n) for role, n in (role_max_tokens or {}).items()}
         self.tokenizer = compressor.backbone.tokenizer
+        # Set by a nested loss: embeddings are then (B, P, D), the mean of the first j memory states for each j here.
+        self.prefixes: tuple[int, ...] = ()
 
     @property
     def max_seq_length(self) -> int:
-        """Positions of the longest input, memory included."""
-        return self.max_tokens + self.compressor.memory.count
+        """Positions of the longest input, memory and prompt included."""
+        return self.max_tokens + self.compressor.added
 
     def get_embedding_dimension(self) -> int:
         """D."""
@@ -54,8 +57,11 @@ class MemoryEncoder(InputModule):
         return {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Adds `sentence_embedding` (B, D)."""
-        features["sentence_embedding"] = self.compressor(Tokens(features["input_ids"], features["attention_mask"]))
+        """Adds `sentence_embedding` (B, D), or (B, P, D) under a nested loss."""
+        tokens = Tokens(features["input_ids"], features["attention_mask"])
+        features["sentence_embedding"] = (
+            prefix_embeddings(self.compressor.encode(tokens), self.prefixes) if self.prefixes else self.compressor(tokens)
+        )
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
@@ -94,3 +100,27 @@ def embed_texts(model: SentenceTransformer, texts: Sequence[str], batch_size: in
     with torch.no_grad():
         embeddings: Tensor = model.encode(list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
     return embeddings.float().cpu()
+
+
+def memory_vectors(model: SentenceTransformer, texts: Sequence[str], role: str | None = None, batch_size: int = 32) -> Tensor:
+    """Memory states of texts, each of length 1, for late interaction (`memory.maxsim`): memory_NKD, float32, on the CPU.
+
+    Args:
+        model: a live memory encoder.
+        texts: the texts.
+        role: `query` or `document`: use the model's prompt and limit for it.
+        batch_size: texts at once.
+
+    Raises:
+        ModelFolderError: another kind of model.
+    """
+    module = model[0]
+    if not isinstance(module, MemoryEncoder) or not module.compressor.memory.count:
+        raise ModelFolderError("has no memory states to give", expected="a live encoder with memory tokens")
+    prompt, states = (model.prompts.get(role) if role else None), []
+    with torch.no_grad():
+        for start in range(0, len(texts), batch_size):
+            features = module.preprocess(texts[start : start + batch_size], prompt, role)
+            tokens = Tokens(features["input_ids"], features["attention_mask"]).to(model.device)
+            states.append(module.compressor.encode(tokens).float().cpu())
+    return torch.nn.functional.normalize(torch.cat(states), dim=-1)

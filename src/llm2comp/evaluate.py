@@ -56,6 +56,7 @@ class Options:
         batch_size: None = what fits.
         rehearse: made-up data instead of the real.
         device: None = the best there is.
+        num_memory: j: the mean of the first j memory states; None = all, by their stored weights.
     """
 
     tasks: tuple[str, ...] = ()
@@ -65,6 +66,7 @@ class Options:
     batch_size: int | None = None
     rehearse: bool = False
     device: str | None = None
+    num_memory: int | None = None
 
 
 def evaluate(models: Sequence[str], options: Options, out: Path | None = None) -> list[ModelScores]:
@@ -104,7 +106,7 @@ def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], o
 
     if path == TFIDF:
         return TfidfEncoder()
-    model = load(path, options.device)
+    model = load(path, options.device, options.num_memory)
     if options.instructions == "auto" and not _knows_instructions(path, model):
         instructions = {}
     who = identity(path, model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm2comp.baselines.settings import BASELINE_FILE, NAMES
+from llm2comp.console import GENERAL
 from llm2comp.errors import ModelFolderError
 from llm2comp.files import sha256
 from llm2comp.recipe import nearest
@@ -16,6 +17,8 @@ from llm2comp.recipe import nearest
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+# Encoders that come with the package: run directories over the packaged backbone, without data and logs.
+BUILTIN_ENCODERS = {GENERAL: Path(__file__).parent / "assets" / "general"}
 # Encoders that need no training: `kind:NAME` is one over the causal LM NAME.
 BASELINES = tuple(NAMES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -31,43 +34,74 @@ class Identity:
     revision: str
 
 
-def load(path: str | Path, device: str | None = None) -> SentenceTransformer:
+def load(path: str | Path = GENERAL, device: str | None = None, num_memory: int | None = None) -> SentenceTransformer:
     """An encoder ready to `encode`.
 
     Args:
-        path: an exported model folder, a run directory (its finished model), a stage folder of a run (adapters on the live
-            backbone), `mean:NAME`, `echo:NAME`, ... (the causal LM NAME as a training-free encoder, one of BASELINES), the
-            folder of a saved one, or the Hub id of a sentence-transformers model.
+        path: `builtin:general` (default: the encoder that comes with the package), an exported model folder, a run directory
+            (its finished model), a stage folder of a run (adapters on the live backbone), `mean:NAME`, `echo:NAME`, ... (the
+            causal LM NAME as a training-free encoder, one of BASELINES), the folder of a saved one, or the Hub id of a
+            sentence-transformers model.
         device: `cpu`, `cuda`, `mps`; default: the best there is.
+        num_memory: j: the embedding is the mean of the first j memory states; default: all, by their stored weights.
 
     Raises:
-        ModelFolderError: nothing loadable there, an unfinished run, or a damaged file.
+        ModelFolderError: nothing loadable there, an unfinished run, a damaged file, or not so many memory tokens.
         BackboneError: no such device; a causal LM that cannot be loaded. RecipeError: settings of a saved baseline.
     """
+    from llm2comp.export import use_first
+
+    model = _load(str(path), device)
+    if num_memory is not None:
+        use_first(model, num_memory)
+    return model
+
+
+def _load(path: str, device: str | None) -> SentenceTransformer:
     from llm2comp.backbone import resolve_device
     from llm2comp.export import load_folder
     from llm2comp.training.run import read_run, stage_encoder
 
     if device is not None:
         device = str(resolve_device(device))
-    kind, _, name = str(path).partition(":")
+    kind, _, name = path.partition(":")
     if name and kind in BASELINES:
         return _baseline(kind, name, device)
-    folder = Path(path).absolute()
-    if not folder.is_dir():
-        return _from_hub(str(path), device)
+    path = live_place(path) if path in BUILTIN_ENCODERS else path
+    if not Path(path).absolute().is_dir():
+        return _from_hub(path, device)
+    folder = _live_alone(Path(path).absolute())
     if (folder / BASELINE_FILE).is_file():
         from llm2comp.baselines.encoder import load_saved
 
         return load_saved(folder, device)
     stage = stage_of(folder)
     if stage is None:
-        return load_folder(_finished(folder, str(path)), device)
+        return load_folder(_finished(folder, path), device)
     recipe = read_run(folder.parent)
     if device is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": device})})
     model: SentenceTransformer = stage_encoder(folder.parent, recipe, stage)
     return model
+
+
+def live_place(path: str) -> str:
+    """The last stage of a run or of a packaged encoder, where the LM is at hand; any other path as it is."""
+    run = BUILTIN_ENCODERS.get(path) or run_of(path)
+    if run is None or (path not in BUILTIN_ENCODERS and run != Path(path).absolute()):
+        return path
+    from llm2comp.training.run import FOLDERS, read_run
+
+    return str(run / FOLDERS[list(read_run(run).stages)[-1]])
+
+
+def card_facts(path: str) -> dict[str, str]:
+    """Facts about a run, a stage or a packaged encoder for the README of its exported folder; none for other models."""
+    from llm2comp.training.finished import card_of
+    from llm2comp.training.run import read_run
+
+    run = BUILTIN_ENCODERS.get(path) or run_of(path)
+    return card_of(read_run(run)) if run else {}
 
 
 def stage_of(folder: Path) -> str | None:
@@ -91,12 +125,24 @@ def run_of(path: str | Path) -> Path | None:
 
 
 def identity(path: str | Path, model: SentenceTransformer) -> Identity:
-    """Name and revision of a model that `load` gave; two checkpoints never share both."""
+    """Name and revision of a model that `load` gave; two checkpoints, or two weightings of one's memory, never share both."""
+    from llm2comp.export import memory_weights
+    from llm2comp.memory import mean_weights, prefix_weights
+
+    who, weights = _identity(path, model), memory_weights(model)
+    if not weights or weights == mean_weights(len(weights)).tolist():
+        return who
+    count, first = len(weights), sum(weight > 0 for weight in weights)
+    part = f"-first-{first}" if weights == prefix_weights(count, first).tolist() else ""
+    return Identity(who.name + part, _short(f"{who.revision}:{weights}"))
+
+
+def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
     from llm2comp.backbone import weights_digest
     from llm2comp.baselines.encoder import BaselineEncoder
     from llm2comp.training.run import FOLDERS, read_run
 
-    folder, module = Path(path).absolute(), model[0]
+    folder, module = Path(live_place(str(path)) if str(path) in BUILTIN_ENCODERS else path).absolute(), model[0]
     if isinstance(module, BaselineEncoder):
         kind, _, name = str(path).partition(":")
         label = f"llm2comp/{kind}-{_plain(name)}" if name and kind in BASELINES else f"local/{_plain(folder.name)}"
@@ -105,6 +151,7 @@ def identity(path: str | Path, model: SentenceTransformer) -> Identity:
     if not folder.is_dir():
         commit = getattr(getattr(model[0], "config", None), "_commit_hash", None)
         return Identity(str(path), str(commit or "unknown"))
+    folder = _live_alone(folder)
     run, stage = run_of(folder), stage_of(folder)
     if run is None:
         return Identity(f"local/{_plain(folder.name)}", _short(_content(folder)))
@@ -115,6 +162,18 @@ def identity(path: str | Path, model: SentenceTransformer) -> Identity:
     parts = [_content(run / FOLDERS[earlier]) for earlier in names[: names.index(stage) + 1]]
     label = f"llm2comp/{_plain(run.name)}-{folder.name}"
     return Identity(label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *parts])))
+
+
+def _live_alone(folder: Path) -> Path:
+    """The last stage of a run whose encoder no stock folder can hold (separate memory, bidirectional); else the folder."""
+    from llm2comp.training.run import FOLDERS, MODEL_FOLDER, RECIPE_FILE, read_run
+
+    if not (folder / RECIPE_FILE).is_file() or (folder / MODEL_FOLDER).is_dir():
+        return folder
+    recipe = read_run(folder)
+    if recipe.memory.attention != "separate" or recipe.model.attention != "bidirectional":
+        return folder
+    return folder / FOLDERS[list(recipe.stages)[-1]]
 
 
 def _finished(folder: Path, asked: str) -> Path:
@@ -141,10 +200,12 @@ def _baseline(kind: str, name: str, device: str | None) -> SentenceTransformer:
 def _from_hub(name: str, device: str | None) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
-    expected = f"a model/ folder, a run, a stage of a run, a Hub id, or KIND:NAME with KIND one of {', '.join(BASELINES)}"
+    expected = (
+        f"{GENERAL}, a model/ folder, a run, a stage of a run, a Hub id, or KIND:NAME with KIND one of {', '.join(BASELINES)}"
+    )
     if not _HUB_ID.fullmatch(name):
         kind, colon, _ = name.partition(":")
-        fix = nearest(kind, BASELINES) if colon else None
+        fix = (nearest(name, BUILTIN_ENCODERS) or nearest(kind, BASELINES)) if colon else None
         raise ModelFolderError("no such folder", where=name, expected=expected, fix=fix)
     try:
         return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -32,16 +34,42 @@ class MemoryTokens(nn.Module):
         memory_BKD = self.vectors_KD.to(x_BTD.dtype).expand(rows, -1, -1)
         return torch.cat([x_BTD, memory_BKD], 1), torch.cat([mask_BT, mask_BT.new_ones(rows, self.count)], 1)
 
-    def gather(self, states_BSD: Tensor) -> Tensor:
-        """States at the memory positions, memory_BKD."""
-        return states_BSD[:, -self.count :]
-
 
 def mean_weights(count: int) -> Tensor:
     """The paper's pooling: every memory token weighs 1/k."""
     return torch.full((count,), 1.0 / count)
 
 
+def prefix_weights(count: int, first: int) -> Tensor:
+    """The mean of the first `first` of `count` memory tokens, the others 0."""
+    return torch.cat([mean_weights(first), torch.zeros(count - first)])
+
+
 def embedding_from_memory(memory_BKD: Tensor, weights_K: Tensor) -> Tensor:
     """Weighted mean over the memory states, in float32: embedding_BD. `weights_K` sums to 1."""
     return torch.einsum("bkd,k->bd", memory_BKD.float(), weights_K.float())
+
+
+def prefix_embeddings(memory_BKD: Tensor, prefixes: Sequence[int]) -> Tensor:
+    """Mean of the first j memory states for each j of P prefixes, in float32: embeddings_BPD."""
+    weights_PK = torch.stack([prefix_weights(memory_BKD.shape[1], first) for first in prefixes])
+    return torch.einsum("bkd,pk->bpd", memory_BKD.float(), weights_PK.to(memory_BKD.device))
+
+
+def separate_sight(mask_BS: Tensor, count: int) -> Tensor:
+    """Who sees whom under `memory.attention: separate`, sees_BSS (row: who sees), bool.
+
+    The text sees all of the text, memory token i the text and memory tokens up to itself; padding sees itself alone, so
+    that no row is empty.
+    """
+    size = mask_BS.shape[1]
+    sees_SS = torch.ones(size, size, dtype=torch.bool, device=mask_BS.device)
+    sees_SS[:, size - count :] = sees_SS[:, size - count :].tril(count - size)
+    real_BS = mask_BS.bool()
+    alone_SS = torch.eye(size, dtype=torch.bool, device=mask_BS.device)
+    return (sees_SS & real_BS[:, :, None] & real_BS[:, None, :]) | alone_SS
+
+
+def maxsim(query_BKD: Tensor, document_CKD: Tensor) -> Tensor:
+    """Late interaction (ColBERT, arXiv 2004.12832): over the query's states, the sum of the best dot product, scores_BC."""
+    return torch.einsum("bkd,cld->bckl", query_BKD, document_CKD).amax(-1).sum(-1)

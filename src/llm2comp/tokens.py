@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Side = Literal["left", "right"]
+NOT_MASKED = -1
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,25 @@ class Tokens:
         return self.mask_BT.sum(1)
 
 
+def wrap(tokens: Tokens, before: Sequence[int], behind: Sequence[int], start: int) -> Tokens:
+    """Left-padded texts with ids put behind their first `start` tokens (BOS) and at their ends."""
+    if not before and not behind:
+        return tokens
+    ids_BT, mask_BT = tokens.ids_BT, tokens.mask_BT
+    if before:
+        rows, width = ids_BT.shape
+        first_B1 = width - tokens.lengths_B[:, None] + start  # where the text begins
+        places_BT = torch.arange(width + len(before), device=ids_BT.device).expand(rows, -1)
+        inside_BT = (places_BT >= first_B1) & (places_BT < first_B1 + len(before))
+        source_BT = torch.where(places_BT < first_B1, places_BT, places_BT - len(before)).clamp(0, width - 1)
+        put_BT = ids_BT.new_tensor(before)[(places_BT - first_B1).clamp(0, len(before) - 1)]
+        ids_BT = torch.where(inside_BT, put_BT, ids_BT.gather(1, source_BT))
+        mask_BT = mask_BT.gather(1, source_BT).masked_fill(inside_BT, 1)
+    rows = len(ids_BT)
+    ends_BT = ids_BT.new_tensor(list(behind), dtype=torch.int64).expand(rows, -1)
+    return Tokens(torch.cat([ids_BT, ends_BT], 1), torch.cat([mask_BT, torch.ones_like(ends_BT)], 1))
+
+
 def longest_first(lengths: Sequence[int], at_once: Callable[[int], int]) -> Iterator[list[int]]:
     """Places of texts in groups of like length, the longest first: what will not fit shows at once, little is padding.
 
@@ -78,15 +98,25 @@ def split_site(length: int, margin: int, seed: int, row: int) -> int | None:
 
 @dataclass(frozen=True)
 class SplitTexts:
-    """A pretext batch: each text whole (right-padded) and as context (left-padded) + continuation (right-padded)."""
+    """A pretext batch: each text whole (right-padded) and as context (left-padded) + continuation (right-padded).
+
+    `replaced_BT`, beside the whole texts: the id that stands in for a masked token, `NOT_MASKED` elsewhere; None: no masks.
+    """
 
     text: Tokens
     context: Tokens
     continuation: Tokens
+    replaced_BT: Tensor | None = None
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Sequence[int]], sites: Sequence[int], pad_id: int = 0) -> SplitTexts:
-        """Split row i after its first `sites[i]` tokens.
+    def from_rows(
+        cls,
+        rows: Sequence[Sequence[int]],
+        sites: Sequence[int],
+        pad_id: int = 0,
+        replaced: Sequence[Sequence[int]] | None = None,
+    ) -> SplitTexts:
+        """Split row i after its first `sites[i]` tokens; `replaced[i]` is as long as the row.
 
         Raises:
             ValueError: a site leaves no context or no continuation.
@@ -98,20 +128,26 @@ class SplitTexts:
             text=Tokens.pad(rows, "right", pad_id),
             context=Tokens.pad([row[:site] for row, site in zip(rows, sites, strict=True)], "left", pad_id),
             continuation=Tokens.pad([row[site:] for row, site in zip(rows, sites, strict=True)], "right", pad_id),
+            replaced_BT=None if replaced is None else Tokens.pad(replaced, "right", NOT_MASKED).ids_BT,
         )
 
     def to(self, device: torch.device | str) -> SplitTexts:
         """The same batch on a device."""
-        return SplitTexts(self.text.to(device), self.context.to(device), self.continuation.to(device))
+        replaced_BT = None if self.replaced_BT is None else self.replaced_BT.to(device)
+        return SplitTexts(self.text.to(device), self.context.to(device), self.continuation.to(device), replaced_BT)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat form, as trainers move it between devices."""
         parts = {"text": self.text, "context": self.context, "continuation": self.continuation}
-        return {
+        flat = {
             f"{name}_{kind}": tensor for name, t in parts.items() for kind, tensor in (("ids", t.ids_BT), ("mask", t.mask_BT))
         }
+        return flat if self.replaced_BT is None else flat | {"replaced": self.replaced_BT}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> SplitTexts:
         """Inverse of `to_tensors`."""
-        return cls(**{n: Tokens(tensors[f"{n}_ids"], tensors[f"{n}_mask"]) for n in ("text", "context", "continuation")})
+        text, context, continuation = (
+            Tokens(tensors[f"{name}_ids"], tensors[f"{name}_mask"]) for name in ("text", "context", "continuation")
+        )
+        return cls(text, context, continuation, tensors.get("replaced"))

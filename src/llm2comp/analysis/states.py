@@ -19,9 +19,9 @@ def memory_states(compressor: Compressor, rows: Sequence[Sequence[int]], tokens_
 
     Texts of like length are read together, as many as fit into `tokens_at_once` with their padding.
     """
-    device, count = compressor.backbone.embedding_table.device, compressor.memory.count
+    device, count = compressor.backbone.embedding_table.device, compressor.states
     out = torch.empty(len(rows), count, compressor.backbone.embedding_table.shape[1])
-    for places in longest_first([len(row) for row in rows], lambda longest: tokens_at_once // (longest + count)):
+    for places in longest_first([len(row) for row in rows], lambda longest: tokens_at_once // (longest + compressor.added)):
         tokens = Tokens.pad([rows[i] for i in places], "left", compressor.backbone.pad_id).to(device)
         out[places] = compressor.encode(tokens).float().cpu()
     return out

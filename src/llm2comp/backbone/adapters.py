@@ -15,17 +15,23 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llm2comp.backbone.families import lora_targets
+from llm2comp.backbone.families import lora_targets, split_targets
+from llm2comp.backbone.quantized import plain_copy
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import AdapterSettings
 
 
 class AdapterStack:
-    """Named adapters over one LM, oldest first. Not a Module: the LM owns the weights."""
+    """Named adapters over one LM, oldest first. Not a Module: the LM owns the weights.
+
+    Experts' fused weights (mixtures of experts) are changed as W_e + scale·B_e·A_e for each expert e, without dropout,
+    which cannot act on a weight's delta; all adapters of a stack change the same experts' weights (both are peft's rules).
+    """
 
     def __init__(self, lm: Any, model_name: str) -> None:
         self.lm = lm
@@ -40,9 +46,8 @@ class AdapterStack:
         Raises:
             BackboneError: the targets match no module of this model.
         """
-        config = self._config(settings, settings.dropout if dropout is None else dropout)
-        if isinstance(settings.targets, tuple) and (unknown := self._unmatched(settings.targets)) is not None:
-            raise self._no_target(unknown)
+        rate = settings.dropout if dropout is None else dropout
+        config = self._config(settings, rate)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft speaks up for GPT-2's Conv1D and for a second adapter
             torch.manual_seed(seed)
@@ -52,9 +57,13 @@ class AdapterStack:
                 else:
                     self._peft.add_adapter(name, config)
             except ValueError as error:
-                raise self._no_target(config.target_modules) from error
+                raise self._no_target(settings.targets, str(error)) from error
         self.names.append(name)
         self._layers = [m for m in self.lm.modules() if isinstance(m, BaseTunerLayer)]
+        if config.target_parameters:  # peft knows one rate for all layers and no dropout on experts' weights
+            for layer in self._layers:
+                if not isinstance(layer, ParamWrapper):
+                    layer.lora_dropout[name] = nn.Dropout(rate)
         self._peft.base_model.set_adapter(self.names)
         self.lm.requires_grad_(False)
         for parameter in self.parameters(name):
@@ -109,16 +118,20 @@ class AdapterStack:
 
     def merged(self) -> Any:
         """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then the base's dtype (DESIGN 1.7)."""
-        lm = copy.deepcopy(self.lm)
+        lm, quantized = plain_copy(self.lm)
         for path, module in list(lm.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 layer: Any = module
                 base = layer.get_base_layer()
-                weight = base.weight.data.float()
+                weight = getattr(base, getattr(layer, "parameter_name", "weight"))
+                dtype, weight.data = weight.dtype, weight.data.float()
                 for name in self.names:
-                    weight = weight + layer.get_delta_weight(name).float()
-                base.weight.data = weight.to(base.weight.dtype)
-                lm.set_submodule(path, base)
+                    weight.data += layer.get_delta_weight(name).float()
+                weight.data = weight.data.to(dtype)
+                if not path.endswith(".base_layer"):  # the inner of two wrappers around one module of experts
+                    lm.set_submodule(path, base)
+        for linear in quantized:
+            linear.to(lm.get_input_embeddings().weight.dtype)
         for leftover in ("peft_config", "_hf_peft_config_loaded"):
             lm.__dict__.pop(leftover, None)
         return lm
@@ -128,29 +141,30 @@ class AdapterStack:
         return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
     def _config(self, settings: AdapterSettings, dropout: float) -> Any:
-        targets: Any = settings.targets
-        if targets == "default":
-            targets = lora_targets(self.lm.config.model_type)
+        modules: Any = settings.targets
+        experts: list[str] = []
+        if modules != "all-linear":
+            named = modules if modules != "default" else lora_targets(self.lm.config.model_type)
+            modules, experts, unknown = split_targets(self.lm, named)
+            if not (modules or experts) or (unknown and settings.targets != "default"):
+                raise self._no_target(unknown or named)
         return peft.LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
-            lora_dropout=dropout,
-            target_modules=targets if targets == "all-linear" else list(targets),
+            lora_dropout=0.0 if experts else dropout,
+            target_modules=modules,
+            target_parameters=experts or None,
             base_model_name_or_path=self.model_name,
         )
 
-    def _unmatched(self, targets: tuple[str, ...]) -> list[str] | None:
-        """Those of the named targets that are no module of this model; None if all are some."""
-        modules = [f".{path}" for path, _ in self.lm.named_modules()]
-        unmatched = [name for name in targets if not any(path.endswith(f".{name}") for path in modules)]
-        return unmatched if unmatched or not targets else None
-
-    def _no_target(self, targets: Any) -> BackboneError:
-        linear = {n.rsplit(".", 1)[-1] for n, m in self.lm.named_modules() if isinstance(m, nn.Linear)}
+    def _no_target(self, targets: Any, reason: str | None = None) -> BackboneError:
+        linear = [(n, 1) for n, m in self.lm.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n]
+        experts = [(n, 2) for n, weight in self.lm.named_parameters() if weight.ndim == 3]
+        known = {".".join(n.replace(".base_layer", "").split(".")[-parts:]) for n, parts in linear + experts}
         return BackboneError(
-            "LoRA targets match no module",
+            f"cannot carry these LoRA targets: {reason}" if reason else "LoRA targets match no module",
             where=f"{self.model_name} (model_type {self.lm.config.model_type})",
-            expected=f"some of {', '.join(sorted(linear))}",
-            found=", ".join(sorted(targets)) or "none",
+            expected=f"some of {', '.join(sorted(known))}",
+            found=targets if isinstance(targets, str) else ", ".join(sorted(targets)) or "none",
             fix="set adapter.targets in the recipe",
         )

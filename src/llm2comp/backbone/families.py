@@ -13,20 +13,36 @@ TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
 BUILTIN_MODELS = {"builtin:tiny": TINY}
 
 # LoRA targets by `model_type`: q, v, o, gate, up, down as in the release (not k), where the family keeps them apart.
+_ATTENTION = ("q_proj", "v_proj", "o_proj")
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # parameters (E, out, in) over all E experts, not modules
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "mixtral": (*_ATTENTION, *_EXPERTS),
+    "qwen3_moe": (*_ATTENTION, *_EXPERTS),
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "gpt2": ("c_attn", "c_proj", "c_fc"),
     "gpt_neox": ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     "opt": ("q_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "starcoder2": ("q_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
 }
-DEFAULT_LORA_TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DEFAULT_LORA_TARGETS = (*_ATTENTION, "gate_proj", "up_proj", "down_proj")
 _RATE_NAMES = ("attention_dropout", "attn_dropout", "dropout")
 
 
 def lora_targets(model_type: str) -> tuple[str, ...]:
-    """Module names that the default adapter of a family changes."""
+    """Names of the modules and expert weights that the default adapter of a family changes."""
     return LORA_TARGETS.get(model_type, DEFAULT_LORA_TARGETS)
+
+
+def split_targets(lm: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
+    """Sort target names into those of modules, those of experts' fused weights (3-D parameters), and unknown ones."""
+    modules = [f".{path}" for path, _ in lm.named_modules()]
+    # adapters that are there already put `.base_layer` into the names of what they wrap
+    experts = [f".{path}".replace(".base_layer", "") for path, weight in lm.named_parameters() if weight.ndim == 3]
+    found: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for name in targets:
+        kind = next((i for i, paths in enumerate((modules, experts)) if any(p.endswith(f".{name}") for p in paths)), 2)
+        found[kind].append(name)
+    return found
 
 
 def scale_logits(logits_NV: Tensor, config: Any) -> Tensor:

@@ -13,9 +13,11 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from torch import Tensor
 
 from llm2comp.backbone.families import BUILTIN_MODELS
 from llm2comp.backbone.model import Backbone
+from llm2comp.backbone.quantized import quantization_config
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import ModelSettings
 
@@ -66,9 +68,23 @@ def load_tokenizer(settings: ModelSettings) -> Any:
 
 
 def load_config(settings: ModelSettings) -> Any:
-    """The model's configuration. Raises BackboneError when it cannot be loaded."""
+    """The model's configuration.
+
+    Raises:
+        BackboneError: it cannot be loaded, or is that of an encoder-decoder or of a model that sees or hears.
+    """
     with _explained(settings.name):
-        return transformers.AutoConfig.from_pretrained(model_source(settings), revision=settings.revision)
+        config = transformers.AutoConfig.from_pretrained(model_source(settings), revision=settings.revision)
+    other = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else None
+    if any(hasattr(config, part) for part in ("vision_config", "audio_config")):
+        other = "a model of more than text"
+    if other:
+        raise BackboneError(
+            f"is {other}",
+            where=f"{settings.name} (model_type {config.model_type})",
+            expected="a decoder-only causal LM of texts (docs/backbones.md lists families)",
+        )
+    return config
 
 
 def load_skeleton(settings: ModelSettings) -> Any:
@@ -127,26 +143,33 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     """Load model and tokenizer, then probe them.
 
     Raises:
-        BackboneError: not found, no safetensors, truncated, not a causal LM, or one that stays causal.
+        BackboneError: not found, no safetensors, truncated, not a causal LM, or one that stays causal; quantization without
+            bitsandbytes.
     """
     device = resolve_device(settings.device)
+    load_config(settings)
     tokenizer = load_tokenizer(settings)
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = default if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    quantized: dict[str, Any] = {}
+    if settings.quantization:
+        quantized = {"quantization_config": quantization_config(settings.quantization, dtype), "device_map": {"": device}}
     loaded: Any
     with _explained(settings.name):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             model_source(settings),
             revision=settings.revision,
-            dtype=default if settings.dtype == "auto" else getattr(torch, settings.dtype),
+            dtype=dtype,
             attn_implementation=settings.attention_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized,
         )
     lm, told = loaded
     if told["missing_keys"]:  # transformers would fill them with noise
         missing = sorted(told["missing_keys"])
         raise BackboneError("lacks weights", where=settings.name, found=f"no {', '.join(missing[:3])}, {len(missing)} in all")
-    backbone = Backbone(lm.to(device), tokenizer, settings.attention, settings.name)
+    backbone = Backbone(lm if quantized else lm.to(device), tokenizer, settings.attention, settings.name)
     if backbone.bos_id is None:
         log.info("%s: the tokenizer has no BOS; texts start with their first token, the decoder with the memory", settings.name)
     if tokenizer.pad_token_id is None:
@@ -157,33 +180,51 @@ def load_backbone(settings: ModelSettings) -> Backbone:
 
 @torch.no_grad()
 def probe(backbone: Backbone) -> None:
-    """Check on a few random tokens that attention is as asked and that `project` gives the LM's own logits.
+    """Check on a few random tokens that attention is as asked and masked, and that `project` gives the LM's own logits.
 
     Raises:
-        BackboneError: a bidirectional encoder whose first state ignores the last token, a causal one whose first state
-            sees it, or a head that does more than this package knows.
+        BackboneError: an LM whose first state sees the last token, a bidirectional encoder whose first state ignores it,
+            masked tokens that are not left out, or a head that does more than this package knows.
     """
     table = backbone.embedding_table
     ids = torch.randint(len(table), (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(table.device)
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + len(table) // 2) % len(table)
     mask = torch.ones_like(ids)
+    kind = f"{backbone.name} (model_type {backbone.config.model_type})"
     try:
-        first, second = (backbone.read(backbone.embed(x), mask)[0, 0].float() for x in (ids, other))
-    except TypeError as error:
-        raise BackboneError(f"cannot be run with is_causal=False: {error}", where=backbone.name) from error
-    if not (first.isfinite().all() and second.isfinite().all()):
+        read, decoded = ([run(backbone.embed(x), mask)[0] for x in (ids, other)] for run in (backbone.read, backbone.decode))
+    except (TypeError, AttributeError) as error:
+        raise BackboneError(
+            f"cannot be run as this method needs: {error}", where=kind, expected="a causal LM whose layers take is_causal=False"
+        ) from error
+    if not all(states.isfinite().all() for states in (*read, *decoded)):
         fix = "set another model.dtype, or fetch the weights again: some are damaged"
         raise BackboneError("gives states that are not finite", where=backbone.name, fix=fix)
-    moved = (first - second).abs().max().item() > 1e-6 * first.abs().max().item()
-    if moved != (backbone.attention == "bidirectional"):
+    # a mixture of experts groups tokens by what all of them chose, so rounding alone may move the first state a little
+    if _first_moves(decoded) > 4 * torch.finfo(decoded[0].dtype).eps:
         raise BackboneError(
-            f"cannot encode with {backbone.attention} attention",
-            where=f"{backbone.name} (model_type {backbone.config.model_type})",
-            found=f"the first state {'moves with' if moved else 'ignores'} the last token",
-            fix="choose another backbone" if moved else "set model.attention: causal, or choose another backbone",
+            "is not a causal LM", where=kind, expected="a decoder-only model", found="the first state moves with the last token"
         )
-    logits = backbone.project(backbone.decode(backbone.embed(ids), mask)[0]).float()
+    padded = backbone.decode(backbone.embed(torch.cat([other, ids], 1)), torch.cat([0 * mask, mask], 1))[0, PROBE_TOKENS:]
+    if torch.cosine_similarity(padded.float(), decoded[0].float(), dim=-1).mean() < 0.9:
+        raise BackboneError(
+            "does not leave out masked tokens, so texts cannot share a batch", where=kind, fix="choose another backbone"
+        )
+    if backbone.attention == "bidirectional" and _first_moves(read) <= 1e-6:
+        raise BackboneError(
+            "cannot encode with bidirectional attention",
+            where=kind,
+            found="the first state ignores the last token",
+            fix="set model.attention: causal, or choose another backbone",
+        )
+    logits = backbone.project(decoded[0]).float()
     own = backbone.lm(input_ids=ids, use_cache=False).logits[0].float()
     if logits.shape != own.shape or not torch.allclose(logits, own, rtol=1e-2, atol=1e-2 * own.abs().max().item()):
         raise BackboneError("the LM's head does more than a projection that is known here", where=backbone.name)
+
+
+def _first_moves(states: list[Tensor]) -> float:
+    """How far the first state of two texts differs, relative to its largest number."""
+    first, second = (states_TD[0].float() for states_TD in states)
+    return ((first - second).abs().max() / first.abs().max()).item()

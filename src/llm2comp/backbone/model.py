@@ -11,7 +11,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm2comp.backbone.adapters import AdapterStack
 from llm2comp.backbone.families import attention_dropouts, scale_logits, silence_dropout
+from llm2comp.backbone.frozen import Frozen
 from llm2comp.backbone.full import FullCopy
+from llm2comp.backbone.quantized import keep_gradients, quantized_layers
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import AdapterSettings
 from llm2comp.tokens import position_ids
@@ -37,22 +39,28 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.attention = attention
         self.name = name
-        self.adapters: AdapterStack | FullCopy = AdapterStack(lm, name)
+        self.adapters: AdapterStack | FullCopy | Frozen = AdapterStack(lm, name)
         self.copy: nn.Module | None = None
         self._dropouts = attention_dropouts(lm)
         silence_dropout(lm)
+        keep_gradients(lm)
         self._dropout_on = False
         self.set_attention_dropout(0.0)
 
     def add_adapter(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
-        """What the next stage trains: one more LoRA adapter, or (`kind: full`) the one copy of the LM.
+        """What the next stage trains: one more LoRA adapter, the one copy of the LM (`kind: full`), or nothing of it (`none`).
 
         Raises:
-            BackboneError: LoRA targets that match no module; both kinds over one LM.
+            BackboneError: LoRA targets that match no module; two kinds over one LM; a full copy of a quantised LM.
         """
-        full = settings.kind == "full"
-        if self.adapters.names and full != isinstance(self.adapters, FullCopy):
-            raise BackboneError("cannot mix LoRA and full fine-tuning", where=self.name, found=settings.kind)
+        full, kind = settings.kind == "full", {"lora": AdapterStack, "full": FullCopy, "none": Frozen}[settings.kind]
+        if self.adapters.names and not isinstance(self.adapters, kind):
+            raise BackboneError("cannot mix kinds of adapters", where=self.name, found=settings.kind)
+        if kind is Frozen and not self.adapters.names:
+            self.adapters = Frozen(self.lm, self.name)
+        if full and quantized_layers(self.lm):
+            fix = "set model.quantization: null, or adapter.kind: lora"
+            raise BackboneError("cannot be trained in full over 4 or 8 bits", where=self.name, fix=fix)
         if full and not isinstance(self.adapters, FullCopy):
             self.adapters = FullCopy(self.lm, self.name)
             self.copy = self.adapters.body
@@ -163,6 +171,7 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = mode
+        keep_gradients(self.lm)
         self._dropout_on = mode
         self._switch_dropout(mode)
         self.adapters.train_dropout(mode)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from llm2comp.errors import DataError
 from llm2comp.recipe import PretextStage
-from llm2comp.tokens import SplitTexts, split_site
+from llm2comp.tokens import NOT_MASKED, SplitTexts, split_site
 
 TOKENISE_AT_ONCE = 1000
 WINDOW_BATCHES = 16
@@ -71,6 +73,30 @@ def _pieces(ids: list[int], max_tokens: int, chunk: bool, bos_id: int | None) ->
     return [start + rest[i : i + room] for i in range(0, len(rest), room)]
 
 
+@dataclass(frozen=True)
+class Masking:
+    """Which tokens of a text are masked, and what stands in for them: fixed by (seed, number of the sample).
+
+    The first token never is: it is BOS, or no state stands before it. Of the others a share of `rate` is, one at least.
+    Each becomes `mask_id`; or, if `bert`, that in 80 % of the cases, a random id below `vocabulary` in 10 %, itself in 10 %.
+    """
+
+    rate: float
+    mask_id: int
+    vocabulary: int
+    bert: bool
+    seed: int
+
+    def __call__(self, ids: Sequence[int], sample: int) -> list[int]:
+        """The stand-in at each masked place, `NOT_MASKED` at the others."""
+        draw = random.Random(f"mask:{self.seed}:{sample}")
+        replaced = [NOT_MASKED] * len(ids)
+        for place in draw.sample(range(1, len(ids)), max(1, round(self.rate * (len(ids) - 1)))):
+            fate = draw.random() if self.bert else 0.0
+            replaced[place] = self.mask_id if fate < 0.8 else draw.randrange(self.vocabulary) if fate < 0.9 else ids[place]
+        return replaced
+
+
 class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
     """Sample i of a run, for i in 0..samples−1: a text of this epoch's shuffle, split at a site fixed by (seed, i).
 
@@ -81,10 +107,19 @@ class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
         seed: of the shuffles and the sites.
         batch_size: > 1 lets samples that fall into one batch be of like length, which saves padding: each window of 16
             shuffled batches is sorted by length, its batches shuffled. Texts that fill no batch wait for the next epoch.
+        masking: masks for each sample; None: none.
     """
 
-    def __init__(self, rows: Sequence[np.ndarray], samples: int, margin: int, seed: int, batch_size: int = 1) -> None:
-        self.rows, self.samples, self.margin, self.seed = rows, samples, margin, seed
+    def __init__(
+        self,
+        rows: Sequence[np.ndarray],
+        samples: int,
+        margin: int,
+        seed: int,
+        batch_size: int = 1,
+        masking: Masking | None = None,
+    ) -> None:
+        self.rows, self.samples, self.margin, self.seed, self.masking = rows, samples, margin, seed, masking
         self.batch_size = batch_size if batch_size <= len(rows) else 1
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
@@ -92,11 +127,16 @@ class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
         return self.samples
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        ids = self.rows[self.row_of(i)].tolist()
+        sample = {"ids": ids, "site": split_site(len(ids), self.margin, self.seed, i)}
+        return sample if self.masking is None else sample | {"replaced": self.masking(ids, i)}
+
+    def row_of(self, i: int) -> int:
+        """Which row sample i is of."""
         epoch, place = divmod(i, len(self.rows) - len(self.rows) % self.batch_size)
         if self._order[0] != epoch:
             self._order = (epoch, self._shuffle(epoch))
-        ids = self.rows[int(self._order[1][place])].tolist()
-        return {"ids": ids, "site": split_site(len(ids), self.margin, self.seed, i)}
+        return int(self._order[1][place])
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, epoch))
@@ -112,7 +152,7 @@ class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class PretextCollator:
-    """Samples → the flat tensors of a `SplitTexts`."""
+    """Samples → the flat tensors of a `SplitTexts`, and `teacher` (B, D_t) where samples have a teacher's embedding."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -120,4 +160,8 @@ class PretextCollator:
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad and split."""
         rows, sites = [sample["ids"] for sample in samples], [sample["site"] for sample in samples]
-        return SplitTexts.from_rows(rows, sites, self.pad_id).to_tensors()
+        replaced = [sample["replaced"] for sample in samples] if "replaced" in samples[0] else None
+        tensors = SplitTexts.from_rows(rows, sites, self.pad_id, replaced).to_tensors()
+        if "teacher" in samples[0]:
+            tensors["teacher"] = torch.from_numpy(np.stack([sample["teacher"] for sample in samples]))
+        return tensors

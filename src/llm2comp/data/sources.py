@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from llm2comp.data import python_docs
+from llm2comp.data.responses import TEACHER, folder_rows
 from llm2comp.data.tables import Columns, Row, Rows, check_columns, file_kind, file_rows, no_such_file
 from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, TextData
@@ -38,6 +41,15 @@ class Pair:
     anchor: str
     positive: str
     negatives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text, what an LM says to it, and (D_t,) float32, a teacher's embedding of that, where one was asked for."""
+
+    text: str
+    response: str
+    teacher_D: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,26 @@ class _UnusableError(Exception):
 def read_texts(spec: TextData) -> Loaded[str]:
     """Read the texts of a source. Raises DataError when there is no such file or column, or no usable text."""
     return _collect(spec, (spec.column,), lambda row: _filled(row, spec.column), lambda text: [text])
+
+
+def read_answers(spec: TextData, teacher: bool = False) -> Loaded[Answer]:
+    """Read texts with their responses (`spec.response`), and the teacher's embeddings of these (column `teacher`) if asked for.
+
+    Raises:
+        DataError: no such file, folder or column; a missing or damaged shard; no usable row; embeddings of several widths.
+    """
+    assert spec.response is not None
+    response = spec.response
+
+    def answer(row: Row) -> Answer:
+        return Answer(_filled(row, spec.column), _filled(row, response), _vector(row, TEACHER) if teacher else None)
+
+    columns = (spec.column, response, *([TEACHER] if teacher else []))
+    loaded = _collect(spec, columns, answer, lambda answer: [answer.text, answer.response])
+    widths = sorted({len(answer.teacher_D) for answer in loaded.rows if answer.teacher_D is not None})
+    if len(widths) > 1:
+        raise DataError("embeddings of several widths", where=f"{spec.source}, column {TEACHER!r}", found=widths)
+    return loaded
 
 
 def read_pairs(spec: PairData) -> Loaded[Pair]:
@@ -126,6 +158,17 @@ def _filled(row: Row, column: str) -> str:
     return text
 
 
+def _vector(row: Row, column: str) -> NDArray[np.float32]:
+    """Get the numbers in a column."""
+    try:
+        vector_D = np.asarray(row.get(column), dtype=np.float32)
+    except (TypeError, ValueError):
+        vector_D = np.empty(0, dtype=np.float32)
+    if vector_D.ndim != 1 or not vector_D.size or not np.isfinite(vector_D).all():
+        raise _UnusableError(f"{column!r} is not a list of numbers")
+    return vector_D
+
+
 def _texts(row: Row, column: str) -> Iterator[str]:
     """Texts in a column, which holds one or a list; null counts as an empty text."""
     value = row.get(column)
@@ -146,7 +189,7 @@ def _rows(spec: Spec, columns: Columns) -> Rows:
         if spec.source.startswith("builtin:"):
             yield from _builtin_rows(spec.source, columns)
         elif path.exists():
-            yield from file_rows(path, columns)
+            yield from (folder_rows if path.is_dir() else file_rows)(path, columns)
         elif file_kind(path) or not _HUB_NAME.fullmatch(spec.source):
             raise no_such_file(path.absolute())
         else:

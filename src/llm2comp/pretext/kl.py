@@ -57,13 +57,21 @@ def chunked_cross_entropy(
     student_ND: Tensor, targets_N: Tensor, project: Project, weights_N: Tensor, chunk: int = CHUNK
 ) -> Tensor:
     """Σ_i −w_i log p_student,i(target_i), the NLL and RC losses (METHOD 2). Arguments as for `chunked_kl`."""
+    return chunked_bag_entropy(student_ND, targets_N[:, None], project, weights_N, chunk)
+
+
+def chunked_bag_entropy(
+    student_ND: Tensor, targets_NT: Tensor, project: Project, weights_N: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    """Σ_i −w_i Σ_t log p_student,i(target_it): every position has a bag of targets; a negative id is none."""
 
     def cross_entropy(logits_NV: Tensor, place: slice) -> tuple[Tensor, Tensor]:
         log_student = _log_softmax(logits_NV, 1.0)
-        targets = targets_N[place, None]
-        losses = -log_student.gather(1, targets).squeeze(1)
-        gradient = log_student.exp_()
-        return losses, gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
+        there = targets_NT[place] >= 0
+        targets = targets_NT[place].clamp_min(0)
+        losses = -log_student.gather(1, targets).masked_fill(~there, 0.0).sum(1)
+        gradient = log_student.exp_().mul_(there.sum(1, keepdim=True))
+        return losses, gradient.scatter_add_(1, targets, -there.to(gradient.dtype))
 
     loss: Tensor = _Chunked.apply(student_ND, project, cross_entropy, weights_N, chunk)  # type: ignore[no-untyped-call]
     return loss

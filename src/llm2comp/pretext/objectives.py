@@ -1,28 +1,37 @@
-"""The compression objectives, in one shape: memory states in, decoder's loss out.
+"""Stage 1's loss, a weighted sum of objectives of two kinds; and the compression objectives, the first kind.
 
-What every objective does (METHOD 1 and 2, DESIGN 1.3), on one copy of the weights:
+From memory: memory states in, decoder's loss out. What every such objective does (METHOD 1 and 2, DESIGN 1.3), on one
+copy of the weights:
 1. encode the contexts to memory states, adapters on
 2. detach them into a leaf; the frozen decoder works from BOS, the leaf and the continuation, adapters off
 3. loss → gradient of the leaf; the decoder's graph is freed here
 4. return a scalar with the loss's value whose gradient is the leaf's, carried into the encoder
+
+From memory, but against a teacher's embedding: `alignment`; plain autograd too (`response.py`).
+
+From text: the text's own states in the encoder pass must predict tokens; plain autograd (`from_text.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor
+from llm2comp.memory import embedding_from_memory
+from llm2comp.pretext.from_text import both_bags, ebae_ebar_from_text, mntp_from_text
 from llm2comp.pretext.kl import chunked_cross_entropy, chunked_kl
-from llm2comp.tokens import SplitTexts, Tokens
+from llm2comp.pretext.weighting import Weighting, position_weights
+from llm2comp.recipe.stages import BagPrompts
+from llm2comp.tokens import NOT_MASKED, SplitTexts, Tokens
 
-Weighting = Literal["sample_mean", "token_mean"]
 # compressor, memory leaf, batch, weighting, items, temperature → loss
-Objective = Callable[[Compressor, Tensor, SplitTexts, Weighting, float, float], Tensor]
+FromMemory = Callable[[Compressor, Tensor, SplitTexts, Weighting, float, float], Tensor]
+# compressor, batch, weighting, items, prompts → loss
+FromText = Callable[[Compressor, SplitTexts, Weighting, float, BagPrompts], Tensor]
 
 
 def pretext_loss(
@@ -32,26 +41,45 @@ def pretext_loss(
     weightings: Mapping[str, Weighting],
     items: Mapping[str, float],
     temperature: float = 1.0,
+    prompts: BagPrompts | None = None,
+    align: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The loss of stage 1: contexts encoded once, the weighted sum of one or several objectives on their memory states.
+    """The loss of stage 1: the weighted sum of one or several objectives; those from memory share one encoding.
 
     Args:
         compressor: encoder; its frozen LM is teacher and decoder.
-        batch: B texts, each split into context and continuation.
-        objectives: weight by name, as in `OBJECTIVES`.
+        batch: B texts, each split into context and continuation; for `mntp` with masks.
+        objectives: weight by name, as in `FROM_MEMORY` and `FROM_TEXT`.
         weightings: by name: mean over a sample's positions, then over samples (release), or mean over all positions.
         items: by name: samples (or positions) that the mean runs over; more than this batch holds under accumulation.
         temperature: of both distributions in `ctkd`.
+        prompts: of `ebae_ebar`; None = as published.
+        align: embedding_BD → the loss of `alignment` (`response.py`), where it is among the objectives.
     """
 
     def loss_from(memory_BKD: Tensor) -> Tensor:
         terms = [
-            weight * OBJECTIVES[name](compressor, memory_BKD, batch, weightings[name], items[name], temperature)
+            weight * FROM_MEMORY[name](compressor, memory_BKD, batch, weightings[name], items[name], temperature)
             for name, weight in objectives.items()
+            if name in FROM_MEMORY
         ]
         return torch.stack(terms).sum()
 
-    return two_step(compressor.encode(batch.context), loss_from)
+    prompts = prompts or BagPrompts()
+    terms = [
+        weight * FROM_TEXT[name](compressor, batch, weightings[name], items[name], prompts)
+        for name, weight in objectives.items()
+        if name in FROM_TEXT
+    ]
+    if len(terms) < len(objectives):
+        memory_BKD = compressor.encode(batch.context)
+        if FROM_MEMORY.keys() & objectives.keys():
+            nested = [two_step(memory_BKD[:, :first], loss_from) for first in compressor.prefixes]
+            terms.append(torch.stack(nested).mean())
+        if align is not None:
+            weights_K = compressor.get_buffer("weights_K")
+            terms.append(objectives[ALIGNMENT] * align(embedding_from_memory(memory_BKD, weights_K)))
+    return torch.stack(terms).sum()
 
 
 def ctkd_from_memory(
@@ -92,32 +120,38 @@ def _nll(compressor: Compressor, memory_BKD: Tensor, text: Tokens, weighting: We
     return chunked_cross_entropy(student_BCD[:, :-1][valid_BC], targets_N, compressor.backbone.project, weights_N)
 
 
-OBJECTIVES: dict[str, Objective] = {
+FROM_MEMORY: dict[str, FromMemory] = {
     "ctkd": ctkd_from_memory,
     "continuation": continuation_from_memory,
     "reconstruction": reconstruction_from_memory,
+    "response": continuation_from_memory,
 }
+FROM_TEXT: dict[str, FromText] = {"mntp": mntp_from_text, "ebae_ebar": ebae_ebar_from_text}
+OBJECTIVES = (*FROM_MEMORY, *FROM_TEXT)
+ALIGNMENT = "alignment"
 DEFAULT_WEIGHTING: dict[str, Weighting] = {
     "ctkd": "sample_mean",
     "continuation": "token_mean",
     "reconstruction": "token_mean",
+    "mntp": "token_mean",
+    "ebae_ebar": "sample_mean",
+    "response": "token_mean",
+    ALIGNMENT: "sample_mean",
 }
 
 
 def count_items(objective: str, weighting: Weighting, batch: Mapping[str, Tensor], bos: bool) -> int:
     """What a mean of this weighting runs over in one batch of `SplitTexts.to_tensors`: samples, or compared positions."""
     samples = len(batch["continuation_mask"])
-    if weighting == "sample_mean":
+    if weighting == "sample_mean" or objective == ALIGNMENT:
         return samples
     if objective == "reconstruction":
         return int(batch["context_mask"].sum()) - samples * bos
+    if objective == "mntp":
+        return int((batch["replaced"] != NOT_MASKED).sum())
+    if objective == "ebae_ebar":
+        return sum(int((bags_BT >= 0).sum()) for bags_BT in both_bags(SplitTexts.from_tensors(dict(batch)), bos))
     return int(batch["continuation_mask"].sum()) + (samples if objective == "ctkd" else 0)
-
-
-def position_weights(positions_B: Tensor, weighting: Weighting, items: float) -> Tensor:
-    """Weight of each gathered position so that the weighted sum is the mean asked for: weights_N, float32."""
-    per_text_B = positions_B.float().reciprocal() if weighting == "sample_mean" else torch.ones_like(positions_B).float()
-    return (per_text_B / items).repeat_interleave(positions_B)
 
 
 @torch.no_grad()

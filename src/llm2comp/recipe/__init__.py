@@ -2,6 +2,7 @@
 
 from llm2comp.recipe.parts import (
     AdapterSettings,
+    EncoderSettings,
     MemorySettings,
     ModelSettings,
     PairData,
@@ -21,12 +22,14 @@ from llm2comp.recipe.reading import (
     read_yaml,
     shipped_recipes,
 )
-from llm2comp.recipe.settings import WATCHED, ContrastiveStage, PretextStage, Recipe, SclStage, Stage, UclStage
+from llm2comp.recipe.settings import WATCHED, Recipe
+from llm2comp.recipe.stages import ContrastiveStage, PretextStage, SclStage, Stage, UclStage
 
 __all__ = [
     "WATCHED",
     "AdapterSettings",
     "ContrastiveStage",
+    "EncoderSettings",
     "MemorySettings",
     "ModelSettings",
     "PairData",

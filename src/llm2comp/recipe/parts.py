@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Steps = Annotated[int, Field(ge=1)]
+TEXT = "{text}"
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -26,6 +27,9 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="dtype of the frozen base; auto = float32 on a CPU, bfloat16 elsewhere"
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None, description="linear layers of the base in 4 or 8 bits (needs bitsandbytes); for adapters of kind lora"
+    )
     attention: Literal["bidirectional", "causal"] = Field(default="bidirectional", description="attention of the encoder pass")
     attention_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
         default=None, description="null = the family's default"
@@ -37,14 +41,59 @@ class MemorySettings(Section):
     """The learned memory tokens."""
 
     tokens: Annotated[int, Field(ge=1, le=512)] = Field(default=8, description="k, number of memory tokens")
+    nested: tuple[Steps, ...] = Field(
+        default=(),
+        description="every stage's loss is the mean over the first j memory tokens, for each j named here and k (Matryoshka)",
+    )
+    attention: Literal["full", "separate"] = Field(
+        default="full",
+        description="separate = the text does not see the memory, memory token i only itself and those before; full = all "
+        "see all. Under model.attention causal both are the same",
+    )
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Each j whose first j memory states are trained as a representation of their own; k alone unless nested."""
+        return tuple(sorted({*self.nested, self.tokens}))
+
+    @model_validator(mode="after")
+    def _nested_within(self) -> MemorySettings:
+        if above := [first for first in self.nested if first > self.tokens]:
+            raise ValueError(f"nested {above} is more than the {self.tokens} memory tokens there are")
+        return self
+
+
+class EncoderSettings(Section):
+    """Which states of the encoder pass become the embedding."""
+
+    pooling: Literal["memory", "mean", "last_token"] = Field(
+        default="memory",
+        description="memory = the states of the memory tokens; mean = those of the text's tokens (LLM2Vec), last_token = the "
+        "prompt's last one (Llama2Vec): without memory tokens",
+    )
+    prompt: str = Field(default=TEXT, description="what stands around a text when last_token is read; holds {text}")
+
+    @field_validator("prompt")
+    @classmethod
+    def _holds_text(cls, value: str) -> str:
+        if value.count(TEXT) != 1:
+            raise ValueError(f"prompt must contain {TEXT} once")
+        return value
+
+    @model_validator(mode="after")
+    def _prompt_is_read(self) -> EncoderSettings:
+        if self.prompt != TEXT and self.pooling != "last_token":
+            raise ValueError(f"a prompt is for pooling last_token, found {self.pooling}")
+        return self
 
 
 class AdapterSettings(Section):
     """What learns: LoRA, each stage adding one such adapter, or a whole copy of the LM."""
 
-    kind: Literal["lora", "full"] = Field(
+    kind: Literal["lora", "full", "none"] = Field(
         default="lora",
-        description="full = all layers of a separate, trained copy of the LM encode (the rest here is unused)",
+        description="full = all layers of a separate, trained copy of the LM encode; none = nothing of the LM learns, the "
+        "memory tokens alone (the rest here is unused by both)",
     )
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -57,8 +106,15 @@ class AdapterSettings(Section):
 class TextData(Section):
     """Texts: a builtin, a file, or a Hub data set."""
 
-    source: str = Field(description="`builtin:python-docs`, a jsonl/csv/parquet/txt file (also .gz, .zst), or a Hub data set")
+    source: str = Field(
+        description="`builtin:python-docs`, a jsonl/csv/parquet/txt file (also .gz, .zst), a folder that `generate-responses` "
+        "wrote, or a Hub data set"
+    )
     column: str = Field(default="text", description="column that holds the text (ignored for .txt: a line is a text)")
+    response: str | None = Field(
+        default=None,
+        description="stage 1: column of the LM's response to the text, which is its whole continuation (docs/response.md)",
+    )
     subset: str | None = Field(default=None, description="Hub data set: configuration name")
     split: str = Field(default="train", description="Hub data set: split")
     file: str | None = Field(default=None, description="Hub data set: one file of its repository, read as a local one is")

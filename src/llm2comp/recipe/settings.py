@@ -1,4 +1,4 @@
-"""The settings of a recipe as frozen models that know their limits.
+"""A recipe as one frozen model that knows its limits.
 
 Defaults are the release's settings (METHOD: stage 1, UCL, SCL) except where docs/method.md lists a deviation.
 Every `*_tokens` counts text tokens with BOS and without memory tokens, every `*_steps` optimiser steps.
@@ -9,20 +9,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from llm2comp.recipe.parts import (
-    AdapterSettings,
-    MemorySettings,
-    ModelSettings,
-    PairData,
-    Schedule,
-    Section,
-    Share,
-    Steps,
-    TextData,
-    WatchSettings,
-)
+from llm2comp.recipe.parts import AdapterSettings, EncoderSettings, MemorySettings, ModelSettings, Section, WatchSettings
+from llm2comp.recipe.stages import PretextStage, SclStage, Stage, UclStage
 
 FORMAT_VERSION = 1
 # Figures of the watch that a stage may be steered by, and whether a higher one is better.
@@ -36,155 +26,6 @@ WATCHED = {
     "anisotropy": False,
 }
 
-Objective = Literal["ctkd", "continuation", "reconstruction"]
-
-
-class Stage(Section):
-    """What all three stages share."""
-
-    steps: Steps
-    batch_size: Annotated[int, Field(ge=1)] = Field(description="samples per optimiser step and device")
-    schedule: Schedule
-    weight_decay: Annotated[float, Field(ge=0)]
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(default=None, description="null = no clipping")
-    attention_dropout: Share = Field(default=0.0, description="in the encoder pass only")
-    adapter_dropout: Share | None = Field(default=None, description="null = adapter.dropout")
-    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="autocast of the training step")
-    gradient_checkpointing: bool = False
-    log_every_steps: Steps = 10
-    save_every_steps: Steps | None = Field(default=None, description="checkpoint for resume; null = ten per stage")
-    workers: Annotated[int, Field(ge=0)] = Field(default=0, description="processes that prepare batches")
-    keep_best: str | None = Field(
-        default=None,
-        description="keep the step of the watch where this figure was best instead of the last: one of WATCHED, or the name "
-        "of a local evaluation set of watch.tasks",
-    )
-    patience: Steps | None = Field(default=None, description="stop after so many watches without a better keep_best")
-
-    @model_validator(mode="after")
-    def _patience_for_something(self) -> Stage:
-        if self.patience is not None and self.keep_best is None:
-            raise ValueError(f"patience {self.patience} waits for nothing: set keep_best to the figure that is to improve")
-        return self
-
-
-class PretextStage(Stage):
-    """Stage 1, context compression (METHOD 2)."""
-
-    data: tuple[TextData, ...] = Field(min_length=1)
-    objective: Objective | dict[Objective, Annotated[float, Field(gt=0)]] = Field(
-        default="ctkd",
-        description="continuation = the paper's NLL, reconstruction = its RC (of the context); or several with their weights",
-    )
-    steps: Steps = 32_000
-    batch_size: Annotated[int, Field(ge=1)] = 4
-    gradient_accumulation_steps: Steps = 1
-    schedule: Schedule = Schedule(learning_rate=1e-4, warmup_steps=3200)
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 2.0
-    min_characters: Annotated[int, Field(ge=0)] = Field(default=1000, description="shorter texts are left out")
-    max_tokens: Annotated[int, Field(ge=4)] = Field(default=512, description="length limit of a text")
-    long_texts: Literal["skip", "truncate", "chunk"] = Field(
-        default="skip", description="texts over max_tokens: left out, cut, or cut into several"
-    )
-    group_by_length: bool = Field(default=True, description="texts of like length share a batch; less padding")
-    site_margin_tokens: Annotated[int, Field(ge=1)] = Field(
-        default=10, description="split site uniform in [margin, L − margin]"
-    )
-    position_weighting: Literal["sample_mean", "token_mean"] | None = Field(
-        default=None, description="null = as released: sample_mean for ctkd, token_mean for the others"
-    )
-    train_embeddings: Literal["memory", "all"] = Field(
-        default="memory", description="all = also the encoder's own copy of the embedding table, as the release does"
-    )
-    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="of both distributions in the KL")
-
-    @field_validator("objective")
-    @classmethod
-    def _one_at_least(cls, value: str | dict[str, float]) -> str | dict[str, float]:
-        if not value:
-            raise ValueError("objective names nothing to learn")
-        return value
-
-    @property
-    def objectives(self) -> dict[str, float]:
-        """Weight by objective, in a fixed order."""
-        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(sorted(self.objective.items()))
-
-    @property
-    def objective_name(self) -> str:
-        """For people: `ctkd`, or `1 ctkd + 0.1 reconstruction`."""
-        if isinstance(self.objective, str):
-            return self.objective
-        return " + ".join(f"{weight:g} {name}" for name, weight in self.objectives.items())
-
-    @model_validator(mode="after")
-    def _site_possible(self) -> PretextStage:
-        if 2 * self.site_margin_tokens > self.max_tokens:
-            raise ValueError(
-                f"no split site exists: site_margin_tokens {self.site_margin_tokens} on both sides needs texts of at least "
-                f"{2 * self.site_margin_tokens} tokens, max_tokens is {self.max_tokens}"
-            )
-        return self
-
-
-class ContrastiveStage(Stage):
-    """What UCL and SCL share."""
-
-    temperature: Annotated[float, Field(gt=0)] = 0.05
-    train_memory: bool = Field(default=False, description="whether the memory tokens go on learning")
-    train_embeddings: bool = Field(default=False, description="also the encoder's own copy of the embedding table")
-    matryoshka_dims: tuple[Steps, ...] = Field(default=(), description="the loss also on so many first dimensions, summed")
-    mini_batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="texts encoded at once; the gradient of the whole batch is kept (GradCache)"
-    )
-
-
-class UclStage(ContrastiveStage):
-    """Stage 2, unsupervised contrastive learning (SimCSE)."""
-
-    data: tuple[TextData, ...] = Field(min_length=1)
-    steps: Steps = 1000
-    batch_size: Annotated[int, Field(ge=2)] = 128
-    schedule: Schedule = Schedule(learning_rate=3e-5, warmup_steps=100)
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    attention_dropout: Share = 0.2
-    min_characters: Annotated[int, Field(ge=0)] = 20
-    max_tokens: Annotated[int, Field(ge=4)] = Field(default=512, description="longer texts are cut")
-    denominator: Literal["second_views", "both_views"] = Field(
-        default="second_views", description="B second views (release) or also the B first views (poster)"
-    )
-
-
-class SclStage(ContrastiveStage):
-    """Stage 3, supervised contrastive learning."""
-
-    data: tuple[PairData, ...] = Field(min_length=1)
-    steps: Steps = 200
-    batch_size: Annotated[int, Field(ge=2)] = 1024
-    schedule: Schedule = Schedule(learning_rate=1e-4, warmup_steps=200, total_steps=2000)
-    weight_decay: Annotated[float, Field(ge=0)] = 3e-4
-    query_max_tokens: Annotated[int, Field(ge=4)] = Field(default=512, description="longer queries are cut")
-    document_max_tokens: Annotated[int, Field(ge=4)] = Field(default=1024, description="longer documents are cut")
-    query_prompt: str = Field(
-        default="{instruction}:", description="put before a query that has an instruction; stored in the model"
-    )
-    query_suffix: str = Field(
-        default="", description='put after such a query ("\\n" in the release); a stored prompt cannot carry it'
-    )
-
-    @field_validator("query_prompt")
-    @classmethod
-    def _names_instruction(cls, value: str) -> str:
-        if "{instruction}" not in value:
-            raise ValueError("query_prompt must contain {instruction}")
-        return value
-
-    def prompt_of(self, spec: PairData) -> str:
-        """What stands before the queries of one source."""
-        return self.query_prompt.replace("{instruction}", spec.instruction) if spec.instruction else ""
-
 
 class Recipe(Section):
     """One experiment."""
@@ -194,6 +35,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     model: ModelSettings
     memory: MemorySettings = MemorySettings()
+    encoder: EncoderSettings = EncoderSettings()
     adapter: AdapterSettings = AdapterSettings()
     pretext: PretextStage | None = None
     ucl: UclStage | None = None
@@ -204,10 +46,40 @@ class Recipe(Section):
     )
     report_to: tuple[str, ...] = Field(default=(), description="the trainers' own loggers: tensorboard, wandb, ...")
 
+    @property
+    def memory_tokens(self) -> int:
+        """k; 0 where the text's own states are pooled."""
+        return self.memory.tokens if self.encoder.pooling == "memory" else 0
+
     @model_validator(mode="after")
     def _has_a_stage(self) -> Recipe:
         if not self.stages:
             raise ValueError("a recipe needs at least one of pretext, ucl, scl")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_is_there(self) -> Recipe:
+        for name in ("nested", "attention"):
+            default = type(self.memory).model_fields[name].default
+            if not self.memory_tokens and getattr(self.memory, name) != default:
+                raise ValueError(f"memory.{name} is for encoder.pooling memory, found {self.encoder.pooling}")
+        return self
+
+    @model_validator(mode="after")
+    def _full_over_full(self) -> Recipe:
+        if self.adapter.kind == "full" and self.model.quantization:
+            raise ValueError(f"adapter.kind full cannot train {self.model.quantization} weights: set lora, or no quantization")
+        return self
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Recipe:
+        for name, stage in self.stages.items() if self.adapter.kind == "none" else ():
+            pretext = isinstance(stage, PretextStage)
+            memory = set(stage.objectives) - {"mntp", "ebae_ebar"} if pretext else stage.train_memory  # type: ignore[attr-defined]
+            table = stage.train_embeddings in (True, "all")  # type: ignore[attr-defined]
+            if not (table or (memory and self.memory_tokens)):
+                fix = "an objective from memory, encoder.pooling: memory" if pretext else f"{name}.train_memory: true"
+                raise ValueError(f"nothing learns in {name}, as adapter.kind is none: set {fix}")
         return self
 
     @model_validator(mode="after")

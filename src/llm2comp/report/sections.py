@@ -46,6 +46,10 @@ ABOUT = {
     "ctkd": "The model learns to put a text into its memory tokens, so that a frozen copy goes on as if it had read the text.",
     "continuation": "The model learns to put a text into its memory tokens, so that a frozen copy of itself can continue it.",
     "reconstruction": "The model learns to put a text into its memory tokens, so that a frozen copy of itself can repeat it.",
+    "mntp": "Some tokens of a text are hidden; the state before each must tell which it was (masked next token prediction).",
+    "ebae_ebar": "One state must tell the tokens of the text, and one those of what comes next (Llama2Vec).",
+    "response": "The model learns to put a text into its memory tokens, so that a frozen copy gives its own response to it.",
+    "alignment": "The text's embedding is drawn to a teacher's embedding of the model's response.",
     "ucl": "Each text is read twice under different dropout; its two embeddings are pulled together, others away.",
     "scl": "Queries are pulled to the texts that answer them, and away from the other texts of the batch.",
 }
@@ -79,6 +83,8 @@ def sentence(run: RunLog) -> str:
 def adapter_of(recipe: Recipe) -> str:
     """What learned beside the memory tokens."""
     settings = recipe.adapter
+    if settings.kind == "none":
+        return "nothing"
     return "all layers of a copy" if settings.kind == "full" else f"LoRA, rank {settings.rank}, alpha {settings.alpha:g}"
 
 

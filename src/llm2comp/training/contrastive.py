@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 
+from llm2comp.encoder import MemoryEncoder
 from llm2comp.errors import RecipeError
 from llm2comp.recipe import ContrastiveStage, UclStage
 
@@ -30,7 +33,8 @@ def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.
 
     `denominator: both_views` also counts the other first views (the poster's 2B). `mini_batch_size` switches to GradCache,
     which keeps the gradient of the whole batch. `matryoshka_dims` adds the same loss on the embedding's first dimensions
-    (Matryoshka representation learning, arXiv 2205.13147).
+    (Matryoshka representation learning, arXiv 2205.13147), summed. Nested memory makes it the mean over the embeddings of
+    the first j memory states, each text encoded once.
 
     Raises:
         RecipeError: more Matryoshka dimensions than the embedding has.
@@ -47,6 +51,9 @@ def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.
         loss = losses.MultipleNegativesRankingLoss(model, **settings)
     else:
         loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=stage.mini_batch_size, **settings)
+    module: Any = model[0]
+    if len(module.compressor.prefixes) > 1:
+        nest(loss, module)
     if not stage.matryoshka_dims:
         return loss
     width = int(model.get_embedding_dimension() or 0)
@@ -55,3 +62,31 @@ def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.
             "more dimensions than the model has", where="matryoshka_dims", expected=f"up to {width}", found=too_wide
         )
     return losses.MatryoshkaLoss(model, loss, matryoshka_dims=sorted({width, *stage.matryoshka_dims}, reverse=True))
+
+
+def nest(loss: nn.Module, module: MemoryEncoder) -> None:
+    """Make a stock loss the mean of itself over the nested memory's prefixes; the module then gives embeddings_BPD.
+
+    Only the step from embeddings to the loss is repeated. GradCache's form of it goes backward by itself, prefix by prefix,
+    into the cached embeddings: there each prefix's gradient is divided on its way.
+    """
+    module.prefixes = module.compressor.prefixes
+    count = len(module.prefixes)
+    cached = uses_gradient_cache(loss)
+    name = "calculate_loss" if cached else "compute_loss_from_embeddings"
+    once: Callable[..., Tensor] = getattr(loss, name)
+
+    def prefix(x_BPD: Tensor, place: int) -> Tensor:
+        x_BD = x_BPD[:, place]
+        if cached and x_BD.requires_grad:
+            x_BD.register_hook(lambda gradient_BD: gradient_BD / count)
+        return x_BD
+
+    def mean(columns: list[Any], *args: Any, **kwargs: Any) -> Tensor:
+        losses_P = []
+        for place in range(count):
+            part = [[prefix(x, place) for x in column] if cached else prefix(column, place) for column in columns]
+            losses_P.append(once(part, *args, **kwargs))
+        return torch.stack(losses_P).mean()
+
+    setattr(loss, name, mean)

@@ -12,13 +12,14 @@ from rich.table import Table
 
 from llm2comp.backbone import resolve_device
 from llm2comp.backbone.adapters import AdapterStack
+from llm2comp.backbone.frozen import Frozen
 from llm2comp.backbone.loading import load_skeleton, load_tokenizer
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.compressor import room_for_text
 from llm2comp.console import say
 from llm2comp.pretext.kl import CHUNK
 from llm2comp.recipe import ContrastiveStage, PretextStage, Recipe, SclStage, Stage, UclStage
-from llm2comp.training.stages import enough, load_queries, load_texts, pair_datasets
+from llm2comp.training.stages import enough, load_answers, load_queries, load_texts, pair_datasets
 
 SAMPLE = 1000
 GIB = 2**30
@@ -46,13 +47,14 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
     device = resolve_device(recipe.model.device)
     lm = load_skeleton(recipe.model)
     config = lm.config
-    room_for_text(getattr(config, "max_position_embeddings", None), recipe.memory.tokens, SAMPLE)
+    room_for_text(getattr(config, "max_position_embeddings", None), recipe.memory_tokens, SAMPLE)
     base_parameters = sum(p.numel() for p in lm.parameters())
-    adapters = None if recipe.adapter.kind == "full" else AdapterStack(lm, recipe.model.name)
+    kinds = {"lora": AdapterStack, "none": Frozen}
+    adapters: Any = None if recipe.adapter.kind == "full" else kinds[recipe.adapter.kind](lm, recipe.model.name)
     layers = base_parameters - embedding_weights(lm)
     tokenizer = load_tokenizer(recipe.model)
     full = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and device.type == "cpu")
-    base = base_parameters * (4 if full else 2)
+    base = base_bytes(lm, 4 if full else 2, recipe.model.quantization)
     plans, held = [], base + (0 if adapters else 4 * (layers + lm.get_input_embeddings().weight.numel()))
     for name, stage in recipe.stages.items():
         learning = layers
@@ -63,12 +65,20 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
         texts, per_sample = stage_texts(stage)
         mean = mean_tokens(tokenizer, texts, stage)
         samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
-        trainable = learning + trained_embeddings(stage, lm, recipe.memory.tokens)
+        trainable = learning + trained_embeddings(stage, lm, recipe.memory_tokens)
         at_once = getattr(stage, "mini_batch_size", None) or stage.batch_size * per_sample
-        peak = held + 16 * trainable + activations(config, stage, at_once, mean + recipe.memory.tokens, full)
+        peak = held + 16 * trainable + activations(config, stage, at_once, mean + recipe.memory_tokens, full)
         plans.append(StagePlan(name, len(texts), samples, int(samples * per_sample * mean), trainable, peak))
         held += 4 * learning if adapters else 0
     return plans, base
+
+
+def base_bytes(lm: Any, size: int, quantization: str | None) -> int:
+    """Bytes of the frozen base, `size` per weight; in 4 or 8 bits linear layers but the head take less (scales counted)."""
+    head = lm.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    rest = sum(p.numel() for p in lm.parameters()) - linear
+    return int(size * rest + {"nf4": 0.5625, "int8": 1.0}.get(quantization or "", float(size)) * linear)
 
 
 def stage_texts(stage: Stage) -> tuple[list[str], int]:
@@ -78,6 +88,8 @@ def stage_texts(stage: Stage) -> tuple[list[str], int]:
         pair_datasets(pairs, stage.batch_size)
         columns = 2 + max((len(p.negatives) for p in pairs), default=0)
         return [f"{p.anchor} {p.positive}" for p in pairs[:SAMPLE]] + [p.anchor for p in pairs[SAMPLE:]], columns
+    if isinstance(stage, PretextStage) and stage.answered:
+        return [f"{a.text} {a.response}" for a in load_answers(stage) if len(a.text) >= stage.min_characters], 1
     assert isinstance(stage, PretextStage | UclStage)
     texts = [text for text in load_texts(stage.data) if len(text) >= stage.min_characters]
     if isinstance(stage, UclStage):

@@ -24,15 +24,17 @@ import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from llm2comp.backbone import base_licence, load_backbone, weights_digest
+from llm2comp.backbone import load_backbone, weights_digest
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.compressor import Compressor
 from llm2comp.console import say
+from llm2comp.data.responses import source_digest
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
-from llm2comp.files import explain_disk_errors, sha256, write_text
+from llm2comp.files import explain_disk_errors, new_folder, write_text
 from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
+from llm2comp.training.finished import card_of, limits_of, prompts_of
 from llm2comp.training.sample import Watch
 from llm2comp.training.stages import RUNNERS, RunOptions, check_data
 
@@ -46,13 +48,16 @@ NO_STAGE = {"max_tokens", "report_to", "watch"}
 PACKAGES = ("llm2comp", "torch", "transformers", "peft", "sentence-transformers", "datasets", "accelerate", "numpy")
 
 
-def train(recipe: Recipe | str | Path, out: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+def train(
+    recipe: Recipe | str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), siblings: Sequence[Path] = ()
+) -> Path:
     """Run all stages of a recipe that are not done yet, then export.
 
     Args:
         recipe: a Recipe, a file, or the name of a shipped recipe.
         out: run directory; default `runs/<recipe name>`.
         overrides: `key.sub=value` changes to the recipe.
+        siblings: other run directories; a stage that one of them finished on the same inputs is copied, not trained.
 
     Returns:
         The run directory; `<run>/model` is the finished encoder.
@@ -73,7 +78,7 @@ def train(recipe: Recipe | str | Path, out: str | Path | None = None, overrides:
     try:
         with FileLock(run / ".lock", timeout=0):
             _claim(run, resolved)
-            _run_stages(run, resolved)
+            _run_stages(run, resolved, siblings)
     except Timeout as error:
         raise RunError("another process is training here", where=str(run), fix="wait for it, or give another --out") from error
     return run
@@ -86,7 +91,7 @@ def restore(run: Path, recipe: Recipe, upto: str) -> Compressor:
         RunError: the stage is not done. ModelFolderError: its files are damaged.
     """
     backbone = load_backbone(recipe.model)
-    compressor = Compressor.fresh(backbone, recipe.memory.tokens, recipe.seed)
+    compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
     for name in recipe.stages:
         _require_done(run / FOLDERS[name])
         _push_adapter(compressor, recipe, name)
@@ -98,8 +103,8 @@ def restore(run: Path, recipe: Recipe, upto: str) -> Compressor:
 
 def stage_encoder(run: Path, recipe: Recipe, upto: str) -> Any:
     """`restore` as a SentenceTransformer with the run's limits and prompts."""
-    prompts = _prompts(recipe) if upto == "scl" else {}  # earlier stages never saw the query prompt
-    return as_sentence_transformer(restore(run, recipe, upto), *_limits(recipe), prompts=prompts)
+    prompts = prompts_of(recipe) if upto == "scl" else {}  # earlier stages never saw the query prompt
+    return as_sentence_transformer(restore(run, recipe, upto), *limits_of(recipe), prompts=prompts)
 
 
 def read_run(run: Path) -> Recipe:
@@ -110,16 +115,30 @@ def read_run(run: Path) -> Recipe:
     return load_recipe(file)
 
 
-def _run_stages(run: Path, recipe: Recipe) -> None:
+def stage_keys(recipe: Recipe) -> dict[str, str]:
+    """Stage → hash of all that its result depends on: stages of one key are the same training."""
+    keys: dict[str, str] = {}
+    for name, stage in recipe.stages.items():
+        keys[name] = _stage_key(recipe, name, stage, next(reversed(keys.values()), ""))
+    return keys
+
+
+def is_done(folder: Path, key: str) -> bool:
+    """Whether a folder holds what was finished on these inputs."""
+    return _has_inputs(folder / DONE_FILE, key)
+
+
+def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> None:
     backbone = load_backbone(recipe.model)
-    compressor = Compressor.fresh(backbone, recipe.memory.tokens, recipe.seed)
-    previous = ""
+    compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
+    keys = stage_keys(recipe)
     options: RunOptions | None = None
     for number, (name, stage) in enumerate(recipe.stages.items()):
         folder = run / FOLDERS[name]
-        key = _stage_key(recipe, name, stage, previous)
+        key = keys[name]
         _push_adapter(compressor, recipe, name)
-        if _is_done(folder, key):
+        _take_over(folder, key, siblings)
+        if is_done(folder, key):
             say(f"{folder.name}: done before")
             compressor.load(folder, name)
         else:
@@ -134,12 +153,20 @@ def _run_stages(run: Path, recipe: Recipe) -> None:
             if is_main_process():
                 seconds = round(time.time() - begin, 1)
                 _finish(compressor, name, {"inputs": key, "steps": stage.steps, "kept_step": kept, "seconds": seconds}, folder)
-        previous = key
-    exported = f"{previous}:{recipe.max_tokens}"
-    if is_main_process() and not _is_done(run / MODEL_FOLDER, exported):
-        model = as_sentence_transformer(compressor.eval(), *_limits(recipe), prompts=_prompts(recipe))
-        export(model, run / MODEL_FOLDER, _card(recipe))
+    exported = f"{key}:{recipe.max_tokens}"
+    if is_main_process() and not compressor.separate and not is_done(run / MODEL_FOLDER, exported):
+        model = as_sentence_transformer(compressor.eval(), *limits_of(recipe), prompts=prompts_of(recipe))
+        export(model, run / MODEL_FOLDER, card_of(recipe))
         write_text(run / MODEL_FOLDER / DONE_FILE, json.dumps({"inputs": exported}))
+
+
+def _take_over(folder: Path, key: str, siblings: Sequence[Path]) -> None:
+    """Copy a stage that a sibling has finished on the same inputs, unless it is done here; it appears whole or not at all."""
+    found = [run / folder.name for run in siblings if is_done(run / folder.name, key)]
+    if found and not is_done(folder, key):
+        say(f"{folder.name}: the same as {found[0]}, taken from there")
+        with new_folder(folder) as copy:
+            shutil.copytree(found[0], copy, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
 
 
 def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
@@ -224,17 +251,13 @@ def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     """Hash of all that a stage's result depends on: settings, model and its weights, adapter, seed, data, the stage before."""
     settings = stage.model_dump(mode="json", exclude=NO_EFFECT)
     steered = {"watch"} if stage.keep_best else set()
-    shared = recipe.model_dump(mode="json", include={"model", "memory", "adapter", "seed"} | steered)
+    shared = recipe.model_dump(mode="json", include={"model", "memory", "encoder", "adapter", "seed"} | steered)
     paths = {d["source"]: Path(d["source"]).expanduser() for d in settings["data"]}
-    files = {source: sha256(path) for source, path in paths.items() if path.is_file()}
+    files = {source: source_digest(path) for source, path in paths.items() if path.exists()}
     python = platform.python_version() if "builtin:python-docs" in paths else ""  # its documentation is the data
     model = weights_digest(recipe.model)
     payload = json.dumps([FORMAT_VERSION, name, settings, shared, model, files, python, previous], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
-
-
-def _is_done(folder: Path, key: str) -> bool:
-    return _has_inputs(folder / DONE_FILE, key)
 
 
 def _has_inputs(file: Path, key: str) -> bool:
@@ -247,31 +270,3 @@ def _has_inputs(file: Path, key: str) -> bool:
 def _require_done(folder: Path) -> None:
     if not (folder / DONE_FILE).is_file():
         raise RunError("the stage is not finished", where=str(folder), fix="run `llm2comp train` on the recipe again")
-
-
-def _limits(recipe: Recipe) -> tuple[int, dict[str, int] | None]:
-    """Length limits of the finished encoder: the recipe's, or those of its last stage."""
-    if recipe.max_tokens is not None:
-        return recipe.max_tokens, None
-    if recipe.scl is not None:
-        roles = {"query": recipe.scl.query_max_tokens, "document": recipe.scl.document_max_tokens}
-        return recipe.scl.document_max_tokens, roles
-    last = recipe.ucl or recipe.pretext
-    assert last is not None
-    return last.max_tokens, None
-
-
-def _prompts(recipe: Recipe) -> dict[str, str]:
-    """The stored query prompt: that of the first source of SCL with an instruction."""
-    if recipe.scl is None:
-        return {}
-    prompts = [prompt for spec in recipe.scl.data if (prompt := recipe.scl.prompt_of(spec))]
-    return {"query": prompts[0], "document": ""} if prompts else {}
-
-
-def _card(recipe: Recipe) -> dict[str, str]:
-    stages: dict[str, Any] = dict(recipe.stages)
-    card = {f"{name}_data": ", ".join(spec.source for spec in stage.data) for name, stage in stages.items()}
-    if recipe.scl is not None and recipe.scl.query_suffix:
-        card["note"] = f"queries were trained with {recipe.scl.query_suffix!r} behind them; append it yourself"
-    return {"recipe": recipe.name, "licence": base_licence(recipe.model), **card}

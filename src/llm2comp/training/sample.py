@@ -65,7 +65,8 @@ class Watch:
     def _figures(self, compressor: Compressor, prompt: bool) -> dict[str, Any]:
         memory_NKD = memory_states(compressor, self.rows)
         weights_K = compressor.get_buffer("weights_K").cpu()
-        found = asdict(collapse(embedding_from_memory(memory_NKD, weights_K).numpy(), memory_NKD.numpy()))
+        tokens_NKD = memory_NKD.numpy() if compressor.memory.count else None
+        found = asdict(collapse(embedding_from_memory(memory_NKD, weights_K).numpy(), tokens_NKD))
         found["context_recovered"] = context_recovered(compressor, self.splits)
         found["alignment"] = None
         if self.pairs:

@@ -14,12 +14,16 @@ from sentence_transformers.base.sampler import BatchSamplers
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from llm2comp.compressor import Compressor
+from llm2comp.backbone import Backbone
+from llm2comp.compressor import Compressor, room_for_text
 from llm2comp.console import say
-from llm2comp.data.pretext import PretextCollator, PretextRows, token_rows
-from llm2comp.data.sources import Pair, read_pairs, read_texts
+from llm2comp.data.answers import AnswerRows, answer_rows
+from llm2comp.data.pretext import Masking, PretextCollator, PretextRows, token_rows
+from llm2comp.data.sources import Answer, Pair, read_answers, read_pairs, read_texts
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import DataError
+from llm2comp.pretext import ALIGNMENT, FROM_MEMORY, around, mask_token_id
+from llm2comp.pretext.response import map_to_teacher
 from llm2comp.recipe import PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
 from llm2comp.training import progress
 from llm2comp.training.contrastive import contrastive_loss
@@ -46,6 +50,19 @@ def load_texts(specs: Sequence[TextData]) -> list[str]:
     return texts
 
 
+def load_answers(stage: PretextStage) -> list[Answer]:
+    """All texts of a stage with their responses, and the teacher's embeddings of these where the stage aligns to them."""
+    answers: list[Answer] = []
+    for spec in stage.data:
+        loaded = read_answers(spec, teacher=ALIGNMENT in stage.objectives)
+        say(loaded.summary())
+        answers += loaded.rows
+    widths = sorted({len(answer.teacher_D) for answer in answers if answer.teacher_D is not None})
+    if len(widths) > 1:
+        raise DataError("teachers of several widths", where="pretext.data", found=widths, fix="embed all responses by one")
+    return answers
+
+
 def load_queries(stage: SclStage, spec: PairData) -> list[Pair]:
     """Pairs of one source, each query behind its instruction."""
     loaded = read_pairs(spec)
@@ -60,23 +77,46 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
     backbone = compressor.backbone
     compressor.learn(memory=True, embeddings=stage.train_embeddings == "all")
     max_tokens = compressor.max_tokens(stage.max_tokens)
-    rows, left_out = token_rows(load_texts(stage.data), stage, backbone.tokenise, max_tokens, backbone.bos_id)
+    if "ebae_ebar" in stage.objectives:
+        prompts = [around(backbone, prompt) for prompt in (stage.bag_prompts.itself, stage.bag_prompts.next)]
+        longest = max(len(before) + len(behind) for before, behind in prompts)
+        max_tokens = room_for_text(backbone.max_positions, longest, max_tokens)
+    rows: Any
+    limits = (stage, backbone.tokenise, max_tokens, backbone.bos_id)
+    if stage.answered:
+        rows, left_out = answer_rows(load_answers(stage), *limits)
+    else:
+        rows, left_out = token_rows(load_texts(stage.data), *limits)
     reasons = "; left out: " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     say(f"stage 1: {len(rows):,} texts of up to {max_tokens} tokens{reasons}")
+    if compressor.memory.count and not {*FROM_MEMORY, ALIGNMENT} & stage.objectives.keys():
+        say(f"stage 1: {stage.objective_name} does not train the memory tokens; encoder.pooling: mean or last_token has none")
     arguments = TrainingArguments(
         gradient_accumulation_steps=stage.gradient_accumulation_steps,
         **_arguments(compressor, stage, folder, seed, options.report_to),
     )
     samples = stage.steps * stage.batch_size * stage.gradient_accumulation_steps * arguments.world_size
-    trainer = PretextTrainer(
-        model=PretextModel(compressor, stage),
-        args=arguments,
-        train_dataset=PretextRows(
-            rows, samples, stage.site_margin_tokens, seed, stage.batch_size if stage.group_by_length else 1
-        ),
-        data_collator=PretextCollator(backbone.pad_id),
-    )
-    return _train(trainer, compressor, "pretext", stage, folder, options)
+    together = stage.batch_size if stage.group_by_length else 1
+    masks = masking(backbone, stage, seed) if "mntp" in stage.objectives else None
+    if stage.answered:
+        dataset: PretextRows = AnswerRows(rows, samples, seed, together, masks)
+    else:
+        dataset = PretextRows(rows, samples, stage.site_margin_tokens, seed, together, masks)
+    table_VD = backbone.embedding_table
+    aligned = ALIGNMENT in stage.objectives
+    to_teacher = map_to_teacher(table_VD.shape[1], len(rows[0].teacher_D), seed, table_VD.device) if aligned else None
+    model = PretextModel(compressor, stage, to_teacher)
+    trainer = PretextTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=PretextCollator(backbone.pad_id))
+    kept = _train(trainer, compressor, "pretext", stage, folder, options)
+    if trainer.is_world_process_zero():
+        model.save_map(folder)
+    return kept
+
+
+def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
+    """The masks of MNTP. Raises BackboneError when the mask token is not one token."""
+    mask_id = mask_token_id(backbone, stage.mask_token)
+    return Masking(stage.mask_rate, mask_id, len(backbone.tokenizer), stage.mask_replacement == "bert", seed)
 
 
 def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
@@ -122,7 +162,10 @@ def check_data(recipe: Recipe) -> None:
         specs: tuple[TextData | PairData, ...] = stage.data  # type: ignore[attr-defined]
         for spec in specs:
             first = spec.model_copy(update={"limit": 1})
-            read_pairs(first) if isinstance(first, PairData) else read_texts(first)
+            if isinstance(stage, PretextStage) and stage.answered:
+                read_answers(first, teacher=ALIGNMENT in stage.objectives)  # type: ignore[arg-type]
+            else:
+                read_pairs(first) if isinstance(first, PairData) else read_texts(first)
     check_watch(recipe)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,7 +19,8 @@ from transformers import Trainer
 from llm2comp.compressor import Compressor
 from llm2comp.errors import RunError
 from llm2comp.files import whole_or_gone
-from llm2comp.pretext import DEFAULT_WEIGHTING, count_items, pretext_loss
+from llm2comp.pretext import ALIGNMENT, DEFAULT_WEIGHTING, count_items, pretext_loss
+from llm2comp.pretext.response import MAP_FILE, alignment_loss
 from llm2comp.recipe import PretextStage, Stage
 from llm2comp.tokens import SplitTexts
 from llm2comp.training.progress import TokenCounter
@@ -89,12 +92,16 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class PretextModel(nn.Module):
-    """Stage 1 as one module, batch → loss: encoder, teacher and decoder pass under one wrapper (DDP, FSDP)."""
+    """Stage 1 as one module, batch → loss: encoder, teacher and decoder pass under one wrapper (DDP, FSDP).
 
-    def __init__(self, compressor: Compressor, stage: PretextStage) -> None:
+    `to_teacher`: for `alignment` to a teacher of another width; it is saved with the stage, not exported.
+    """
+
+    def __init__(self, compressor: Compressor, stage: PretextStage, to_teacher: nn.Linear | None = None) -> None:
         super().__init__()
         self.compressor = compressor
         self.stage = stage
+        self.to_teacher = to_teacher
         self.weightings = {name: stage.position_weighting or DEFAULT_WEIGHTING[name] for name in stage.objectives}
 
     def items(self, batch: dict[str, Tensor]) -> list[int]:
@@ -105,13 +112,43 @@ class PretextModel(nn.Module):
     def forward(self, items: Sequence[float], **batch: Tensor) -> Tensor:
         """Loss of one micro-batch; `items` counts the whole optimiser step, per objective."""
         split, by_name = SplitTexts.from_tensors(batch), dict(zip(self.weightings, items, strict=True))
-        return pretext_loss(self.compressor, split, self.stage.objectives, self.weightings, by_name, self.stage.temperature)
+        stage, align = self.stage, None
+        if ALIGNMENT in stage.objectives:
+            align = partial(
+                alignment_loss,
+                teacher_BD=batch["teacher"],
+                items=by_name[ALIGNMENT],
+                kind=stage.alignment_loss,
+                to_teacher=self.to_teacher,
+            )
+        return pretext_loss(
+            self.compressor, split, stage.objectives, self.weightings, by_name, stage.temperature, stage.bag_prompts, align
+        )
+
+    def save_map(self, folder: Path) -> None:
+        """Write the map to the teacher, if there is one."""
+        if self.to_teacher is not None:
+            tensors = {name: tensor.cpu() for name, tensor in self.to_teacher.state_dict().items()}
+            save_file(tensors, folder / MAP_FILE)
+
+    def load_map(self, folder: Path) -> None:
+        """Read what `save_map` wrote."""
+        if self.to_teacher is not None:
+            self.to_teacher.load_state_dict(load_file(folder / MAP_FILE))
 
 
 class PretextTrainer(StageMixin, Trainer):
     """transformers' Trainer over a PretextModel; samples in their fixed order, means over the whole optimiser step."""
 
     loss_is_scaled_for_ga = True
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        self._stage_model().save_map(Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(checkpoint, model)
+        self._stage_model().load_map(Path(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset

@@ -1,0 +1,70 @@
+"""A frozen base in 4 or 8 bits (bitsandbytes): adapters learn over it, as in QLoRA (arXiv 2305.14314).
+
+Linear layers but the LM head are quantised at load; embeddings, norms and the experts of a mixture keep the model's dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import transformers
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import nn
+
+from llm2comp.errors import BackboneError
+
+_WEIGHTS = ("Params4bit", "Int8Params")
+_MARKS = ("hf_quantizer", "hf_device_map", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
+
+
+def quantization_config(kind: str, dtype: torch.dtype) -> Any:
+    """What `from_pretrained` wants for `nf4` or `int8`; sums are formed in `dtype` (int8: bitsandbytes' own choice).
+
+    Raises:
+        BackboneError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise BackboneError(
+            "needs bitsandbytes",
+            where="model.quantization",
+            found=kind,
+            fix="pip install 'llm2comp[quantized]', or set it to null",
+        )
+    if kind == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def quantized_layers(lm: nn.Module) -> dict[str, Any]:
+    """Layers whose weights are in 4 or 8 bits, by their path."""
+    return {path: m for path, m in lm.named_modules() if type(m._parameters.get("weight")).__name__ in _WEIGHTS}
+
+
+def keep_gradients(lm: nn.Module) -> None:
+    """Let gradients pass through quantised layers: on a CPU and in eval mode bitsandbytes would cut them, silently.
+
+    The mode changes nothing else, but that on a CPU 8-bit layers then leave their inputs unrounded.
+    """
+    for layer in quantized_layers(lm).values():
+        layer.training = True
+
+
+def plain_copy(lm: Any) -> tuple[Any, list[nn.Linear]]:
+    """A copy of the LM with stock linear layers only, and those of them that were quantised: in float32."""
+    lm = copy.deepcopy(lm)
+    dequantized = []
+    for path, layer in quantized_layers(lm).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+        plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+        plain.bias = layer.bias
+        lm.set_submodule(path, plain)
+        dequantized.append(plain)
+    if dequantized:
+        for mark in _MARKS:
+            lm.__dict__.pop(mark, None)
+        del lm.config.quantization_config
+    return lm, dequantized

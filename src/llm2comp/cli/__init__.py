@@ -1,0 +1,41 @@
+"""Command line: argument names are recipe field names; heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from llm2comp.cli import making, measuring, using
+from llm2comp.cli.options import app
+from llm2comp.errors import Llm2CompError
+
+__all__ = ["app", "main", "making", "measuring", "using"]
+STOPPED = 130
+OUT_OF_MEMORY = (
+    "lower batch_size, or set gradient_checkpointing: true or (stages 2 and 3) mini_batch_size: 16; "
+    "`--dry-run` estimates what a recipe needs, --batch-size limits evaluation"
+)
+
+
+def main() -> None:
+    """Entry point: an error of ours, or of the disk, is one message and exit code 1, never a traceback."""
+    try:
+        app(prog_name="llm2comp")
+    except Llm2CompError as error:
+        _fail(str(error))
+    except OSError as error:  # one that nobody nearer has explained: a full disk, a folder that is not ours
+        _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch for --help
+            raise
+        _fail(f"out of device memory: {OUT_OF_MEMORY}")
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != STOPPED:
+            raise
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,117 @@
+"""Commands that look at encoders: evaluate, analyze, report, study."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2comp.cli.making import REPORT_FILE
+from llm2comp.cli.options import MODEL_HELP, DeviceOption, LocalOption, MemoryOption, app
+from llm2comp.console import GENERAL
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also: tfidf.")] = [GENERAL],  # noqa: B006
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="paper14, or a task or benchmark of mteb's, such as 'MTEB(eng, v2)'; repeatable.")
+    ] = None,
+    local: LocalOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; default: scores/ in the model's run, else here.")] = None,
+    compare: Annotated[bool, typer.Option(help="Show models evaluated before and the published figures beside.")] = False,
+    instructions: Annotated[
+        str, typer.Option(help="auto: the paper's for models trained with instructions; none; or a YAML file of task: text.")
+    ] = "auto",
+    template: Annotated[str, typer.Option(help="How an instruction stands before a text.")] = "{instruction}:",
+    batch_size: Annotated[str, typer.Option(help="Texts at once; auto: as many as fit.")] = "auto",
+    rehearse: Annotated[bool, typer.Option(help="Made-up data in place of the real: does it all run? No scores.")] = False,
+    num_memory: MemoryOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Evaluate models on mteb's tasks or on local sets; run again to go on where it stopped."""
+    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.console import say
+    from llm2comp.errors import DataError, RunError
+
+    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
+        raise DataError("no batch size", where="--batch-size", expected="auto or a number above 0", found=batch_size)
+    if "{instruction}" not in template:
+        raise DataError("no template", where="--template", expected="a text with {instruction} in it", found=template)
+    quiet_libraries()
+    from llm2comp import evaluate as evaluation
+
+    size = None if batch_size == "auto" else int(batch_size)
+    chosen, folders = tuple(tasks or ()), tuple(local or ())
+    options = evaluation.Options(chosen, folders, instructions, template, size, rehearse, device, num_memory)
+    rows = evaluation.evaluate(models, options, out)
+    before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out)) if compare else []
+    say(evaluation.table([*before, *rows], compare))
+    if failed := {task for row in rows for task in row.failed}:
+        raise RunError(f"{len(failed)} tasks could not be run: {', '.join(sorted(failed))}", fix="see above, then run it again")
+
+
+@app.command()
+def analyze(
+    texts: Annotated[str, typer.Option(help="File of texts, more of them than the embedding has dimensions.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = GENERAL,
+    pairs: Annotated[str | None, typer.Option(help="File of related texts, columns anchor and positive.")] = None,
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    limit: Annotated[int, typer.Option(min=2, help="Use at most so many texts and pairs.")] = 5000,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: analysis/ in the model's run, else here.")] = None,
+    threshold: Annotated[float, typer.Option(min=-1, max=1, help="Mean cosine from which memory tokens are merged.")] = 0.9,
+    write_weights: Annotated[bool, typer.Option("--write-weights", help="Store cluster-then-merge in the model.")] = False,
+    device: DeviceOption = None,
+) -> None:
+    """See why a model is good: collapse, what counts as similar, what its memory tokens hold."""
+    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.console import say
+    from llm2comp.data.sources import read_pairs, read_texts
+    from llm2comp.recipe import PairData, TextData
+
+    loaded = read_texts(TextData(source=texts, column=column, limit=limit))
+    say(loaded.summary())
+    related = read_pairs(PairData(source=pairs, limit=limit)).rows if pairs else []
+    quiet_libraries()
+    from llm2comp import analyze as analysis
+
+    found = analysis.analyze(model, loaded.rows, related, threshold=threshold, needs_memory=write_weights, device=device)
+    folder = out or analysis.default_folder(model)
+    analysis.write_analysis(found, folder)
+    say(analysis.table(found))
+    for line in analysis.readout_lines(found):
+        say(line)
+    say(f"{folder}: {analysis.ANALYSIS_FILE} and plots")
+    if write_weights and (weights := found.merge_weights):
+        for changed in analysis.write_weights(model, weights):
+            say(f"{changed}: memory tokens now weigh {', '.join(f'{weight:.3f}' for weight in weights)}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the first run.")] = None,
+) -> None:
+    """One self-contained HTML page about training runs: curves, spectra, memory tokens, scores, settings."""
+    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.console import say
+
+    quiet_libraries()
+    from llm2comp.report import report as write_report
+
+    say(f"report: {write_report(runs, out or runs[0] / REPORT_FILE)}")
+
+
+@app.command()
+def study(
+    file: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped study (objectives, ...; docs/studies.md).")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; default studies/<study name>.")] = None,
+    local: LocalOption = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Change to all its recipes: key.sub=value.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List runs, stages to train and to share; train nothing.")] = False,
+) -> None:
+    """Train several recipes over several seeds, score all, compare in one table; run again to go on."""
+    from llm2comp.study.running import study as run_study
+
+    run_study(file, out, local or (), changes or (), dry_run)

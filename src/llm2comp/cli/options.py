@@ -1,0 +1,24 @@
+"""The app, and the options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Turn a causal language model into a text encoder by context compression (LLM2Comp).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = (
+    "Model folder, run directory, stage of a run, Hub id, builtin:general (comes with the package), or KIND:LM (untrained; "
+    "mean, echo, ... docs/baselines.md)."
+)
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+LocalOption = Annotated[list[Path] | None, typer.Option(help="Folder of local evaluation sets (docs/evaluate.md).")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best there is.")]
+MemoryOption = Annotated[int | None, typer.Option(min=1, help="Mean of so many first memory states (docs/memory.md).")]

@@ -1,0 +1,128 @@
+"""Commands that use an encoder: embed, similarity, export, verify."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm2comp.cli.options import DeviceOption, MemoryOption, ModelOption, app
+from llm2comp.console import GENERAL, LongTexts, Role
+
+STDIN_NAME = "standard-input.txt"
+
+
+@app.command()
+def embed(
+    source: Annotated[
+        str, typer.Argument(help="Text file, jsonl, csv, parquet (also .gz, .zst), or - for lines on standard input.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .npy, .parquet or .jsonl.")],
+    model: ModelOption = GENERAL,
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    role: Annotated[Role | None, typer.Option(help="Use the model's prompt for this role.")] = None,
+    long_texts: Annotated[LongTexts, typer.Option(help="Texts over the model's limit.")] = LongTexts.truncate,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 32,
+    normalise: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = False,
+    num_memory: MemoryOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Embed a file's texts, in order."""
+    from llm2comp import embed as bulk
+    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.console import say
+
+    bulk.check_output(out)
+    texts = _read_source(source, column)
+    quiet_libraries()
+    from llm2comp.loading import load
+
+    found = load(model, device, num_memory)
+    result = bulk.embed(
+        found, texts, role=role.value if role else None, long_texts=long_texts.value, batch_size=batch_size, normalise=normalise
+    )
+    bulk.write_embeddings(out, result, texts)
+    cut = f"; {result.long_texts:,} over the limit ({long_texts.value})" if result.long_texts else ""
+    say(f"{out}: {result.embeddings_ND.shape[0]:,} embeddings of {result.embeddings_ND.shape[1]} dimensions{cut}")
+
+
+@app.command()
+def similarity(
+    texts: Annotated[list[str], typer.Argument(help="Two texts or more.")],
+    model: ModelOption = GENERAL,
+    device: DeviceOption = None,
+) -> None:
+    """Print the cosine between texts, each with each."""
+    from llm2comp.errors import DataError
+
+    if len(texts) < 2:
+        raise DataError("nothing to compare", expected="two texts or more", found=len(texts))
+    from llm2comp.backbone.quiet import quiet_libraries
+
+    quiet_libraries()
+    from llm2comp.embed import embed as embed_texts
+    from llm2comp.loading import load
+
+    vectors = embed_texts(load(model, device), texts, normalise=True).embeddings_ND
+    for text, row in zip(texts, vectors @ vectors.T, strict=True):
+        line = " ".join(text.split())
+        print(" ".join(f"{cosine:6.3f}" for cosine in row), "", line if len(line) <= 60 else line[:57] + "...")
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="Folder to write; one that is there is replaced.")],
+    model: ModelOption = GENERAL,
+    num_memory: MemoryOption = None,
+    multi_vector: Annotated[
+        bool, typer.Option("--multi-vector", help="For MultiVectorEncoder: all memory states of a text, scored by MaxSim.")
+    ] = False,
+) -> None:
+    """Write an encoder as a stock sentence-transformers folder (a finished run has one already: model/)."""
+    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.console import say
+
+    quiet_libraries()
+    from llm2comp.export import export as write_folder
+    from llm2comp.loading import card_facts, live_place, load
+
+    write_folder(load(live_place(model), "cpu", num_memory), out, card_facts(model), multi_vector)
+    say(f"{out}: load it with {'MultiVectorEncoder' if multi_vector else 'SentenceTransformer'}({str(out)!r})")
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder.")]) -> None:
+    """Recompute a model folder's stored embeddings."""
+    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.console import say
+
+    quiet_libraries()
+    from llm2comp.export import verify as check
+
+    say(f"{folder}: sound, lowest cosine {check(folder):.7f}")
+
+
+def _read_source(source: str, column: str) -> list[str]:
+    """Texts of a file, or the lines of standard input; says what was left out."""
+    from llm2comp.console import say
+    from llm2comp.data.sources import read_texts
+    from llm2comp.errors import DataError
+    from llm2comp.recipe import TextData
+
+    if source != "-":
+        loaded = read_texts(TextData(source=source, column=column))
+    else:
+        with tempfile.TemporaryDirectory() as folder:  # so that lines are read as those of any text file
+            file = Path(folder) / STDIN_NAME
+            with file.open("wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+            try:
+                loaded = read_texts(TextData(source=str(file)))
+            except DataError as error:
+                raise DataError(error.problem, where="standard input", expected="a text per line", found=error.found) from None
+    say(loaded.summary())
+    return loaded.rows

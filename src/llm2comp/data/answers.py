@@ -1,0 +1,85 @@
+"""Stage 1's rows where texts come with the LM's responses: the text is the context, the response all of the continuation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm2comp.data.pretext import TOKENISE_AT_ONCE, Masking, PretextRows
+from llm2comp.data.sources import Answer
+from llm2comp.errors import DataError
+from llm2comp.recipe import PretextStage
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """Token ids of a text and its response behind it, the text's length (the site), the teacher's embedding if there is one."""
+
+    ids: NDArray[np.int32]
+    site: int
+    teacher_D: NDArray[np.float32] | None = None
+
+
+def answer_rows(
+    answers: Sequence[Answer],
+    stage: PretextStage,
+    tokenise: Callable[[Sequence[str]], list[list[int]]],
+    max_tokens: int,
+    bos_id: int | None,
+) -> tuple[list[AnswerRow], Counter[str]]:
+    """Texts and responses as token ids, and those left out by reason. Arguments as for `token_rows`.
+
+    `max_tokens` is for both together. Under `long_texts: truncate` the response loses its end first, down to half of them,
+    then the text.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    rows: list[AnswerRow] = []
+    left_out: Counter[str] = Counter()
+    bos = int(bos_id is not None)
+    for start in range(0, len(answers), TOKENISE_AT_ONCE):
+        batch = [answer for answer in answers[start : start + TOKENISE_AT_ONCE] if len(answer.text) >= stage.min_characters]
+        left_out[f"under {stage.min_characters} characters"] += len(answers[start : start + TOKENISE_AT_ONCE]) - len(batch)
+        texts = tokenise([answer.text for answer in batch]) if batch else []
+        responses = tokenise([answer.response for answer in batch]) if batch else []
+        for answer, text, response in zip(batch, texts, responses, strict=True):
+            said = response[bos:]
+            if len(text) <= bos or not said:
+                left_out["without tokens"] += 1
+            elif len(text) + len(said) > max_tokens and stage.long_texts == "skip":
+                left_out[f"over {max_tokens} tokens with their response"] += 1
+            else:
+                said = said[: max(max_tokens - len(text), max_tokens // 2)]
+                context = text[: max_tokens - len(said)]
+                rows.append(AnswerRow(np.asarray(context + said, dtype=np.int32), len(context), answer.teacher_D))
+    left_out = +left_out
+    if not rows:
+        raise DataError(
+            "no text is fit for stage 1",
+            where="pretext.data",
+            expected=f"{stage.min_characters} characters or more, {max_tokens} tokens or fewer with the response",
+            found=", ".join(f"{count:,} {reason}" for reason, count in left_out.items()),
+            fix="set pretext.min_characters, max_tokens or long_texts: truncate",
+        )
+    return rows, left_out
+
+
+class AnswerRows(PretextRows):
+    """As `PretextRows`, each row split where its response begins, with the teacher's embedding where there is one."""
+
+    def __init__(
+        self, rows: Sequence[AnswerRow], samples: int, seed: int, batch_size: int = 1, masking: Masking | None = None
+    ) -> None:
+        super().__init__([row.ids for row in rows], samples, 1, seed, batch_size, masking)
+        self.answers = rows
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self.answers[self.row_of(i)]
+        sample = super().__getitem__(i) | {"site": row.site}
+        return sample if row.teacher_D is None else sample | {"teacher": row.teacher_D}

@@ -1,0 +1,138 @@
+"""A live encoder as stock sentence-transformers modules, so that its folder needs no flag, no code and not this package.
+
+1. merge the adapters into a copy of the LM (float32, then the base's dtype); keep the model without its LM head
+2. append the memory vectors to the vocabulary as special tokens `<mem_0>`.. (row ÷ the family's embedding scale)
+3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens behind every text, cut or not
+4. write `is_causal: false` (bidirectional encoders) into the config
+5. pool: memory tokens by their weight, all else 0 (WordWeights, then mean); one memory token, or a prompt's last one: by
+   last token; the text's tokens: mean, BOS as good as none
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer, WordWeights
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from llm2comp.compressor import BOS_WEIGHT, Compressor
+from llm2comp.encoder import MemoryEncoder
+from llm2comp.errors import BackboneError, ModelFolderError
+
+MEMORY_NAME = re.compile(r"<(llm2comp_)?mem_\d+>")
+TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+# Gemma 3 halves its sliding window when it reads this key; `is_causal` alone suffices there.
+NO_BIDIRECTIONAL_KEY = {"gemma3_text", "gemma3"}
+
+
+def stock_model(module: MemoryEncoder, folder: Path, multi_vector: bool = False) -> SentenceTransformer | MultiVectorEncoder:
+    """The modules; the transformer among them is written to `folder` on the way.
+
+    Raises:
+        BackboneError: no fast tokenizer. ModelFolderError: no stock module can do what this encoder does.
+    """
+    compressor = module.compressor
+    if compressor.separate:
+        raise ModelFolderError(
+            "cannot be exported: a stock folder knows bidirectional and causal attention, not a mask of its own",
+            where="memory.attention",
+            expected="full, or model.attention: causal",
+            found="separate, with bidirectional attention",
+            fix="load the stage itself with llm2comp.load, or train with model.attention: causal",
+        )
+    names = _write_transformer(module, folder)
+    transformer = Transformer(
+        str(folder),
+        modality_config=TEXT_ONLY,
+        module_output_name="token_embeddings",
+        unpad_inputs=False,  # WordWeights needs the padded mask
+        max_seq_length=module.max_seq_length,
+    )
+    if multi_vector:
+        others = sorted(set(transformer.tokenizer.get_vocab()) - set(names))
+        mask = MultiVectorMask(others, skiplist_tasks=["query", "document"])
+        return MultiVectorEncoder(modules=[transformer, mask, Normalize("token_embeddings")], device="cpu")
+    return SentenceTransformer(modules=[transformer, *_pooling(compressor, transformer, names)], device="cpu")
+
+
+def _write_transformer(module: MemoryEncoder, folder: Path) -> list[str]:
+    """Steps 1 to 4 of the module docstring up to the config. Returns the memory tokens' names."""
+    compressor = module.compressor
+    backbone = compressor.backbone
+    tokenizer, names = _tokenizer(compressor)
+    lm = backbone.adapters.merged().cpu()
+    body = lm.base_model
+    ids = [int(tokenizer.convert_tokens_to_ids(name)) for name in names]
+    with torch.no_grad():
+        if compressor.embedding is not None:
+            own = next(compressor.embedding.parameters())
+            body.get_input_embeddings().weight.copy_(own)
+        if names and max(ids) >= len(body.get_input_embeddings().weight):
+            body.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        table = body.get_input_embeddings().weight
+        table[ids] = (compressor.memory.vectors_KD / backbone.embedding_scale).to(table)
+    if backbone.attention == "bidirectional":
+        body.config.is_causal = False
+        if body.config.model_type not in NO_BIDIRECTIONAL_KEY:
+            body.config.use_bidirectional_attention = True
+    body.save_pretrained(folder)
+    tokenizer.model_max_length = module.max_seq_length
+    tokenizer.save_pretrained(folder)
+    return names
+
+
+def _tokenizer(compressor: Compressor) -> tuple[Any, list[str]]:
+    """The backbone's tokenizer with the template BOS, prompt around the text, memory; padded on the right.
+
+    It is rebuilt as the generic class: a family's own class may set up its template anew when it is loaded. No chat template.
+    """
+    backbone = compressor.backbone
+    backend: Any = getattr(backbone.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise BackboneError("has no fast tokenizer, which the exported folder needs", where=backbone.name)
+    backend = Tokenizer.from_str(backend.to_str())
+    prefix = "<mem_" if backend.token_to_id("<mem_0>") is None else "<llm2comp_mem_"
+    names = [f"{prefix}{i}>" for i in range(compressor.memory.count)]
+    backend.add_special_tokens(names)
+    own = dict(backbone.tokenizer.special_tokens_map)
+    start = [] if backbone.bos_id is None else [backbone.tokenizer.bos_token]
+    around = {"<before>": compressor.before, "<behind>": compressor.behind}
+    pieces = {name: ids for name, ids in around.items() if ids} | {
+        name: [backend.token_to_id(name)] for name in (*start, *names)
+    }
+    template = [name for name in (*start, "<before>", "$A", "<behind>", *names) if name == "$A" or name in pieces]
+    kept: Any = [{"id": name, "ids": ids, "tokens": [backend.id_to_token(i) for i in ids]} for name, ids in pieces.items()]
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=kept)
+    special = {key: own[key] for key in ("bos_token", "eos_token", "unk_token") if key in own}
+    # Padding is masked, so any token will do where the family has none; one of these is surely there.
+    special["pad_token"] = own.get("pad_token") or (names or [own.get("eos_token") or backend.id_to_token(0)])[-1]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="right", truncation_side="right", additional_special_tokens=names, **special
+    ), names
+
+
+def _pooling(compressor: Compressor, transformer: Any, names: Sequence[str]) -> list[Any]:
+    """Step 5 of the module docstring."""
+    width = int(compressor.backbone.embedding_table.shape[1])
+    if compressor.settings.pooling == "last_token" or len(names) == 1:
+        return [Pooling(width, "lasttoken")]
+    if compressor.settings.pooling == "memory":
+        weights, rest = dict(zip(names, compressor.get_buffer("weights_K").tolist(), strict=True)), 0.0
+    elif compressor.backbone.bos_id is None:
+        return [Pooling(width, "mean")]
+    else:
+        weights, rest = {compressor.backbone.tokenizer.bos_token: BOS_WEIGHT}, 1.0
+    size = transformer.auto_model.get_input_embeddings().weight.shape[0]
+    by_id = {index: token for token, index in transformer.tokenizer.get_vocab().items()}
+    words = WordWeights([by_id.get(index, f"<unused_{index}>") for index in range(size)], weights, unknown_word_weight=rest)
+    words.requires_grad_(False)
+    return [words, Pooling(width, "mean")]

@@ -1,0 +1,204 @@
+"""The three stages of a recipe, with the release's settings as defaults (docs/method.md lists the deviations)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from llm2comp.recipe.parts import TEXT, PairData, Schedule, Section, Share, Steps, TextData
+
+Objective = Literal["ctkd", "continuation", "reconstruction", "mntp", "ebae_ebar", "response", "alignment"]
+
+
+class BagPrompts(Section):
+    """The two prompts of Llama2Vec (arXiv 2312.15503), without the `</s>` that it puts behind them for Llama."""
+
+    itself: str = Field(default="{text} The original sentence:", description="EBAE: its last state predicts the text's tokens")
+    next: str = Field(default="{text} The next sentence:", description="EBAR: its last state predicts the tokens that follow")
+
+    @field_validator("itself", "next")
+    @classmethod
+    def _holds_text(cls, value: str) -> str:
+        if value.count(TEXT) != 1:
+            raise ValueError(f"prompt must contain {TEXT} once")
+        return value
+
+
+class Stage(Section):
+    """What all three stages share."""
+
+    steps: Steps
+    batch_size: Annotated[int, Field(ge=1)] = Field(description="samples per optimiser step and device")
+    schedule: Schedule
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(default=None, description="null = no clipping")
+    attention_dropout: Share = Field(default=0.0, description="in the encoder pass only")
+    adapter_dropout: Share | None = Field(default=None, description="null = adapter.dropout")
+    precision: Literal["float32", "bfloat16"] = Field(default="float32", description="autocast of the training step")
+    gradient_checkpointing: bool = False
+    log_every_steps: Steps = 10
+    save_every_steps: Steps | None = Field(default=None, description="checkpoint for resume; null = ten per stage")
+    workers: Annotated[int, Field(ge=0)] = Field(default=0, description="processes that prepare batches")
+    keep_best: str | None = Field(
+        default=None,
+        description="keep the step of the watch where this figure was best instead of the last: one of WATCHED, or the name "
+        "of a local evaluation set of watch.tasks",
+    )
+    patience: Steps | None = Field(default=None, description="stop after so many watches without a better keep_best")
+
+    @model_validator(mode="after")
+    def _patience_for_something(self) -> Stage:
+        if self.patience is not None and self.keep_best is None:
+            raise ValueError(f"patience {self.patience} waits for nothing: set keep_best to the figure that is to improve")
+        return self
+
+
+class PretextStage(Stage):
+    """Stage 1, context compression (METHOD 2)."""
+
+    data: tuple[TextData, ...] = Field(min_length=1)
+    objective: Objective | dict[Objective, Annotated[float, Field(gt=0)]] = Field(
+        default="ctkd",
+        description="continuation = the paper's NLL, reconstruction = its RC (of the context); mntp = LLM2Vec's, ebae_ebar = "
+        "Llama2Vec's, which train no memory tokens; response and alignment = LLM2Vec-Gen's: NLL of the LM's own response, "
+        "distance to a teacher's embedding of it; or several with their weights",
+    )
+    steps: Steps = 32_000
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    gradient_accumulation_steps: Steps = 1
+    schedule: Schedule = Schedule(learning_rate=1e-4, warmup_steps=3200)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 2.0
+    min_characters: Annotated[int, Field(ge=0)] = Field(default=1000, description="shorter texts are left out")
+    max_tokens: Annotated[int, Field(ge=4)] = Field(default=512, description="length limit of a text")
+    long_texts: Literal["skip", "truncate", "chunk"] = Field(
+        default="skip", description="texts over max_tokens: left out, cut, or cut into several"
+    )
+    group_by_length: bool = Field(default=True, description="texts of like length share a batch; less padding")
+    site_margin_tokens: Annotated[int, Field(ge=1)] = Field(
+        default=10, description="split site uniform in [margin, L − margin]"
+    )
+    position_weighting: Literal["sample_mean", "token_mean"] | None = Field(
+        default=None, description="null = as released: sample_mean for ctkd and ebae_ebar, token_mean for the others"
+    )
+    train_embeddings: Literal["memory", "all"] = Field(
+        default="memory", description="all = also the encoder's own copy of the embedding table, as the release does"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="of both distributions in the KL")
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.2, description="mntp: share of a text's tokens masked")
+    mask_token: str | None = Field(
+        default=None,
+        description="mntp: one token of the tokenizer; null = its own mask token, else `_` as in LLM2Vec",
+    )
+    mask_replacement: Literal["bert", "all"] = Field(
+        default="bert",
+        description="mntp: of the masked, 80 % become the mask token, 10 % a random one, 10 % stay; all = all the mask token",
+    )
+    alignment_loss: Literal["mse", "cosine"] = Field(
+        default="mse", description="alignment: mean squared difference, the paper's, or 1 − cosine"
+    )
+    bag_prompts: BagPrompts = Field(default=BagPrompts(), description="ebae_ebar: what stands around the context")
+
+    @field_validator("objective")
+    @classmethod
+    def _one_at_least(cls, value: str | dict[str, float]) -> str | dict[str, float]:
+        if not value:
+            raise ValueError("objective names nothing to learn")
+        return value
+
+    @property
+    def objectives(self) -> dict[str, float]:
+        """Weight by objective, in a fixed order."""
+        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(sorted(self.objective.items()))
+
+    @property
+    def answered(self) -> bool:
+        """Whether the texts come with responses, which are then their continuations."""
+        return self.data[0].response is not None
+
+    @model_validator(mode="after")
+    def _responses_for_all(self) -> PretextStage:
+        named = [spec.response is not None for spec in self.data]
+        asking = [name for name in self.objectives if name in ("response", "alignment")]
+        if any(named) != all(named):
+            raise ValueError("data with a response column and data without cannot be mixed")
+        if asking and not self.answered:
+            raise ValueError(f"objective {' and '.join(asking)} needs responses: set data.0.response to their column")
+        if self.answered and self.long_texts == "chunk":
+            raise ValueError("long_texts chunk: a text with a response has one piece; set skip or truncate")
+        return self
+
+    @property
+    def objective_name(self) -> str:
+        """For people: `ctkd`, or `1 ctkd + 0.1 reconstruction`."""
+        if isinstance(self.objective, str):
+            return self.objective
+        return " + ".join(f"{weight:g} {name}" for name, weight in self.objectives.items())
+
+    @model_validator(mode="after")
+    def _site_possible(self) -> PretextStage:
+        if 2 * self.site_margin_tokens > self.max_tokens:
+            raise ValueError(
+                f"no split site exists: site_margin_tokens {self.site_margin_tokens} on both sides needs texts of at least "
+                f"{2 * self.site_margin_tokens} tokens, max_tokens is {self.max_tokens}"
+            )
+        return self
+
+
+class ContrastiveStage(Stage):
+    """What UCL and SCL share."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    train_memory: bool = Field(default=False, description="whether the memory tokens go on learning")
+    train_embeddings: bool = Field(default=False, description="also the encoder's own copy of the embedding table")
+    matryoshka_dims: tuple[Steps, ...] = Field(default=(), description="the loss also on so many first dimensions, summed")
+    mini_batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="texts encoded at once; the gradient of the whole batch is kept (GradCache)"
+    )
+
+
+class UclStage(ContrastiveStage):
+    """Stage 2, unsupervised contrastive learning (SimCSE)."""
+
+    data: tuple[TextData, ...] = Field(min_length=1)
+    steps: Steps = 1000
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    schedule: Schedule = Schedule(learning_rate=3e-5, warmup_steps=100)
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-3
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    attention_dropout: Share = 0.2
+    min_characters: Annotated[int, Field(ge=0)] = 20
+    max_tokens: Annotated[int, Field(ge=4)] = Field(default=512, description="longer texts are cut")
+    denominator: Literal["second_views", "both_views"] = Field(
+        default="second_views", description="B second views (release) or also the B first views (poster)"
+    )
+
+
+class SclStage(ContrastiveStage):
+    """Stage 3, supervised contrastive learning."""
+
+    data: tuple[PairData, ...] = Field(min_length=1)
+    steps: Steps = 200
+    batch_size: Annotated[int, Field(ge=2)] = 1024
+    schedule: Schedule = Schedule(learning_rate=1e-4, warmup_steps=200, total_steps=2000)
+    weight_decay: Annotated[float, Field(ge=0)] = 3e-4
+    query_max_tokens: Annotated[int, Field(ge=4)] = Field(default=512, description="longer queries are cut")
+    document_max_tokens: Annotated[int, Field(ge=4)] = Field(default=1024, description="longer documents are cut")
+    query_prompt: str = Field(
+        default="{instruction}:", description="put before a query that has an instruction; stored in the model"
+    )
+    query_suffix: str = Field(
+        default="", description='put after such a query ("\\n" in the release); a stored prompt cannot carry it'
+    )
+
+    @field_validator("query_prompt")
+    @classmethod
+    def _names_instruction(cls, value: str) -> str:
+        if "{instruction}" not in value:
+            raise ValueError("query_prompt must contain {instruction}")
+        return value
+
+    def prompt_of(self, spec: PairData) -> str:
+        """What stands before the queries of one source."""
+        return self.query_prompt.replace("{instruction}", spec.instruction) if spec.instruction else ""

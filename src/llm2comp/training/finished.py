@@ -1,0 +1,37 @@
+"""What the finished encoder of a recipe is given beside its weights: length limits, prompts, facts for its card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm2comp.backbone import base_licence
+from llm2comp.recipe import Recipe
+
+
+def limits_of(recipe: Recipe) -> tuple[int, dict[str, int] | None]:
+    """Length limits of the finished encoder: the recipe's, or those of its last stage."""
+    if recipe.max_tokens is not None:
+        return recipe.max_tokens, None
+    if recipe.scl is not None:
+        roles = {"query": recipe.scl.query_max_tokens, "document": recipe.scl.document_max_tokens}
+        return recipe.scl.document_max_tokens, roles
+    last = recipe.ucl or recipe.pretext
+    assert last is not None
+    return last.max_tokens, None
+
+
+def prompts_of(recipe: Recipe) -> dict[str, str]:
+    """The stored query prompt: that of the first source of SCL with an instruction."""
+    if recipe.scl is None:
+        return {}
+    prompts = [prompt for spec in recipe.scl.data if (prompt := recipe.scl.prompt_of(spec))]
+    return {"query": prompts[0], "document": ""} if prompts else {}
+
+
+def card_of(recipe: Recipe) -> dict[str, str]:
+    """Facts for the README of its exported folder."""
+    stages: dict[str, Any] = dict(recipe.stages)
+    card = {f"{name}_data": ", ".join(spec.source for spec in stage.data) for name, stage in stages.items()}
+    if recipe.scl is not None and recipe.scl.query_suffix:
+        card["note"] = f"queries were trained with {recipe.scl.query_suffix!r} behind them; append it yourself"
+    return {"recipe": recipe.name, "licence": base_licence(recipe.model), **card}

@@ -1,0 +1,481 @@
+"""Nested memory: losses over the first j memory states, the mask that makes them a j-token encoder, and j at encode time."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import llm2comp
+from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, push_adapter, relative_error
+from llm2comp.compressor import Compressor
+from llm2comp.encoder import as_sentence_transformer, embed_texts
+from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
+from llm2comp.export import export, reweight
+from llm2comp.loading import identity
+from llm2comp.memory import MemoryTokens, maxsim, mean_weights, prefix_embeddings, prefix_weights, separate_sight
+from llm2comp.pretext import DEFAULT_WEIGHTING, count_items, pretext_loss
+from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, parse_recipe
+from llm2comp.tokens import SplitTexts, Tokens
+from llm2comp.training.contrastive import contrastive_loss
+from test_contrastive import columns_of, features_of, lora_gradients, naive
+from tiny_run import assert_refused, cli, finished, make_tree, write_rows
+
+DATA = {"data": [{"source": "unused"}]}
+WINDOWED = {"mistral-window", "gemma2", "gemma3"}
+K = 4
+
+
+def make_nested(family="llama", nested=(1, 2), tokens=K, attention="full"):
+    memory = MemorySettings(tokens=tokens, nested=nested, attention=attention)
+    compressor = Compressor.fresh(make_backbone(family), memory, 3)
+    push_adapter(compressor.backbone, "pretext")
+    return compressor.eval()
+
+
+def padded(compressor, texts=TEXTS):
+    return Tokens.pad(compressor.backbone.tokenise(texts), "left", compressor.backbone.pad_id)
+
+
+# --- settings
+
+
+def test_settings():
+    assert MemorySettings().prefixes == (8,)
+    assert MemorySettings(tokens=8, nested=(4, 1, 8)).prefixes == (1, 4, 8)
+    tree = {"format_version": 1, "name": "x", "model": {"name": "builtin:tiny"}, "ucl": {"data": [{"source": "x.txt"}]}}
+    assert parse_recipe(tree | {"memory": {"tokens": 64, "nested": [1, 2, 4, 8]}}).memory.prefixes == (1, 2, 4, 8, 64)
+    for memory, told in [
+        ({"tokens": 4, "nested": [1, 8]}, "nested [8] is more than the 4 memory tokens"),
+        ({"nested": [0]}, "greater than or equal to 1"),
+        ({"attention": "causal"}, "'separate'"),
+    ]:
+        with pytest.raises(RecipeError, match="memory") as caught:
+            parse_recipe(tree | {"memory": memory})
+        assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("memory", [{"nested": (1,)}, {"attention": "separate"}])
+def test_nothing_nests_without_memory_tokens(memory):
+    with pytest.raises(RecipeError, match="without memory tokens") as caught:
+        Compressor.fresh(make_backbone(), MemorySettings(**memory), 0, EncoderSettings(pooling="mean"))
+    assert "encoder.pooling: memory" in str(caught.value)
+
+
+# --- maths
+
+
+def test_prefix_embeddings_and_weights():
+    memory = torch.randn(5, K, 7, generator=torch.Generator().manual_seed(0))
+    found = prefix_embeddings(memory, (1, 3, K))
+    for place, first in enumerate((1, 3, K)):
+        assert torch.allclose(found[:, place], memory[:, :first].mean(1), atol=1e-6)
+    assert prefix_weights(4, 2).tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert torch.equal(prefix_weights(3, 3), mean_weights(3))
+
+
+def test_maxsim_is_the_naive_double_loop():
+    draw = torch.Generator().manual_seed(0)
+    queries, documents = torch.randn(2, 3, 5, generator=draw), torch.randn(4, 6, 5, generator=draw)
+    found = maxsim(queries, documents)
+    assert found.shape == (2, 4)
+    for b, query in enumerate(queries):
+        for c, document in enumerate(documents):
+            assert found[b, c].item() == pytest.approx(sum(max((q @ d).item() for d in document) for q in query), rel=1e-5)
+
+
+def test_who_sees_whom_written_out():
+    """One text of three tokens, one of two with padding before it; two memory tokens."""
+    sees = separate_sight(torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]), 2).int().tolist()
+    assert sees[0] == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert sees[1] == [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
+
+
+# --- stage 1
+
+
+def batch_of(compressor):
+    rows = [[*row, *row, *row] for row in compressor.backbone.tokenise(TEXTS)]
+    return SplitTexts.from_rows(rows, [len(row) // 2 for row in rows], compressor.backbone.pad_id)
+
+
+def items_of(compressor, objectives, batch):
+    bos = compressor.backbone.bos_id is not None
+    return {name: count_items(name, DEFAULT_WEIGHTING[name], batch.to_tensors(), bos) for name in objectives}
+
+
+def all_gradients(compressor):
+    found = {n: p.grad.clone() for n, p in compressor.named_parameters() if p.grad is not None and p.grad.any()}
+    compressor.zero_grad()
+    assert "memory.vectors_KD" in found
+    assert len(found) > 10
+    return found
+
+
+def assert_gradients(found, expected, tolerance=1e-4):
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) < tolerance, name
+
+
+@pytest.mark.parametrize("objectives", [{"ctkd": 1.0}, {"ctkd": 1.0, "continuation": 0.3, "reconstruction": 0.1}])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(family, objectives, monkeypatch):
+    """Against the same encoder cut to one prefix at a time: same memory states, the decoder reads the first j."""
+    compressor = make_nested(family).train()
+    compressor.learn(memory=True)
+    batch = batch_of(compressor)
+    items = items_of(compressor, objectives, batch)
+    encode, calls = compressor.encode, []
+    monkeypatch.setattr(compressor, "encode", lambda tokens: calls.append(1) or encode(tokens))
+    loss = pretext_loss(compressor, batch, objectives, DEFAULT_WEIGHTING, items)
+    assert len(calls) == 1
+    loss.backward()
+    found = all_gradients(compressor)
+    compressor.prefixes = (K,)
+    singles = []
+    for first in (1, 2, K):
+        monkeypatch.setattr(compressor, "encode", lambda tokens, first=first: encode(tokens)[:, :first])
+        singles.append(pretext_loss(compressor, batch, objectives, DEFAULT_WEIGHTING, items))
+    assert max(singles) - min(singles) > 1e-3, "vacuous: all prefixes alike"
+    expected = torch.stack(singles).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    assert_gradients(found, all_gradients(compressor))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 64])
+def test_any_number_of_memory_tokens_learns(tokens):
+    compressor = make_nested(tokens=tokens, nested=()).train()
+    compressor.learn(memory=True)
+    batch = batch_of(compressor)
+    pretext_loss(compressor, batch, {"ctkd": 1.0}, DEFAULT_WEIGHTING, {"ctkd": len(TEXTS)}).backward()
+    assert compressor.memory.vectors_KD.shape[0] == tokens
+    assert (compressor.memory.vectors_KD.grad.norm(dim=1) > 0).all()
+
+
+# --- stages 2 and 3
+
+
+def naive_nested(compressor, stage, columns, prefixes, dims):
+    """Mean over prefixes of the sum over dimensions of the published formula, each text alone."""
+    both, total = getattr(stage, "denominator", "") == "both_views", []
+    rows = [compressor.backbone.tokenise(column) for column in columns]
+    states = [torch.cat([compressor.encode(Tokens.pad([ids], "left")) for ids in column]) for column in rows]
+    for first in prefixes:
+        anchors, *candidates = (memory_BKD[:, :first].mean(1) for memory_BKD in states)
+        for dim in dims:
+            cut = anchors[:, :dim], torch.cat(candidates)[:, :dim]
+            total.append(naive(*cut, stage.temperature, cut[0] if both else None))
+    return torch.stack(total).sum() / len(prefixes), total
+
+
+@pytest.mark.parametrize("dims", [(), (8,)])
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+@pytest.mark.parametrize(
+    ("stage", "negatives"),
+    [(UclStage(**DATA), 0), (UclStage(**DATA, denominator="both_views"), 0), (SclStage(**DATA), 0), (SclStage(**DATA), 2)],
+)
+def test_contrastive_loss_is_the_mean_over_prefixes(stage, negatives, mini_batch_size, dims):
+    compressor = make_nested().train()
+    model = as_sentence_transformer(compressor, 64).train()
+    stage = stage.model_copy(update={"mini_batch_size": mini_batch_size, "matryoshka_dims": dims, "temperature": 0.2})
+    columns = columns_of(negatives)
+    loss = contrastive_loss(model, stage)(features_of(model, columns), None)
+    loss.backward()
+    found = lora_gradients(compressor)
+    expected, parts = naive_nested(compressor, stage, columns, (1, 2, K), sorted({*dims, 32}))
+    assert max(parts) - min(parts) > 1e-2, "vacuous: all prefixes alike"
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    assert_gradients(found, lora_gradients(compressor))
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 2])
+def test_contrastive_loss_encodes_each_text_once_per_pass(mini_batch_size, monkeypatch):
+    """Once, or twice under GradCache, however many prefixes there are."""
+    texts = []
+    for nested in ((), (1, 2)):
+        compressor = make_nested(nested=nested).train()
+        model = as_sentence_transformer(compressor, 64).train()
+        encode, seen = compressor.encode, []
+        monkeypatch.setattr(compressor, "encode", lambda tokens, e=encode, s=seen: s.append(len(tokens.ids_BT)) or e(tokens))
+        stage = SclStage(**DATA, mini_batch_size=mini_batch_size)
+        contrastive_loss(model, stage)(features_of(model, columns_of(1)), None).backward()
+        texts.append(sum(seen))
+    assert texts == [15 if mini_batch_size is None else 30] * 2
+
+
+def test_gradcache_gives_a_loss_without_gradients_too():
+    compressor = make_nested()
+    model = as_sentence_transformer(compressor, 64)
+    features = features_of(model, columns_of(1))
+    values = []
+    with torch.no_grad():
+        for size in (None, 2):
+            loss = contrastive_loss(model, SclStage(**DATA, mini_batch_size=size))
+            values.append(loss([dict(f) for f in features], None).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+# --- the mask
+
+
+def prefix_gap(family, memory_attention, **settings):
+    """How far the first j states of a K-token encoder are from those of a j-token encoder with the same vectors."""
+    backbone = make_backbone(family, **settings)
+    push_adapter(backbone, "pretext")
+    whole = Compressor.fresh(backbone, MemorySettings(tokens=K, attention=memory_attention), 3).eval()
+    gaps = []
+    for first in (1, 2, K):
+        memory = MemoryTokens(whole.memory.vectors_KD[:first])
+        part = Compressor(backbone, memory, nesting=MemorySettings(tokens=first, attention=memory_attention)).eval()
+        with torch.no_grad():
+            states, expected = whole.encode(padded(whole)), part.encode(padded(whole))
+        gaps.append((states[:, :first] - expected).abs().max().item())
+    assert (states[:, 0] - states[:, -1]).abs().max() > 0.05, "vacuous: all memory tokens alike"
+    assert gaps[-1] < 1e-6
+    return max(gaps)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WINDOWED])
+def test_separate_memory_nests_and_full_memory_does_not(family, implementation):
+    assert prefix_gap(family, "separate", attn_implementation=implementation) < 1e-5
+    assert prefix_gap(family, "full", attn_implementation=implementation) > 0.05
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal_attention_nests_by_nature(family):
+    assert prefix_gap(family, "full", attention="causal") < 1e-5
+    assert prefix_gap(family, "separate", attention="causal") < 1e-5, "windows, too: no mask is needed"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_separate_memory_by_an_oracle(family):
+    """The text as if there were no memory; each memory token read with the text and those before it, nothing behind."""
+    compressor = make_nested(family, attention="separate")
+    rows = compressor.backbone.tokenise(TEXTS)
+    with torch.no_grad():
+        found = compressor.encode(padded(compressor))
+        later = compressor.encode(Tokens.pad([*rows, list(range(2, 90))], "left"))[:-1]
+        assert (later - found).abs().max() < 1e-5, "padding has no effect"
+        for row, states in zip(rows, found, strict=True):
+            alone = compressor.encode(Tokens.pad([row], "left"))[0]
+            assert (alone - states).abs().max() < 1e-5
+        tokens = Tokens.pad([rows[1]], "left")
+        x, mask = compressor.memory.append(compressor.embed(tokens.ids_BT), tokens.mask_BT)
+        text_only = compressor.backbone.read(x[:, :-K], mask[:, :-K])
+        whole = compressor.read(x, mask)
+        assert (whole[:, :-K] - text_only).abs().max() < 1e-5
+        assert (compressor.backbone.read(x, mask)[:, :-K] - text_only).abs().max() > 0.05, "under full attention it does"
+        assert compressor.backbone.lm.base_model._forward_pre_hooks == {}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_separate_memory_learns(checkpointing):
+    """Under checkpointing, which runs layers again outside of the pass, the gradients are the same."""
+    compressor = make_nested(attention="separate").train()
+    compressor.learn(memory=True)
+    compressor.backbone.set_checkpointing(checkpointing)
+    readout_KD = torch.randn(K, 32, generator=torch.Generator().manual_seed(0))
+    (compressor.encode(padded(compressor)) * readout_KD).sum().backward()
+    found = all_gradients(compressor)
+    compressor.backbone.set_checkpointing(False)
+    again = make_nested(attention="separate").train()
+    again.learn(memory=True)
+    rows = again.backbone.tokenise(TEXTS)
+    torch.stack([(again.encode(Tokens.pad([row], "left")) * readout_KD).sum() for row in rows]).sum().backward()
+    assert_gradients(found, all_gradients(again))
+
+
+def test_a_trained_copy_gets_the_mask_too():
+    from llm2comp.recipe import AdapterSettings
+
+    compressor = Compressor.fresh(make_backbone(), MemorySettings(tokens=K, attention="separate"), 3).eval()
+    with torch.no_grad():
+        expected = compressor.encode(padded(compressor))
+        compressor.backbone.add_adapter("pretext", AdapterSettings(kind="full"))
+        assert relative_error(compressor.encode(padded(compressor)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", sorted(WINDOWED))
+def test_a_sliding_window_is_refused(family):
+    with pytest.raises(BackboneError, match="cannot keep its sliding window") as caught:
+        make_nested(family, attention="separate")
+    assert "model.attention: causal" in str(caught.value)
+
+
+def test_a_window_as_wide_as_the_model_is_none():
+    assert prefix_gap("mistral", "separate", sliding_window=160) < 1e-5
+
+
+@pytest.mark.parametrize("deaf", ["ignores", "refuses", "stays causal"])
+def test_a_family_that_does_not_obey_the_mask_is_refused(deaf):
+    backbone = make_backbone()
+    read = backbone._run
+
+    def run(x, mask, layer=None, **kwargs):
+        if not backbone.lm.base_model._forward_pre_hooks:
+            return read(x, mask, layer, **kwargs)
+        if deaf == "refuses":
+            raise ValueError("expected a mask of 2 dimensions")
+        hooks = dict(backbone.lm.base_model._forward_pre_hooks)
+        backbone.lm.base_model._forward_pre_hooks.clear()
+        try:
+            return read(x, mask, layer, **(kwargs if deaf == "ignores" else {}))
+        finally:
+            backbone.lm.base_model._forward_pre_hooks.update(hooks)
+
+    backbone._run = run
+    with pytest.raises(BackboneError, match="cannot be run under" if deaf == "refuses" else "does not obey the mask"):
+        Compressor.fresh(backbone, MemorySettings(attention="separate"), 0)
+
+
+def test_separate_memory_is_exported_only_if_causal(tmp_path):
+    model = as_sentence_transformer(make_nested(attention="separate"), 40)
+    export(as_sentence_transformer(make_nested(), 40), tmp_path / "model")
+    before = (tmp_path / "model" / "golden.json").read_bytes()
+    with pytest.raises(ModelFolderError, match="cannot be exported") as caught:
+        export(model, tmp_path / "model")
+    assert "train with model.attention: causal" in str(caught.value)
+    assert (tmp_path / "model" / "golden.json").read_bytes() == before
+    backbone = make_backbone(attention="causal")
+    push_adapter(backbone, "pretext")
+    causal = Compressor.fresh(backbone, MemorySettings(tokens=K, attention="separate", nested=(1, 2)), 3).eval()
+    live = as_sentence_transformer(causal, 40)
+    export(live, tmp_path / "model")
+    assert relative_error(embed_texts(llm2comp.load(tmp_path / "model"), TEXTS), embed_texts(live, TEXTS)) < 1e-5
+    assert "first 1, 2 memory states are trained" in (tmp_path / "model" / "README.md").read_text()
+
+
+# --- j at encode time
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("nested") / "model"
+    export(as_sentence_transformer(make_compressor(), 40), place)
+    return place
+
+
+def first_states(first, texts=TEXTS):
+    compressor = make_compressor()
+    with torch.no_grad():
+        return compressor.encode(padded(compressor, texts))[:, :first].mean(1)
+
+
+@pytest.mark.parametrize("first", [1, 2, MEMORY])
+def test_num_memory_is_the_mean_of_the_first_states(folder, first):
+    found = embed_texts(llm2comp.load(folder, "cpu", num_memory=first), TEXTS)
+    assert relative_error(found, first_states(first)) < 1e-5
+    plain = embed_texts(llm2comp.load(folder, "cpu"), TEXTS)
+    assert relative_error(plain, first_states(MEMORY)) < 1e-5, "nothing was written"
+    assert (relative_error(plain, found) < 1e-5) == (first == MEMORY)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize("place", [".", "model", "1-pretext", "3-scl"])
+def test_num_memory_of_a_run_and_its_stages(place, first):
+    run = Path(finished()[1])
+    live = llm2comp.load(run / ("3-scl" if place in (".", "model") else place), "cpu")
+    compressor = live[0].compressor
+    with torch.no_grad():
+        expected = compressor.encode(padded(compressor))[:, :first].mean(1)
+    assert relative_error(embed_texts(llm2comp.load(run / place, "cpu", first), TEXTS), expected) < 1e-5
+
+
+@pytest.mark.parametrize("place", ["model", "2-ucl"])
+def test_num_memory_has_an_identity_of_its_own(place):
+    run = Path(finished()[1])
+    found = {first: identity(run / place, llm2comp.load(run / place, "cpu", first)) for first in (None, 1, 2, 3)}
+    assert found[None] == found[3], "all of them, by the mean, is what is stored"
+    assert len({who.revision for who in found.values()}) == 3
+    assert found[2].name == f"{found[None].name}-first-2"
+    assert found[2] == identity(run / place, llm2comp.load(run / place, "cpu", 2))
+
+
+def test_stored_weights_and_a_choice_over_them_are_told_apart(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    reweight(copy, [0.25, 0.5, 0.25])
+    found = [identity(copy, llm2comp.load(copy, "cpu", first)) for first in (None, MEMORY, 1)]
+    assert len({who.revision for who in found}) == 3
+    assert found[0].name == found[1].name
+
+
+@pytest.mark.parametrize("first", [0, -1, MEMORY + 1])
+def test_more_states_than_there_are(folder, first):
+    for place in (folder, finished()[1] / "1-pretext"):
+        with pytest.raises(ModelFolderError, match="cannot give so many memory states") as caught:
+            llm2comp.load(place, "cpu", num_memory=first)
+        assert f"1 to {MEMORY}" in str(caught.value)
+
+
+def test_a_model_without_memory_tokens_or_with_one(tmp_path):
+    export(as_sentence_transformer(make_compressor(encoder=EncoderSettings(pooling="mean")), 40), tmp_path / "mean")
+    for place in (tmp_path / "mean", "mean:builtin:tiny"):
+        with pytest.raises(ModelFolderError, match="cannot give so many memory states") as caught:
+            llm2comp.load(place, "cpu", num_memory=1)
+        assert "a model with memory tokens" in str(caught.value)
+    single = as_sentence_transformer(make_compressor(memory=1), 40)
+    export(single, tmp_path / "one")
+    assert relative_error(embed_texts(llm2comp.load(tmp_path / "one", "cpu", 1), TEXTS), embed_texts(single, TEXTS)) < 1e-5
+    with pytest.raises(ModelFolderError, match="cannot give so many"):
+        llm2comp.load(tmp_path / "one", "cpu", 2)
+
+
+def test_num_memory_on_the_command_line(tmp_path):
+    run = finished()[1]
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    said = cli("embed", file, "-m", run, "-o", tmp_path / "out.npy", "--num-memory", 2)
+    assert said.code == 0, said.err
+    found = torch.from_numpy(np.load(tmp_path / "out.npy"))
+    assert relative_error(found, embed_texts(llm2comp.load(run, "cpu", 2), TEXTS)) < 1e-5
+    assert_refused(cli("embed", file, "-m", run, "-o", tmp_path / "out.npy", "--num-memory", 4), "1 to 3")
+
+
+# --- whole runs
+
+
+def test_a_nested_run_learns_otherwise_and_is_exported(tmp_path):
+    tree = make_tree(tmp_path)
+    runs = {}
+    for name, nested in {"plain": [], "nested": [1, 2]}.items():
+        recipe = parse_recipe(tree | {"memory": {"tokens": 3, "nested": nested}})
+        runs[name] = llm2comp.train(recipe, tmp_path / name)
+    live = llm2comp.load(runs["nested"] / "3-scl")
+    assert live[0].compressor.prefixes == (1, 2, 3)
+    assert relative_error(embed_texts(live, TEXTS), embed_texts(llm2comp.load(runs["nested"]), TEXTS)) < 1e-5
+    for stage in ("1-pretext", "2-ucl", "3-scl"):
+        plain, nested = (embed_texts(llm2comp.load(run / stage), TEXTS) for run in runs.values())
+        assert relative_error(nested, plain) > 1e-3, stage
+
+
+def test_a_separate_run_is_loaded_live(tmp_path):
+    recipe = parse_recipe(make_tree(tmp_path, memory={"tokens": 3, "attention": "separate"}, scl=None))
+    run = llm2comp.train(recipe, tmp_path / "run")
+    assert not (run / "model").exists()
+    model = llm2comp.load(run, "cpu")
+    assert model[0].compressor.separate
+    assert torch.equal(embed_texts(model, TEXTS), embed_texts(llm2comp.load(run / "2-ucl", "cpu"), TEXTS))
+    assert identity(run, model) == identity(run / "2-ucl", model)
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.suffix == ".safetensors"}
+    llm2comp.train(recipe, run)
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "running again trains nothing"
+    causal = tree_with_causal(tmp_path)
+    assert (llm2comp.train(causal, tmp_path / "causal") / "model").is_dir()
+
+
+def tree_with_causal(folder):
+    tree = make_tree(folder, memory={"tokens": 3, "attention": "separate"}, scl=None, pretext=None)
+    return parse_recipe(tree | {"model": tree["model"] | {"attention": "causal"}})
+
+
+def test_evaluation_of_the_first_states():
+    from llm2comp.evaluate import Options, _encoder
+
+    run = Path(finished()[1])
+    encoder = _encoder(str(run), [], {}, Options(device="cpu", num_memory=2))
+    assert encoder.mteb_model_meta.name.endswith("-first-2")
+    assert torch.equal(embed_texts(encoder.model, TEXTS), embed_texts(llm2comp.load(run, "cpu", 2), TEXTS))
