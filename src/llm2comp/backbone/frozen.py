@@ -33,7 +33,7 @@ class Frozen:
 
     @contextlib.contextmanager
     def switched(self, off: bool) -> Iterator[None]:
-        """Changes nothing but the flag: whether this pass counts as the LM's own."""
+        """Inside, passes count as the LM's own (attention dropout is for the encoder's), or as the encoder's."""
         before, self._off = self._off, off
         try:
             yield
@@ -42,7 +42,7 @@ class Frozen:
 
     @property
     def off(self) -> bool:
-        """Whether this pass counts as the LM's own (attention dropout is for the encoder's)."""
+        """Whether passes count as the LM's own at this moment."""
         return self._off
 
     def train_dropout(self, on: bool) -> None:

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llm2comp.backbone.frozen import Frozen
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import AdapterSettings
 
 WEIGHTS_FILE = "encoder.safetensors"
 
 
-class FullCopy:
+class FullCopy(Frozen):
     """The same face as `AdapterStack`, over a float32 copy of the LM's layers; every stage goes on with the same copy.
 
     Input embeddings are not part of it: texts come in as embeddings (`Compressor.embedding` is their trained copy).
     """
 
     def __init__(self, lm: Any, model_name: str) -> None:
-        self.lm = lm
-        self.model_name = model_name
-        self.names: list[str] = []
+        super().__init__(lm, model_name)
         self.body: Any = copy.deepcopy(lm.base_model).float()
         self._table = self.body.get_input_embeddings()
-        self._off = False
 
     def add(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
         """One more stage that trains the copy."""
-        self.names.append(name)
-        self.lm.requires_grad_(False)
+        super().add(name, settings, dropout, seed)
         for parameter in self.parameters(name):
             parameter.requires_grad_(True)
 
@@ -42,23 +37,6 @@ class FullCopy:
         """All weights of the copy but the input embeddings."""
         table = {id(parameter) for parameter in self._table.parameters()}
         return [parameter for parameter in self.body.parameters() if id(parameter) not in table]
-
-    @contextlib.contextmanager
-    def switched(self, off: bool) -> Iterator[None]:
-        """The LM itself inside (or its trained copy)."""
-        before, self._off = self._off, off
-        try:
-            yield
-        finally:
-            self._off = before
-
-    @property
-    def off(self) -> bool:
-        """Whether the LM itself runs at this moment."""
-        return self._off
-
-    def train_dropout(self, on: bool) -> None:
-        """There is none but the attention's."""
 
     def save(self, name: str, folder: Path) -> None:
         """Write the copy, float32."""

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Steps = Annotated[int, Field(ge=1)]
 TEXT = "{text}"
+
+
+def _holds_text(value: str) -> str:
+    if value.count(TEXT) != 1:
+        raise ValueError(f"prompt must contain {TEXT} once")
+    return value
+
+
+Template = Annotated[str, AfterValidator(_holds_text)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -71,14 +80,7 @@ class EncoderSettings(Section):
         description="memory = the states of the memory tokens; mean = those of the text's tokens (LLM2Vec), last_token = the "
         "prompt's last one (Llama2Vec): without memory tokens",
     )
-    prompt: str = Field(default=TEXT, description="what stands around a text when last_token is read; holds {text}")
-
-    @field_validator("prompt")
-    @classmethod
-    def _holds_text(cls, value: str) -> str:
-        if value.count(TEXT) != 1:
-            raise ValueError(f"prompt must contain {TEXT} once")
-        return value
+    prompt: Template = Field(default=TEXT, description="what stands around a text when last_token is read; holds {text}")
 
     @model_validator(mode="after")
     def _prompt_is_read(self) -> EncoderSettings:

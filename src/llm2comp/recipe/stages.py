@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llm2comp.recipe.parts import TEXT, PairData, Schedule, Section, Share, Steps, TextData
+from llm2comp.recipe.parts import PairData, Schedule, Section, Share, Steps, Template, TextData
 
 Objective = Literal["ctkd", "continuation", "reconstruction", "mntp", "ebae_ebar", "response", "alignment"]
 
@@ -14,15 +14,10 @@ Objective = Literal["ctkd", "continuation", "reconstruction", "mntp", "ebae_ebar
 class BagPrompts(Section):
     """The two prompts of Llama2Vec (arXiv 2312.15503), without the `</s>` that it puts behind them for Llama."""
 
-    itself: str = Field(default="{text} The original sentence:", description="EBAE: its last state predicts the text's tokens")
-    next: str = Field(default="{text} The next sentence:", description="EBAR: its last state predicts the tokens that follow")
-
-    @field_validator("itself", "next")
-    @classmethod
-    def _holds_text(cls, value: str) -> str:
-        if value.count(TEXT) != 1:
-            raise ValueError(f"prompt must contain {TEXT} once")
-        return value
+    itself: Template = Field(
+        default="{text} The original sentence:", description="EBAE: its last state predicts the text's tokens"
+    )
+    next: Template = Field(default="{text} The next sentence:", description="EBAR: its state predicts the tokens that follow")
 
 
 class Stage(Section):
