@@ -26,6 +26,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
         "pretext encoder data baselines",
         "analysis evaluation",
         "export training",
+        "compiled",
         "loading",
         "embed generate",
         "evaluate analyze report",

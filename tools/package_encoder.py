@@ -127,7 +127,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         recipe, rows = read_run(args.run), read_summary(args.run / SCORES_FOLDER / SUMMARY_FILE)
-        if not rows:
+        rows.sort(key=lambda row: row.name != f"llm2comp/{args.run.resolve().name}")  # its own first
+        if not rows or rows[0].name != f"llm2comp/{args.run.resolve().name}":
             raise SystemExit(f"{args.run}: not evaluated; see the first command above")
         counts = json.loads(args.counts.read_text(encoding="utf-8"))
         with new_folder(args.out, RECIPE_FILE) as folder:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llm2comp.baselines.settings import BASELINE_FILE, NAMES
 from llm2comp.console import GENERAL
-from llm2comp.errors import ModelFolderError
+from llm2comp.errors import BackboneError, ModelFolderError
 from llm2comp.files import sha256
 from llm2comp.recipe import nearest
 
@@ -22,8 +22,9 @@ BUILTIN_ENCODERS = {GENERAL: Path(__file__).parent / "assets" / "general"}
 # Encoders that need no training: `kind:NAME` is one over the causal LM NAME.
 BASELINES = tuple(NAMES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Files of a model folder that change nothing in what it gives.
+# Files and folders of a model folder that change nothing in what torch makes of it.
 _NO_EFFECT = ("README.md", "done.json", "golden.json")
+_NO_EFFECT_FOLDERS = ("checkpoint-", "best", "openvino", "onnx")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Identity:
     revision: str
 
 
-def load(path: str | Path = GENERAL, device: str | None = None, num_memory: int | None = None) -> SentenceTransformer:
+def load(
+    path: str | Path = GENERAL, device: str | None = None, num_memory: int | None = None, backend: str = "torch"
+) -> SentenceTransformer:
     """An encoder ready to `encode`.
 
     Args:
@@ -44,6 +47,7 @@ def load(path: str | Path = GENERAL, device: str | None = None, num_memory: int 
             sentence-transformers model.
         device: `cpu`, `cuda`, `mps`; default: the best there is.
         num_memory: j: the embedding is the mean of the first j memory states; default: all, by their stored weights.
+        backend: `torch`; `openvino` or `onnx`: the compiled graph in an exported folder, on the CPU (docs/speed.md).
 
     Raises:
         ModelFolderError: nothing loadable there, an unfinished run, a damaged file, or not so many memory tokens.
@@ -51,7 +55,7 @@ def load(path: str | Path = GENERAL, device: str | None = None, num_memory: int 
     """
     from llm2comp.export import use_first
 
-    model = _load(str(path), device)
+    model = _load(str(path), device) if backend == "torch" else _load_graph(str(path), device, backend)
     if num_memory is not None:
         use_first(model, num_memory)
     return model
@@ -83,6 +87,14 @@ def _load(path: str, device: str | None) -> SentenceTransformer:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": device})})
     model: SentenceTransformer = stage_encoder(folder.parent, recipe, stage)
     return model
+
+
+def _load_graph(path: str, device: str | None, backend: str) -> SentenceTransformer:
+    from llm2comp.compiled import load_compiled
+
+    if device not in (None, "cpu"):
+        raise BackboneError("runs on the CPU only", where=f"backend {backend}", expected="device cpu", found=device)
+    return load_compiled(_finished(Path(path).absolute(), path), backend)
 
 
 def live_place(path: str) -> str:
@@ -125,11 +137,17 @@ def run_of(path: str | Path) -> Path | None:
 
 
 def identity(path: str | Path, model: SentenceTransformer) -> Identity:
-    """Name and revision of a model that `load` gave; two checkpoints, or two weightings of one's memory, never share both."""
+    """Name and revision of a model that `load` gave.
+
+    Two checkpoints, two weightings of one's memory, torch and a compiled graph never share both.
+    """
+    from llm2comp.compiled import compiled_of
     from llm2comp.export import memory_weights
     from llm2comp.memory import mean_weights, prefix_weights
 
     who, weights = _identity(path, model), memory_weights(model)
+    if graph := compiled_of(model):
+        who = Identity(f"{who.name}-{graph.backend}-{graph.precision}", _short(f"{who.revision}:{graph.digest}"))
     if not weights or weights == mean_weights(len(weights)).tolist():
         return who
     count, first = len(weights), sum(weight > 0 for weight in weights)
@@ -222,12 +240,12 @@ def _plain(name: str) -> str:
 
 
 def _content(folder: Path) -> str:
-    """Hex digest over names and content of a folder's files, those of checkpoints and logs left out."""
+    """Hex digest over names and content of a folder's files, those of checkpoints, logs and compiled graphs left out."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         place = file.relative_to(folder)
         weighs = file.is_file() and file.name not in _NO_EFFECT and file.suffix != ".jsonl" and not file.name.startswith(".")
-        if weighs and not place.parts[0].startswith(("checkpoint-", "best")):
+        if weighs and not place.parts[0].startswith(_NO_EFFECT_FOLDERS):
             digest.update(f"{place.as_posix()}:{sha256(file)}".encode())
     return digest.hexdigest()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,22 @@ from llm2comp.cli.options import DeviceOption, MemoryOption, ModelOption, app
 from llm2comp.console import GENERAL, LongTexts, Role
 
 STDIN_NAME = "standard-input.txt"
+
+
+class Backend(StrEnum):
+    """What runs the model."""
+
+    torch = "torch"
+    openvino = "openvino"
+    onnx = "onnx"
+
+
+class Precision(StrEnum):
+    """What an OpenVINO graph computes in; int8: its weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
 
 
 @app.command()
@@ -30,6 +47,7 @@ def embed(
     normalise: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
+    backend: Annotated[Backend, typer.Option(help="What runs the model; the last two: docs/speed.md.")] = Backend.torch,
 ) -> None:
     """Embed a file's texts, in order."""
     from llm2comp import embed as bulk
@@ -41,7 +59,7 @@ def embed(
     quiet_libraries()
     from llm2comp.loading import load
 
-    found = load(model, device, num_memory)
+    found = load(model, device, num_memory, backend.value)
     result = bulk.embed(
         found, texts, role=role.value if role else None, long_texts=long_texts.value, batch_size=batch_size, normalise=normalise
     )
@@ -81,17 +99,25 @@ def export(
     multi_vector: Annotated[
         bool, typer.Option("--multi-vector", help="For MultiVectorEncoder: all memory states of a text, scored by MaxSim.")
     ] = False,
+    openvino: Annotated[
+        Precision | None, typer.Option(help="Put a graph for OpenVINO into the folder as well (docs/speed.md).")
+    ] = None,
 ) -> None:
     """Write an encoder as a stock sentence-transformers folder (a finished run has one already: model/)."""
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
 
     quiet_libraries()
+    from llm2comp.compiled import compile_folder, runtime_of
     from llm2comp.export import export as write_folder
     from llm2comp.loading import card_facts, live_place, load
 
+    if openvino:
+        runtime_of("openvino", openvino.value)  # not installed: said before the work
     write_folder(load(live_place(model), "cpu", num_memory), out, card_facts(model), multi_vector)
     say(f"{out}: load it with {'MultiVectorEncoder' if multi_vector else 'SentenceTransformer'}({str(out)!r})")
+    if openvino:
+        say(f"{out / 'openvino'}: {openvino.value}, lowest cosine {compile_folder(out, 'openvino', openvino.value):.7f}")
 
 
 @app.command()
