@@ -7,6 +7,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 # Which tests; `make test MARKERS=slow` runs the slow ones.
 MARKERS ?= not slow and not shared and not gpu and not browser
+# What to measure; `make bench BENCH=--quick` runs a tiny model.
+BENCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,10 +16,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 UNFINISHED := $(VENV)/.unfinished
 
-.PHONY: help demo test lint format setup clean distclean
+.PHONY: help demo test lint format bench bench-gpu setup clean distclean
 
 help:  ## this list (default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY)  ## train a tiny encoder and search with it: the whole path, offline on a CPU
 	$(BIN)/llm2comp demo
@@ -33,6 +35,12 @@ lint: $(READY)  ## ruff and mypy, changing nothing
 format: $(READY)  ## let ruff mend and format the code
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+bench: $(READY)  ## speed and memory against the release's shape and stock peers (BENCH='--quick', '--only ROW')
+	TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks $(BENCH)
+
+bench-gpu: $(READY)  ## the same on a CUDA device, at the shapes of 7B and 0.6B models
+	TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks --device cuda $(BENCH)
 
 setup: $(READY)  ## only the virtual environment; the other targets do it themselves
 

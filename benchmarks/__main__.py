@@ -1,0 +1,119 @@
+"""`python -m benchmarks [--quick] [--only ROW] [--device cuda] [--out FOLDER]`: JSON and a table, figure by figure.
+
+1. every measurement runs in a fresh process of its own (`worker.py`), one after the other
+2. per row: preparation, one process that times all sides in turns, one process per side for its peak memory
+3. SETTING.json (all raw figures) and SETTING.md (the table) are written anew after every row; the table is printed at the end
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import ROWS
+from benchmarks.settings import SETTINGS
+from benchmarks.table import cells, figures, markdown
+from benchmarks.worker import ABOUT, PREPARE
+from llm2comp.console import say
+from llm2comp.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Failed(Exception):  # noqa: N818
+    """A measurement ended with an error; the message is its last line."""
+
+
+def measure(setting: str, row: str, folder: Path, side: str | None = None) -> dict[str, Any]:
+    """What one worker found. Raises Failed."""
+    out = folder / "found.json"
+    command = [sys.executable, "-m", "benchmarks.worker", str(out), setting, row, str(folder), *([side] if side else [])]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise Failed(lines[-1] if lines else f"ended by signal {-done.returncode}")
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+def measure_row(setting: str, name: str, folder: Path) -> dict[str, Any]:
+    """Raw figures of one row: times and peaks, or the error."""
+    row, begin = ROWS[name], time.monotonic()
+    result: dict[str, Any] = {"about": row.about, "base": row.base, "times": {}, "peaks": {}}
+    try:
+        if row.prepare is not None and not (folder / PREPARE).exists():
+            measure(setting, name, folder, PREPARE)
+            (folder / PREPARE).touch()
+        if row.timed:
+            result["times"] = measure(setting, name, folder)
+        result["peaks"] = {side: measure(setting, name, folder, side)["peak_bytes"] for side in row.memory}
+    except Failed as error:
+        result["error"] = str(error)
+    result["seconds"] = round(time.monotonic() - begin, 1)
+    return result
+
+
+def report(setting: str, facts: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+    """The table with its head."""
+    lines = []
+    for name, result in results.items():
+        if "error" in result:
+            lines.append([name, "", "", "", "", "", "", f"error: {result['error']}"])
+            continue
+        found = figures(ROWS[name], result["times"], result["peaks"])
+        result["figures"] = found
+        lines += cells(name, ROWS[name], found, setting, "cpu" if SETTINGS[setting].device == "cpu" else "cuda-7b")
+    head = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)
+    note = SETTINGS[setting].note
+    rounds = f"Setting {setting}: medians of {SETTINGS[setting].pairs} interleaved rounds{'; ' * bool(note)}{note}."
+    return f"{rounds}\n{head}\n\n{markdown(lines)}\n"
+
+
+def run(setting: str, names: list[str], out: Path) -> bool:
+    """Measure rows of one setting. Returns whether all of them ended well."""
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        try:
+            facts = measure(setting, names[0], folder, ABOUT)
+        except Failed as error:
+            say(f"error: {error}")
+            return False
+        text = ""
+        for name in names:
+            results[name] = measure_row(setting, name, folder)
+            say(f"{setting} {name}: {results[name]['seconds']} s {results[name].get('error', '')}")
+            text = report(setting, facts, results)
+            content = {"format_version": 1, "setting": setting, "environment": facts, "rows": results}
+            write_text(out / f"{setting}.json", json.dumps(content, indent=1))
+            write_text(out / f"{setting}.md", text)
+    print(text)
+    return not any("error" in result for result in results.values())
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed and memory: docs/benchmarks.md")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and three rounds: a check of the suite itself")
+    parser.add_argument("--only", action="append", choices=tuple(ROWS), help="this row; may be given several times")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: shapes of 7B and 0.6B in bfloat16")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", help="folder of the results")
+    asked = parser.parse_args()
+    if asked.quick and asked.device == "cuda":
+        parser.error("--quick is for the CPU")
+    on_device = [name for name, setting in SETTINGS.items() if setting.device == asked.device]
+    settings = [name for name in on_device if (name == "quick") == asked.quick]
+    names = [name for name in ROWS if name in (asked.only or ROWS)]
+    ended_well = [run(setting, names, asked.out) for setting in settings]
+    if not all(ended_well):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Every size of the suite: model shapes, batches, lengths, number of pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal LM's shape; weights are random. `family`: llama or qwen3 (transformers' model_type)."""
+
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One machine's configuration. Lengths are (least, most) text tokens, BOS included; `note` goes into the report."""
+
+    name: str
+    shape: Shape
+    device: str = "cpu"
+    dtype: str = "float32"  # of the frozen base on both sides; equal precision
+    pairs: int = 5  # interleaved rounds; figures are medians over them
+    memory_tokens: int = 8
+    pretext_texts: int = 4
+    pretext_lengths: tuple[int, int] = (128, 256)
+    pretext_steps: int = 2  # per timed unit
+    checkpointing: bool = False  # of our pretext step
+    ucl_texts: int = 128
+    ucl_lengths: tuple[int, int] = (12, 40)
+    scl_triples: int = 8  # query, positive, hard negative
+    scl_query: tuple[int, int] = (16, 32)
+    scl_passage: tuple[int, int] = (48, 128)
+    scl_mini_batch: int | None = None  # GradCache in the timed SCL row; None: the whole batch at once
+    memory_batches: tuple[int, int] = (4, 64)  # triples of the two sides of scl_memory: 16 times as many
+    memory_mini_batch: int = 4
+    kl_positions: int = 768
+    data_rows: int = 2_000
+    data_batches: int = 500
+    encode_texts: tuple[int, int, int] = (32, 32, 4)  # short, mixed, long
+    encode_batch: int = 8
+    note: str = ""
+
+
+# The LM of the CPU's targets: about 25 M weights in the layers, 33 M in embeddings and head.
+SMALL_LLAMA = Shape("llama", 8, 512, 1376, 8, 8, 64, 32_000)
+TINY_LLAMA = Shape("llama", 2, 128, 352, 4, 4, 32, 4_000)
+LLAMA2_7B = Shape("llama", 32, 4096, 11_008, 32, 32, 128, 32_000)
+QWEN3_06B = Shape("qwen3", 28, 1024, 3072, 16, 8, 128, 151_936, tied=True)
+
+CPU = Setting("cpu", SMALL_LLAMA)
+QUICK = replace(
+    CPU,
+    name="quick",
+    shape=TINY_LLAMA,
+    pairs=3,
+    pretext_lengths=(48, 96),
+    ucl_texts=16,
+    scl_triples=6,
+    kl_positions=512,
+    data_rows=200,
+    data_batches=50,
+    encode_texts=(16, 16, 3),
+    note="a tiny model: shows that every row runs and that its sides agree; the targets are for the full shape",
+)
+CUDA_7B = Setting(
+    "cuda-7b",
+    LLAMA2_7B,
+    device="cuda",
+    dtype="bfloat16",
+    pretext_lengths=(512, 512),
+    pretext_steps=4,
+    checkpointing=True,
+    scl_triples=256,
+    scl_query=(16, 64),
+    scl_passage=(64, 256),
+    scl_mini_batch=64,
+    memory_batches=(64, 1024),
+    memory_mini_batch=32,
+    kl_positions=2048,
+    data_rows=20_000,
+    encode_texts=(1024, 512, 128),
+    encode_batch=64,
+    note="bfloat16 on both sides",
+)
+CUDA_06B = replace(CUDA_7B, name="cuda-0.6b", shape=QWEN3_06B, checkpointing=False, scl_mini_batch=None, scl_triples=128)
+
+SETTINGS = {setting.name: setting for setting in (CPU, QUICK, CUDA_7B, CUDA_06B)}
