@@ -223,7 +223,7 @@ def _from_hub(name: str, device: str | None) -> SentenceTransformer:
     )
     if not _HUB_ID.fullmatch(name):
         kind, colon, _ = name.partition(":")
-        fix = (nearest(name, BUILTIN_ENCODERS) or nearest(kind, BASELINES)) if colon else None
+        fix = (nearest(name, BUILTIN_ENCODERS) if kind == "builtin" else nearest(kind, BASELINES)) if colon else None
         raise ModelFolderError("no such folder", where=name, expected=expected, fix=fix)
     try:
         return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})
