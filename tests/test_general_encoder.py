@@ -35,8 +35,8 @@ def test_it_fits_the_packaged_backbone(model):
 
 
 def test_it_knows_what_is_alike(model):
-    plant, care, bank = model.encode(GOLDEN["texts"], normalize_embeddings=True)
-    assert plant @ care > plant @ bank + 0.2
+    question, answer, other = model.encode(GOLDEN["texts"], normalize_embeddings=True)
+    assert question @ answer > question @ other + 0.2
 
 
 def test_its_recipe_is_the_shipped_one():
@@ -80,7 +80,8 @@ def test_commands_take_it_unless_told_otherwise(model, tmp_path, monkeypatch):
     assert said.code == 0, said.err
     (row,) = evaluate([GENERAL], Options(local=(sts,)))
     who = identity(GENERAL, model)
-    assert (row.model, row.name, row.revision) == (GENERAL, who.name, who.revision)
+    assert (row.model, row.name) == (GENERAL, who.name)
+    assert row.revision.startswith(who.revision)
     assert who.name.startswith("llm2comp/general")
 
 

@@ -32,6 +32,7 @@ from llm2comp.loading import load
 from llm2comp.recipe import Recipe
 from llm2comp.training.run import CONFIG_FILE, DONE_FILE, FOLDERS, RECIPE_FILE, read_run
 
+ADAPTER_CONFIG = "adapter_config.json"
 LICENCES = {
     "snli": "SNLI dev and test, CC-BY-SA 4.0",
     "squad": "SQuAD questions and sentences, CC-BY-SA 4.0",
@@ -40,8 +41,8 @@ LICENCES = {
 }
 CORPORA = "the backbone's corpora (its card lists them; CC-BY-SA among them)"
 GOLDEN_TEXTS = (
-    "How do I keep a houseplant alive in winter?",
-    "Indoor plants need less water and more light during the cold months.",
+    "Which planet has the most moons?",
+    "Saturn has more moons than any other planet of the solar system.",
     "The central bank raised its interest rate by a quarter of a point.",
 )
 
@@ -55,9 +56,12 @@ def copy_stages(run: Path, recipe: Recipe, out: Path, dtype: torch.dtype) -> Non
         for file in (DONE_FILE, CONFIG_FILE):
             shutil.copyfile(source / file, target / file)
         shutil.copyfile(source / STATE_FILE, target / STATE_FILE)
+        config = json.loads((source / "adapter" / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        write_json(target / "adapter" / ADAPTER_CONFIG, {**config, "base_model_name_or_path": recipe.model.name})
         for weights in source.glob("adapter/*.safetensors"):
             tensors = {key: value.to(dtype) for key, value in load_file(weights).items()}
             save_file(tensors, target / "adapter" / weights.name)
+            (target / "adapter" / weights.name).chmod(0o644)
 
 
 def card(recipe: Recipe, rows: list[ModelScores], counts: dict[str, Any]) -> str:
