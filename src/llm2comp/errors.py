@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(what: object, most: int = 300) -> str:
+    """What a foreign error says, as one line of at most so many characters."""
+    return " ".join(str(what).split())[:most]
+
+
 class Llm2CompError(Exception):
     """Base of all errors that a user can cause or mend; the command line prints it without a traceback."""
 

@@ -24,7 +24,7 @@ from llm2comp.backbone import Backbone, load_backbone, weights_digest
 from llm2comp.console import Bar, say
 from llm2comp.data.responses import MANIFEST_FILE, Manifest, read_manifest, read_shard, shard_file, teacher_file
 from llm2comp.encoder import embed_texts, refuse_not_finite
-from llm2comp.errors import DataError, RunError
+from llm2comp.errors import DataError, RunError, one_line
 from llm2comp.files import write_bytes, write_text
 from llm2comp.loading import identity, load
 from llm2comp.recipe import ModelSettings
@@ -153,9 +153,8 @@ class Responder:
             self._chat(self.options.prompt)
             return str(backbone.tokenizer.get_chat_template())
         except Exception as error:  # jinja's errors, and ValueError where there is no template or several
-            cause = " ".join(str(error).split())[:200]
             raise DataError(
-                f"the chat template cannot be applied: {cause}", where=backbone.name, fix="--no-chat-template"
+                f"the chat template cannot be applied: {one_line(error, 200)}", where=backbone.name, fix="--no-chat-template"
             ) from error
 
     def _until_end(self, ids: list[int]) -> list[int]:

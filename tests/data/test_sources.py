@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from llm2comp.data import python_docs
-from llm2comp.data.sources import Pair, read_pairs, read_texts
+from llm2comp.data.sources import Pair, iterate_sources, read_pairs, read_texts, source_key
 from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, TextData
 
@@ -298,3 +298,78 @@ def test_hub_set_from_the_cache(monkeypatch):
     assert asked == [(("owner/name", "en"), {"split": "test", "revision": "abc"})]
     with pytest.raises(DataError, match="no column 'txt'"):
         texts("owner/name", column="txt")
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_limit_streams_a_hub_set(monkeypatch, offline):
+    """Read no further than the limit asks, with the same rows; offline the copy that `datasets` keeps is read."""
+    datasets = pytest.importorskip("datasets")
+    asked, drawn = [], []
+
+    def rows():
+        for number in range(1000):
+            drawn.append(number)
+            yield {"text": f"text {number}" if number else "", "other": number}
+
+    def load_dataset(*names, streaming=False, **settings):
+        asked.append(streaming)
+        return datasets.IterableDataset.from_generator(rows) if streaming else datasets.Dataset.from_list(list(rows()))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+    loaded = texts("owner/name", limit=3)
+    assert loaded.rows == ["text 1", "text 2", "text 3"]
+    assert loaded.summary() == "owner/name: 3 rows; left out: 1 empty"
+    assert asked == [not offline]
+    assert len(drawn) == (1000 if offline else 4)
+    with pytest.raises(DataError, match="no column 'txt'"):
+        texts("owner/name", column="txt", limit=3)
+    assert len(texts("owner/name").rows) == 999
+    assert asked[-1] is False, "the whole set is kept on disk"
+
+
+def test_a_stream_that_breaks_is_an_error(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def rows():
+        yield {"text": "first"}
+        raise RuntimeError("connection\nlost")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    with pytest.raises(DataError, match="owner/name: .*RuntimeError: connection lost"):
+        texts("owner/name", limit=3)
+
+
+def test_sources_one_after_the_other(write):
+    specs = [
+        TextData(source=write(name, encode(".jsonl", [{"text": text} for text in TEXTS]))) for name in ("a.jsonl", "b.jsonl")
+    ]
+    told = []
+    found = iterate_sources(specs, told.append)
+    assert next(found) == TEXTS[0]
+    assert told == []
+    assert [*found] == TEXTS[1:] + TEXTS
+    assert told == ["a.jsonl: 3 rows", "b.jsonl: 3 rows"]
+
+
+def test_key_of_a_source_follows_content_and_rows_asked_for(write, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "folder").mkdir()
+    source = write("docs.jsonl", encode(".jsonl", [{"text": text} for text in TEXTS]))
+    key = source_key(TextData(source=source))
+    assert source_key(TextData(source=write("folder/docs.jsonl", (tmp_path / "docs.jsonl").read_bytes()))) == key
+    assert source_key(TextData(source=source, response="other")) == key
+    others = [TextData(source=source, limit=2), TextData(source=source, column="x"), TextData(source=write("b.jsonl", b"{}"))]
+    write("docs.jsonl", encode(".jsonl", [{"text": text} for text in TEXTS[::-1]]))
+    others += [TextData(source=source), TextData(source="builtin:python-docs")]
+
+    def builder(name, subset, revision):
+        return type("Builder", (), {"config": type("Config", (), {"name": subset}), "hash": f"commit of {revision}"})
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    others += [TextData(source="owner/name", subset=subset, revision=revision) for subset in "ab" for revision in "cd"]
+    assert len({json.dumps(source_key(spec)) for spec in others} - {json.dumps(key)}) == 9
+    with pytest.raises(DataError, match="no such file"):
+        source_key(TextData(source=str(tmp_path / "none.jsonl")))
+    with pytest.raises(DataError, match="no such builtin"):
+        source_key(TextData(source="builtin:pyton-docs"))

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2comp.data.pretext import TOKENISE_AT_ONCE, Masking, PretextRows
+from llm2comp.data.pretext import Masking, PretextRows, long_enough, no_text_is_fit
 from llm2comp.data.sources import Answer
-from llm2comp.errors import DataError
 from llm2comp.recipe import PretextStage
 
 
@@ -43,11 +42,8 @@ def answer_rows(
     rows: list[AnswerRow] = []
     left_out: Counter[str] = Counter()
     bos = int(bos_id is not None)
-    for start in range(0, len(answers), TOKENISE_AT_ONCE):
-        batch = [answer for answer in answers[start : start + TOKENISE_AT_ONCE] if len(answer.text) >= stage.min_characters]
-        left_out[f"under {stage.min_characters} characters"] += len(answers[start : start + TOKENISE_AT_ONCE]) - len(batch)
-        texts = tokenise([answer.text for answer in batch]) if batch else []
-        responses = tokenise([answer.response for answer in batch]) if batch else []
+    for batch in long_enough(answers, lambda answer: len(answer.text), stage.min_characters, left_out):
+        texts, responses = tokenise([answer.text for answer in batch]), tokenise([answer.response for answer in batch])
         for answer, text, response in zip(batch, texts, responses, strict=True):
             said = response[bos:]
             if len(text) <= bos or not said:
@@ -58,16 +54,10 @@ def answer_rows(
                 said = said[: max(max_tokens - len(text), max_tokens // 2)]
                 context = text[: max_tokens - len(said)]
                 rows.append(AnswerRow(np.asarray(context + said, dtype=np.int32), len(context), answer.teacher_D))
-    left_out = +left_out
     if not rows:
-        raise DataError(
-            "no text is fit for stage 1",
-            where="pretext.data",
-            expected=f"{stage.min_characters} characters or more, {max_tokens} tokens or fewer with the response",
-            found=", ".join(f"{count:,} {reason}" for reason, count in left_out.items()),
-            fix="set pretext.min_characters, max_tokens or long_texts: truncate",
-        )
-    return rows, left_out
+        expected = f"{stage.min_characters} characters or more, {max_tokens} tokens or fewer with the response"
+        raise no_text_is_fit(left_out, expected, "set pretext.min_characters, max_tokens or long_texts: truncate")
+    return rows, +left_out
 
 
 class AnswerRows(PretextRows):

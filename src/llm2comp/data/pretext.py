@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2comp.errors import DataError
@@ -20,13 +22,18 @@ TOKENISE_AT_ONCE = 1000
 WINDOW_BATCHES = 16
 
 
+Item = TypeVar("Item")
+Kept = TypeVar("Kept", bound=Sequence[NDArray[np.int32]])
+
+
 def token_rows(
-    texts: Sequence[str],
+    texts: Iterable[str],
     stage: PretextStage,
     tokenise: Callable[[Sequence[str]], list[list[int]]],
     max_tokens: int,
     bos_id: int | None,
-) -> tuple[list[np.ndarray], Counter[str]]:
+    keep: Callable[[Iterable[NDArray[np.int32]]], Kept] = list,  # type: ignore[assignment]
+) -> tuple[Kept, Counter[str]]:
     """Texts as token ids that can be split, and the texts left out by reason.
 
     Args:
@@ -35,16 +42,29 @@ def token_rows(
         tokenise: `Backbone.tokenise`.
         max_tokens: longest row, BOS included.
         bos_id: what every row starts with, later pieces of a chunked text too.
+        keep: draws the rows one by one and holds them, in memory or on disk.
 
     Raises:
         DataError: no text is left.
     """
-    rows: list[np.ndarray] = []
     left_out: Counter[str] = Counter()
-    for start in range(0, len(texts), TOKENISE_AT_ONCE):
-        batch = [text for text in texts[start : start + TOKENISE_AT_ONCE] if len(text) >= stage.min_characters]
-        left_out[f"under {stage.min_characters} characters"] += len(texts[start : start + TOKENISE_AT_ONCE]) - len(batch)
-        for ids in tokenise(batch) if batch else []:
+    rows = keep(_fit_rows(texts, stage, tokenise, max_tokens, bos_id, left_out))
+    if not len(rows):
+        expected = f"{stage.min_characters} characters or more, {2 * stage.site_margin_tokens} to {max_tokens} tokens"
+        raise no_text_is_fit(left_out, expected, "set pretext.min_characters, max_tokens or long_texts (truncate, chunk)")
+    return rows, +left_out
+
+
+def _fit_rows(
+    texts: Iterable[str],
+    stage: PretextStage,
+    tokenise: Callable[[Sequence[str]], list[list[int]]],
+    max_tokens: int,
+    bos_id: int | None,
+    left_out: Counter[str],
+) -> Iterator[NDArray[np.int32]]:
+    for batch in long_enough(texts, len, stage.min_characters, left_out):
+        for ids in tokenise(batch):
             if len(ids) > max_tokens and stage.long_texts == "skip":
                 left_out[f"over {max_tokens} tokens"] += 1
                 continue
@@ -52,17 +72,25 @@ def token_rows(
                 if len(piece) < 2 * stage.site_margin_tokens:
                     left_out[f"under {2 * stage.site_margin_tokens} tokens"] += 1
                 else:
-                    rows.append(np.asarray(piece, dtype=np.int32))
-    left_out = +left_out
-    if not rows:
-        raise DataError(
-            "no text is fit for stage 1",
-            where="pretext.data",
-            expected=f"{stage.min_characters} characters or more, {2 * stage.site_margin_tokens} to {max_tokens} tokens",
-            found=", ".join(f"{count:,} {reason}" for reason, count in left_out.items()),
-            fix="set pretext.min_characters, max_tokens or long_texts (truncate, chunk)",
-        )
-    return rows, left_out
+                    yield np.asarray(piece, dtype=np.int32)
+
+
+def long_enough(
+    items: Iterable[Item], characters: Callable[[Item], int], least: int, left_out: Counter[str]
+) -> Iterator[list[Item]]:
+    """Items of at least so many characters, as many as are tokenised at once; the others are counted."""
+    rest = iter(items)
+    while some := list(itertools.islice(rest, TOKENISE_AT_ONCE)):
+        kept = [item for item in some if characters(item) >= least]
+        left_out[f"under {least} characters"] += len(some) - len(kept)
+        if kept:
+            yield kept
+
+
+def no_text_is_fit(left_out: Counter[str], expected: str, fix: str) -> DataError:
+    """What a stage gets that is left without texts."""
+    found = ", ".join(f"{count:,} {reason}" for reason, count in (+left_out).items())
+    return DataError("no text is fit for stage 1", where="pretext.data", expected=expected, found=found, fix=fix)
 
 
 def _pieces(ids: list[int], max_tokens: int, chunk: bool, bos_id: int | None) -> Iterable[list[int]]:
@@ -144,7 +172,8 @@ class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
         if self.batch_size == 1:
             return order
         order = order[: len(order) - len(order) % self.batch_size]
-        lengths = np.array([len(self.rows[i]) for i in order])
+        kept: np.ndarray | None = getattr(self.rows, "lengths", None)  # of a store, which would read them all from disk
+        lengths = kept[order] if kept is not None else np.array([len(self.rows[i]) for i in order])
         window = self.batch_size * WINDOW_BATCHES
         parts = range(0, len(order), window)
         order = np.concatenate([order[s : s + window][np.argsort(lengths[s : s + window], kind="stable")] for s in parts])

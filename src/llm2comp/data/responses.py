@@ -7,6 +7,7 @@ responses-00000.npy, ...     where a teacher was asked: its embedding of each re
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,9 +115,16 @@ def folder_rows(folder: Path, columns: Columns) -> Rows:
 def source_digest(source: Path) -> str:
     """Hex digest of a file's content, or over the names and content of all that stands in a folder of responses."""
     if source.is_file():
-        return sha256(source)
+        state = source.stat()
+        return _digest_once(source, state.st_size, state.st_mtime_ns)
     files: Iterator[Path] = (path for path in sorted(source.glob("responses*")) if path.is_file())
     return hashlib.sha256("".join(f"{path.name}:{sha256(path)}\n" for path in files).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_once(file: Path, size: int, modified_ns: int) -> str:
+    """A study asks for the same large files once per run and stage: a file is read again once it was written again."""
+    return sha256(file)
 
 
 def _read_teacher(folder: Path, manifest: Manifest, shard: int, count: int) -> NDArray[np.float32]:

@@ -8,21 +8,24 @@ broken archive, no usable row) is a DataError. Nothing that is read gets execute
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from llm2comp.data import python_docs
-from llm2comp.data.responses import TEACHER, folder_rows
+from llm2comp.data.hub import hub_file, hub_rows, hub_version
+from llm2comp.data.responses import TEACHER, folder_rows, source_digest
 from llm2comp.data.tables import Columns, Row, Rows, check_columns, file_kind, file_rows, no_such_file
 from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, TextData
@@ -31,7 +34,6 @@ T = TypeVar("T")
 Spec: TypeAlias = TextData | PairData
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HUB_ADVICE = "check name and split; `hf auth login` for a gated set; HF_HUB_OFFLINE=1 finds only sets in the cache"
 
 
 @dataclass(frozen=True)
@@ -52,23 +54,18 @@ class Answer:
     teacher_D: NDArray[np.float32] | None = None
 
 
-@dataclass(frozen=True)
-class Loaded(Generic[T]):
-    """What a source gave, and how many rows it did not give, by reason.
+@dataclass
+class Tally:
+    """What was read of a source so far: rows used, rows left out by reason, and where each reason was first met."""
 
-    `fingerprint` is the sha256 (hex) over the rows' content; `first_at` says for each reason where it was first met.
-    """
-
-    rows: list[T]
-    skipped: Counter[str]
     source: str
-    fingerprint: str
+    used: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
     first_at: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line: how many rows, how many left out and why."""
-        name = Path(self.source).name if file_kind(Path(self.source)) else self.source
-        return f"{name}: {len(self.rows):,} rows" + (f"; left out: {self.left_out()}" if self.skipped else "")
+        return f"{_shown(self.source)}: {self.used:,} rows" + (f"; left out: {self.left_out()}" if self.skipped else "")
 
     def left_out(self) -> str:
         """`12 empty, 5 malformed JSON (first at line 17)`."""
@@ -78,13 +75,39 @@ class Loaded(Generic[T]):
         )
 
 
+@dataclass
+class Loaded(Tally, Generic[T]):
+    """All that a source gave, in memory. `fingerprint` is the sha256 (hex) over the rows' content."""
+
+    rows: list[T] = field(default_factory=list)
+    fingerprint: str = ""
+
+
 class _UnusableError(Exception):
     """A row to leave out; says why."""
 
 
 def read_texts(spec: TextData) -> Loaded[str]:
     """Read the texts of a source. Raises DataError when there is no such file or column, or no usable text."""
-    return _collect(spec, (spec.column,), lambda row: _filled(row, spec.column), lambda text: [text])
+    return _collect(spec, (spec.column,), functools.partial(_filled, column=spec.column), lambda text: [text])
+
+
+def iterate_sources(specs: Sequence[TextData], tell: Callable[[str], None]) -> Iterator[str]:
+    """Texts of several sources, one at a time; `tell` is given each source's summary at its end. Errors as `read_texts`."""
+    for spec in specs:
+        tally = Tally(spec.source)
+        yield from _items(spec, (spec.column,), functools.partial(_filled, column=spec.column), tally)
+        tell(tally.summary())
+
+
+def source_key(spec: TextData) -> dict[str, Any]:
+    """What the texts of a source depend on, for a hash: its content, its name without folders, which rows are asked for.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    settings = spec.model_dump(mode="json", exclude={"source", "response"})
+    return settings | {"name": _shown(spec.source), "content": _content(spec)}
 
 
 def read_answers(spec: TextData, teacher: bool = False) -> Loaded[Answer]:
@@ -122,28 +145,37 @@ def read_pairs(spec: PairData) -> Loaded[Pair]:
 
 
 def _collect(spec: Spec, columns: Columns, make: Callable[[Row], T], parts: Callable[[T], list[str]]) -> Loaded[T]:
-    """Make an item of each row until the limit; count the rows that are none. `parts` are the strings of an item."""
-    loaded: Loaded[T] = Loaded([], Counter(), spec.source, "")
-    columns_seen: dict[str, None] = {}
+    """All items of a source. `parts` are the strings of an item."""
+    loaded: Loaded[T] = Loaded(spec.source)
     digest = hashlib.sha256()
+    for item in _items(spec, columns, make, loaded):
+        loaded.rows.append(item)
+        digest.update(json.dumps(parts(item)).encode() + b"\n")
+    loaded.fingerprint = digest.hexdigest()
+    return loaded
+
+
+def _items(spec: Spec, columns: Columns, make: Callable[[Row], T], tally: Tally) -> Iterator[T]:
+    """Make an item of each row until the limit; count the rows that are none."""
+    columns_seen: dict[str, None] = {}
     for place, row in _rows(spec, columns):
         try:
             if isinstance(row, str):
                 raise _UnusableError(row)
             columns_seen |= dict.fromkeys(row)
-            loaded.rows.append(make(row))
+            item = make(row)
         except _UnusableError as reason:
-            loaded.skipped[str(reason)] += 1
-            loaded.first_at.setdefault(str(reason), place)
+            tally.skipped[str(reason)] += 1
+            tally.first_at.setdefault(str(reason), place)
             continue
-        digest.update(json.dumps(parts(loaded.rows[-1])).encode() + b"\n")
-        if len(loaded.rows) == spec.limit:
+        tally.used += 1
+        yield item
+        if tally.used == spec.limit:
             break
     if columns_seen:
         check_columns(spec.source, columns, columns_seen)
-    if not loaded.rows:
-        raise DataError("no usable row", where=spec.source, found=loaded.left_out() or "nothing in it")
-    return Loaded(loaded.rows, loaded.skipped, spec.source, digest.hexdigest(), loaded.first_at)
+    if not tally.used:
+        raise DataError("no usable row", where=spec.source, found=tally.left_out() or "nothing in it")
 
 
 def _filled(row: Row, column: str) -> str:
@@ -183,19 +215,52 @@ def _texts(row: Row, column: str) -> Iterator[str]:
 
 
 def _rows(spec: Spec, columns: Columns) -> Rows:
-    """Rows behind a source name, whatever it stands for. What a disk or an archive throws becomes a DataError."""
+    """Rows behind a source name, whatever it stands for."""
     path = Path(spec.source).expanduser()
-    try:
+    with _readable(spec.source):
         if spec.source.startswith("builtin:"):
             yield from _builtin_rows(spec.source, columns)
-        elif path.exists():
+        elif _is_path(spec.source):
             yield from (folder_rows if path.is_dir() else file_rows)(path, columns)
-        elif file_kind(path) or not _HUB_NAME.fullmatch(spec.source):
-            raise no_such_file(path.absolute())
+        elif spec.file is not None:
+            yield from file_rows(hub_file(spec), columns)
         else:
-            yield from _hub_rows(spec, columns)
+            yield from hub_rows(spec, columns)
+
+
+def _content(spec: TextData) -> str:
+    """Digest of what `_rows` reads."""
+    with _readable(spec.source):
+        if spec.source.startswith("builtin:"):
+            texts = [row[spec.column] for _, row in _builtin_rows(spec.source, (spec.column,)) if isinstance(row, dict)]
+            return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        if _is_path(spec.source):
+            return source_digest(Path(spec.source).expanduser())
+        if spec.file is not None:
+            return source_digest(hub_file(spec))
+        return hub_version(spec)
+
+
+@contextlib.contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """What a disk or an archive throws becomes a DataError."""
+    try:
+        yield
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot be read: {error}", where=spec.source, fix="check that the file is whole") from error
+        raise DataError(f"cannot be read: {error}", where=source, fix="check that the file is whole") from error
+
+
+def _is_path(source: str) -> bool:
+    """Whether a source is a file or a folder, not a Hub data set. Raises DataError for what can be neither."""
+    path = Path(source).expanduser()
+    if not path.exists() and (file_kind(path) or not _HUB_NAME.fullmatch(source)):
+        raise no_such_file(path.absolute())
+    return path.exists()
+
+
+def _shown(source: str) -> str:
+    """A source's name in messages: of a file without its folders."""
+    return Path(source).name if file_kind(Path(source)) else source
 
 
 def _builtin_rows(source: str, columns: Columns) -> Rows:
@@ -204,24 +269,3 @@ def _builtin_rows(source: str, columns: Columns) -> Rows:
     items = [(text,) for text in python_docs.passages()] if len(columns) == 1 else python_docs.pairs(heldout=False)
     for number, item in enumerate(items, 1):
         yield f"item {number}", dict(zip(columns, item, strict=False))
-
-
-def _hub_rows(spec: Spec, columns: Columns) -> Rows:
-    """Rows of a Hub data set, or of one file in its repository."""
-    import datasets
-    import huggingface_hub
-
-    try:
-        if spec.file is None:
-            table = datasets.load_dataset(spec.source, spec.subset, split=spec.split, revision=spec.revision)
-        else:
-            file = huggingface_hub.hf_hub_download(spec.source, spec.file, repo_type="dataset", revision=spec.revision)
-    except Exception as error:  # the libraries raise some twenty kinds
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise DataError(f"not a file, nor a loadable Hub data set: {cause}", where=spec.source, fix=_HUB_ADVICE) from error
-    if spec.file is not None:
-        yield from file_rows(Path(file), columns)
-        return
-    check_columns(spec.source, columns, table.column_names)
-    for number, row in enumerate(table.select_columns(list(dict.fromkeys(columns))), 1):
-        yield f"row {number}", row

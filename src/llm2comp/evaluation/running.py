@@ -16,7 +16,7 @@ import mteb
 import torch
 from mteb.cache import ResultCache
 
-from llm2comp.errors import DataError, Llm2CompError
+from llm2comp.errors import DataError, Llm2CompError, one_line
 from llm2comp.evaluation.encoder import MtebEncoder
 from llm2comp.evaluation.lexical import TfidfEncoder
 from llm2comp.evaluation.paper14 import PAPER14
@@ -113,7 +113,7 @@ def _explained(task: Any, problem: str, fix: str | None) -> Iterator[None]:
     except Exception as error:  # the libraries raise some twenty kinds
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             raise
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        cause = one_line(f"{type(error).__name__}: {error}")
         raise TaskFailedError(f"{problem}: {cause}", where=task.metadata.name, fix=fix) from error
 
 

@@ -20,6 +20,7 @@ from llm2comp.recipe.reading import (
     nearest,
     parse_recipe,
     read_yaml,
+    shipped_files,
     shipped_recipes,
 )
 from llm2comp.recipe.settings import WATCHED, Recipe
@@ -50,5 +51,6 @@ __all__ = [
     "nearest",
     "parse_recipe",
     "read_yaml",
+    "shipped_files",
     "shipped_recipes",
 ]

@@ -77,9 +77,14 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Recipes that come with the package, by name: beside it in a checkout, inside it when installed."""
+    """Recipes that come with the package, by name."""
+    return shipped_files("recipes")
+
+
+def shipped_files(place: str) -> dict[str, Path]:
+    """YAML files of a folder that comes with the package, by name: beside it in a checkout, inside it when installed."""
     here = Path(__file__).resolve().parents[1]
-    folders = (here / "recipes", here.parents[1] / "recipes")
+    folders = (here / place, here.parents[1] / place)
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 

@@ -26,7 +26,7 @@ from llm2comp.analysis.plots import save_figure
 from llm2comp.backbone import weights_digest
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.console import say
-from llm2comp.errors import DataError, Llm2CompError, RunError
+from llm2comp.errors import DataError, Llm2CompError, RunError, one_line
 from llm2comp.evaluate import Options, evaluate
 from llm2comp.files import explain_disk_errors, write_text
 from llm2comp.recipe import load_recipe
@@ -170,7 +170,7 @@ class _Running:
                 train(run.recipe, folder, siblings=siblings)
                 return True
             except (Llm2CompError, torch.OutOfMemoryError) as error:
-                reason = _reason(error)
+                reason = one_line(error, 400)
                 for stage, key in run.keys.items():
                     place = run.folder(self.folder / RUNS, stage)
                     if begun(place, key) and not is_done(place, key):
@@ -210,7 +210,7 @@ class _Running:
         try:
             (row,) = evaluate([model], options, self.folder / SCORES)
         except (Llm2CompError, torch.OutOfMemoryError) as error:
-            self._failed(system, model, _reason(error))
+            self._failed(system, model, one_line(error, 400))
             return {}
         for task, why in row.failed.items():
             self._failed(system, f"{model}, {task}", why)
@@ -253,10 +253,6 @@ def _read_kept(file: Path) -> dict[str, dict[str, float]]:
         return found
     except (OSError, ValueError):
         return {}
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
 
 
 def _told(states: dict[str, str]) -> str:

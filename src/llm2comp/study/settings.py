@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llm2comp.baselines.settings import NAMES
 from llm2comp.errors import RecipeError
-from llm2comp.recipe import Section, checked, nearest, read_yaml
+from llm2comp.recipe import Section, checked, nearest, read_yaml, shipped_files
 
 LAST = "last"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -85,10 +85,8 @@ def load_study(path: str | Path, changes: Sequence[str] = (), local: Sequence[Pa
 
 
 def shipped_studies() -> dict[str, Path]:
-    """Studies that come with the package, by name: beside it in a checkout, inside it when installed."""
-    here = Path(__file__).resolve().parents[1]
-    folders = (here / "recipes" / "studies", here.parents[1] / "recipes" / "studies")
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    """Studies that come with the package, by name."""
+    return shipped_files("recipes/studies")
 
 
 def find_study(path: str | Path) -> Path:
