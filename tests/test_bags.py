@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from families import make_compressor, relative_error
 from llm2comp.errors import BackboneError, RecipeError
-from llm2comp.pretext import around, pretext_loss
+from llm2comp.pretext import pretext_loss
 from llm2comp.pretext.from_text import bag_ids
 from llm2comp.pretext.kl import chunked_bag_entropy
 from llm2comp.recipe import EncoderSettings, PretextStage, parse_recipe
@@ -110,7 +110,7 @@ def test_prompts_are_those_of_the_encoder(family):
     """Trained by `bag_prompts.itself`, read by `encoder.prompt`: the same tokens, so the same state."""
     prompt = BagPrompts().itself
     compressor = make_compressor(family, encoder=EncoderSettings(pooling="last_token", prompt=prompt))
-    assert around(compressor.backbone, prompt) == (compressor.before, compressor.behind)
+    assert compressor.backbone.around(prompt) == (compressor.before, compressor.behind)
     assert compressor.backbone.tokenizer.decode(compressor.behind) == " The original sentence:"
 
 
@@ -139,7 +139,7 @@ def test_the_prompt_has_room(tmp_path, capsys):
             site_margin_tokens=4,
             schedule={"learning_rate": 1e-2, "warmup_steps": 1},
         )
-        tokens = sum(len(part) for part in around(compressor.backbone, prompt))
+        tokens = sum(len(part) for part in compressor.backbone.around(prompt))
         folder = tmp_path / str(tokens)
         folder.mkdir()
         run_pretext(compressor, stage, folder, seed=0, options=RunOptions())

@@ -47,11 +47,11 @@ def test_truncation_keeps_all_memory_tokens(family, monkeypatch):
     widths = []
     read = compressor.backbone.read
 
-    def watched(x_BSD, mask_BS):
+    def watched(x_BSD, mask_BS, *others):
         assert torch.equal(x_BSD[:, -MEMORY:], compressor.memory.vectors_KD.expand(len(x_BSD), -1, -1))
         assert mask_BS[:, -MEMORY:].all()
         widths.append(x_BSD.shape[1])
-        return read(x_BSD, mask_BS)
+        return read(x_BSD, mask_BS, *others)
 
     monkeypatch.setattr(compressor.backbone, "read", watched)
     cut = compressor.backbone.tokenise([LONG])[0][:LIMIT]

@@ -49,6 +49,7 @@ def split_batch(compressor):
 def test_a_fresh_copy_reads_as_the_lm_and_the_lm_never_changes(family):
     compressor = make_full(family, moved=False)
     backbone, plain = compressor.backbone, make_backbone(family)
+    backbone.savings = plain.savings = frozenset()  # bits are compared, at padding too
     tokens = Tokens.pad(backbone.tokenise(SENTENCES[:3]), "left", backbone.pad_id)
     x = backbone.embed(tokens.ids_BT)
     assert torch.equal(backbone.read(x, tokens.mask_BT), plain.read(x, tokens.mask_BT))

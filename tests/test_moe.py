@@ -37,6 +37,7 @@ def stacked(family, **settings):
 def test_experts_deltas_add(family):
     """The published formula, written out expert by expert."""
     backbone, reference = stacked(family), untouched(family)
+    backbone.savings = frozenset()  # states at padding are compared too
     number, changed = backbone.config.num_local_experts if family == "mixtral" else backbone.config.num_experts, 0
     for path, module in backbone.lm.named_modules():
         layers = [(module, name, scale) for name, scale in (("pretext", 2.0), ("ucl", 1.5)) if hasattr(module, "lora_A")]

@@ -174,6 +174,7 @@ def make(family, checkpointing=False, dropout=0.0, **settings):
 
 def count_calls(compressor):
     """How often the first layer's attention runs."""
+    assert compressor.backbone.savings, "tried before the count begins"
     named = compressor.backbone.lm.named_modules()
     name = next(n for n, _ in named if n.rsplit(".", 1)[-1] in ("self_attn", "attn", "attention"))
     calls = []

@@ -405,6 +405,10 @@ def test_kinds_do_not_mix_with_none():
         other.add_adapter("pretext", NONE)
         with pytest.raises(BackboneError, match="cannot mix"):
             other.add_adapter("ucl", AdapterSettings(kind=kind))
+        other = make_backbone()
+        other.add_adapter("pretext", AdapterSettings(kind=kind))
+        with pytest.raises(BackboneError, match="cannot mix"):
+            other.add_adapter("ucl", NONE)
 
 
 def test_nothing_would_learn(made):

@@ -30,7 +30,6 @@ from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.export import memory_names, reweight
 from llm2comp.files import explain_disk_errors, write_bytes, write_text
 from llm2comp.loading import identity, live_place, load, run_of, stage_of
-from llm2comp.memory import embedding_from_memory
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -215,7 +214,8 @@ def _embeddings(
     states_NKD = _memory(model, compressor, texts)
     if compressor is None or states_NKD is None:
         return states_NKD, embed(model, texts).embeddings_ND
-    embeddings_ND = np.asarray(embedding_from_memory(states_NKD, compressor.get_buffer("weights_K").cpu()).numpy())
+    with torch.no_grad():
+        embeddings_ND = np.asarray(compressor.pool(states_NKD).cpu().numpy())
     return states_NKD if compressor.memory.count else None, embeddings_ND  # a pooled state is no memory token
 
 

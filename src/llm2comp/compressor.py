@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm2comp.backbone import Backbone
+from llm2comp.backbone.sharded import fill, gathered, save_whole
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
-from llm2comp.memory import MemoryTokens, embedding_from_memory, mean_weights, prefix_weights, separate_sight
+from llm2comp.memory import (
+    MemoryTokens,
+    embedding_from_memory,
+    mean_weights,
+    new_projection,
+    prefix_weights,
+    separate_sight,
+)
 from llm2comp.recipe import EncoderSettings, MemorySettings
-from llm2comp.recipe.parts import TEXT
 from llm2comp.tokens import Tokens, wrap
 
 STATE_FILE = "memory.safetensors"
@@ -54,8 +58,9 @@ class Compressor(nn.Module):
     Args:
         backbone: the LM with its adapter stack.
         memory: the memory tokens; none (count 0) where the text's own states are pooled.
-        settings: which states are the embedding.
+        settings: which states are the embedding, and whether a projection stands behind them.
         nesting: `nested` and `attention` of the memory; its number of tokens is that of `memory`.
+        seed: of a projection to another width.
 
     Raises:
         RecipeError: nested or separate memory, and no memory tokens.
@@ -68,13 +73,18 @@ class Compressor(nn.Module):
         memory: MemoryTokens,
         settings: EncoderSettings | None = None,
         nesting: MemorySettings | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.memory = memory.to(backbone.embedding_table.device)
         self.settings = settings or EncoderSettings()
-        self.before, self.behind = self._around(self.settings.prompt)
+        self.before, self.behind = backbone.around(self.settings.prompt)
         self.embedding: nn.Module | None = None
+        self.projection: nn.Linear | None = None
+        if (size := self.settings.projection) is not None:
+            inside, device = backbone.embedding_table.shape[1], backbone.embedding_table.device
+            self.projection = new_projection(inside, inside if size == "same" else size, seed).to(device)
         self.register_buffer("weights_K", mean_weights(self.states).to(backbone.embedding_table.device))
         nested, attention = (nesting.nested, nesting.attention) if nesting else ((), "full")
         if (nested or attention == "separate") and not memory.count:
@@ -97,12 +107,17 @@ class Compressor(nn.Module):
         """New memory tokens, so many or as the settings say, over a backbone (none if `settings` pool the text's states)."""
         nesting = MemorySettings(tokens=memory) if isinstance(memory, int) else memory
         count = nesting.tokens if settings is None or settings.pooling == "memory" else 0
-        return cls(backbone, MemoryTokens.like(backbone.embedding_table, count, seed), settings, nesting)
+        return cls(backbone, MemoryTokens.like(backbone.embedding_table, count, seed), settings, nesting, seed)
 
     @property
     def states(self) -> int:
         """K, states per text: one for each memory token, or the pooled one."""
         return self.memory.count or 1
+
+    @property
+    def width(self) -> int:
+        """Dimensions of an embedding: the LM's, or the projection's."""
+        return int(self.backbone.embedding_table.shape[1]) if self.projection is None else self.projection.out_features
 
     @property
     def added(self) -> int:
@@ -112,29 +127,17 @@ class Compressor(nn.Module):
     def encode(self, tokens: Tokens) -> Tensor:
         """Memory states m̃_1..m̃_k of left-padded texts, after the final norm: memory_BKD; or the pooled state, K = 1."""
         tokens = wrap(tokens, self.before, self.behind, self._bos)
-        states_BSD = self.read(*self.memory.append(self.embed(tokens.ids_BT), tokens.mask_BT))
+        x_BSD, mask_BS = self.memory.append(self.embed(tokens.ids_BT), tokens.mask_BT)
         if self.settings.pooling == "mean":
-            return self._mean(states_BSD, tokens)
-        return states_BSD[:, -self.states :]
+            return self._mean(self.read(x_BSD, mask_BS), tokens)
+        needed_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
+        needed_BS[:, -self.states :] = True
+        return self.read(x_BSD, mask_BS, needed_BS)[:, -self.states :]
 
-    def read(self, x_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+    def read(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
         """The backbone's encoder pass on texts with the memory behind them, under the mask of separate memory if asked."""
-        with self._mask(separate_sight(mask_BS, self.memory.count)) if self.separate else contextlib.nullcontext():
-            return self.backbone.read(x_BSD, mask_BS)
-
-    @contextlib.contextmanager
-    def _mask(self, sees_BSS: Tensor) -> Iterator[None]:
-        """Inside, the LM's body gets a 4-D additive mask in place of the padding mask."""
-
-        def replace(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            dtype = kwargs["inputs_embeds"].dtype
-            mask_B1SS = torch.zeros_like(sees_BSS, dtype=dtype).masked_fill(~sees_BSS, torch.finfo(dtype).min)[:, None]
-            return args, kwargs | {"attention_mask": mask_B1SS}
-
-        with contextlib.ExitStack() as hooks:
-            for body in filter(None, (self.backbone.lm.base_model, self.backbone.copy)):
-                hooks.callback(body.register_forward_pre_hook(replace, with_kwargs=True).remove)
-            yield
+        sees_BSS = separate_sight(mask_BS, self.memory.count) if self.separate else None
+        return self.backbone.read(x_BSD, mask_BS, needed_BS, sees_BSS)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Input embeddings of the encoder pass, x_BTD: the LM's, or the trained copy of them."""
@@ -151,21 +154,22 @@ class Compressor(nn.Module):
         sums_BD = torch.einsum("btd,bt->bd", states_BTD.float(), weights_BT)
         return (sums_BD / weights_BT.sum(1, keepdim=True).clamp_min(1e-9))[:, None].to(states_BTD.dtype)
 
-    def _around(self, prompt: str) -> tuple[list[int], list[int]]:
-        """Token ids before and behind a text; these parts are tokenised each for itself."""
-        if prompt == TEXT:
-            return [], []
-        before, behind = self.backbone.tokenise(prompt.split(TEXT))
-        return before[self._bos :], behind[self._bos :]
-
     @property
     def _bos(self) -> int:
         return int(self.backbone.bos_id is not None)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Embeddings of left-padded texts: the weighted mean of their memory states, embedding_BD."""
+        """Embeddings of left-padded texts: the weighted mean of their memory states, projected if so set, embedding_BD."""
+        return self.pool(self.encode(tokens))
+
+    def pool(self, memory_BKD: Tensor) -> Tensor:
+        """Memory states, from any device, as embeddings on the encoder's: embedding_BD."""
         weights_K: Tensor = self.get_buffer("weights_K")
-        return embedding_from_memory(self.encode(tokens), weights_K)
+        return self.project(embedding_from_memory(memory_BKD.to(weights_K.device), weights_K))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Pooled states (..., D) behind the projection (..., width), if there is one."""
+        return pooled if self.projection is None else self.projection(pooled)
 
     def use_first(self, first: int) -> None:
         """Let the embedding be the mean of the first memory states. Raises ModelFolderError: there are not so many."""
@@ -174,8 +178,10 @@ class Compressor(nn.Module):
         self.get_buffer("weights_K").copy_(prefix_weights(self.memory.count, first))
 
     def learn(self, memory: bool, embeddings: bool = False) -> None:
-        """Choose what learns beside the newest adapter: memory tokens; the encoder's own copy of all input embeddings."""
+        """Choose what learns beside the newest adapter: memory tokens and projection; the encoder's own embedding table."""
         self.memory.requires_grad_(memory and self.memory.count > 0)
+        if self.projection is not None:
+            self.projection.requires_grad_(memory)
         if embeddings:
             self._own_embedding()
         if self.embedding is not None:
@@ -191,35 +197,51 @@ class Compressor(nn.Module):
         return room_for_text(self.backbone.max_positions, self.added, asked)
 
     def save(self, folder: Path, adapter: str) -> None:
-        """Write one adapter and all that is not in adapters: `adapter/`, `memory.safetensors`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"memory": self.memory.vectors_KD, "weights": self.get_buffer("weights_K")}
-        if self.embedding is not None:
-            tensors["embeddings"] = next(self.embedding.parameters())
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / STATE_FILE)
-        self.backbone.adapters.save(adapter, folder / "adapter")
+        """Write one adapter and all that is not in adapters: `adapter/`, `memory.safetensors`.
+
+        Among several processes rank 0 writes; where weights are spread over them, all must call it.
+        """
+        with gathered(self._saved(adapter)):
+            tensors = self._beside_adapters() | {"weights": self.get_buffer("weights_K")}
+            if self.embedding is not None:
+                tensors["embeddings"] = next(self.embedding.parameters())
+            save_whole(tensors, folder / STATE_FILE)
+            self.backbone.adapters.save(adapter, folder / "adapter")
+
+    def _saved(self, adapter: str) -> list[nn.Parameter]:
+        beside = [self.memory, *filter(None, (self.projection, self.embedding))]
+        return [*self.backbone.adapters.parameters(adapter), *(p for module in beside for p in module.parameters())]
+
+    def _beside_adapters(self) -> dict[str, Tensor]:
+        """Memory and projection, by their names in a stage's file."""
+        projection = {} if self.projection is None else dict(self.projection.named_parameters(prefix="projection"))
+        return {"memory": self.memory.vectors_KD, **projection}
 
     def load(self, folder: Path, adapter: str) -> None:
-        """Read what `save` wrote into an adapter of the stack and into the memory.
+        """Read what `save` wrote into an adapter of the stack, the memory and the projection.
 
         Raises:
             ModelFolderError: a file is missing, truncated or of another shape.
         """
         try:
             tensors = load_file(folder / STATE_FILE)
-            if tensors["memory"].shape != self.memory.vectors_KD.shape:
-                raise ModelFolderError(
-                    "memory of another shape",
-                    where=str(folder / STATE_FILE),
-                    expected=tuple(self.memory.vectors_KD.shape),
-                    found=tuple(tensors["memory"].shape),
-                )
-            with torch.no_grad():
-                self.memory.vectors_KD.copy_(tensors["memory"])
-                self.get_buffer("weights_K").copy_(tensors["weights"])
+            if "embeddings" in tensors:
+                self._own_embedding()
+            with gathered(self._saved(adapter)):
+                own = self._beside_adapters()
+                for name, tensor in own.items():
+                    if tensors[name].shape != tensor.shape:
+                        raise ModelFolderError(
+                            f"{name} of another shape",
+                            where=str(folder / STATE_FILE),
+                            expected=tuple(tensor.shape),
+                            found=tuple(tensors[name].shape),
+                        )
+                    fill(tensor, tensors[name])
+                fill(self.get_buffer("weights_K"), tensors["weights"])
                 if "embeddings" in tensors:
-                    next(self._own_embedding().parameters()).copy_(tensors["embeddings"])
-            self.backbone.adapters.load(adapter, folder / "adapter")
+                    fill(next(self._own_embedding().parameters()), tensors["embeddings"])
+                self.backbone.adapters.load(adapter, folder / "adapter")
         except (OSError, SafetensorError, KeyError) as error:
             raise ModelFolderError(
                 f"cannot be read: {error}", where=str(folder), fix="copy the folder again or train the stage anew"
@@ -250,8 +272,7 @@ def probe_separate(compressor: Compressor) -> None:
         other_BS = ids_BS.clone()
         if changed is not None:
             other_BS[0, changed] = (ids_BS[0, changed] + len(table) // 2) % len(table)
-        with compressor._mask(sees_BSS) if sees_BSS is not None else contextlib.nullcontext():
-            return backbone.read(backbone.embed(other_BS), mask_BS)[0].float()
+        return backbone.read(backbone.embed(other_BS), mask_BS, sees_BSS=sees_BSS)[0].float()
 
     sight_BSS = separate_sight(mask_BS, count)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
+from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor
 
+from llm2comp.backbone import AdapterStack, Backbone
+from llm2comp.backbone.quantized import quantized_layers
 from llm2comp.compressor import Compressor
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.memory import prefix_embeddings
-from llm2comp.tokens import Tokens
+from llm2comp.tokens import Side, Tokens
 
 ROLES = ("query", "document")
 
@@ -44,8 +48,8 @@ class MemoryEncoder(InputModule):
         return self.max_tokens + self.compressor.added
 
     def get_embedding_dimension(self) -> int:
-        """D."""
-        return int(self.compressor.backbone.embedding_table.shape[1])
+        """D, or what the projection makes of it."""
+        return self.compressor.width
 
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any
@@ -60,7 +64,9 @@ class MemoryEncoder(InputModule):
         """Adds `sentence_embedding` (B, D), or (B, P, D) under a nested loss."""
         tokens = Tokens(features["input_ids"], features["attention_mask"])
         features["sentence_embedding"] = (
-            prefix_embeddings(self.compressor.encode(tokens), self.prefixes) if self.prefixes else self.compressor(tokens)
+            self.compressor.project(prefix_embeddings(self.compressor.encode(tokens), self.prefixes))
+            if self.prefixes
+            else self.compressor(tokens)
         )
         return features
 
@@ -81,6 +87,74 @@ def as_sentence_transformer(
     model = SentenceTransformer(modules=[module], device=device, prompts=prompts or {})
     model.eval()
     return model
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a model reads around the tokens of a text, so that ids that are there already need not be made again.
+
+    Args:
+        head, tail: ids before and behind the text's own.
+        room: most tokens of a text between them; the others are cut off.
+        added: positions that a text takes in the model beside its own tokens.
+        side, pad_id: how texts are padded.
+    """
+
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+    room: int
+    added: int
+    side: Side
+    pad_id: int
+
+    def features(self, rows: Sequence[NDArray[np.int32]], device: torch.device | str) -> dict[str, Tensor]:
+        """A batch of texts' ids as the model's input. On CUDA the copy does not wait for what runs there."""
+        tokens = Tokens.pad([[*self.head, *row[: self.room], *self.tail] for row in rows], self.side, self.pad_id)
+        features = {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
+        if torch.device(device).type != "cuda":
+            return {name: tensor.to(device) for name, tensor in features.items()}
+        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in features.items()}
+
+
+def frame_of(model: SentenceTransformer) -> Frame | None:
+    """The frame of a memory encoder, or of a stock transformer that gives on trial texts what the frame gives; else None."""
+    module, tokenizer = model[0], model.tokenizer
+    if isinstance(module, MemoryEncoder):
+        backbone = module.compressor.backbone
+        head = () if backbone.bos_id is None else (backbone.bos_id,)
+        added = len(head) + module.compressor.added
+        return Frame(head, (), module.max_tokens - len(head), added, "left", backbone.pad_id)
+    if not isinstance(module, Transformer) or not tokenizer.is_fast or model.truncate_dim is not None:
+        return None
+    bare = tokenizer("", verbose=False)["input_ids"]
+    ids, mask = (
+        tokenizer("a", return_special_tokens_mask=True, verbose=False)[key] for key in ("input_ids", "special_tokens_mask")
+    )
+    if not model.max_seq_length or 0 not in mask:
+        return None
+    start, room = mask.index(0), model.max_seq_length - len(bare)
+    end = len(bare) - start
+    pad_id = tokenizer.pad_token_id or 0
+    frame = Frame(tuple(ids[:start]), tuple(ids[len(ids) - end :]), room, len(bare), tokenizer.padding_side, pad_id)
+    trial = ["", "a", "some words of text", "a " * (room + 1)]
+    rows = [np.asarray(row, np.int32) for row in tokenizer(trial, add_special_tokens=False, verbose=False)["input_ids"]]
+    found, expected = frame.features(rows, "cpu"), model.preprocess(trial)
+    tensors = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
+    same = tensors.keys() == found.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
+    return frame if same else None
+
+
+def merge_adapters(model: SentenceTransformer) -> None:
+    """Put a live encoder's LoRA into the weights of a copy of its LM, which takes its place: faster, for encoding alone.
+
+    No frozen LM is left to decode with. Other models, full copies and LMs in 4 or 8 bits stay as they are.
+    """
+    if not isinstance(module := model[0], MemoryEncoder):
+        return
+    backbone = module.compressor.backbone
+    if isinstance(backbone.adapters, AdapterStack) and backbone.adapters.names and not quantized_layers(backbone.lm):
+        lm = backbone.adapters.merged()
+        module.compressor.backbone = Backbone(lm, backbone.tokenizer, backbone.attention, backbone.name).eval()
 
 
 def refuse_not_finite(embeddings_ND: NDArray[np.float32], texts: Sequence[str], where: str | None = None) -> None:
@@ -112,11 +186,17 @@ def memory_vectors(model: SentenceTransformer, texts: Sequence[str], role: str |
         batch_size: texts at once.
 
     Raises:
-        ModelFolderError: another kind of model.
+        ModelFolderError: another kind of model, or one whose embeddings stand behind a projection.
     """
     module = model[0]
     if not isinstance(module, MemoryEncoder) or not module.compressor.memory.count:
         raise ModelFolderError("has no memory states to give", expected="a live encoder with memory tokens")
+    if module.compressor.projection is not None:
+        raise ModelFolderError(
+            "cannot be many vectors: the projection stands behind the mean of the memory states",
+            where="encoder.projection",
+            fix="use it as one vector per text, or train with encoder.projection: null",
+        )
     prompt, states = (model.prompts.get(role) if role else None), []
     with torch.no_grad():
         for start in range(0, len(texts), batch_size):

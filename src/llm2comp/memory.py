@@ -56,6 +56,21 @@ def prefix_embeddings(memory_BKD: Tensor, prefixes: Sequence[int]) -> Tensor:
     return torch.einsum("bkd,pk->bpd", memory_BKD.float(), weights_PK.to(memory_BKD.device))
 
 
+def new_projection(inside: int, outside: int, seed: int) -> nn.Linear:
+    """Linear map behind the pooled state, with bias as in LLM2Vec-Gen's release (arXiv 2603.10913), float32.
+
+    It begins as the identity; between two widths as a random rotation (rows or columns orthonormal), fixed by the seed. The
+    bias begins as 0. As the weights of memory tokens sum to 1, the map of their mean is the mean of their maps.
+    """
+    projection = nn.Linear(inside, outside, device="cpu")
+    nn.init.zeros_(projection.bias)
+    if inside == outside:
+        nn.init.eye_(projection.weight)
+    else:
+        nn.init.orthogonal_(projection.weight, generator=torch.Generator().manual_seed(seed))
+    return projection
+
+
 def separate_sight(mask_BS: Tensor, count: int) -> Tensor:
     """Who sees whom under `memory.attention: separate`, sees_BSS (row: who sees), bool.
 

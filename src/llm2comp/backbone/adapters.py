@@ -17,11 +17,12 @@ import peft
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm2comp.backbone.families import lora_targets, split_targets
 from llm2comp.backbone.quantized import plain_copy
+from llm2comp.backbone.sharded import fill, save_whole, writes
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import AdapterSettings
 
@@ -102,11 +103,11 @@ class AdapterStack:
 
     def save(self, name: str, folder: Path) -> None:
         """Write one adapter in peft's own format (adapter_config.json, adapter_model.safetensors)."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._state(name), folder / "adapter_model.safetensors")
+        save_whole(self._state(name), folder / "adapter_model.safetensors")
         config = copy.copy(self._peft.peft_config[name])
         config.inference_mode = True
-        config.save_pretrained(str(folder))
+        if writes():
+            config.save_pretrained(str(folder))
 
     def load(self, name: str, folder: Path) -> None:
         """Fill an adapter of the stack with the weights that `save` wrote."""
@@ -114,7 +115,8 @@ class AdapterStack:
         state = self._state(name)
         if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in state.items()}:
             raise BackboneError("adapter weights do not fit this model and these settings", where=str(folder))
-        peft.set_peft_model_state_dict(self._peft, tensors, adapter_name=name)
+        for key, tensor in state.items():
+            fill(tensor, tensors[key])
 
     def merged(self) -> Any:
         """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then the base's dtype (DESIGN 1.7)."""
@@ -137,8 +139,9 @@ class AdapterStack:
         return lm
 
     def _state(self, name: str) -> dict[str, Tensor]:
-        state = peft.get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
-        return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        """The live weights, by peft's names for them."""
+        state: dict[str, Tensor] = peft.get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        return state
 
     def _config(self, settings: AdapterSettings, dropout: float) -> Any:
         modules: Any = settings.targets

@@ -6,10 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm2comp.backbone.frozen import Frozen
+from llm2comp.backbone.sharded import fill, save_whole
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import AdapterSettings
 
@@ -40,15 +41,15 @@ class FullCopy(Frozen):
 
     def save(self, name: str, folder: Path) -> None:
         """Write the copy, float32."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._state(), folder / WEIGHTS_FILE)
+        save_whole(self._state(), folder / WEIGHTS_FILE)
 
     def load(self, name: str, folder: Path) -> None:
         """Fill the copy with the weights that `save` wrote."""
         tensors, state = load_file(folder / WEIGHTS_FILE), self._state()
         if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in state.items()}:
             raise BackboneError("encoder weights do not fit this model", where=str(folder))
-        self.body.load_state_dict(tensors, strict=False)
+        for key, tensor in state.items():
+            fill(tensor, tensors[key])
 
     def merged(self) -> Any:
         """A copy of the LM with the trained layers, in the base's dtype."""
@@ -57,7 +58,7 @@ class FullCopy(Frozen):
         return lm
 
     def _state(self) -> dict[str, Tensor]:
-        """Weights without the input embeddings, by their names in the body."""
-        table = {tensor.data_ptr() for tensor in self._table.state_dict().values()}
-        named = self.body.state_dict().items()
-        return {key: tensor.detach().cpu().contiguous() for key, tensor in named if tensor.data_ptr() not in table}
+        """The live weights without the input embeddings, by their names in the body."""
+        table = {id(tensor) for tensor in self._table.state_dict(keep_vars=True).values()}
+        named = self.body.state_dict(keep_vars=True).items()
+        return {key: tensor.detach() for key, tensor in named if id(tensor) not in table}

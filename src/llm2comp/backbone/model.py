@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -13,9 +15,11 @@ from llm2comp.backbone.adapters import AdapterStack
 from llm2comp.backbone.families import attention_dropouts, scale_logits, silence_dropout
 from llm2comp.backbone.frozen import Frozen
 from llm2comp.backbone.full import FullCopy
+from llm2comp.backbone.layout import HALVES, WORTH, Layout, possible_savings
 from llm2comp.backbone.quantized import keep_gradients, quantized_layers
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import AdapterSettings
+from llm2comp.recipe.parts import TEXT
 from llm2comp.tokens import position_ids
 
 
@@ -39,12 +43,13 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.attention = attention
         self.name = name
-        self.adapters: AdapterStack | FullCopy | Frozen = AdapterStack(lm, name)
+        self.adapters: AdapterStack | Frozen = AdapterStack(lm, name)
         self.copy: nn.Module | None = None
         self._dropouts = attention_dropouts(lm)
         silence_dropout(lm)
         keep_gradients(lm)
         self._dropout_on = False
+        self._layout: Layout | None = None  # of the pass that runs now
         self.set_attention_dropout(0.0)
 
     def add_adapter(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
@@ -53,18 +58,18 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: LoRA targets that match no module; two kinds over one LM; a full copy of a quantised LM.
         """
-        full, kind = settings.kind == "full", {"lora": AdapterStack, "full": FullCopy, "none": Frozen}[settings.kind]
-        if self.adapters.names and not isinstance(self.adapters, kind):
+        kinds: dict[str, type[AdapterStack | Frozen]] = {"lora": AdapterStack, "full": FullCopy, "none": Frozen}
+        kind = kinds[settings.kind]
+        if self.adapters.names and type(self.adapters) is not kind:
             raise BackboneError("cannot mix kinds of adapters", where=self.name, found=settings.kind)
-        if kind is Frozen and not self.adapters.names:
-            self.adapters = Frozen(self.lm, self.name)
-        if full and quantized_layers(self.lm):
+        if kind is FullCopy and quantized_layers(self.lm):
             fix = "set model.quantization: null, or adapter.kind: lora"
             raise BackboneError("cannot be trained in full over 4 or 8 bits", where=self.name, fix=fix)
-        if full and not isinstance(self.adapters, FullCopy):
-            self.adapters = FullCopy(self.lm, self.name)
-            self.copy = self.adapters.body
-            self._dropouts = attention_dropouts(self.adapters.body)
+        if type(self.adapters) is not kind:
+            self.adapters = kind(self.lm, self.name)
+            if isinstance(self.adapters, FullCopy):
+                self.copy = self.adapters.body
+                self._dropouts = attention_dropouts(self.adapters.body)
         self.adapters.add(name, settings, dropout, seed)
 
     @property
@@ -106,26 +111,45 @@ class Backbone(nn.Module):
         start = [] if self.bos_id is None else [self.bos_id]
         return [(start + list(row))[:max_tokens] for row in rows]
 
+    def around(self, prompt: str) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt before and behind its {text}, each part tokenised for itself, without BOS."""
+        if prompt == TEXT:
+            return [], []
+        bos = int(self.bos_id is not None)
+        before, behind = self.tokenise(prompt.split(TEXT))
+        return before[bos:], behind[bos:]
+
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Frozen input embeddings, x_BTD."""
         x: Tensor = self.lm.get_input_embeddings()(ids_BT)
         return x
 
-    def read(self, x_BSD: Tensor, mask_BS: Tensor) -> Tensor:
-        """Encoder pass: adapters on; states_BSD after the final norm."""
-        return self._run(x_BSD, mask_BS, **({"is_causal": False} if self.attention == "bidirectional" else {}))
+    def read(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None, sees_BSS: Tensor | None = None) -> Tensor:
+        """Encoder pass: adapters on; states_BSD after the final norm.
 
-    def decode(self, x_BSD: Tensor, mask_BS: Tensor) -> Tensor:
-        """Teacher and decoder pass: adapters off, causal, no dropout; states_BSD after the final norm."""
+        Args:
+            x_BSD: input embeddings.
+            mask_BS: 1 = token, 0 = padding.
+            needed_BS: bool, the states that will be used; the others may hold anything. None: all but padding's.
+            sees_BSS: bool, who (row) sees whom, in place of the padding mask; None: all see all.
+        """
+        kwargs: dict[str, Any] = {"is_causal": False} if self.attention == "bidirectional" else {}
+        if sees_BSS is None:
+            return self._lay_out(x_BSD, mask_BS, needed_BS, **kwargs)
+        mask_B1SS = torch.zeros_like(sees_BSS, dtype=x_BSD.dtype).masked_fill(~sees_BSS, torch.finfo(x_BSD.dtype).min)[:, None]
+        return self._run(x_BSD, position_ids(mask_BS), mask_B1SS, **kwargs)
+
+    def decode(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
+        """Teacher and decoder pass: adapters off, causal, no dropout; states_BSD after the final norm, arguments as `read`."""
         with self.base_only():
-            return self._run(x_BSD, mask_BS)
+            return self._lay_out(x_BSD, mask_BS, needed_BS)
 
     def decode_layer(self, x_BSD: Tensor, mask_BS: Tensor, layer: int) -> Tensor:
         """As `decode`, but states_BSD after one layer: 0 = the embeddings, -1 = the last, after the final norm."""
         if layer == -1:
             return self.decode(x_BSD, mask_BS)
         with self.base_only():
-            return self._run(x_BSD, mask_BS, layer)
+            return self._run(x_BSD, position_ids(mask_BS), mask_BS, layer)
 
     def project(self, states_ND: Tensor) -> Tensor:
         """Frozen LM head with the family's scale or softcap: logits_NV (held against the LM's own at load)."""
@@ -149,20 +173,26 @@ class Backbone(nn.Module):
         """
         if p > 0 and not self._dropouts:
             raise BackboneError("has no attention dropout", where=self.name, fix="set attention_dropout: 0 for this stage")
+        self._dropout_rate = p
         for dropout in self._dropouts:
             dropout.set_rate(p)
 
     def set_checkpointing(self, on: bool) -> None:
-        """Recompute layers in the backward pass; each recompute replays the adapter flag of its forward pass."""
+        """Recompute layers in the backward pass; each recompute replays the adapter flag and layout of its forward pass."""
 
         def replay() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), self.base_only(self.adapters.off)
+            return contextlib.nullcontext(), self._as_now(self.adapters.off, self._layout, self._body)
 
         for model in (self.lm, *([self.adapters.body] if isinstance(self.adapters, FullCopy) else [])):
             if on:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replay})
             elif model.is_gradient_checkpointing:
                 model.gradient_checkpointing_disable()
+
+    @contextlib.contextmanager
+    def _as_now(self, off: bool, layout: Layout | None, body: Any) -> Iterator[None]:
+        with self.base_only(off), layout.apply(body) if layout else contextlib.nullcontext():
+            yield
 
     def train(self, mode: bool = True) -> Backbone:
         """Training mode for the newest adapter's dropout and the attention dropout alone; the base LM stays in eval mode."""
@@ -181,12 +211,44 @@ class Backbone(nn.Module):
         for dropout in self._dropouts:
             dropout.switch(on)
 
-    def _run(self, x_BSD: Tensor, mask_BS: Tensor, layer: int | None = None, **kwargs: Any) -> Tensor:
-        body: Any = self.lm.base_model
-        if isinstance(self.adapters, FullCopy) and not self.adapters.off:
-            body, x_BSD = self.adapters.body, x_BSD.float()
+    def _lay_out(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None, **kwargs: Any) -> Tensor:
+        """`_run` without what this batch need not compute."""
+        packed = "packing" in self.savings and self._worth_packing(mask_BS)
+        if "last layer" not in self.savings:
+            needed_BS = None
+        if not packed and needed_BS is None:
+            return self._run(x_BSD, position_ids(mask_BS), mask_BS, **kwargs)
+        self._layout = Layout.of(mask_BS, packed, needed_BS)
+        try:
+            with self._layout.apply(self._body):
+                return self._layout.run(self._run, x_BSD, position_ids(mask_BS), **kwargs)
+        finally:
+            self._layout = None
+
+    @functools.cached_property
+    def savings(self) -> frozenset[str]:
+        """Which of `layout.SAVINGS` this LM admits: found by a trial on first use."""
+        with self.base_only():
+            return possible_savings(self._run, self.embedding_table, self.lm.base_model)
+
+    def _worth_packing(self, mask_BS: Tensor) -> bool:
+        longest, tokens = int(mask_BS.sum(1).max()), int(mask_BS.sum())
+        window = getattr(self.config, "sliding_window", None)
+        if mask_BS.is_cuda and (self.embedding_table.dtype not in HALVES or (self._dropout_on and self._dropout_rate > 0)):
+            return False  # there is no one kernel for all texts
+        return tokens < (1 - WORTH) * mask_BS.numel() and (window is None or longest <= window // 2)
+
+    @property
+    def _body(self) -> Any:
+        """What runs now: the frozen LM's body, with adapters if they are on, or its trained copy."""
+        return self.adapters.body if isinstance(self.adapters, FullCopy) and not self.adapters.off else self.lm.base_model
+
+    def _run(self, x_BSD: Tensor, positions_BS: Tensor, mask: Tensor | None, layer: int | None = None, **kwargs: Any) -> Tensor:
+        body = self._body
+        if body is self.copy:
+            x_BSD = x_BSD.float()
         if layer is not None:
             kwargs["output_hidden_states"] = True
-        found = body(inputs_embeds=x_BSD, attention_mask=mask_BS, position_ids=position_ids(mask_BS), use_cache=False, **kwargs)
+        found = body(inputs_embeds=x_BSD, attention_mask=mask, position_ids=positions_BS, use_cache=False, **kwargs)
         states: Tensor = found.last_hidden_state if layer is None else found.hidden_states[layer]
         return states

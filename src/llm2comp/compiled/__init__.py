@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from llm2comp.compiled.runtimes import RUNTIMES, Run, Runtime
 from llm2comp.encoder import embed_texts
-from llm2comp.errors import ModelFolderError
-from llm2comp.export import GOLDEN_TEXTS, load_folder
+from llm2comp.errors import ModelFolderError, one_line
+from llm2comp.export import GOLDEN_TEXTS, cannot_be_loaded, load_folder
 from llm2comp.files import new_folder, sha256, write_text
 
 FORMAT_VERSION = 1
@@ -152,11 +152,7 @@ def load_compiled(folder: Path, backend: str = "openvino") -> SentenceTransforme
     except ModelFolderError:
         raise
     except Exception as error:  # what libraries raise on a broken file has no common base
-        raise ModelFolderError(
-            f"cannot be loaded: {_reason(error)}",
-            where=str(folder),
-            fix="a file is missing or damaged: copy the folder again or export anew",
-        ) from error
+        raise cannot_be_loaded(folder, _reason(error)) from error
 
 
 def compiled_of(model: SentenceTransformer) -> Compiled | None:
@@ -188,4 +184,4 @@ def _open(folder: Path, config: Any, runtime: Runtime) -> Graph:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error) or type(error).__name__

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import WordWeights
 from torch import Tensor
 
 from llm2comp.encoder import MemoryEncoder, embed_texts, memory_vectors
 from llm2comp.errors import ModelFolderError
 from llm2comp.export.card import write_card
 from llm2comp.export.stock import stock_model
-from llm2comp.export.weights import memory_names, memory_weights, set_weights, use_first
+from llm2comp.export.weights import memory_names, memory_weights, set_weights, use_first, word_weights
 from llm2comp.files import new_folder, write_text
 
 __all__ = ["export", "load_folder", "memory_names", "memory_weights", "reweight", "set_weights", "use_first", "verify"]
@@ -143,7 +142,7 @@ def reweight(folder: Path, weights_K: Sequence[float]) -> None:
     """
     model = load_folder(folder, device="cpu")
     names = memory_names(model) or []
-    if len(names) != len(weights_K) or not isinstance(model[1], WordWeights):
+    if len(names) != len(weights_K) or (words := word_weights(model)) is None:
         found = f"{len(names)} memory tokens" if names else "another kind of model"
         raise ModelFolderError(
             "cannot be given weights",
@@ -155,7 +154,7 @@ def reweight(folder: Path, weights_K: Sequence[float]) -> None:
     set_weights(model, weights_K)
     with new_folder(folder) as target:
         shutil.copytree(folder, target, dirs_exist_ok=True)
-        model[1].save(str(target / json.loads((folder / "modules.json").read_text())[1]["path"]))
+        words.save(str(target / json.loads((folder / "modules.json").read_text())[list(model).index(words)]["path"]))
         golden = json.loads((folder / GOLDEN_FILE).read_text(encoding="utf-8"))
         golden["embeddings"] = _rounded(golden_vectors(load_folder(target, device="cpu"), golden["texts"]))
         write_text(target / GOLDEN_FILE, json.dumps(golden))
@@ -193,8 +192,10 @@ def _load(folder: Path, device: str | None, kind: type[Any]) -> Any:
         golden_vectors(model, ["a trial: some damage shows only here"])
         return model
     except Exception as error:  # what libraries raise on a broken file has no common base
-        raise ModelFolderError(
-            f"cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
-            where=str(folder),
-            fix="a file is missing or damaged: copy the folder again or export anew",
-        ) from error
+        raise cannot_be_loaded(folder, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+
+
+def cannot_be_loaded(folder: Path, reason: str) -> ModelFolderError:
+    """What a folder gets that some library stumbled over."""
+    fix = "a file is missing or damaged: copy the folder again or export anew"
+    return ModelFolderError(f"cannot be loaded: {reason}", where=str(folder), fix=fix)

@@ -28,6 +28,8 @@ def write_card(module: MemoryEncoder, facts: dict[str, str], golden_file: str, m
     of = {"memory": f"memory tokens | {compressor.states}", "mean": "pooling | mean over the text's tokens"}.get(
         compressor.settings.pooling, f"pooling | last token of the prompt {compressor.settings.prompt!r}"
     )
+    if compressor.projection is not None:
+        facts = {"projection": f"linear, {compressor.projection.in_features} to {compressor.width} dimensions"} | facts
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     note = MANY if multi_vector else WEIGHTED if compressor.states > 1 else ""
     if smaller := compressor.prefixes[:-1]:

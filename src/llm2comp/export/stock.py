@@ -6,6 +6,9 @@
 4. write `is_causal: false` (bidirectional encoders) into the config
 5. pool: memory tokens by their weight, all else 0 (WordWeights, then mean); one memory token, or a prompt's last one: by
    last token; the text's tokens: mean, BOS as good as none
+6. put the projection, if there is one, behind the pooling (Dense). Where memory tokens are weighed, put it before that, on the
+   token states: the map of a mean is the mean of the maps, and WordWeights gives float32, which Dense refuses in a model of
+   half precision
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer, WordWeights
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer, WordWeights
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -61,7 +64,8 @@ def stock_model(module: MemoryEncoder, folder: Path, multi_vector: bool = False)
         others = sorted(set(transformer.tokenizer.get_vocab()) - set(names))
         mask = MultiVectorMask(others, skiplist_tasks=["query", "document"])
         return MultiVectorEncoder(modules=[transformer, mask, Normalize("token_embeddings")], device="cpu")
-    return SentenceTransformer(modules=[transformer, *_pooling(compressor, transformer, names)], device="cpu")
+    modules = [transformer, *_projected(compressor, _pooling(compressor, transformer, names))]
+    return SentenceTransformer(modules=modules, device="cpu")
 
 
 def _write_transformer(module: MemoryEncoder, folder: Path) -> list[str]:
@@ -135,4 +139,15 @@ def _pooling(compressor: Compressor, transformer: Any, names: Sequence[str]) -> 
     by_id = {index: token for token, index in transformer.tokenizer.get_vocab().items()}
     words = WordWeights([by_id.get(index, f"<unused_{index}>") for index in range(size)], weights, unknown_word_weight=rest)
     words.requires_grad_(False)
-    return [words, Pooling(width, "mean")]
+    return [words, Pooling(compressor.width, "mean")]
+
+
+def _projected(compressor: Compressor, pooling: list[Any]) -> list[Any]:
+    """Step 6 of the module docstring."""
+    if (linear := compressor.projection) is None:
+        return pooling
+    weighed = isinstance(pooling[0], WordWeights)
+    name = "token_embeddings" if weighed else "sentence_embedding"
+    dense = Dense(linear.in_features, linear.out_features, activation_function=None, module_input_name=name)
+    dense.linear.load_state_dict(linear.state_dict())
+    return [dense, *pooling] if weighed else [*pooling, dense]

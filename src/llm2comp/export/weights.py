@@ -24,6 +24,11 @@ def memory_names(model: SentenceTransformer) -> list[str] | None:
     return sorted(filter(MEMORY_NAME.fullmatch, added), key=added.__getitem__) or None
 
 
+def word_weights(model: SentenceTransformer) -> Any:
+    """The module that weighs the tokens of a loaded folder; None where there is none."""
+    return next((module for module in model if isinstance(module, WordWeights)), None)
+
+
 def memory_weights(model: SentenceTransformer) -> list[float] | None:
     """Weights of the memory tokens of any model that `load` gave; None for one without."""
     if isinstance(model[0], MemoryEncoder):
@@ -31,17 +36,16 @@ def memory_weights(model: SentenceTransformer) -> list[float] | None:
         return compressor.get_buffer("weights_K").tolist() if compressor.memory.count else None
     if (names := memory_names(model)) is None:
         return None
-    if not isinstance(model[1], WordWeights):
+    if (words := word_weights(model)) is None:
         return [1.0]  # one memory token is pooled as the last one
-    words: Any = model[1]
     found: list[float] = words.emb_layer.weight[model.tokenizer.convert_tokens_to_ids(names), 0].tolist()
     return found
 
 
 def set_weights(model: SentenceTransformer, weights_K: Sequence[float]) -> None:
     """Give the memory tokens of a loaded folder, two or more of them, other weights."""
-    names, words = memory_names(model) or [], model[1]
-    assert isinstance(words, WordWeights)
+    names, words = memory_names(model) or [], word_weights(model)
+    assert words is not None
     assert len(names) == len(weights_K)
     words.word_weights = dict(zip(names, map(float, weights_K), strict=True))
     with torch.no_grad():

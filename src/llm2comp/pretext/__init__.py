@@ -1,6 +1,6 @@
 """Stage 1: objectives that make memory states stand in for a text, and those that train a text's own states."""
 
-from llm2comp.pretext.from_text import around, mask_token_id
+from llm2comp.pretext.from_text import mask_token_id
 from llm2comp.pretext.objectives import (
     ALIGNMENT,
     DEFAULT_WEIGHTING,
@@ -17,7 +17,6 @@ __all__ = [
     "FROM_MEMORY",
     "FROM_TEXT",
     "OBJECTIVES",
-    "around",
     "count_items",
     "mask_token_id",
     "pretext_loss",

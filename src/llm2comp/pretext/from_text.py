@@ -5,8 +5,6 @@ MNTP (LLM2Vec, arXiv 2404.05961) and EBAE with EBAR (Llama2Vec, arXiv 2312.15503
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,6 @@ from llm2comp.compressor import Compressor
 from llm2comp.errors import BackboneError
 from llm2comp.pretext.kl import chunked_bag_entropy, chunked_cross_entropy
 from llm2comp.pretext.weighting import Weighting, position_weights, text_weights
-from llm2comp.recipe.parts import TEXT
 from llm2comp.recipe.stages import BagPrompts
 from llm2comp.tokens import NOT_MASKED, SplitTexts, Tokens, wrap
 
@@ -30,10 +27,10 @@ def mntp_from_text(
     if replaced_BT is None:
         raise ValueError("expected a batch with masks (replaced_BT), got none")
     ids_BT, masked_BT = batch.text.ids_BT, replaced_BT != NOT_MASKED
-    states_BTD = _read(compressor, Tokens(torch.where(masked_BT, replaced_BT, ids_BT), batch.text.mask_BT))
-    behind_BT = masked_BT[:, 1:]
-    states_ND, targets_N = states_BTD[:, :-1][behind_BT], ids_BT[:, 1:][behind_BT]
-    weights_N = position_weights(behind_BT.sum(1), weighting, items)
+    before_BT = masked_BT.roll(-1, 1)  # the first token is never masked
+    states_BTD = _read(compressor, Tokens(torch.where(masked_BT, replaced_BT, ids_BT), batch.text.mask_BT), before_BT)
+    states_ND, targets_N = states_BTD[before_BT], ids_BT[masked_BT]
+    weights_N = position_weights(masked_BT.sum(1), weighting, items)
     return chunked_cross_entropy(states_ND, targets_N, compressor.backbone.project, weights_N)
 
 
@@ -49,16 +46,19 @@ def ebae_ebar_from_text(
     bos = backbone.bos_id is not None
     terms = []
     for prompt, bags_BT in zip((prompts.itself, prompts.next), both_bags(batch, bos), strict=True):
-        states_BD = _read(compressor, wrap(batch.context, *around(backbone, prompt), bos))[:, -1]
+        tokens = wrap(batch.context, *backbone.around(prompt), bos)
+        last_BT = torch.zeros_like(tokens.mask_BT, dtype=torch.bool)
+        last_BT[:, -1] = True
+        states_BD = _read(compressor, tokens, last_BT)[:, -1]
         share = 2.0 if weighting == "sample_mean" else 1.0
         weights_B = text_weights((bags_BT >= 0).sum(1), weighting, share * items)
         terms.append(chunked_bag_entropy(states_BD, bags_BT, backbone.project, weights_B))
     return torch.stack(terms).sum()
 
 
-def _read(compressor: Compressor, tokens: Tokens) -> Tensor:
-    """States of the encoder pass over texts alone, in the frozen head's dtype: states_BTD."""
-    states_BTD = compressor.backbone.read(compressor.embed(tokens.ids_BT), tokens.mask_BT)
+def _read(compressor: Compressor, tokens: Tokens, needed_BT: Tensor) -> Tensor:
+    """The needed states of the encoder pass over texts alone, in the frozen head's dtype: states_BTD."""
+    states_BTD = compressor.backbone.read(compressor.embed(tokens.ids_BT), tokens.mask_BT, needed_BT)
     return states_BTD.to(compressor.backbone.embedding_table.dtype)
 
 
@@ -74,13 +74,6 @@ def bag_ids(tokens: Tokens, start: int) -> Tensor:
     again_BT = torch.zeros_like(inside_BT)
     again_BT[:, 1:] = ids_BT[:, 1:] == ids_BT[:, :-1]
     return ids_BT.masked_fill(again_BT, -1)
-
-
-def around(backbone: Backbone, prompt: str) -> tuple[Sequence[int], Sequence[int]]:
-    """Token ids of a prompt before and behind its text, each part tokenised for itself, without BOS."""
-    bos = int(backbone.bos_id is not None)
-    before, behind = backbone.tokenise(prompt.split(TEXT))
-    return before[bos:], behind[bos:]
 
 
 def mask_token_id(backbone: Backbone, asked: str | None) -> int:

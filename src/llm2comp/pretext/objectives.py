@@ -157,10 +157,10 @@ def count_items(objective: str, weighting: Weighting, batch: Mapping[str, Tensor
 @torch.no_grad()
 def teacher_states(backbone: Backbone, batch: SplitTexts, skipped: int = 0) -> Tensor:
     """States of the frozen LM on the full texts, from the context's last token on (`skipped` tokens later), teacher_ND."""
-    states_BTD = backbone.decode(backbone.embed(batch.text.ids_BT), batch.text.mask_BT)
-    places_BT = torch.arange(states_BTD.shape[1], device=states_BTD.device)[None]
+    places_BT = torch.arange(batch.text.ids_BT.shape[1], device=batch.text.ids_BT.device)[None]
     first_B1 = batch.context.lengths_B[:, None] - 1 + skipped
-    return states_BTD[(places_BT >= first_B1) & batch.text.mask_BT.bool()]
+    needed_BT = (places_BT >= first_B1) & batch.text.mask_BT.bool()
+    return backbone.decode(backbone.embed(batch.text.ids_BT), batch.text.mask_BT, needed_BT)[needed_BT]
 
 
 def decode_from_memory(compressor: Compressor, memory_BKD: Tensor, text: Tokens) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """LLM2Vec-Gen (arXiv 2603.10913): memory that stands for the LM's response to a text, and for a teacher's embedding of it.
 
 The response itself is learned by `continuation` or `ctkd` on rows whose continuation is the response (METHOD 3). Here is the
-second loss. The paper's embedding runs through a linear map first; ours is the plain mean of the memory states, and the map
-stands between only where the teacher's width is another, so that what is exported needs none.
+second loss. The paper's embedding runs through a linear map first: `encoder.projection`, a part of the encoder. Without it the
+embedding is the plain mean of the memory states, and where the teacher's width is another a map stands between them, which
+belongs to the training alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from llm2comp.errors import RecipeError
 
 AlignmentLoss = Literal["mse", "cosine"]
 MAP_FILE = "alignment.safetensors"
@@ -27,7 +30,7 @@ def alignment_loss(
         teacher_BD: embeddings of the responses; of another width only with `to_teacher`.
         items: samples that the mean runs over; more than this batch holds under accumulation.
         kind: `mse`, the paper's: squared difference, mean over dimensions; or `cosine`: 1 − cosine.
-        to_teacher: trained map into the teacher's space.
+        to_teacher: trained map into the teacher's space: the encoder's projection, or that of `map_to_teacher`.
     """
     if to_teacher is not None:
         embedding_BD = to_teacher(embedding_BD)
@@ -39,9 +42,25 @@ def alignment_loss(
     return losses_B.sum() / items
 
 
-def map_to_teacher(width: int, teacher_width: int, seed: int, device: torch.device) -> nn.Linear | None:
-    """The linear map that alignment needs, fixed by the seed: none where the widths are the same."""
-    if width == teacher_width:
+def map_to_teacher(
+    width: int, teacher_width: int, seed: int, device: torch.device, projection: nn.Linear | None = None
+) -> nn.Linear | None:
+    """The linear map that alignment needs beside the encoder, fixed by the seed.
+
+    None where the widths are the same, or where the encoder's own projection is the map.
+
+    Raises:
+        RecipeError: the projection has another width than the teacher.
+    """
+    if projection is not None and projection.out_features != teacher_width:
+        raise RecipeError(
+            "the projection is not as wide as the teacher",
+            where="encoder.projection",
+            expected=teacher_width,
+            found=projection.out_features,
+            fix=f"set encoder.projection: {teacher_width}, or embed the responses by a teacher of that width",
+        )
+    if projection is not None or width == teacher_width:
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -81,6 +81,11 @@ class EncoderSettings(Section):
         "prompt's last one (Llama2Vec): without memory tokens",
     )
     prompt: Template = Field(default=TEXT, description="what stands around a text when last_token is read; holds {text}")
+    projection: Annotated[int, Field(ge=1, strict=True)] | Literal["same"] | None = Field(
+        default=None,
+        description="a linear map (with bias) behind the pooled state, to so many dimensions, or to the LM's width (same); it "
+        "learns where the memory tokens do: in stage 1, and later under train_memory",
+    )
 
     @model_validator(mode="after")
     def _prompt_is_read(self) -> EncoderSettings:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from llm2comp.analysis.collapse import collapse
 from llm2comp.analysis.context import context_recovered, split_sample
@@ -19,7 +21,6 @@ from llm2comp.analysis.geometry import alignment
 from llm2comp.analysis.states import memory_states
 from llm2comp.compressor import Compressor
 from llm2comp.data.sources import Pair, read_pairs, read_texts
-from llm2comp.memory import embedding_from_memory
 from llm2comp.recipe import PretextStage, Recipe, TextData, UclStage, WatchSettings
 
 # Rows read to draw the sample from.
@@ -64,16 +65,15 @@ class Watch:
 
     def _figures(self, compressor: Compressor, prompt: bool) -> dict[str, Any]:
         memory_NKD = memory_states(compressor, self.rows)
-        weights_K = compressor.get_buffer("weights_K").cpu()
         tokens_NKD = memory_NKD.numpy() if compressor.memory.count else None
-        found = asdict(collapse(embedding_from_memory(memory_NKD, weights_K).numpy(), tokens_NKD))
+        found = asdict(collapse(_embeddings(compressor, memory_NKD), tokens_NKD))
         found["context_recovered"] = context_recovered(compressor, self.splits)
         found["alignment"] = None
         if self.pairs:
             anchors = [(instruction if prompt else "") + pair.anchor for instruction, pair in self.pairs]
             positives = [pair.positive for _, pair in self.pairs]
             rows = compressor.backbone.tokenise(anchors + positives, self.limit)
-            both_ND = embedding_from_memory(memory_states(compressor, rows), weights_K).numpy()
+            both_ND = _embeddings(compressor, memory_states(compressor, rows))
             found["alignment"] = alignment(both_ND[: len(anchors)], both_ND[len(anchors) :])
         found["tasks"] = self._score_tasks(compressor)
         return found
@@ -98,6 +98,11 @@ def local_sets(settings: WatchSettings) -> list[Any]:
 
     with unchanged_randomness():  # mteb seeds everything when it makes a task
         return [task for folder in settings.tasks for task in local_tasks(Path(folder).expanduser())]
+
+
+def _embeddings(compressor: Compressor, memory_NKD: Tensor) -> NDArray[np.float32]:
+    with torch.no_grad():
+        return np.asarray(compressor.pool(memory_NKD).cpu().numpy())
 
 
 @contextmanager

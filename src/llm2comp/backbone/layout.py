@@ -1,0 +1,210 @@
+"""What a pass need not compute: padding, and what the last layer does at places that nobody reads.
+
+A padded batch of B texts, S wide, costs B·S positions in every layer; packed one behind the other, texts cost as many as they
+have tokens, N. Layers treat every position alike, except in attention:
+1. take the N tokens out of the padded batch, x_1ND; positions start anew with each text
+2. run the body under the attention below, which transformers looks up by its name and gives no mask
+3. it cuts queries, keys and values at the ends of the texts: scaled dot products within each text alone, without a mask; on
+   CUDA in half precision one kernel for all texts
+4. put the states back into their places
+
+Of the last layer only keys and values are needed everywhere. Hooks let its other row-wise modules (queries, attention output,
+MLP) see the needed rows alone and put zeros into the others, whose states are then meaningless.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import varlen
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+SAVINGS = ("packing", "last layer")
+# Below this share of padding, gathering costs more than it saves.
+WORTH = 0.1
+NAME = "llm2comp_packed"
+TRIED = (2, 8)  # texts and positions
+HALVES = (torch.bfloat16, torch.float16)
+# Modules of a layer that map each position for itself, by the names that families give them.
+ROW_WISE = ("q_proj", "o_proj", "out_proj", "mlp")
+log = logging.getLogger(__name__)
+_lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths of the packed texts")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one pass lays out a batch. Made by `of`; `apply` must be open while the body runs, and while a layer is recomputed.
+
+    Args:
+        mask_BS: the padded batch.
+        lengths: tokens per text, where texts are packed; None: they stay padded.
+        places_N: the tokens' places among the B·S.
+        needed: rows of what the body sees, flattened, whose last state is read; None: all.
+    """
+
+    mask_BS: Tensor
+    lengths: tuple[int, ...] | None
+    places_N: Tensor
+    needed: Tensor | None
+
+    @classmethod
+    def of(cls, mask_BS: Tensor, packed: bool, needed_BS: Tensor | None = None) -> Layout:
+        """The layout of a batch, packed or padded; `needed_BS` bool, None = all."""
+        places_N = mask_BS.flatten().nonzero().squeeze(1)
+        needed = None
+        if needed_BS is not None:
+            flat = needed_BS.flatten()
+            needed = (flat[places_N] if packed else flat).nonzero().squeeze(1)
+        return cls(mask_BS, tuple(mask_BS.sum(1).tolist()) if packed else None, places_N, needed)
+
+    def pack(self, x_BSD: Tensor) -> Tensor:
+        """x_1ND."""
+        return x_BSD.flatten(0, 1)[self.places_N][None]
+
+    def unpack(self, states_1ND: Tensor) -> Tensor:
+        """states_BSD, zero at padding."""
+        (rows, size), width = self.mask_BS.shape, states_1ND.shape[-1]
+        return states_1ND.new_zeros(rows * size, width).index_copy(0, self.places_N, states_1ND[0]).view(rows, size, width)
+
+    def run(self, body: Callable[..., Tensor], x_BSD: Tensor, positions_BS: Tensor, **kwargs: Any) -> Tensor:
+        """States of a padded batch, states_BSD; `body` takes inputs, positions and mask."""
+        if self.lengths is None:
+            return body(x_BSD, positions_BS, self.mask_BS, **kwargs)
+        positions_1N = positions_BS.flatten()[self.places_N][None]
+        return self.unpack(body(self.pack(x_BSD), positions_1N, None, **kwargs))
+
+    @contextlib.contextmanager
+    def apply(self, body: Any) -> Iterator[None]:
+        """Inside, the body computes by this layout."""
+        with contextlib.ExitStack() as stack:
+            if self.lengths is not None:
+                token, before = _lengths.set(self.lengths), body.config._attn_implementation
+                body.config._attn_implementation = NAME
+                stack.callback(_lengths.reset, token)
+                stack.callback(setattr, body.config, "_attn_implementation", before)
+            if self.needed is not None:
+                for module in _row_wise(body):
+                    for handle in _only_rows(module, self.needed):
+                        stack.callback(handle.remove)
+            yield
+
+
+def _row_wise(body: nn.Module) -> list[nn.Module]:
+    """Modules of the last layer that may compute some rows alone."""
+    layer = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)][-1]
+    return [module for name, module in layer.named_modules() if name.rpartition(".")[2] in ROW_WISE]
+
+
+def _only_rows(module: nn.Module, rows: Tensor) -> tuple[Any, Any]:
+    """Hooks by which a module maps these rows of its (..., D) input alone, and gives zeros for the others."""
+    shape: list[int] = []
+
+    def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shape[:] = args[0].shape[:-1]
+        return args[0].flatten(0, -2)[rows][None], *args[1:]
+
+    def put(_: nn.Module, __: Any, found_1ND: Tensor) -> Tensor:
+        width = found_1ND.shape[-1]
+        every = found_1ND.new_zeros(math.prod(shape), width)
+        return every.index_copy(0, rows, found_1ND[0]).view(*shape, width)
+
+    return module.register_forward_pre_hook(take), module.register_forward_hook(put)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **unknown: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, over packed texts: query (1, heads, N, head width); key and value likewise.
+
+    Raises:
+        ValueError: something of the family's that changes scores (softcap, sinks, position bias) and is not known here.
+    """
+    changing = [name for name in ("softcap", "s_aux", "position_bias") if unknown.get(name) is not None]
+    if changing or attention_mask is not None:
+        raise ValueError(f"packed attention knows no {', '.join(changing) or 'mask'}")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    lengths = _lengths.get()
+    if query.is_cuda and query.dtype in HALVES and not dropout:
+        return _one_kernel(query, key, value, lengths, causal, scaling), None
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype in HALVES:  # there float32 is the faster, its backward twice
+        query, key, value = query.float(), key.float(), value.float()
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    kind: dict[str, Any] = {"dropout_p": dropout, "is_causal": causal, "scale": scaling}
+    kind["enable_gqa"] = query.shape[1] != key.shape[1]
+    found = [functional.scaled_dot_product_attention(q, k, v, **kind) for q, k, v in parts]
+    return torch.cat(found, 2).transpose(1, 2).contiguous().to(dtype), None
+
+
+def _one_kernel(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], causal: bool, scaling: float | None
+) -> Tensor:
+    """All texts in one call of flash attention, (1, N, heads, head width)."""
+    repeats = query.shape[1] // key.shape[1]
+    states = [query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)]
+    ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
+    attend: Any = varlen.varlen_attn
+    windowed = "window_size" in inspect.signature(attend).parameters  # torch 2.11 and later; before that `is_causal`
+    kind: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if windowed else {"is_causal": causal}
+    rows = [x[0].transpose(0, 1).contiguous() for x in states]
+    found_NHD: Tensor = attend(*rows, ends, ends, max(lengths), max(lengths), scale=scaling, **kind)
+    return found_NHD[None]
+
+
+@torch.no_grad()
+def possible_savings(run: Callable[..., Tensor], table_VD: Tensor, body: Any) -> frozenset[str]:
+    """Which of `SAVINGS` leave the states of two random texts as they are, in causal and in bidirectional passes.
+
+    Args:
+        run: inputs, positions, mask, is_causal → states, the LM's body without adapters.
+        table_VD: its input embeddings.
+        body: the LM's body.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x_BSD = table_VD[torch.randint(len(table_VD), TRIED, generator=generator).to(table_VD.device)]
+    mask_BS = torch.ones(TRIED, dtype=torch.int64, device=table_VD.device)
+    mask_BS[1, : TRIED[1] // 2] = 0
+    needed_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
+    needed_BS[:, -2:] = True
+    layouts = {"packing": Layout.of(mask_BS, True), "last layer": Layout.of(mask_BS, False, needed_BS)}
+    if body.config._attn_implementation != "sdpa":
+        del layouts["packing"]
+    return frozenset(name for name, layout in layouts.items() if _changes_nothing(layout, run, body, x_BSD, needed_BS))
+
+
+def _changes_nothing(layout: Layout, run: Callable[..., Tensor], body: Any, x_BSD: Tensor, needed_BS: Tensor) -> bool:
+    positions_BS = (layout.mask_BS.cumsum(1) - 1).clamp_min(0)
+    for kwargs in ({}, {"is_causal": False}):
+        try:
+            padded_ND = run(x_BSD, positions_BS, layout.mask_BS, **kwargs)[needed_BS].float()
+            with layout.apply(body):
+                found_ND = layout.run(run, x_BSD, positions_BS, **kwargs)[needed_BS].float()
+        except Exception as error:  # a family's own code, whatever it may raise: it goes on without the saving
+            log.info("%s: computed in full (%s)", type(body).__name__, error)
+            return False
+        limit = 1e-4 if x_BSD.dtype in (torch.float32, torch.float64) else 5e-2
+        if not (found_ND - padded_ND).abs().max() <= limit * padded_ND.abs().max():
+            return False
+    return True
+
+
+AttentionInterface.register(NAME, packed_attention)
