@@ -33,7 +33,8 @@ def train(
         return
     from llm2comp.console import say
     from llm2comp.report import report as write_report
-    from llm2comp.training.run import MODEL_FOLDER, is_main_process
+    from llm2comp.training.ranks import is_main_process
+    from llm2comp.training.run import MODEL_FOLDER
     from llm2comp.training.run import train as run_recipe
 
     run = run_recipe(resolved, out)

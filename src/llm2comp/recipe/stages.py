@@ -32,6 +32,7 @@ class Stage(Section):
     adapter_dropout: Share | None = Field(default=None, description="null = adapter.dropout")
     precision: Literal["float32", "bfloat16"] = Field(default="float32", description="autocast of the training step")
     gradient_checkpointing: bool = False
+    compile: bool = Field(default=False, description="torch.compile of the LM's layers; the first steps are slow")
     log_every_steps: Steps = 10
     save_every_steps: Steps | None = Field(default=None, description="checkpoint for resume; null = ten per stage")
     workers: Annotated[int, Field(ge=0)] = Field(default=0, description="processes that prepare batches")
@@ -62,6 +63,11 @@ class PretextStage(Stage):
     steps: Steps = 32_000
     batch_size: Annotated[int, Field(ge=1)] = 4
     gradient_accumulation_steps: Steps = 1
+    max_tokens_per_batch: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="tokens computed at once, padding counted, but one text at least: the samples of an optimiser step "
+        "(batch_size · gradient_accumulation_steps, as ever) are sorted by length and cut into parts; null = batch_size texts",
+    )
     schedule: Schedule = Schedule(learning_rate=1e-4, warmup_steps=3200)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 2.0
@@ -150,6 +156,11 @@ class ContrastiveStage(Stage):
     matryoshka_dims: tuple[Steps, ...] = Field(default=(), description="the loss also on so many first dimensions, summed")
     mini_batch_size: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="texts encoded at once; the gradient of the whole batch is kept (GradCache)"
+    )
+    mini_batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="the same by tokens, padding not counted, but one text at least; with it, mini_batch_size only says how "
+        "many rows of the table of scores are computed at once",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,13 +28,38 @@ def shifted_cosine(a: Tensor, b: Tensor) -> Tensor:
     return similarity - 1.0
 
 
+class GradCache(losses.CachedMultipleNegativesRankingLoss):
+    """The stock loss, which knows padding behind a text only, over texts that are padded in front.
+
+    A batch's rows are sorted by length, the longest first (the loss does not depend on their order), and each mini-batch
+    leaves out the columns in front that are padding for all of its texts.
+    """
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
+        """Loss of a batch; its backward pass encodes the mini-batches again."""
+        columns = list(sentence_features)
+        order_B = torch.stack([column["attention_mask"].sum(1) for column in columns]).sum(0).argsort(descending=True)
+        loss: Tensor = super().forward([_each_tensor(column, lambda x: x[order_B]) for column in columns], labels)
+        return loss
+
+    def embed_minibatch(self, sentence_feature: dict[str, Any], begin: int, end: int, *args: Any, **kwargs: Any) -> Any:
+        """Embeddings of rows `begin` to `end`, and the random state they were drawn with."""
+        rows = _each_tensor(sentence_feature, lambda x: x[begin:end])
+        first = int(rows["attention_mask"].any(0).int().argmax())
+        return super().embed_minibatch(_each_tensor(rows, lambda x_BT: x_BT[:, first:]), 0, end - begin, *args, **kwargs)
+
+
+def _each_tensor(features: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {name: change(value) if isinstance(value, Tensor) else value for name, value in features.items()}
+
+
 def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.Module:
     """InfoNCE over cosine with in-batch (and hard) negatives of all devices, temperature from the stage (METHOD 2).
 
-    `denominator: both_views` also counts the other first views (the poster's 2B). `mini_batch_size` switches to GradCache,
-    which keeps the gradient of the whole batch. `matryoshka_dims` adds the same loss on the embedding's first dimensions
-    (Matryoshka representation learning, arXiv 2205.13147), summed. Nested memory makes it the mean over the embeddings of
-    the first j memory states, each text encoded once.
+    `denominator: both_views` also counts the other first views (the poster's 2B). `mini_batch_size` or `mini_batch_tokens`
+    switches to GradCache, which keeps the gradient of the whole batch. `matryoshka_dims` adds the same loss on the embedding's
+    first dimensions (Matryoshka representation learning, arXiv 2205.13147), summed. Nested memory makes it the mean over the
+    embeddings of the first j memory states, each text encoded once.
 
     Raises:
         RecipeError: more Matryoshka dimensions than the embedding has.
@@ -47,10 +72,11 @@ def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.
         "gather_across_devices": torch.distributed.is_initialized(),
     }
     loss: nn.Module
-    if stage.mini_batch_size is None:
+    if stage.mini_batch_size is None and stage.mini_batch_tokens is None:
         loss = losses.MultipleNegativesRankingLoss(model, **settings)
     else:
-        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=stage.mini_batch_size, **settings)
+        size = stage.mini_batch_size or stage.batch_size
+        loss = GradCache(model, mini_batch_size=size, mini_batch_num_tokens=stage.mini_batch_tokens, **settings)
     module: Any = model[0]
     if len(module.compressor.prefixes) > 1:
         nest(loss, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from llm2comp.backbone.loading import load_skeleton, load_tokenizer
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.compressor import room_for_text
 from llm2comp.console import say
-from llm2comp.pretext.kl import CHUNK
+from llm2comp.pretext.kl import CHUNK, CHUNK_ON_GPU
 from llm2comp.recipe import ContrastiveStage, PretextStage, Recipe, SclStage, Stage, UclStage
 from llm2comp.training.stages import enough, load_answers, load_queries, load_texts, pair_datasets
 
@@ -62,13 +62,13 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
             with torch.device("meta"):
                 adapters.add(name, recipe.adapter)
             learning = sum(p.numel() for p in adapters.parameters(name))
-        texts, per_sample = stage_texts(stage)
+        texts, rows, per_sample = stage_texts(stage)
         mean = mean_tokens(tokenizer, texts, stage)
         samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
-        trainable = learning + trained_embeddings(stage, lm, recipe.memory_tokens)
-        at_once = getattr(stage, "mini_batch_size", None) or stage.batch_size * per_sample
+        trainable = learning + trained_embeddings(stage, lm, recipe.memory_tokens, recipe.encoder.projection)
+        at_once = texts_at_once(stage, per_sample, mean)
         peak = held + 16 * trainable + activations(config, stage, at_once, mean + recipe.memory_tokens, full)
-        plans.append(StagePlan(name, len(texts), samples, int(samples * per_sample * mean), trainable, peak))
+        plans.append(StagePlan(name, rows, samples, int(samples * per_sample * mean), trainable, peak))
         held += 4 * learning if adapters else 0
     return plans, base
 
@@ -81,26 +81,54 @@ def base_bytes(lm: Any, size: int, quantization: str | None) -> int:
     return int(size * rest + {"nf4": 0.5625, "int8": 1.0}.get(quantization or "", float(size)) * linear)
 
 
-def stage_texts(stage: Stage) -> tuple[list[str], int]:
-    """A stage's texts, and how many texts (views, columns) make one sample. Raises DataError as the stage would."""
+def stage_texts(stage: Stage) -> tuple[list[str], int, int]:
+    """The first thousand of a stage's texts, how many there are, how many (views, columns) make one sample.
+
+    Raises:
+        DataError: as the stage would.
+    """
     if isinstance(stage, SclStage):
         pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
         pair_datasets(pairs, stage.batch_size)
         columns = 2 + max((len(p.negatives) for p in pairs), default=0)
-        return [f"{p.anchor} {p.positive}" for p in pairs[:SAMPLE]] + [p.anchor for p in pairs[SAMPLE:]], columns
-    if isinstance(stage, PretextStage) and stage.answered:
-        return [f"{a.text} {a.response}" for a in load_answers(stage) if len(a.text) >= stage.min_characters], 1
+        return [f"{p.anchor} {p.positive}" for p in pairs[:SAMPLE]], len(pairs), columns
     assert isinstance(stage, PretextStage | UclStage)
-    texts = [text for text in load_texts(stage.data) if len(text) >= stage.min_characters]
+    texts: Iterable[str] = load_texts(stage.data) if isinstance(stage, UclStage) or not stage.answered else ()
+    if isinstance(stage, PretextStage) and stage.answered:
+        texts = [f"{a.text} {a.response}" for a in load_answers(stage) if len(a.text) >= stage.min_characters]
+    first: list[str] = []
+    distinct: set[str] = set()
+    most, count = stage.batch_size if isinstance(stage, UclStage) else 0, 0
+    for text in texts:
+        if len(text) < stage.min_characters:
+            continue
+        count += 1
+        if len(first) < SAMPLE:
+            first.append(text)
+        if len(distinct) < most:
+            distinct.add(text)
     if isinstance(stage, UclStage):
-        enough("ucl", len(set(texts)), stage.batch_size)
-    return texts, 2 if isinstance(stage, UclStage) else 1
+        enough("ucl", len(distinct), stage.batch_size)
+    return first, count, 2 if isinstance(stage, UclStage) else 1
+
+
+def texts_at_once(stage: Stage, per_sample: int, mean: float) -> float:
+    """Texts of mean length whose graphs stand in memory together."""
+    if isinstance(stage, ContrastiveStage):
+        size, limit = stage.mini_batch_size, stage.mini_batch_tokens
+        batch = stage.batch_size if size or limit else stage.batch_size * per_sample
+        batch = min(batch, size) if size and not limit else batch
+    else:
+        assert isinstance(stage, PretextStage)
+        limit, batch = stage.max_tokens_per_batch, stage.batch_size
+        batch = batch * stage.gradient_accumulation_steps if limit else batch
+    return min(batch, max(1.0, limit / mean)) if limit else batch
 
 
 def mean_tokens(tokenizer: Any, texts: Sequence[str], stage: Stage) -> float:
-    """Mean length of a text after cutting, over the first thousand."""
+    """Mean length of a text after cutting, over some texts."""
     limit = stage.document_max_tokens if isinstance(stage, SclStage) else stage.max_tokens  # type: ignore[attr-defined]
-    rows = tokenizer(list(texts[:SAMPLE]), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     share = 0.5 if isinstance(stage, SclStage) else 1.0
     return sum(min(len(row) * share, limit) for row in rows) / max(1, len(rows))
 
@@ -111,16 +139,18 @@ def embedding_weights(lm: Any) -> int:
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
-def trained_embeddings(stage: Stage, lm: Any, memory_tokens: int) -> int:
-    """Trained embedding weights: the memory rows, or the whole table as well."""
+def trained_embeddings(stage: Stage, lm: Any, memory_tokens: int, projection: int | str | None = None) -> int:
+    """Trained weights beside the adapter: the memory's rows, the whole table of embeddings, the projection."""
     rows, width = (int(n) for n in lm.get_input_embeddings().weight.shape)
+    mapped = 0 if projection is None else (width + 1) * (width if projection == "same" else int(projection))
     if isinstance(stage, ContrastiveStage):
-        return (memory_tokens if stage.train_memory else 0) * width + (rows * width if stage.train_embeddings else 0)
-    every = isinstance(stage, PretextStage) and stage.train_embeddings == "all"
-    return (memory_tokens + (rows if every else 0)) * width
+        memory, table = stage.train_memory, stage.train_embeddings
+    else:
+        memory, table = True, isinstance(stage, PretextStage) and stage.train_embeddings == "all"
+    return (memory_tokens * width + mapped) * memory + rows * width * table
 
 
-def activations(config: Any, stage: Stage, texts: int, tokens: float, full: bool) -> int:
+def activations(config: Any, stage: Stage, texts: float, tokens: float, full: bool) -> int:
     """Estimate of what the backward pass keeps: states per token and layer, and one chunk of logits.
 
     Per token and layer about 14 D + 4 F numbers (projections, LoRA inputs, norms; F = width of the MLP); checkpointing
@@ -131,7 +161,7 @@ def activations(config: Any, stage: Stage, texts: int, tokens: float, full: bool
     size = 4 if full and stage.precision == "float32" else 2
     per_layer = d if stage.gradient_checkpointing else 14 * d + 4 * f
     kept = texts * tokens * layers * per_layer * size * (1.5 if isinstance(stage, PretextStage) else 1.0)
-    logits = 4 * CHUNK * config.vocab_size * 4 if isinstance(stage, PretextStage) else 0
+    logits = 4 * (CHUNK if full else CHUNK_ON_GPU) * config.vocab_size * 4 if isinstance(stage, PretextStage) else 0
     return int(kept + logits)
 
 
@@ -147,5 +177,9 @@ def show_plan(recipe: Recipe) -> None:
     device = resolve_device(recipe.model.device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     worst = max(p.peak for p in plans) + (PROCESS if device.type == "cpu" else 0)
-    verdict = "will fit" if worst < 0.9 * free else "will probably NOT fit: lower batch_size, or set gradient_checkpointing"
+    verdict = (
+        "will fit"
+        if worst < 0.9 * free
+        else "will probably NOT fit: lower batch_size, or set gradient_checkpointing, max_tokens_per_batch or mini_batch_tokens"
+    )
     say(f"{device}: {free / GIB:.1f} GiB free, base model {base / GIB:.1f} GiB, needs about {worst / GIB:.1f} GiB: {verdict}")

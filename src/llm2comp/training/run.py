@@ -8,6 +8,7 @@ runs/x/model/                 plain sentence-transformers folder
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,12 +17,12 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from llm2comp.backbone import load_backbone, weights_digest
@@ -35,14 +36,15 @@ from llm2comp.export import export
 from llm2comp.files import explain_disk_errors, new_folder, write_text
 from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
 from llm2comp.training.finished import card_of, limits_of, prompts_of
+from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.stages import RUNNERS, RunOptions, check_data
 
 FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
 RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = "recipe.yaml", "done.json", "config.json", "model"
 FORMAT_VERSION = 1
-# Settings that change what is written or how fast, not what is learned.
-NO_EFFECT = {"log_every_steps", "save_every_steps", "workers"}
+# Settings that change what is written, how fast or in how much memory, not what is learned.
+NO_EFFECT = {"log_every_steps", "save_every_steps", "workers", "compile", "max_tokens_per_batch", "mini_batch_tokens"}
 # Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads, where figures go.
 NO_STAGE = {"max_tokens", "report_to", "watch"}
 PACKAGES = ("llm2comp", "torch", "transformers", "peft", "sentence-transformers", "datasets", "accelerate", "numpy")
@@ -68,20 +70,24 @@ def train(
     quiet_libraries()
     resolved = change_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     run = Path(out) if out is not None else Path("runs") / resolved.name
-    if not is_main_process():
-        _run_stages(run, resolved)
-        return run
-    _refuse_foreign(run, resolved)
-    check_data(resolved)
+    check_launch(resolved)
+    with contextlib.ExitStack() as held:
+        on_main(lambda: _open(run, resolved, held), resolved.model.device)
+        _run_stages(run, resolved, siblings)
+    return run
+
+
+def _open(run: Path, recipe: Recipe, held: contextlib.ExitStack) -> None:
+    """Make the directory this recipe's and this process's."""
+    _refuse_foreign(run, recipe)
+    check_data(recipe)
     with explain_disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(run / ".lock", timeout=0):
-            _claim(run, resolved)
-            _run_stages(run, resolved, siblings)
+        held.enter_context(FileLock(run / ".lock", timeout=0))
     except Timeout as error:
         raise RunError("another process is training here", where=str(run), fix="wait for it, or give another --out") from error
-    return run
+    _claim(run, recipe)
 
 
 def restore(run: Path, recipe: Recipe, upto: str) -> Compressor:
@@ -137,27 +143,39 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
         folder = run / FOLDERS[name]
         key = keys[name]
         _push_adapter(compressor, recipe, name)
-        _take_over(folder, key, siblings)
-        if is_done(folder, key):
+        if on_main(partial(_done_or_begun, recipe, name, key, folder, siblings), recipe.model.device):
             say(f"{folder.name}: done before")
             compressor.load(folder, name)
-        else:
-            if is_main_process():
-                _begin(recipe, name, key, folder)
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                PartialState().wait_for_everyone()  # nobody looks for checkpoints in a folder that is being emptied
-            begin = time.time()
-            if options is None:
-                options = RunOptions(recipe.report_to, Watch(recipe, recipe.watch, compressor) if recipe.watch else None)
-            kept = RUNNERS[name](compressor, stage, folder, recipe.seed + number, options)  # type: ignore[operator]
-            if is_main_process():
-                seconds = round(time.time() - begin, 1)
-                _finish(compressor, name, {"inputs": key, "steps": stage.steps, "kept_step": kept, "seconds": seconds}, folder)
+            continue
+        begin = time.time()
+        options = options or _options(recipe, compressor)
+        kept = RUNNERS[name](compressor, stage, folder, recipe.seed + number, options)  # type: ignore[operator]
+        seconds = round(time.time() - begin, 1)
+        _finish(compressor, name, {"inputs": key, "steps": stage.steps, "kept_step": kept, "seconds": seconds}, folder)
+        if sharding():  # what the next stage adds would not be spread over the devices: begin with whole weights
+            del compressor
+            compressor = restore(run, recipe, name)
     exported = f"{key}:{recipe.max_tokens}"
     if is_main_process() and not compressor.separate and not is_done(run / MODEL_FOLDER, exported):
         model = as_sentence_transformer(compressor.eval(), *limits_of(recipe), prompts=prompts_of(recipe))
         export(model, run / MODEL_FOLDER, card_of(recipe))
         write_text(run / MODEL_FOLDER / DONE_FILE, json.dumps({"inputs": exported}))
+
+
+def _options(recipe: Recipe, compressor: Compressor) -> RunOptions:
+    if recipe.watch is not None and sharding():
+        say(f"no watch: rank 0 alone cannot encode while {sharding()} spreads the weights")
+        return RunOptions(recipe.report_to)
+    return RunOptions(recipe.report_to, Watch(recipe, recipe.watch, compressor) if recipe.watch else None)
+
+
+def _done_or_begun(recipe: Recipe, name: str, key: str, folder: Path, siblings: Sequence[Path]) -> bool:
+    """Whether a stage is done, here or in a sibling; if not, its folder is made ready."""
+    _take_over(folder, key, siblings)
+    if is_done(folder, key):
+        return True
+    _begin(recipe, name, key, folder)
+    return False
 
 
 def _take_over(folder: Path, key: str, siblings: Sequence[Path]) -> None:
@@ -182,17 +200,16 @@ def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
 
 
 def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Path) -> None:
-    """Write a stage's result, say that it is done, drop its checkpoints."""
+    """Write a stage's result, to which every rank may add its part; say that it is done, drop its checkpoints."""
     with explain_disk_errors(folder):
         compressor.save(folder, name)
+    on_main(partial(_mark_done, done, folder), str(compressor.backbone.embedding_table.device))
+
+
+def _mark_done(done: dict[str, Any], folder: Path) -> None:
     write_text(folder / DONE_FILE, json.dumps(done))
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-
-
-def is_main_process() -> bool:
-    """Whether this process writes: the only one, or rank 0 under a launcher."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _push_adapter(compressor: Compressor, recipe: Recipe, name: str) -> None:

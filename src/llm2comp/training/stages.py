@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor, room_for_text
 from llm2comp.console import say
 from llm2comp.data.answers import AnswerRows, answer_rows
-from llm2comp.data.pretext import Masking, PretextCollator, PretextRows, token_rows
-from llm2comp.data.sources import Answer, Pair, read_answers, read_pairs, read_texts
+from llm2comp.data.pretext import Masking, PretextCollator, PretextRows
+from llm2comp.data.sources import Answer, Pair, iterate_sources, read_answers, read_pairs, read_texts
+from llm2comp.data.store import distinct, stored_rows, stored_texts
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import DataError
-from llm2comp.pretext import ALIGNMENT, FROM_MEMORY, around, mask_token_id
+from llm2comp.pretext import ALIGNMENT, FROM_MEMORY, mask_token_id
 from llm2comp.pretext.response import map_to_teacher
 from llm2comp.recipe import PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
 from llm2comp.training import progress
+from llm2comp.training.compiling import compiled
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.sample import Watch
 from llm2comp.training.trainers import ContrastiveTrainer, PretextModel, PretextTrainer, last_checkpoint
@@ -40,14 +42,9 @@ class RunOptions:
     watch: Watch | None = None
 
 
-def load_texts(specs: Sequence[TextData]) -> list[str]:
-    """All texts of a stage, with a line per source that says what was read and what was left out."""
-    texts: list[str] = []
-    for spec in specs:
-        loaded = read_texts(spec)
-        say(loaded.summary())
-        texts += loaded.rows
-    return texts
+def load_texts(specs: Sequence[TextData]) -> Iterator[str]:
+    """Texts of a stage one by one, with a line per source that says what was read and what was left out."""
+    return iterate_sources(specs, say)
 
 
 def load_answers(stage: PretextStage) -> list[Answer]:
@@ -78,7 +75,7 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
     compressor.learn(memory=True, embeddings=stage.train_embeddings == "all")
     max_tokens = compressor.max_tokens(stage.max_tokens)
     if "ebae_ebar" in stage.objectives:
-        prompts = [around(backbone, prompt) for prompt in (stage.bag_prompts.itself, stage.bag_prompts.next)]
+        prompts = [backbone.around(prompt) for prompt in (stage.bag_prompts.itself, stage.bag_prompts.next)]
         longest = max(len(before) + len(behind) for before, behind in prompts)
         max_tokens = room_for_text(backbone.max_positions, longest, max_tokens)
     rows: Any
@@ -86,30 +83,32 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
     if stage.answered:
         rows, left_out = answer_rows(load_answers(stage), *limits)
     else:
-        rows, left_out = token_rows(load_texts(stage.data), *limits)
+        rows, left_out = stored_rows(*limits, backbone.tokenizer, say)
     reasons = "; left out: " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     say(f"stage 1: {len(rows):,} texts of up to {max_tokens} tokens{reasons}")
     if compressor.memory.count and not {*FROM_MEMORY, ALIGNMENT} & stage.objectives.keys():
         say(f"stage 1: {stage.objective_name} does not train the memory tokens; encoder.pooling: mean or last_token has none")
-    arguments = TrainingArguments(
-        gradient_accumulation_steps=stage.gradient_accumulation_steps,
-        **_arguments(compressor, stage, folder, seed, options.report_to),
-    )
-    samples = stage.steps * stage.batch_size * stage.gradient_accumulation_steps * arguments.world_size
+    settings = _arguments(compressor, stage, folder, seed, options.report_to)
+    per_step = stage.batch_size * stage.gradient_accumulation_steps
+    if stage.max_tokens_per_batch is None:
+        settings["gradient_accumulation_steps"] = stage.gradient_accumulation_steps
+    else:
+        settings["per_device_train_batch_size"] = per_step  # the trainer cuts it by length
+    arguments = TrainingArguments(**settings)
+    samples = stage.steps * per_step * arguments.world_size
     together = stage.batch_size if stage.group_by_length else 1
     masks = masking(backbone, stage, seed) if "mntp" in stage.objectives else None
     if stage.answered:
         dataset: PretextRows = AnswerRows(rows, samples, seed, together, masks)
     else:
         dataset = PretextRows(rows, samples, stage.site_margin_tokens, seed, together, masks)
-    table_VD = backbone.embedding_table
-    aligned = ALIGNMENT in stage.objectives
-    to_teacher = map_to_teacher(table_VD.shape[1], len(rows[0].teacher_D), seed, table_VD.device) if aligned else None
+    table_VD, to_teacher = backbone.embedding_table, None
+    if ALIGNMENT in stage.objectives:
+        to_teacher = map_to_teacher(table_VD.shape[1], len(rows[0].teacher_D), seed, table_VD.device, compressor.projection)
     model = PretextModel(compressor, stage, to_teacher)
     trainer = PretextTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=PretextCollator(backbone.pad_id))
     kept = _train(trainer, compressor, "pretext", stage, folder, options)
-    if trainer.is_world_process_zero():
-        model.save_map(folder)
+    model.save_map(folder)
     return kept
 
 
@@ -121,15 +120,14 @@ def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
 
 def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
     """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout."""
-    texts = [text for text in load_texts(stage.data) if len(text) >= stage.min_characters]
-    enough("ucl", len(set(texts)), stage.batch_size)
-    say(f"stage 2: {len(texts):,} texts of {stage.min_characters} characters or more")
+    rows = stored_texts(stage.data, stage.min_characters, say)
+    enough("ucl", distinct(rows, stage.batch_size), stage.batch_size)
+    say(f"stage 2: {len(rows):,} texts of {stage.min_characters} characters or more")
     compressor.learn(memory=stage.train_memory, embeddings=stage.train_embeddings)
     model = as_sentence_transformer(compressor, stage.max_tokens)
     arguments = SentenceTransformerTrainingArguments(
         batch_sampler=BatchSamplers.NO_DUPLICATES, **_arguments(compressor, stage, folder, seed, options.report_to)
     )
-    rows = Dataset.from_dict({"anchor": texts, "positive": texts})
     trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=rows, loss=contrastive_loss(model, stage))
     return _train(trainer, compressor, "ucl", stage, folder, options)
 
@@ -251,7 +249,8 @@ def _train(trainer: Any, compressor: Compressor, name: str, stage: Stage, folder
     if options.watch is not None:
         callbacks.append(WatchCallback(options.watch, compressor, name, stage, folder, counter))
     _keep_callbacks(trainer, callbacks)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    with compiled(backbone, stage.compile):
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     backbone.set_attention_dropout(0.0)
     backbone.set_checkpointing(False)
     compressor.eval()

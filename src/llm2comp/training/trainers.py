@@ -9,27 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformerTrainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer
 
+from llm2comp.backbone.sharded import fill, save_whole
 from llm2comp.compressor import Compressor
 from llm2comp.errors import RunError
 from llm2comp.files import whole_or_gone
 from llm2comp.pretext import ALIGNMENT, DEFAULT_WEIGHTING, count_items, pretext_loss
 from llm2comp.pretext.response import MAP_FILE, alignment_loss
-from llm2comp.recipe import PretextStage, Stage
+from llm2comp.recipe import ContrastiveStage, PretextStage, Stage
 from llm2comp.tokens import SplitTexts
+from llm2comp.training.contrastive import contrastive_loss
+from llm2comp.training.memory_limits import FittingMixin, masks_of, pieces_of
 from llm2comp.training.progress import TokenCounter
+from llm2comp.training.ranks import RanksMixin, joint_batches, root_stays_whole
 from llm2comp.training.schedule import scheduler
 
 COMPLETE_FILE = "complete"
 
 
-class StageMixin:
+class StageMixin(RanksMixin, FittingMixin):
     """Put before a trainer class. `begin_stage` must be called before `train`."""
 
     compressor: Compressor
@@ -40,6 +45,7 @@ class StageMixin:
     def begin_stage(self, compressor: Compressor, stage_name: str, stage: Stage, counter: TokenCounter) -> None:
         """What this trainer trains."""
         self.compressor, self.stage_name, self.stage, self.counter = compressor, stage_name, stage, counter
+        self.shard_by_layer(compressor.backbone.lm)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """The recipe's schedule."""
@@ -50,11 +56,10 @@ class StageMixin:
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Count text tokens, then the trainer's own step. Raises RunError when the loss has run away."""
-        masks = [v for k, v in inputs.items() if k.endswith("attention_mask") or k == "text_mask"]
-        self.counter.tokens += sum(int(mask.sum()) for mask in masks)
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        self.counter.tokens += sum(int(mask.sum()) for mask in masks_of(inputs))
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not loss.isfinite():
-            trainer: Any = self
             raise RunError(
                 "the loss is not finite",
                 where=f"{self.stage_name}, step {trainer.state.global_step + 1}",
@@ -63,7 +68,7 @@ class StageMixin:
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The newest adapter and the memory, nothing of the base."""
+        """The newest adapter and the memory, nothing of the base. All ranks call it: each may hold a part of the weights."""
         trainer: Any = self
         self.compressor.save(Path(output_dir or trainer.args.output_dir), self.stage_name)
 
@@ -76,6 +81,7 @@ class StageMixin:
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
         with whole_or_gone(folder):
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            trainer.accelerator.wait_for_everyone()  # each rank writes its random state
             if trainer.args.should_save:
                 (folder / COMPLETE_FILE).touch()
 
@@ -94,7 +100,7 @@ def last_checkpoint(folder: Path) -> str | None:
 class PretextModel(nn.Module):
     """Stage 1 as one module, batch → loss: encoder, teacher and decoder pass under one wrapper (DDP, FSDP).
 
-    `to_teacher`: for `alignment` to a teacher of another width; it is saved with the stage, not exported.
+    `to_teacher`: for `alignment` to a teacher of another width without a projection; saved with the stage, not exported.
     """
 
     def __init__(self, compressor: Compressor, stage: PretextStage, to_teacher: nn.Linear | None = None) -> None:
@@ -119,7 +125,7 @@ class PretextModel(nn.Module):
                 teacher_BD=batch["teacher"],
                 items=by_name[ALIGNMENT],
                 kind=stage.alignment_loss,
-                to_teacher=self.to_teacher,
+                to_teacher=self.compressor.projection or self.to_teacher,
             )
         return pretext_loss(
             self.compressor, split, stage.objectives, self.weightings, by_name, stage.temperature, stage.bag_prompts, align
@@ -128,19 +134,44 @@ class PretextModel(nn.Module):
     def save_map(self, folder: Path) -> None:
         """Write the map to the teacher, if there is one."""
         if self.to_teacher is not None:
-            tensors = {name: tensor.cpu() for name, tensor in self.to_teacher.state_dict().items()}
-            save_file(tensors, folder / MAP_FILE)
+            save_whole(self.to_teacher.state_dict(), folder / MAP_FILE)
 
     def load_map(self, folder: Path) -> None:
         """Read what `save_map` wrote."""
         if self.to_teacher is not None:
-            self.to_teacher.load_state_dict(load_file(folder / MAP_FILE))
+            tensors = load_file(folder / MAP_FILE)
+            for name, tensor in self.to_teacher.state_dict().items():
+                fill(tensor, tensors[name])
 
 
 class PretextTrainer(StageMixin, Trainer):
     """transformers' Trainer over a PretextModel; samples in their fixed order, means over the whole optimiser step."""
 
     loss_is_scaled_for_ga = True
+    limit_name = "max_tokens_per_batch"
+    max_tokens: int | None = None
+
+    def begin_stage(self, compressor: Compressor, stage_name: str, stage: Stage, counter: TokenCounter) -> None:
+        """As for all trainers. Raises RunError for a limit over sharded weights: ranks with fewer pieces would wait."""
+        super().begin_stage(compressor, stage_name, stage, counter)
+        self.set_limit(getattr(stage, self.limit_name))
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded and self.max_tokens is not None:
+            where, fix = f"{stage_name}.{self.limit_name}", "set it to null and lower batch_size"
+            raise RunError("batches by tokens do not go with sharded weights", where=where, fix=fix)
+
+    def pieces(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Texts of like length, as many as the limit allows."""
+        return pieces_of(inputs, self.max_tokens)
+
+    def at_once(self, inputs: dict[str, Any]) -> tuple[int, bool]:
+        """The piece that failed, padding counted."""
+        mask_BT: Tensor = self.piece["text_mask"]
+        return mask_BT.numel(), len(mask_BT) > 1
+
+    def set_limit(self, tokens: int | None) -> None:
+        """None: a batch is one piece."""
+        self.max_tokens = tokens
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -165,7 +196,8 @@ class PretextTrainer(StageMixin, Trainer):
     ) -> Any:
         """Loss scaled so that the gradients' mean over devices is the mean over all items."""
         items = self._stage_model().items(inputs) if num_items_in_batch is None else num_items_in_batch.tolist()
-        loss = model(items=items, **inputs) * self.args.world_size
+        with root_stays_whole(model):
+            loss = model(items=items, **inputs) * self.args.world_size
         return (loss, {}) if return_outputs else loss
 
     def _stage_model(self) -> PretextModel:
@@ -176,5 +208,31 @@ class PretextTrainer(StageMixin, Trainer):
 class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
     """sentence-transformers' trainer over a memory encoder, its loss and its samplers."""
 
+    stage: ContrastiveStage
+    limit_name = "mini_batch_tokens"
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of this device; of several devices' together, each has its part."""
+        return joint_batches(self) if self.args.world_size > 1 else super().get_train_dataloader()
+
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the exported folder gets a card of its own."""
+
+    def at_once(self, inputs: dict[str, Any]) -> tuple[int, bool]:
+        """Most text tokens that the loss may encode at once; a limit under twice the shortest text leaves each alone."""
+        columns = [mask.sum(1).sort(descending=True).values for mask in masks_of(inputs)]
+        size, limit = self.stage.mini_batch_size, self.stage.mini_batch_tokens
+        if size is None and limit is None:
+            return sum(int(lengths_B.sum()) for lengths_B in columns), True
+        most = max(int(lengths_B[: None if limit else size].sum()) for lengths_B in columns)
+        longest = max(int(lengths_B[0]) for lengths_B in columns)
+        shortest = min(int(lengths_B[-1]) for lengths_B in columns)
+        tokens = most if limit is None else min(limit, most)
+        several = tokens >= 2 * shortest and (limit is not None or size != 1)
+        return (tokens if several else longest), several
+
+    def set_limit(self, tokens: int) -> None:
+        """Another loss, equal in value and gradient."""
+        self.stage = self.stage.model_copy(update={self.limit_name: tokens})
+        loss: Any = self.prepare_loss(contrastive_loss(self.model, self.stage), self.model)
+        self.loss = loss
