@@ -1,41 +1,41 @@
-"""Rows of the three stages: a whole optimiser step (batch, loss, backward, clip, AdamW) on the trainers' own losses."""
+"""Rows of stage 1: a whole optimiser step (batch, loss, backward, clip, AdamW) on the trainer's own loss."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.inputs import SEED, adapter_parameters, draw_lengths, make_compressor, make_texts, token_rows
+from benchmarks.inputs import SEED, adapter_parameters, draw_lengths, make_compressor, token_rows
 from benchmarks.release_shaped import ReleaseShaped
 from benchmarks.settings import Setting
 from benchmarks.sides import Row, Side, Target, relative_error
-from benchmarks.work import contrastive_flops, pretext_flops
+from benchmarks.work import pretext_flops
 from llm2comp.data.pretext import PretextCollator, PretextRows
-from llm2comp.encoder import as_sentence_transformer
-from llm2comp.recipe import PretextStage, SclStage, UclStage
-from llm2comp.recipe.stages import ContrastiveStage
-from llm2comp.training.contrastive import contrastive_loss
+from llm2comp.recipe import PretextStage
+from llm2comp.training.compiling import compiled
+from llm2comp.training.memory_limits import pieces_of
 from llm2comp.training.trainers import PretextModel
 
 UNUSED = [{"source": "unused"}]
 MARGIN = 10
 BATCHES = 16  # of stage 1, drawn once: a window of length grouping
-CHECKED = 4  # texts of a contrastive check
 
 
-def learner(model: nn.Module, learning_rate: float = 1e-4, clip: float = 2.0) -> Callable[[Tensor], None]:
-    """Loss → one step of AdamW on whatever learns in the model."""
+def learner(model: nn.Module, learning_rate: float = 1e-4, clip: float = 2.0) -> Callable[[Iterable[Tensor]], None]:
+    """Loss, in parts that add up to it → one step of AdamW on whatever learns in the model."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=learning_rate)
 
-    def step(loss: Tensor) -> None:
-        loss.backward()
+    def step(losses: Iterable[Tensor]) -> None:
+        for loss in losses:
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, clip)
         optimiser.step()
         optimiser.zero_grad()
@@ -43,11 +43,13 @@ def learner(model: nn.Module, learning_rate: float = 1e-4, clip: float = 2.0) ->
     return step
 
 
-def loss_and_gradient(model: nn.Module, loss: Callable[[], Tensor]) -> list[Tensor]:
+def loss_and_gradient(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
     """Value without dropout, and the gradient of all adapters (and the memory, where it learns) as one vector."""
     model.eval()
-    value = loss()
-    value.backward()
+    value = torch.zeros(())
+    for loss in losses():
+        loss.backward()
+        value = value + loss.detach().float().cpu()
     named = dict(model.named_parameters())
     weights = adapter_parameters(model) + [w for name, w in named.items() if name.endswith("vectors_KD")]
     gradient = torch.cat([w.grad.flatten().float() for w in weights if w.grad is not None])
@@ -73,8 +75,14 @@ def pretext_units(setting: Setting, grouped: bool) -> Iterator[list[list[dict[st
 
 
 def _pretext_side(
-    setting: Setting, model: nn.Module, grouped: bool, loss: Callable[[list[dict[str, Any]]], Tensor], dtype: str
+    setting: Setting,
+    model: nn.Module,
+    grouped: bool,
+    losses: Callable[[list[dict[str, Any]]], Iterator[Tensor]],
+    dtype: str,
+    half: torch.dtype | None = None,
 ) -> Side:
+    """`losses`: a batch's loss, in parts that add up to it; each part's graph is gone before the next one is made."""
     units, step = pretext_units(setting, grouped), learner(model)
     checked = next(pretext_units(setting, grouped=False))[0]
     model.train()
@@ -82,104 +90,61 @@ def _pretext_side(
     def run() -> tuple[int, float]:
         tokens, flops = 0, 0.0
         for samples in next(units):
-            step(loss(samples))
+            step(losses(samples))
             lengths, sites = [len(s["ids"]) for s in samples], [s["site"] for s in samples]
             tokens += sum(lengths)
             flops += pretext_flops(setting.shape, lengths, sites, setting.memory_tokens)
         return tokens, flops
 
-    return Side(run, lambda: loss_and_gradient(model, lambda: loss(checked)), getattr(torch, dtype))
+    return Side(run, lambda: loss_and_gradient(model, lambda: losses(checked)), half or getattr(torch, dtype))
 
 
-def our_pretext(setting: Setting, dtype: str | None = None) -> Side:
-    """PretextModel on length-grouped batches, as PretextTrainer runs it."""
-    compressor = make_compressor(setting, dtype)
+@dataclass(frozen=True)
+class Way:
+    """How our stage 1 runs: all that it can save by default, and what of it a row leaves out or adds."""
+
+    dtype: str | None = None  # of the frozen base; None = the setting's
+    savings: frozenset[str] | None = None  # None = what the LM admits
+    grouped: bool = True  # batches of like length
+    autocast: bool = False  # bfloat16
+    max_tokens: int | None = None  # per piece of a batch, as pretext.max_tokens_per_batch
+    compile: bool = False
+
+
+def our_pretext(setting: Setting, way: Way = Way()) -> Side:  # noqa: B008
+    """PretextModel on batches as PretextTrainer draws and cuts them."""
+    compressor = make_compressor(setting, way.dtype)
+    if way.savings is not None:
+        compressor.backbone.savings = way.savings
     compressor.learn(memory=True)
     compressor.backbone.set_checkpointing(setting.checkpointing)
     schedule = {"learning_rate": 1e-4}
     model = PretextModel(compressor, PretextStage.model_validate({"data": UNUSED, "schedule": schedule}))
     collate = PretextCollator(compressor.backbone.pad_id)
+    if way.compile:
+        compiled(model).__enter__()
 
-    def loss(samples: list[dict[str, Any]]) -> Tensor:
+    def losses(samples: list[dict[str, Any]]) -> Iterator[Tensor]:
         batch = {name: tensor.to(setting.device) for name, tensor in collate(samples).items()}
-        value: Tensor = model(items=model.items(batch), **batch)
-        return value
+        items = model.items(batch)
+        for piece in pieces_of(batch, way.max_tokens):
+            with torch.autocast(setting.device, torch.bfloat16, enabled=way.autocast):
+                yield model(items=items, **piece)
 
-    return _pretext_side(setting, model, True, loss, dtype or setting.dtype)
+    half = torch.bfloat16 if way.autocast else None
+    return _pretext_side(setting, model, way.grouped, losses, way.dtype or setting.dtype, half)
 
 
 def release_pretext(setting: Setting) -> Side:
     """Unsorted batches, two copies, full logits."""
     model = ReleaseShaped(setting, decoder=True)
 
-    def loss(samples: list[dict[str, Any]]) -> Tensor:
-        return model.pretext_loss([s["ids"] for s in samples], [s["site"] for s in samples])
+    def losses(samples: list[dict[str, Any]]) -> Iterator[Tensor]:
+        yield model.pretext_loss([s["ids"] for s in samples], [s["site"] for s in samples])
 
-    return _pretext_side(setting, model, False, loss, setting.dtype)
-
-
-def our_contrastive(setting: Setting, stage: ContrastiveStage, columns: Sequence[Sequence[str]]) -> Side:
-    """The stage's stock loss over the memory encoder, as ContrastiveTrainer runs it; columns after the first are documents."""
-    compressor = make_compressor(setting)
-    compressor.learn(memory=stage.train_memory)
-    compressor.backbone.set_attention_dropout(stage.attention_dropout)
-    model: Any = as_sentence_transformer(compressor, 512)
-    objective = contrastive_loss(model, stage)
-
-    def loss(part: Sequence[Sequence[str]]) -> Tensor:
-        features = [model.preprocess(list(column)) for column in part]
-        moved = [{name: tensor.to(setting.device) for name, tensor in f.items()} for f in features]
-        value: Tensor = objective(moved, None)
-        return value
-
-    return _contrastive_side(setting, model, loss, columns)
+    return _pretext_side(setting, model, False, losses, setting.dtype)
 
 
-def release_contrastive(setting: Setting, stage: ContrastiveStage, columns: Sequence[Sequence[str]]) -> Side:
-    """Two texts at a time, recomputed."""
-    model = ReleaseShaped(setting, decoder=False, attention_dropout=stage.attention_dropout)
-    return _contrastive_side(setting, model, model.contrastive_loss, columns)
-
-
-def _contrastive_side(
-    setting: Setting,
-    model: nn.Module,
-    loss: Callable[[Sequence[Sequence[str]]], Tensor],
-    columns: Sequence[Sequence[str]],
-) -> Side:
-    step = learner(model, 3e-5, clip=1.0)
-    lengths = [len(text.split()) + 1 for column in columns for text in column]
-    few = [column[:CHECKED] for column in columns]
-    model.train()
-
-    def run() -> tuple[int, float]:
-        step(loss(columns))
-        return sum(lengths), contrastive_flops(setting.shape, lengths, setting.memory_tokens)
-
-    return Side(run, lambda: loss_and_gradient(model, lambda: loss(few)), getattr(torch, setting.dtype))
-
-
-def ucl(setting: Setting) -> tuple[UclStage, list[list[str]]]:
-    """The stage with the release's settings, and the batch twice."""
-    texts = make_texts(draw_lengths(setting.ucl_texts, setting.ucl_lengths, 2), setting.shape, 2)
-    return UclStage.model_validate({"data": UNUSED, "batch_size": setting.ucl_texts}), [texts, texts]
-
-
-def scl(setting: Setting, triples: int, mini_batch: int | None) -> tuple[SclStage, list[list[str]]]:
-    """The stage with the release's settings, and queries, positives and hard negatives."""
-    bounds = (setting.scl_query, setting.scl_passage, setting.scl_passage)
-    columns = [make_texts(draw_lengths(triples, b, 3 + i), setting.shape, 3 + i) for i, b in enumerate(bounds)]
-    settings = {"data": UNUSED, "batch_size": triples, "mini_batch_size": mini_batch, "schedule": {"learning_rate": 1e-4}}
-    return SclStage.model_validate(settings), columns
-
-
-def large_scl(setting: Setting, place: int) -> Side:
-    """One of the two batch sizes whose peak memory is compared, under GradCache; no checks."""
-    stage, columns = scl(setting, setting.memory_batches[place], setting.memory_mini_batch)
-    return replace(our_contrastive(setting, stage, columns), check=None)
-
-
-BOTH = ("ours", "release_shaped")
 LIMITS = (1e-3, 0.15)  # of loss and gradient vector; half precision rounds every product
 
 
@@ -187,8 +152,8 @@ def _gemm_rows(setting: Setting) -> int:
     return setting.pretext_texts * sum(setting.pretext_lengths) // 2
 
 
-def _contrastive_gemm_rows(setting: Setting) -> int:
-    return min(4096, setting.ucl_texts * (sum(setting.ucl_lengths) // 2 + setting.memory_tokens))
+def _in_this_way(way: Way) -> Callable[[Setting, Path], Side]:
+    return lambda setting, _: our_pretext(setting, way)
 
 
 TRAINING_ROWS: dict[str, Row] = {
@@ -196,7 +161,8 @@ TRAINING_ROWS: dict[str, Row] = {
         "stage 1 (CTKD), one optimiser step",
         {
             "ours": lambda setting, _: our_pretext(setting),
-            "ours bf16 weights": lambda setting, _: our_pretext(setting, "bfloat16"),
+            "ours bf16 weights": lambda setting, _: our_pretext(setting, Way(dtype="bfloat16")),
+            "ours, text by text": lambda setting, _: our_pretext(setting, Way(max_tokens=1)),
             "release_shaped": lambda setting, _: release_pretext(setting),
         },
         "release_shaped",
@@ -210,47 +176,27 @@ TRAINING_ROWS: dict[str, Row] = {
         ),
         differ=relative_error,
         limits=LIMITS,
-        memory=("ours", "ours bf16 weights", "release_shaped"),
+        memory=("ours", "ours bf16 weights", "ours, text by text", "release_shaped"),
         gemm_rows=_gemm_rows,
     ),
-    "ucl": Row(
-        "stage 2 (UCL), one optimiser step of two views per sentence",
+    "pretext_parts": Row(
+        "stage 1 (CTKD), what each saving brings: added one after the other, the last three each to all before",
         {
-            "ours": lambda setting, _: our_contrastive(setting, *ucl(setting)),
-            "release_shaped": lambda setting, _: release_contrastive(setting, *ucl(setting)),
+            name: _in_this_way(way)
+            for name, way in {
+                "padded, in full": Way(savings=frozenset(), grouped=False),
+                "+ batches of like length": Way(savings=frozenset()),
+                "+ last layer for needed states": Way(savings=frozenset({"last layer"})),
+                "+ packing (= ours)": Way(),
+                "ours, autocast bf16": Way(autocast=True),
+                "ours bf16 weights": Way(dtype="bfloat16"),
+                "ours, compile": Way(compile=True),
+            }.items()
         },
-        "release_shaped",
-        targets=(Target("cpu", "ours", "ratio", ">=", 6.0), Target("cuda-7b", "ours", "ratio", ">=", 6.0)),
+        "padded, in full",
         differ=relative_error,
         limits=LIMITS,
-        memory=BOTH,
-        gemm_rows=_contrastive_gemm_rows,
-    ),
-    "scl": Row(
-        "stage 3 (SCL), one optimiser step of queries, positives and hard negatives",
-        {
-            "ours": lambda setting, _: our_contrastive(setting, *scl(setting, setting.scl_triples, setting.scl_mini_batch)),
-            "release_shaped": lambda setting, _: release_contrastive(setting, *scl(setting, setting.scl_triples, None)),
-        },
-        "release_shaped",
-        targets=(Target("cuda-7b", "ours", "ratio", ">=", 4.0),),
-        differ=relative_error,
-        limits=LIMITS,
-        memory=BOTH,
-        gemm_rows=_contrastive_gemm_rows,
-    ),
-    "scl_memory": Row(
-        "stage 3 under GradCache: peak memory of a batch against that of one 16 times smaller",
-        {
-            "small batch": lambda setting, _: large_scl(setting, 0),
-            "16 x batch": lambda setting, _: large_scl(setting, 1),
-        },
-        "small batch",
-        targets=(
-            Target("cpu", "16 x batch", "memory", "<=", 1.3),
-            Target("cuda-7b", "16 x batch", "memory", "<=", 1.3),
-        ),
-        memory=("16 x batch", "small batch"),
-        timed=False,
+        memory=("padded, in full", "+ packing (= ours)"),
+        gemm_rows=_gemm_rows,
     ),
 }

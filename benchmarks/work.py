@@ -1,6 +1,7 @@
 """Matrix work of a step by formula, and the rate at which the machine multiplies matrices of these shapes.
 
-Model FLOPs: multiply-adds count 2, padding counts nothing, nothing is recomputed, elementwise work is left out. With T text
+Model FLOPs: multiply-adds count 2, padding counts nothing, nothing is recomputed, the last layer counts in full though ours
+leaves out rows that nobody reads, elementwise work is left out. With T text
 tokens in all, texts of S positions, L layers, D hidden, F intermediate, h·H = width of all heads, h·H' of key or value, r rank:
 
     layers, forward    P = 2·T·L·(2·D·hH + 2·D·hH' + 3·D·F)

@@ -16,20 +16,22 @@ from families import relative_error
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import release_shaped, training
+from benchmarks.contrastive import scl, ucl
 from benchmarks.encoding import lengths_of
-from benchmarks.inputs import adapter_parameters, fill_adapters, make_compressor, make_lm, make_texts
-from benchmarks.parts import data_side, kl_side, naive_kl
+from benchmarks.inputs import adapter_parameters, draw_lengths, fill_adapters, make_compressor, make_lm, make_texts, token_rows
+from benchmarks.parts import data_side, kl_side, naive_kl, store_side
 from benchmarks.release_shaped import ReleaseShaped
 from benchmarks.rows import ROWS
 from benchmarks.settings import CPU, QUICK, SETTINGS, Shape
 from benchmarks.sides import Row, Side, Target, cosine_gap
 from benchmarks.sides import relative_error as side_error
 from benchmarks.table import COLUMNS, cells, figures, markdown, verdict
-from benchmarks.training import BATCHES, pretext_units, scl, ucl
+from benchmarks.training import BATCHES, pretext_units
 from benchmarks.work import Gemm, contrastive_flops, encode_flops, pretext_flops
 from benchmarks.worker import differences, measure_times
 
 from llm2comp.data.pretext import PretextCollator
+from llm2comp.data.store import TokenStore
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.recipe import PretextStage
 from llm2comp.tokens import Tokens
@@ -199,6 +201,7 @@ def test_pretext_flops_are_those_that_torch_counts(family, monkeypatch):
     """Without padding; rotary angles, which the formula leaves out, are the rest."""
     setting = replace(bare(family), pretext_lengths=(40, 40))
     compressor = eager_compressor(setting, monkeypatch)
+    compressor.backbone.savings = frozenset()  # what they save counts as done in a model's FLOPs
     compressor.learn(memory=True)
     stage = PretextStage.model_validate({"data": training.UNUSED, "schedule": {"learning_rate": 1e-4}})
     model = PretextModel(compressor, stage).train()
@@ -212,6 +215,7 @@ def test_pretext_flops_are_those_that_torch_counts(family, monkeypatch):
 def test_encoder_flops_are_those_that_torch_counts(family, monkeypatch):
     setting = bare(family)
     compressor = eager_compressor(setting, monkeypatch)
+    compressor.backbone.savings = frozenset()  # what they save counts as done in a model's FLOPs
     compressor.learn(memory=True)
     tokens = Tokens.pad(compressor.backbone.tokenise(make_texts([12] * 4, setting.shape, 5)), "left")
     step = counted(lambda: compressor.train()(tokens).sum().backward())
@@ -246,9 +250,20 @@ def training_kl():
     return lambda *args: chunked_kl(*args, chunk=7)
 
 
-def test_data_counts_tokens_without_padding():
-    tokens, flops = data_side(replace(BARE, pretext_lengths=(24, 24)), 2).run()
+def test_data_counts_tokens_without_padding(tmp_path):
+    tokens, flops = data_side(replace(BARE, pretext_lengths=(24, 24)), 2, tmp_path).run()
     assert (tokens, flops) == (BARE.data_batches * BARE.pretext_texts * 24, 0.0)
+
+
+def test_store_makes_every_text_anew_in_each_unit(tmp_path):
+    side, lengths = store_side(BARE, 2, tmp_path), draw_lengths(2 * BARE.data_rows, BARE.pretext_lengths, 20)
+    times = set()
+    for _ in range(2):
+        assert side.run() == (sum(lengths), 0.0)
+        (folder,) = [path for path in (tmp_path / "made-2").iterdir() if path.is_dir()]
+        assert [row.tolist() for row in TokenStore(folder)] == [row.tolist() for row in token_rows(lengths, BARE.shape, 20)]
+        times.add((folder / "stored.json").stat().st_mtime_ns)
+    assert len(times) == 2
 
 
 def test_lengths_of_encode_texts():

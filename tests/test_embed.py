@@ -1,18 +1,21 @@
-"""Bulk embedding equals `model.encode`, in order; long texts are cut, averaged or refused; files read back."""
+"""Bulk embedding equals `model.encode`, in order and in batches of so many tokens; long texts are cut, averaged or refused."""
 
 import gzip
 import json
+from collections import Counter
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import zstandard
+from sentence_transformers import SentenceTransformer
 
+import llm2comp
 from families import make_compressor
-from llm2comp.embed import Embedded, embed, write_embeddings
-from llm2comp.encoder import MemoryEncoder, as_sentence_transformer, embed_texts
-from llm2comp.errors import DataError, RunError
+from llm2comp.embed import Embedded, _pieces, embed, write_embeddings
+from llm2comp.encoder import MemoryEncoder, as_sentence_transformer, embed_texts, frame_of, merge_adapters
+from llm2comp.errors import BackboneError, DataError, RunError
 from llm2comp.export import export, load_folder
 from tiny_run import assert_refused, cli, finished, no_file_over, sentences, write_rows
 
@@ -65,14 +68,87 @@ def one(model, text):
 # ---- rows
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_rows_in_order_equal_encode_whatever_the_batch(model, batch_size):
-    found = embed(model, TEXTS, batch_size=batch_size)
+@pytest.mark.parametrize("tokens_at_once", [1, 40, 10_000])
+def test_rows_in_order_equal_encode_whatever_the_batch(model, tokens_at_once, monkeypatch):
+    monkeypatch.setattr("llm2comp.embed.FETCH_EVERY", 2)
+    texts = [*TEXTS, *TEXTS[:3]]
+    found = embed(model, texts, max_tokens_per_batch=tokens_at_once)
     assert found.embeddings_ND.dtype == np.float32
     assert found.long_texts == 0
     assert len(np.unique(found.embeddings_ND.round(4), axis=0)) == len(TEXTS), "texts are told apart"
-    for text, row in zip(TEXTS, found.embeddings_ND, strict=True):
-        np.testing.assert_allclose(row, one(model, text), atol=1e-5)
+    for text, row in zip(texts, found.embeddings_ND, strict=True):
+        np.testing.assert_allclose(row, one(model, text), atol=2e-6)
+    np.testing.assert_allclose(embed(model, texts[:1]).embeddings_ND, found.embeddings_ND[:1], atol=2e-6)
+
+
+def batches_of(model, texts, **settings):
+    """(texts, positions of the longest) of each batch that the model computes, memory included."""
+    module, seen = model[0], []
+    beside = module.compressor.added if isinstance(module, MemoryEncoder) else 0
+    handle = model.register_forward_pre_hook(
+        lambda _, args: seen.append((args[0]["input_ids"].shape[0], args[0]["input_ids"].shape[1] + beside))
+    )
+    try:
+        embed(model, texts, **settings)
+    finally:
+        handle.remove()
+    return seen
+
+
+def test_batches_hold_so_many_tokens(model):
+    texts = [*TEXTS, text_of(model, 100), *(text_of(model, n) for n in range(1, 25))]
+    seen = batches_of(model, texts, max_tokens_per_batch=120)
+    assert sum(count for count, _ in seen) == len(texts)
+    assert all(count * longest <= 120 for count, longest in seen)
+    assert [longest for _, longest in seen] == sorted((longest for _, longest in seen), reverse=True)
+    for (count, longest), (_, following) in zip(seen, seen[1:], strict=False):
+        assert (count + 1) * longest > 120, f"a batch stays small, before {following}"
+    assert max(count for count, _ in seen) > min(count for count, _ in seen) > 1
+    assert [count for count, _ in batches_of(model, texts, max_tokens_per_batch=1)] == [1] * len(texts)
+
+
+def count_tokenised(model, monkeypatch):
+    """How often each text is given to the tokenizer from here on."""
+    seen, kind = Counter(), type(model.tokenizer)
+    call = kind.__call__
+
+    def spy(self, text=None, *args, **kwargs):
+        seen.update([text] if isinstance(text, str) else text)
+        return call(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", spy)
+    return seen
+
+
+@pytest.mark.parametrize("role", [None, "query"])
+def test_each_text_is_tokenised_once(model, monkeypatch, role):
+    texts = [*TEXTS[2:], text_of(model, 100)]  # the tokenizer is asked what it makes of an empty text
+    seen = count_tokenised(model, monkeypatch)
+    embed(model, texts, role=role, max_tokens_per_batch=64)
+    assert {seen[(PROMPT if role else "") + text] for text in texts} == {1}
+    model.encode(texts[:3])
+    assert seen[texts[0]] == (1 if role else 2), "the spy sees what encode tokenises"
+
+
+def test_a_model_that_reads_texts_in_its_own_way_is_left_to_it(pair, monkeypatch):
+    """Ids are used again only where trial texts show that they are what the model itself makes."""
+    exported = pair[1]
+    assert frame_of(exported) is not None
+    exported.truncate_dim = 5
+    try:
+        assert frame_of(exported) is None
+        found = embed(exported, TEXTS, max_tokens_per_batch=64).embeddings_ND
+        np.testing.assert_allclose(found, exported.encode(TEXTS), atol=2e-6)
+        assert found.shape == (len(TEXTS), 5)
+    finally:
+        exported.truncate_dim = None
+    preprocess = exported[0].preprocess
+    monkeypatch.setattr(exported[0], "preprocess", lambda texts, **kwargs: preprocess([t.upper() for t in texts], **kwargs))
+    assert frame_of(exported) is None
+    found = embed(exported, TEXTS, max_tokens_per_batch=64).embeddings_ND
+    np.testing.assert_allclose(found, exported.encode(TEXTS), atol=2e-6)
+    monkeypatch.undo()
+    assert np.abs(found - embed(exported, TEXTS).embeddings_ND).max() > 1e-2
 
 
 def test_live_and_exported_agree_on_everything(pair):
@@ -142,7 +218,7 @@ def test_chunk_mean_is_the_mean_weighted_by_tokens(model, role):
     assert counts == [free, free, 7]
     states = np.stack([one(model, prompt + part) for part in parts])
     expected = (states * np.array(counts)[:, None]).sum(0) / sum(counts)
-    found = embed(model, ["short", long, "short too"], role=role, long_texts="chunk-mean", batch_size=2)
+    found = embed(model, ["short", long, "short too"], role=role, long_texts="chunk-mean", max_tokens_per_batch=64)
     np.testing.assert_allclose(found.embeddings_ND[1], expected, atol=1e-5)
     np.testing.assert_allclose(found.embeddings_ND[0], one(model, prompt + "short"), atol=1e-5)
     assert found.long_texts == 1
@@ -152,16 +228,9 @@ def test_chunk_mean_is_the_mean_weighted_by_tokens(model, role):
 def test_chunks_never_split_a_character_nor_lose_one(model, monkeypatch):
     long = "記憶 ünïcode 🧠🧠🧠🧠🧠🧠🧠 " * 9
     seen = []
-    encode = type(model).encode
-
-    def spy(self, texts, **kwargs):
-        seen.extend(texts)
-        return encode(self, texts, **kwargs)
-
-    monkeypatch.setattr(type(model), "encode", spy)
+    monkeypatch.setattr("llm2comp.embed._pieces", lambda *args: seen.extend(_pieces(*args)) or seen)
     assert embed(model, [long], long_texts="chunk-mean").long_texts == 1
-    assert sum(map(len, seen)) == len(long)
-    assert sorted("".join(seen)) == sorted(long)
+    assert "".join(seen) == long
     assert all(0 < len(tokens(model, part)) <= room(model) for part in seen)
 
 
@@ -189,23 +258,31 @@ def test_texts_that_are_none(model, texts, says):
 
 
 def test_embeddings_that_are_not_finite(model):
-    class Broken:
-        """The model, but for one text."""
+    def spoil(_, args, features):
+        for row, (ids, mask) in enumerate(zip(args[0]["input_ids"], args[0]["attention_mask"], strict=True)):
+            if model.tokenizer.decode(ids[mask == 1], skip_special_tokens=True).strip() == "bad":
+                features["sentence_embedding"][row] = np.inf
 
-        def __getattr__(self, name):
-            return getattr(model, name)
-
-        def __getitem__(self, place):
-            return model[place]
-
-        def encode(self, texts, **kwargs):
-            rows = model.encode(texts, **kwargs)
-            rows[[text == "bad" for text in texts]] = np.inf
-            return rows
-
-    with pytest.raises(DataError, match=r"text 2: the embedding is not finite") as caught:
-        embed(Broken(), ["good", "bad", "good", "bad"])
+    handle = model.register_forward_hook(spoil)
+    try:
+        with pytest.raises(DataError, match=r"text 2: the embedding is not finite") as caught:
+            embed(model, ["good", "bad", "good", "bad"])
+    finally:
+        handle.remove()
     assert caught.value.found == "'bad', and 1 more"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_stops_the_model_stops_embedding(model, error):
+    def stop(*_):
+        raise error("while it computes")
+
+    handle = model.register_forward_hook(stop)
+    try:
+        with pytest.raises(error, match="while it computes"):
+            embed(model, TEXTS)
+    finally:
+        handle.remove()
 
 
 def test_the_limit_is_the_one_that_truncation_uses(pair):
@@ -216,6 +293,53 @@ def test_the_limit_is_the_one_that_truncation_uses(pair):
     read = module.preprocess([text_of(live, 100)])["input_ids"][0].tolist()
     assert len(read) == LIMIT
     assert read[int(has_bos(live)) :] == tokens(live, text_of(live, room(live)))
+
+
+# ---- other weights
+
+
+def lowest_cosine(a_ND, b_ND):
+    return torch.cosine_similarity(torch.from_numpy(a_ND), torch.from_numpy(b_ND)).min().item()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("place", ["model", "3-scl"])
+def test_half_precision_on_request(dtype, place):
+    folder = finished()[1] / place
+    plain, half = llm2comp.load(folder, "cpu"), llm2comp.load(folder, "cpu", dtype=dtype)
+    found, expected = embed(half, TEXTS).embeddings_ND, embed(plain, TEXTS).embeddings_ND
+    assert found.dtype == np.float32
+    assert lowest_cosine(found, expected) >= 0.999
+    assert np.abs(found - expected).max() > 1e-5
+    weights = [weight for name, weight in half.named_parameters() if "layers.0.mlp.up_proj" in name and "lora" not in name]
+    assert [weight.dtype for weight in weights] == [getattr(torch, dtype)]
+    assert {buffer.dtype for name, buffer in half.named_buffers() if "inv_freq" in name} == {torch.float32}
+    if place == "model":
+        stock = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": dtype})
+        np.testing.assert_allclose(found[:5], stock.encode(TEXTS[:5], batch_size=5), atol=3e-2)
+
+
+def test_dtypes_that_there_are_not():
+    folder = finished()[1]
+    with pytest.raises(BackboneError, match="no such dtype"):
+        llm2comp.load(folder, "cpu", dtype="half")
+    with pytest.raises(BackboneError, match="cannot change its dtype"):
+        llm2comp.load(folder, "cpu", backend="openvino", dtype="bfloat16")
+
+
+def test_merged_adapters_give_the_same_embeddings(pair):
+    folder = finished()[1] / "3-scl"
+    live, merged = llm2comp.load(folder, "cpu"), llm2comp.load(folder, "cpu", merged=True)
+    counts = [sum("lora_" in name for name, _ in model.named_parameters()) for model in (live, merged)]
+    assert counts[0] > counts[1] == 0
+    found, expected = (embed(model, TEXTS).embeddings_ND for model in (merged, live))
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+    with live[0].compressor.backbone.base_only():
+        without = embed(live, TEXTS).embeddings_ND
+    assert np.abs(without - expected).max() > 1e-3, "the adapters matter"
+    before = embed(pair[1], TEXTS).embeddings_ND
+    merge_adapters(pair[1])
+    np.testing.assert_array_equal(embed(pair[1], TEXTS).embeddings_ND, before)
 
 
 # ---- files
@@ -281,7 +405,7 @@ def test_command_reads_files(tmp_path, command, suffix):
     source = write_rows(tmp_path / "in.jsonl", [{"body": text} for text in texts])
     packed = tmp_path / f"in.jsonl{suffix}"
     packed.write_bytes(compressed(source.read_bytes(), suffix))
-    said = cli("embed", packed, "-m", folder, "-o", tmp_path / "out.npy", "--column", "body", "--batch-size", 7)
+    said = cli("embed", packed, "-m", folder, "-o", tmp_path / "out.npy", "--column", "body", "--max-tokens-per-batch", 70)
     assert said.code == 0, said
     assert said.out == ""
     assert f"in.jsonl{suffix}: {len(texts)} rows" in said.err
@@ -298,6 +422,21 @@ def test_command_reads_standard_input_and_says_what_it_left_out(tmp_path, comman
     rows = [json.loads(line) for line in (tmp_path / "x" / "out.jsonl").read_text("utf-8").splitlines()]
     assert [row["text"] for row in rows] == texts
     np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_commands_take_a_dtype_and_merge(tmp_path, command, dtype):
+    folder, texts, expected = command
+    arguments = ("-m", folder / "3-scl", "--dtype", dtype)
+    said = cli("embed", "-", *arguments, "-o", tmp_path / "out.npy", stdin="\n".join(texts).encode())
+    assert said.code == 0, said
+    rows = np.load(tmp_path / "out.npy")
+    assert lowest_cosine(rows, expected) >= 0.999
+    assert (np.abs(rows - expected).max() < 1e-5) == (dtype == "auto")
+    said = cli("similarity", *texts[:2], *arguments)
+    assert said.code == 0, said
+    cosine = torch.cosine_similarity(*torch.from_numpy(rows[:2]), dim=0).item()
+    assert float(said.out.splitlines()[0].split()[1]) == pytest.approx(cosine, abs=1e-2)
 
 
 @pytest.mark.parametrize("policy", ["truncate", "chunk-mean"])
@@ -335,7 +474,7 @@ def test_similarity_prints_a_symmetric_matrix(command):
         assert line.endswith(f"  {text.strip()}")
     assert lines[3].endswith("  " + "x" * 57 + "...")
     assert lines[4].endswith("  two lines")
-    assert all(line.startswith(" ") and " 1.000" in line for line in lines)
+    assert all(line[0] in " -" and " 1.000" in line for line in lines)
 
 
 def test_full_disk_at_the_command(tmp_path, command):

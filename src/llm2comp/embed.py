@@ -1,4 +1,7 @@
-"""Texts → embeddings in bulk: long-text policies, batches with progress, files written in one step."""
+"""Texts → embeddings in bulk: long-text policies, batches with progress, files written in one step.
+
+Each text is tokenised once, all of them before the first is encoded; batches are of like length, and of so many tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,15 @@ from llm2comp.files import write_bytes
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from llm2comp.encoder import Frame
+
 LongTexts = Literal["truncate", "chunk-mean", "error"]
 OUTPUT_FORMATS = (".npy", ".parquet", ".jsonl")
 TOKENISE_AT_ONCE = 1000
+MAX_TOKENS_PER_BATCH = 4096
+# Batches whose embeddings wait on the device until they are fetched together: each time, it is waited for.
+FETCH_EVERY = 64
+Ids = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ def embed(
     *,
     role: Literal["query", "document"] | None = None,
     long_texts: LongTexts = "truncate",
-    batch_size: int = 32,
+    max_tokens_per_batch: int = MAX_TOKENS_PER_BATCH,
     normalise: bool = False,
 ) -> Embedded:
     """Embed texts in order.
@@ -50,39 +59,39 @@ def embed(
         role: use the model's stored prompt for queries or documents.
         long_texts: what to do with texts over the model's limit: cut them, embed their parts and average
             (each part weighs by its tokens), or stop.
-        batch_size: texts encoded at once.
+        max_tokens_per_batch: texts are encoded so many tokens at once, padding and memory included; one text at least.
         normalise: scale each embedding to length 1.
 
     Raises:
         DataError: no texts, or one that is not Unicode; a text over the limit under `error`; a prompt that leaves no room;
             an embedding that is not finite.
     """
-    from llm2comp.encoder import refuse_not_finite
+    from llm2comp.encoder import frame_of, refuse_not_finite
 
     _check_texts(texts)
     prompt: str = (model.prompts.get(role) or "") if role else ""
-    room = _room(model, prompt)
-    tokens = _count_tokens(model, [prompt + text for text in texts])
-    long = [i for i, count in enumerate(tokens) if count > room]
+    frame = frame_of(model)
+    room = _room(model, frame, prompt)
+    # A text is one part or, under chunk-mean, several: what the model is given, its tokens, its weight in the mean.
+    parts = [[prompt + text] for text in texts]
+    ids = [[row] for row in _tokenise(model, [prompt + text for text in texts])]
+    weights = [[1] for _ in texts]
+    long = [i for i, (row,) in enumerate(ids) if len(row) > room]
     if long and long_texts == "error":
-        raise DataError(
-            f"{len(long):,} texts are longer than the model reads",
-            where=f"text {long[0] + 1}",
-            expected=f"{room:,} tokens or fewer" + (", prompt included" if prompt else ""),
-            found=f"{tokens[long[0]]:,} tokens",
-            fix="choose truncate or chunk-mean for long texts",
-        )
-    pieces = [[text] for text in texts]
+        raise _too_long(long, len(ids[long[0]][0]), room, prompt)
     if long_texts == "chunk-mean":
         for i in long:
-            pieces[i] = _pieces(model, texts[i], prompt, room)
-    flat = [part for parts in pieces for part in parts]
-    states = _encode(model, [prompt + part for part in flat], batch_size)
-    weights = _count_tokens(model, flat) if len(flat) > len(texts) else [1] * len(flat)
-    bounds = np.cumsum([0, *(len(parts) for parts in pieces)])
+            pieces = _pieces(model, texts[i], prompt, room)
+            parts[i] = [prompt + piece for piece in pieces]
+            ids[i] = _tokenise(model, parts[i])
+            weights[i] = [len(row) for row in (_tokenise(model, pieces) if prompt else ids[i])]
+    flat_ids = [row for rows in ids for row in rows]
+    lengths = [min(len(row), room) + (frame.added if frame else 0) for row in flat_ids]
+    states = _encode(model, frame, [part for group in parts for part in group], flat_ids, lengths, max_tokens_per_batch)
+    bounds = np.cumsum([0, *(len(group) for group in parts)])
     means = [
-        states[a] if b == a + 1 else np.average(states[a:b], axis=0, weights=weights[a:b])
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        states[a] if b == a + 1 else np.average(states[a:b], axis=0, weights=weights[i])
+        for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
     ]
     embeddings = np.asarray(means, dtype=np.float32)
     refuse_not_finite(embeddings, texts)
@@ -126,6 +135,16 @@ def check_output(path: Path) -> None:
         raise DataError("no file can be written there", where=str(path), fix="give another --out")
 
 
+def _too_long(long: Sequence[int], tokens: int, room: int, prompt: str) -> DataError:
+    return DataError(
+        f"{len(long):,} texts are longer than the model reads",
+        where=f"text {long[0] + 1}",
+        expected=f"{room:,} tokens or fewer" + (", prompt included" if prompt else ""),
+        found=f"{tokens:,} tokens",
+        fix="choose truncate or chunk-mean for long texts",
+    )
+
+
 def _check_texts(texts: Sequence[str]) -> None:
     if not texts:
         raise DataError("nothing to embed", expected="one or more texts", found="none")
@@ -136,54 +155,69 @@ def _check_texts(texts: Sequence[str]) -> None:
             raise DataError("not a Unicode text", where=f"text {number}", found=ascii(text)[:80]) from None
 
 
-def _encode(model: SentenceTransformer, texts: Sequence[str], batch_size: int) -> NDArray[np.float32]:
-    """Longest first, so that a batch holds texts of like length; back in order."""
+def _encode(
+    model: SentenceTransformer,
+    frame: Frame | None,
+    texts: Sequence[str],
+    ids: Sequence[Ids],
+    lengths: Sequence[int],
+    max_tokens: int,
+) -> NDArray[np.float32]:
+    """Longest first, as many at once as keep their padded batch within `max_tokens`; back in order."""
+    import torch
+
     from llm2comp.tokens import longest_first
 
     out: NDArray[np.float32] | None = None
-    with Bar("embed", len(texts)) as bar:
-        for places in longest_first([len(text) for text in texts], lambda _: batch_size):
-            batch: Any = model.encode([texts[i] for i in places], batch_size=batch_size, prompt="", show_progress_bar=False)
-            if out is None:
-                out = np.empty((len(texts), batch.shape[1]), dtype=np.float32)
-            out[places] = batch
+    waiting: list[tuple[list[int], torch.Tensor]] = []
+    batches = list(longest_first(lengths, lambda longest: max_tokens // max(1, longest)))
+    model.eval()
+    with Bar("embed", len(texts)) as bar, torch.inference_mode():
+        for number, places in enumerate(batches, 1):
+            if frame:
+                found = model(frame.features([ids[i] for i in places], model.device))["sentence_embedding"]
+            else:
+                batch: Any = [texts[i] for i in places]
+                found = model.encode(batch, batch_size=len(batch), prompt="", convert_to_tensor=True, show_progress_bar=False)
+            waiting.append((places, found.float()))
+            if number % FETCH_EVERY == 0 or number == len(batches):
+                fetched = torch.cat([rows for _, rows in waiting]).cpu().numpy()
+                out = np.empty((len(texts), fetched.shape[1]), dtype=np.float32) if out is None else out
+                out[[i for group, _ in waiting for i in group]] = fetched
+                waiting.clear()
             bar.advance(len(places))
     assert out is not None
     return out
 
 
-def _room(model: SentenceTransformer, prompt: str) -> int:
+def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
     """Tokens of prompt and text that fit into one input, beside what the model itself adds (BOS, memory)."""
-    from llm2comp.encoder import MemoryEncoder
-
-    module: Any = model[0]
-    if isinstance(module, MemoryEncoder):  # live: its tokenizer has no template
-        room = module.max_tokens - (module.compressor.backbone.bos_id is not None)
-    else:
-        room = (model.max_seq_length or 10**9) - len(model.tokenizer("", verbose=False)["input_ids"])
-    if prompt and _count_tokens(model, [prompt])[0] >= room:
+    limit = model.max_seq_length or 10**9
+    room = frame.room if frame else limit - len(model.tokenizer("", verbose=False)["input_ids"])
+    if prompt and len(_tokenise(model, [prompt])[0]) >= room:
         raise DataError("the prompt leaves no room for a text", expected=f"fewer than {room} tokens", found=repr(prompt[:80]))
     return room
 
 
-def _count_tokens(model: SentenceTransformer, texts: Sequence[str]) -> list[int]:
-    """Tokens of each text; what the model adds (BOS, memory) not counted."""
-    counts: list[int] = []
+def _tokenise(model: SentenceTransformer, texts: Sequence[str]) -> list[Ids]:
+    """Token ids of each text, uncut; what the model adds (BOS, memory) not among them."""
+    ids: list[Ids] = []
     for start in range(0, len(texts), TOKENISE_AT_ONCE):
         batch = list(texts[start : start + TOKENISE_AT_ONCE])
-        counts += [len(row) for row in model.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]]
-    return counts
+        found = model.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        ids += [np.asarray(row, dtype=np.int32) for row in found]
+    return ids
 
 
 def _pieces(model: SentenceTransformer, text: str, prompt: str, room: int) -> list[str]:
     """A text in parts that each fit behind the prompt, cut between tokens."""
     spans = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
-    free = room - (_count_tokens(model, [prompt])[0] if prompt else 0)
+    free = room - (len(_tokenise(model, [prompt])[0]) if prompt else 0)
     parts, begin = [], 0
     while begin < len(spans):
         end = min(begin + free, len(spans))
         # a part may have more tokens than the text had there: its last character whole, its first word without a space
-        while end > begin + 1 and _count_tokens(model, [prompt + text[spans[begin][0] : spans[end - 1][1]]])[0] > room:
+        while end > begin + 1 and len(_tokenise(model, [prompt + text[spans[begin][0] : spans[end - 1][1]]])[0]) > room:
             end -= 1
         parts.append(text[spans[begin][0] : spans[end - 1][1]])
         begin = end

@@ -6,11 +6,11 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llm2comp.baselines.settings import BASELINE_FILE, NAMES
 from llm2comp.console import GENERAL
-from llm2comp.errors import BackboneError, ModelFolderError
+from llm2comp.errors import BackboneError, ModelFolderError, one_line
 from llm2comp.files import sha256
 from llm2comp.recipe import nearest
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BUILTIN_ENCODERS = {GENERAL: Path(__file__).parent / "assets" / "general"}
 # Encoders that need no training: `kind:NAME` is one over the causal LM NAME.
 BASELINES = tuple(NAMES)
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Files and folders of a model folder that change nothing in what torch makes of it.
 _NO_EFFECT = ("README.md", "done.json", "golden.json")
@@ -36,7 +37,12 @@ class Identity:
 
 
 def load(
-    path: str | Path = GENERAL, device: str | None = None, num_memory: int | None = None, backend: str = "torch"
+    path: str | Path = GENERAL,
+    device: str | None = None,
+    num_memory: int | None = None,
+    backend: str = "torch",
+    dtype: Dtype = "auto",
+    merged: bool = False,
 ) -> SentenceTransformer:
     """An encoder ready to `encode`.
 
@@ -48,20 +54,30 @@ def load(
         device: `cpu`, `cuda`, `mps`; default: the best there is.
         num_memory: j: the embedding is the mean of the first j memory states; default: all, by their stored weights.
         backend: `torch`; `openvino` or `onnx`: the compiled graph in an exported folder, on the CPU (docs/speed.md).
+        dtype: of weights and computing under torch; default: what the folder, the recipe or the Hub model says.
+        merged: put a live encoder's adapters into its weights: faster, for encoding alone (no frozen LM is left).
 
     Raises:
         ModelFolderError: nothing loadable there, an unfinished run, a damaged file, or not so many memory tokens.
-        BackboneError: no such device; a causal LM that cannot be loaded. RecipeError: settings of a saved baseline.
+        BackboneError: no such device or dtype; a causal LM that cannot be loaded. RecipeError: settings of a saved baseline.
     """
+    from llm2comp.encoder import merge_adapters
     from llm2comp.export import use_first
 
-    model = _load(str(path), device) if backend == "torch" else _load_graph(str(path), device, backend)
+    if dtype not in get_args(Dtype):
+        raise BackboneError("no such dtype", where="dtype", expected=", ".join(get_args(Dtype)), found=dtype)
+    if dtype != "auto" and backend != "torch":
+        fix = "leave dtype out; a graph's precision is chosen when it is written"
+        raise BackboneError("cannot change its dtype", where=f"backend {backend}", expected="dtype auto", found=dtype, fix=fix)
+    model = _load(str(path), device, dtype) if backend == "torch" else _load_graph(str(path), device, backend)
+    if merged:
+        merge_adapters(model)
     if num_memory is not None:
         use_first(model, num_memory)
     return model
 
 
-def _load(path: str, device: str | None) -> SentenceTransformer:
+def _load(path: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
     from llm2comp.backbone import resolve_device
     from llm2comp.export import load_folder
     from llm2comp.training.run import read_run, stage_encoder
@@ -70,22 +86,34 @@ def _load(path: str, device: str | None) -> SentenceTransformer:
         device = str(resolve_device(device))
     kind, _, name = path.partition(":")
     if name and kind in BASELINES:
-        return _baseline(kind, name, device)
-    path = live_place(path) if path in BUILTIN_ENCODERS else path
+        return _baseline(kind, name, device, dtype)
+    path = _packaged(path)
     if not Path(path).absolute().is_dir():
-        return _from_hub(path, device)
+        return _converted(_from_hub(path, device), dtype)
     folder = _live_alone(Path(path).absolute())
     if (folder / BASELINE_FILE).is_file():
         from llm2comp.baselines.encoder import load_saved
 
-        return load_saved(folder, device)
+        return _converted(load_saved(folder, device), dtype)
     stage = stage_of(folder)
     if stage is None:
-        return load_folder(_finished(folder, path), device)
+        return _converted(load_folder(_finished(folder, path), device), dtype)
     recipe = read_run(folder.parent)
-    if device is not None:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": device})})
+    changes = ({} if device is None else {"device": device}) | ({} if dtype == "auto" else {"dtype": dtype})
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
     model: SentenceTransformer = stage_encoder(folder.parent, recipe, stage)
+    return model
+
+
+def _converted(model: SentenceTransformer, dtype: Dtype) -> SentenceTransformer:
+    """Its parameters in another dtype. Buffers stay (angles of positions need float32), and so do the weights of tokens."""
+    import torch
+    from sentence_transformers.sentence_transformer.modules import WordWeights
+
+    if dtype != "auto":
+        modules: Any = [module for module in model if not isinstance(module, WordWeights)]
+        for parameter in (p for module in modules for p in module.parameters() if p.is_floating_point()):
+            parameter.data = parameter.data.to(getattr(torch, dtype))
     return model
 
 
@@ -99,12 +127,9 @@ def _load_graph(path: str, device: str | None, backend: str) -> SentenceTransfor
 
 def live_place(path: str) -> str:
     """The last stage of a run or of a packaged encoder, where the LM is at hand; any other path as it is."""
-    run = BUILTIN_ENCODERS.get(path) or run_of(path)
-    if run is None or (path not in BUILTIN_ENCODERS and run != Path(path).absolute()):
-        return path
-    from llm2comp.training.run import FOLDERS, read_run
-
-    return str(run / FOLDERS[list(read_run(run).stages)[-1]])
+    path = _packaged(path)
+    run = run_of(path)
+    return str(_last_stage(run)) if run == Path(path).absolute() else path
 
 
 def card_facts(path: str) -> dict[str, str]:
@@ -112,8 +137,19 @@ def card_facts(path: str) -> dict[str, str]:
     from llm2comp.training.finished import card_of
     from llm2comp.training.run import read_run
 
-    run = BUILTIN_ENCODERS.get(path) or run_of(path)
+    run = run_of(_packaged(path))
     return card_of(read_run(run)) if run else {}
+
+
+def _packaged(path: str) -> str:
+    """The last stage of a packaged encoder; any other path as it is."""
+    return str(_last_stage(BUILTIN_ENCODERS[path])) if path in BUILTIN_ENCODERS else path
+
+
+def _last_stage(run: Path) -> Path:
+    from llm2comp.training.run import FOLDERS, read_run
+
+    return run / FOLDERS[list(read_run(run).stages)[-1]]
 
 
 def stage_of(folder: Path) -> str | None:
@@ -160,7 +196,7 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
     from llm2comp.baselines.encoder import BaselineEncoder
     from llm2comp.training.run import FOLDERS, read_run
 
-    folder, module = Path(live_place(str(path)) if str(path) in BUILTIN_ENCODERS else path).absolute(), model[0]
+    folder, module = Path(_packaged(str(path))).absolute(), model[0]
     if isinstance(module, BaselineEncoder):
         kind, _, name = str(path).partition(":")
         label = f"llm2comp/{kind}-{_plain(name)}" if name and kind in BASELINES else f"local/{_plain(folder.name)}"
@@ -184,14 +220,14 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
 
 def _live_alone(folder: Path) -> Path:
     """The last stage of a run whose encoder no stock folder can hold (separate memory, bidirectional); else the folder."""
-    from llm2comp.training.run import FOLDERS, MODEL_FOLDER, RECIPE_FILE, read_run
+    from llm2comp.training.run import MODEL_FOLDER, RECIPE_FILE, read_run
 
     if not (folder / RECIPE_FILE).is_file() or (folder / MODEL_FOLDER).is_dir():
         return folder
     recipe = read_run(folder)
     if recipe.memory.attention != "separate" or recipe.model.attention != "bidirectional":
         return folder
-    return folder / FOLDERS[list(recipe.stages)[-1]]
+    return _last_stage(folder)
 
 
 def _finished(folder: Path, asked: str) -> Path:
@@ -207,12 +243,13 @@ def _finished(folder: Path, asked: str) -> Path:
     return folder / MODEL_FOLDER
 
 
-def _baseline(kind: str, name: str, device: str | None) -> SentenceTransformer:
+def _baseline(kind: str, name: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
     from llm2comp.backbone import load_backbone
     from llm2comp.baselines.encoder import baseline
     from llm2comp.recipe import ModelSettings
 
-    return baseline(load_backbone(ModelSettings(name=name, device=device or "auto", attention="causal")), NAMES[kind])
+    settings = ModelSettings(name=name, device=device or "auto", dtype=dtype, attention="causal")
+    return baseline(load_backbone(settings), NAMES[kind])
 
 
 def _from_hub(name: str, device: str | None) -> SentenceTransformer:
@@ -228,7 +265,7 @@ def _from_hub(name: str, device: str | None) -> SentenceTransformer:
     try:
         return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})
     except Exception as error:  # the libraries raise some twenty kinds
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        cause = one_line(f"{type(error).__name__}: {error}")
         raise ModelFolderError(
             f"no such folder, nor a model that the Hub gives: {cause}", where=name, expected=expected
         ) from error

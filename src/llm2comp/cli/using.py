@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from llm2comp.cli.options import DeviceOption, MemoryOption, ModelOption, app
+from llm2comp.cli.options import DeviceOption, Dtype, DtypeOption, MemoryOption, ModelOption, app
 from llm2comp.console import GENERAL, LongTexts, Role
 
 STDIN_NAME = "standard-input.txt"
@@ -43,10 +43,11 @@ def embed(
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     role: Annotated[Role | None, typer.Option(help="Use the model's prompt for this role.")] = None,
     long_texts: Annotated[LongTexts, typer.Option(help="Texts over the model's limit.")] = LongTexts.truncate,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 32,
+    max_tokens_per_batch: Annotated[int, typer.Option(min=1, help="Tokens at once, padding included.")] = 4096,
     normalise: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
     backend: Annotated[Backend, typer.Option(help="What runs the model; the last two: docs/speed.md.")] = Backend.torch,
 ) -> None:
     """Embed a file's texts, in order."""
@@ -59,9 +60,13 @@ def embed(
     quiet_libraries()
     from llm2comp.loading import load
 
-    found = load(model, device, num_memory, backend.value)
     result = bulk.embed(
-        found, texts, role=role.value if role else None, long_texts=long_texts.value, batch_size=batch_size, normalise=normalise
+        load(model, device, num_memory, backend.value, dtype.value, merged=True),
+        texts,
+        role=role.value if role else None,
+        long_texts=long_texts.value,
+        max_tokens_per_batch=max_tokens_per_batch,
+        normalise=normalise,
     )
     bulk.write_embeddings(out, result, texts)
     cut = f"; {result.long_texts:,} over the limit ({long_texts.value})" if result.long_texts else ""
@@ -73,6 +78,7 @@ def similarity(
     texts: Annotated[list[str], typer.Argument(help="Two texts or more.")],
     model: ModelOption = GENERAL,
     device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Print the cosine between texts, each with each."""
     from llm2comp.errors import DataError
@@ -85,7 +91,7 @@ def similarity(
     from llm2comp.embed import embed as embed_texts
     from llm2comp.loading import load
 
-    vectors = embed_texts(load(model, device), texts, normalise=True).embeddings_ND
+    vectors = embed_texts(load(model, device, dtype=dtype.value, merged=True), texts, normalise=True).embeddings_ND
     for text, row in zip(texts, vectors @ vectors.T, strict=True):
         line = " ".join(text.split())
         print(" ".join(f"{cosine:6.3f}" for cosine in row), "", line if len(line) <= 60 else line[:57] + "...")
