@@ -62,7 +62,7 @@ class Assumed:
 
     hfu: float = number(0.4, "share of the peak that the work done reaches, recomputation included")
     usable: float = number(0.9, "share of the card's memory that may be planned with")
-    contrastive: float = number(1.6, "times the plan's activations in stages 2 and 3; the most that --check found")
+    contrastive: float = number(1.1, "times the plan's activations in stages 2 and 3; the most that --check found")
     link_share: float = number(0.7, "share of links and network that transfers reach")
     bandwidth_share: float = number(0.8, "share of the memory's bandwidth that reading weights reaches")
     launch_ms: float = number(0.5, "milliseconds in which the host starts one layer's kernels, in one pass")

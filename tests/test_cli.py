@@ -15,7 +15,7 @@ from rich.table import Table
 from llm2comp import console
 from llm2comp.cli import using
 from llm2comp.console import Bar, say
-from llm2comp.data import sources
+from llm2comp.data import hub
 from llm2comp.errors import Llm2CompError, RunError
 from tiny_run import assert_refused, cli, finished, write_recipe
 
@@ -234,7 +234,7 @@ def test_brackets_in_paths_are_printed_as_they_are(tmp_path):
 
 
 def test_a_hub_name_that_cannot_be_looked_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_HUB_ADVICE", "advice")
+    monkeypatch.setattr(hub, "_ADVICE", "advice")
     said = cli("embed", "no-such-owner/no-such-set", "-m", finished()[1], "-o", tmp_path / "out.npy")
     assert_refused(said, "no-such-owner/no-such-set: not a file, nor a loadable Hub data set", "advice")
 

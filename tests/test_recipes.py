@@ -8,7 +8,7 @@ from llm2comp.errors import RecipeError
 from llm2comp.recipe import load_recipe, parse_recipe, shipped_recipes
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-FILES = sorted(file for file in RECIPES.rglob("*.yaml") if "studies" not in file.relative_to(RECIPES).parts)
+FILES = sorted(file for file in RECIPES.rglob("*.yaml") if file.parent.name not in ("studies", "launch"))
 
 MINIMAL = """\
 format_version: 1

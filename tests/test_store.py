@@ -177,36 +177,44 @@ def test_an_open_store_outlives_its_folder_but_not_damage(tmp_path, source):
     assert as_lists(rows) == expected
 
 
-def test_processes_at_once_make_it_once(tmp_path, source):
-    made = tmp_path / "made"
+def in_new_process(work, *args):
+    """Spawned: the test process has threads, which a fork would leave behind half-way."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=args)
+    process.start()
+    return process
 
+
+def make_slowly(folder, source, number):
     def slowly(texts):
-        with made.open("a") as out:
+        with (folder / "made").open("a") as out:
             out.write(f"{os.getpid()}\n")
         time.sleep(0.5)
         return tokenise(texts)
 
-    def work(number):
-        rows, _, lines = stored(tmp_path / "cache", stage(source), slowly)
-        (tmp_path / f"found-{number}").write_text(json.dumps([as_lists(rows), lines]))
-
-    processes = [multiprocessing.get_context("fork").Process(target=work, args=(n,)) for n in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    found = {(tmp_path / f"found-{number}").read_text() for number in range(4)}
-    assert len(found) == 1
-    assert len(made.read_text().splitlines()) == 1
+    (folder / f"ready-{number}").touch()
+    while len(list(folder.glob("ready-*"))) < 2:
+        time.sleep(0.01)
+    rows, _, lines = stored(folder / "cache", stage(source), slowly)
+    (folder / f"found-{number}").write_text(json.dumps([as_lists(rows), lines]))
 
 
-def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, source):
+def test_processes_at_once_make_it_once(tmp_path, source):
+    for process in [in_new_process(make_slowly, tmp_path, source, number) for number in range(2)]:
+        process.join(120)
+    assert len({(tmp_path / f"found-{number}").read_text() for number in range(2)}) == 1
+    assert len((tmp_path / "made").read_text().splitlines()) == 1
+
+
+def make_killed(folder, source):
     def killed(texts):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    process = multiprocessing.get_context("fork").Process(target=lambda: stored(tmp_path / "cache", stage(source), killed))
-    process.start()
-    process.join(60)
+    stored(folder / "cache", stage(source), killed)
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, source):
+    process = in_new_process(make_killed, tmp_path, source)
+    process.join(120)
     assert process.exitcode == -signal.SIGKILL
     (leftover,) = folders(tmp_path / "cache")
     assert leftover.name.startswith(".tokens-")

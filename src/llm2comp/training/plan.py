@@ -153,15 +153,16 @@ def trained_embeddings(stage: Stage, lm: Any, memory_tokens: int, projection: in
 def activations(config: Any, stage: Stage, texts: float, tokens: float, full: bool) -> int:
     """Estimate of what the backward pass keeps: states per token and layer, and one chunk of logits.
 
-    Per token and layer about 14 D + 4 F numbers (projections, LoRA inputs, norms; F = width of the MLP); checkpointing
-    keeps D. Pretext adds the decoder's pass without LoRA (half).
+    Per token and layer about 20 D + 6 F numbers (projections, LoRA's inputs and dropout, norms; F = width of the MLP);
+    checkpointing keeps D. In stage 1 the encoder sees half of a text, the decoder, without LoRA, the other half for half as much.
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     f = getattr(config, "intermediate_size", None) or 4 * d
     size = 4 if full and stage.precision == "float32" else 2
-    per_layer = d if stage.gradient_checkpointing else 14 * d + 4 * f
-    kept = texts * tokens * layers * per_layer * size * (1.5 if isinstance(stage, PretextStage) else 1.0)
-    logits = 4 * (CHUNK if full else CHUNK_ON_GPU) * config.vocab_size * 4 if isinstance(stage, PretextStage) else 0
+    per_layer = d if stage.gradient_checkpointing else 20 * d + 6 * f
+    kept = texts * tokens * layers * per_layer * size * (0.75 if isinstance(stage, PretextStage) else 1.0)
+    positions = min(CHUNK if full else CHUNK_ON_GPU, texts * tokens) if isinstance(stage, PretextStage) else 0
+    logits = 4 * positions * config.vocab_size * 4
     return int(kept + logits)
 
 
