@@ -19,6 +19,7 @@ from benchmarks.scaling_costs import (
     activation_bytes,
     limits,
     loads,
+    logit_bytes,
     memory_bytes,
     place,
     sample_flops,
@@ -71,7 +72,7 @@ def memory_table(models: Sequence[Model], work: Mapping[str, Load], assumed: Ass
     lines = [row(f"base, {form}", lambda m, form=form: m.base[form]) for form in ("bf16", "nf4")]
     lines.append(row("adapter, its gradient, AdamW (16 bytes a weight)", lambda m: 16 * m.adapter))
     none = Way("bf16", "DDP", 1, False, 0)
-    lines.append(row("logits of one chunk in stage 1", lambda m: activation_bytes(m.shape, work["pretext"], none, assumed, 0)))
+    lines.append(row("logits of one chunk in stage 1", lambda m: logit_bytes(m.shape, work["pretext"], none)))
     for name, load in work.items():
         own = Way("bf16", "DDP", 8, False, min(load.batch, getattr(load.stage, "mini_batch_size", None) or load.batch))
         tokens = load.longest + assumed.memory_tokens

@@ -15,7 +15,7 @@ from benchmarks.scaling_inputs import Assumed, Gpu, Model
 from benchmarks.settings import Shape
 from benchmarks.work import RANK, body_flops, contrastive_flops, encode_flops, pretext_flops
 from llm2comp.recipe import ContrastiveStage, PretextStage, Recipe, SclStage, Stage, UclStage
-from llm2comp.training.plan import activations
+from llm2comp.training.plan import activations, logits
 
 GB = 1e9
 
@@ -101,26 +101,27 @@ def sample_flops(shape: Shape, load: Load, way: Way, memory: int) -> tuple[float
 
 
 def activation_bytes(shape: Shape, load: Load, way: Way, assumed: Assumed, tokens: float) -> float:
-    """`training.plan`'s estimate, and under checkpointing the one layer that is recomputed; encoding holds one layer."""
+    """`training.plan`'s estimate, and under checkpointing the one layer that is recomputed.
+
+    Encoding holds one layer's states alone, without LoRA and with nothing to go back to: 6 D + 3 F a position.
+    """
     full = way.form == "float32"
-    factor = assumed.contrastive if isinstance(load.stage, ContrastiveStage) else 1.0
-
-    def of(layers: int, checkpointing: bool, texts: float) -> float:
-        config = SimpleNamespace(
-            hidden_size=shape.hidden,
-            num_hidden_layers=layers,
-            intermediate_size=shape.intermediate,
-            vocab_size=shape.vocabulary,
-        )
-        precision = "float32" if full else "bfloat16"
-        stage = load.stage or SclStage.model_validate({"data": [{"source": "unused"}]})
-        changes = {"gradient_checkpointing": checkpointing, "precision": precision}
-        return activations(config, stage.model_copy(update=changes), texts, tokens, full)
-
-    one_layer = of(1, False, way.at_once) - of(1, False, 0)
     if load.stage is None:
-        return one_layer
-    return factor * (of(shape.layers, way.checkpointing, way.at_once) + (one_layer if way.checkpointing else 0.0))
+        return way.at_once * tokens * (6 * shape.hidden + 3 * shape.intermediate) * (4 if full else 2)
+    stage, factor = load.stage, assumed.contrastive if isinstance(load.stage, ContrastiveStage) else 1.0
+
+    def of(layers: int, checkpointing: bool) -> float:
+        config = SimpleNamespace(hidden_size=shape.hidden, num_hidden_layers=layers, intermediate_size=shape.intermediate)
+        changes = {"gradient_checkpointing": checkpointing, "precision": "float32" if full else "bfloat16"}
+        return activations(config, stage.model_copy(update=changes), way.at_once, tokens, full)
+
+    kept = of(shape.layers, way.checkpointing) + (of(1, False) if way.checkpointing else 0.0)
+    return factor * kept + logit_bytes(shape, load, way, way.at_once * tokens)
+
+
+def logit_bytes(shape: Shape, load: Load, way: Way, positions: float = math.inf) -> float:
+    """One chunk of logits; none but in stage 1."""
+    return logits(SimpleNamespace(vocab_size=shape.vocabulary), load.stage, positions, way.form == "float32")
 
 
 def memory_bytes(model: Model, load: Load, way: Way, assumed: Assumed, tokens: float | None = None) -> float:

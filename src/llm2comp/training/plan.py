@@ -67,7 +67,9 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
         samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
         trainable = learning + trained_embeddings(stage, lm, recipe.memory_tokens, recipe.encoder.projection)
         at_once = texts_at_once(stage, per_sample, mean)
-        peak = held + 16 * trainable + activations(config, stage, at_once, mean + recipe.memory_tokens, full)
+        length = mean + recipe.memory_tokens
+        kept = activations(config, stage, at_once, length, full) + logits(config, stage, at_once * length, full)
+        peak = held + 16 * trainable + kept
         plans.append(StagePlan(name, rows, samples, int(samples * per_sample * mean), trainable, peak))
         held += 4 * learning if adapters else 0
     return plans, base
@@ -151,19 +153,22 @@ def trained_embeddings(stage: Stage, lm: Any, memory_tokens: int, projection: in
 
 
 def activations(config: Any, stage: Stage, texts: float, tokens: float, full: bool) -> int:
-    """Estimate of what the backward pass keeps: states per token and layer, and one chunk of logits.
+    """Estimate of what the backward pass keeps: states per token and layer.
 
     Per token and layer about 20 D + 6 F numbers (projections, LoRA's inputs and dropout, norms; F = width of the MLP);
-    checkpointing keeps D. In stage 1 the encoder sees half of a text, the decoder, without LoRA, the other half for half as much.
+    checkpointing keeps D. In stage 1 the encoder sees half of a text; of the rest the decoder, without LoRA, keeps half.
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     f = getattr(config, "intermediate_size", None) or 4 * d
     size = 4 if full and stage.precision == "float32" else 2
     per_layer = d if stage.gradient_checkpointing else 20 * d + 6 * f
-    kept = texts * tokens * layers * per_layer * size * (0.75 if isinstance(stage, PretextStage) else 1.0)
-    positions = min(CHUNK if full else CHUNK_ON_GPU, texts * tokens) if isinstance(stage, PretextStage) else 0
-    logits = 4 * positions * config.vocab_size * 4
-    return int(kept + logits)
+    return int(texts * tokens * layers * per_layer * size * (0.75 if isinstance(stage, PretextStage) else 1.0))
+
+
+def logits(config: Any, stage: Stage | None, positions: float, full: bool) -> int:
+    """Estimate of one chunk of logits in float32, of teacher and student with their logarithms; only stage 1 has any."""
+    at_once = min(CHUNK if full else CHUNK_ON_GPU, positions) if isinstance(stage, PretextStage) else 0
+    return int(4 * at_once * config.vocab_size * 4)
 
 
 def show_plan(recipe: Recipe) -> None:
