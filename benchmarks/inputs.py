@@ -50,7 +50,14 @@ def make_lm(setting: Setting, attention: str, dtype: str | None = None) -> Any:
             attn_implementation=attention,
             dtype=getattr(torch, dtype or setting.dtype) if setting.device != "cpu" else torch.float32,
         )
-    return lm.to(getattr(torch, dtype or setting.dtype)).requires_grad_(False).eval()
+    return cast(lm, dtype or setting.dtype).requires_grad_(False).eval()
+
+
+def cast(lm: Any, dtype: str) -> Any:
+    """The weights alone, as `from_pretrained(dtype=...)` gives them: angles of rotary positions stay float32."""
+    for weight in lm.parameters():
+        weight.data = weight.data.to(getattr(torch, dtype))
+    return lm
 
 
 def make_tokenizer(shape: Shape) -> Any:

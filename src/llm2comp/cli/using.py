@@ -43,7 +43,9 @@ def embed(
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     role: Annotated[Role | None, typer.Option(help="Use the model's prompt for this role.")] = None,
     long_texts: Annotated[LongTexts, typer.Option(help="Texts over the model's limit.")] = LongTexts.truncate,
-    max_tokens_per_batch: Annotated[int, typer.Option(min=1, help="Tokens at once, padding included.")] = 4096,
+    max_tokens_per_batch: Annotated[
+        int | None, typer.Option(min=1, help="Tokens at once, padding included; by default 1,024 on a CPU, else 16,384.")
+    ] = None,
     normalise: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
