@@ -1,6 +1,5 @@
 """The benchmark compares like with like: equal loss and gradients, FLOPs as counted, verdicts and peaks that can fail."""
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -9,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from families import relative_error
+from measuring import counted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -171,23 +170,6 @@ def test_both_sides_of_a_unit_read_the_same_texts():
         for grouped, unit in units.items():
             padding[grouped] += sum(max(len(s["ids"]) for s in batch) - len(s["ids"]) for batch in unit for s in batch)
     assert padding[True] < 0.5 * padding[False]
-
-
-class NoModules(contextlib.nullcontext):
-    """In place of the counter's look-up of modules, which cannot stand `autograd.grad` inside a forward pass."""
-
-    parents = ("Global",)
-
-    def __exit__(self, *_):
-        pass
-
-
-def counted(work):
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = NoModules()
-    with counter:
-        work()
-    return counter.get_total_flops()
 
 
 def eager_compressor(setting, monkeypatch):

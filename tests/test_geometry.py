@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from llm2comp.analysis.geometry import (
     uniformity,
 )
 from llm2comp.errors import DataError
+from measuring import peak_bytes
 
 D = 6
 
@@ -141,15 +141,6 @@ def test_uniformity_never_holds_all_pairs(monkeypatch):
 def test_random_pairs_never_holds_all_pairs():
     x = draw(20_000, width=2)
     assert peak_bytes(lambda: random_pair_cosines(x, 1000)) < 20_000 * 8 * 20, "a few copies of the embeddings, no more"
-
-
-def peak_bytes(work):
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_alignment_by_hand():

@@ -1,6 +1,5 @@
 """The cost model against hand computation, real models' bytes, the FLOPs that torch counts, and its own documentation."""
 
-import contextlib
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,6 +34,7 @@ from llm2comp.errors import BackboneError
 from llm2comp.recipe import PretextStage, SclStage, UclStage, load_recipe
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.trainers import PretextModel
+from measuring import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Shape("llama", 2, 32, 48, 4, 2, 8, 120)
@@ -95,23 +94,6 @@ def test_site_is_every_site_alike():
     one = [Load(PRETEXT.model_copy(update={"site_margin_tokens": m}), (22,), 22, 1, 1) for m in (10, 11)]
     three, middle = (sample_flops(SMALL, x, WAY, 3)[0] for x in one)
     assert sample_flops(SMALL, load, WAY, 3)[0] == three > middle  # sites 10, 11, 12 against 11
-
-
-class NoModules(contextlib.nullcontext):
-    """In place of the counter's look-up of modules, which cannot stand `autograd.grad` inside a forward pass."""
-
-    parents = ("Global",)
-
-    def __exit__(self, *_):
-        pass
-
-
-def counted(work):
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = NoModules()
-    with counter:
-        work()
-    return counter.get_total_flops()
 
 
 def plain_compressor(monkeypatch, checkpointing, memory):

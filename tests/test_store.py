@@ -8,7 +8,6 @@ import pickle
 import shutil
 import signal
 import time
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from llm2comp.data.sources import read_texts
 from llm2comp.data.store import cache_folder, distinct, stored_rows, stored_texts, tokenizer_digest, write_rows
 from llm2comp.errors import DataError, RunError
 from llm2comp.recipe import PretextStage, TextData
+from measuring import peak_bytes
 from test_resume import StoppedError, make_recipe, stop, train_until, trained, weights
 from tiny_run import no_file_over, sentences
 from tiny_run import write_rows as write_lines
@@ -281,14 +281,6 @@ def test_texts_of_stage_two(tmp_path, source):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    def peak(work):
-        tracemalloc.start()
-        try:
-            work()
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-
     def words(texts):
         return [[len(word) for word in text.split()] for text in texts]
 
@@ -297,9 +289,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     peaks = {}
     for times, file in files.items():
         texts = read_texts(TextData(source=str(file))).rows
-        peaks["list", times] = peak(lambda texts=texts, file=file: token_rows(texts, stage(file), words, 48, None))
-        peaks["store", times] = peak(lambda file=file: stored(tmp_path / "cache", stage(file), words, bos_id=None))
-        peaks["texts", times] = peak(lambda file=file: stored_texts(stage(file).data, 0, print, tmp_path / "cache"))
+        peaks["list", times] = peak_bytes(lambda texts=texts, file=file: token_rows(texts, stage(file), words, 48, None))
+        peaks["store", times] = peak_bytes(lambda file=file: stored(tmp_path / "cache", stage(file), words, bos_id=None))
+        peaks["texts", times] = peak_bytes(lambda file=file: stored_texts(stage(file).data, 0, print, tmp_path / "cache"))
     per_row = {kind: (peaks[kind, 10] - peaks[kind, 1]) / (9 * len(some)) for kind in ("list", "store", "texts")}
     assert per_row["list"] > 200, f"vacuous: {per_row}"
     assert per_row["store"] < 24, per_row

@@ -30,6 +30,8 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llm2comp.tokens import position_ids
+
 SAVINGS = ("packing", "last layer")
 # Below this share of padding, gathering costs more than it saves.
 WORTH = 0.1
@@ -192,7 +194,7 @@ def possible_savings(run: Callable[..., Tensor], table_VD: Tensor, body: Any) ->
 
 
 def _changes_nothing(layout: Layout, run: Callable[..., Tensor], body: Any, x_BSD: Tensor, needed_BS: Tensor) -> bool:
-    positions_BS = (layout.mask_BS.cumsum(1) - 1).clamp_min(0)
+    positions_BS = position_ids(layout.mask_BS)
     for kwargs in ({}, {"is_causal": False}):
         try:
             padded_ND = run(x_BSD, positions_BS, layout.mask_BS, **kwargs)[needed_BS].float()
