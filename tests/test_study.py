@@ -457,7 +457,7 @@ def test_shipped_study_is_sound(name, monkeypatch):
 
 
 def test_shipped_studies_are_all_there():
-    assert set(shipped_studies()) == {"objectives", "memory-tokens", "scl-steps", "training-free"}
+    assert set(shipped_studies()) == {"objectives", "memory-tokens", "response", "scl-steps", "settings", "training-free"}
     every = load_study("objectives")
     assert list(every.systems) == ["RC", "NLL", "CTKD", "MNTP", "EBAE-EBAR", "none"]
     assert isinstance(every, Study)

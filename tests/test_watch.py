@@ -69,6 +69,23 @@ def test_watching_changes_nothing_that_is_learned(tmp_path):
         assert not (without / FOLDERS[stage] / "watch.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("objective", "encoder"),
+    [("mntp", {"pooling": "mean"}), ("ebae_ebar", {"pooling": "last_token", "prompt": "{text} In one word:"})],
+)
+def test_encoders_without_memory_are_watched_through_all_stages(tmp_path, objective, encoder):
+    """Correlations of memory tokens are null, all else is there; the report of such a run can be written."""
+    planned = tree(tmp_path) | {"encoder": encoder}
+    planned["pretext"]["objective"] = objective
+    run = train(parse_recipe(planned), tmp_path / "run")
+    for stage in FOLDERS:
+        found = lines(run, stage)
+        assert len(found) == 3
+        assert all(line["memory_correlation"] is None for line in found)
+        assert all(1 <= line["effective_rank"] <= line["dimensions"] for line in found)
+    assert cli("report", run).code == 0
+
+
 def test_unchanged_randomness_is_needed_and_works():
     import random
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ OUT_OF_MEMORY = (
 
 def main() -> None:
     """Entry point: an error of ours, or of the disk, is one message and exit code 1, never a traceback."""
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # peft imports it where it is installed, used or not
     try:
         app(prog_name="llm2comp")
     except Llm2CompError as error:

@@ -49,7 +49,7 @@ class Watch(Line):
     alignment: float | None = None
     anisotropy: float
     texts: int
-    memory_correlation: Annotated[tuple[tuple[float, ...], ...], AfterValidator(_square)] = ()
+    memory_correlation: Annotated[tuple[tuple[float, ...], ...], AfterValidator(_square)] | None = None
     spectrum: tuple[float, ...] = ()
     tasks: dict[str, float] = {}
     warnings: tuple[str, ...] = ()

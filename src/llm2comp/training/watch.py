@@ -140,8 +140,8 @@ def warnings_of(first: dict[str, Any], now: dict[str, Any], compresses: bool) ->
             f"the effective rank falls: {before:.1f} at step {first['step']}, now {rank:.1f}; the embeddings collapse into "
             "fewer directions (a lower learning rate, fewer steps, or a contrastive stage helps)"
         )
-    correlation = now["memory_correlation"] or []
-    if count := copies(correlation, COPY):
+    correlation = now["memory_correlation"]  # None: an encoder without memory tokens
+    if correlation and (count := copies(correlation, COPY)):
         found.append(
             f"memory tokens become copies: {count} of {len(correlation)} give nearly what another gives "
             f"(mean cosine {COPY} or more); fewer tokens, or merging (`llm2comp analyze --write-weights`), would do as well"
