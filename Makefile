@@ -25,7 +25,7 @@ demo: $(READY)  ## train a tiny encoder and search with it: the whole path, offl
 	$(BIN)/llm2comp demo
 
 test: $(READY)  ## the test suite (WORKERS=2, MARKERS='not slow and ...')
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) -m '$(MARKERS)'
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(MARKERS)'
 
 lint: $(READY)  ## ruff and mypy, changing nothing
 	$(BIN)/python -m ruff check .

@@ -1,7 +1,9 @@
 """`python -m benchmarks [--quick] [--only ROW] [--device cuda] [--out FOLDER]`: JSON and a table, figure by figure.
 
-1. every measurement runs in a fresh process of its own (`worker.py`), one after the other
-2. per row: preparation, one process that times all sides in turns, one process per side for its peak memory
+1. every measurement runs in a process of its own (`worker.py`): a fork of one that has done all imports, which take longer than
+   many a measurement; a fresh one where memory counts (a fork has not touched the libraries' pages) and on CUDA
+2. per row: preparation, one process that times all sides in turns, then one process per side for its peak memory; of these
+   alone two run at once, with half of the cores each
 3. SETTING.json (all raw figures) and SETTING.md (the table) are written anew after every row; the table is printed at the end
 """
 
@@ -9,17 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import ROWS
 from benchmarks.settings import SETTINGS
 from benchmarks.table import cells, figures, markdown
-from benchmarks.worker import ABOUT, PREPARE
+from benchmarks.worker import ABOUT, PREPARE, work
 from llm2comp.console import say
 from llm2comp.files import write_text
 
@@ -27,19 +32,40 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Failed(Exception):  # noqa: N818
-    """A measurement ended with an error; the message is its last line."""
+    """A measurement ended with an error; the message says why."""
 
 
-def measure(setting: str, row: str, folder: Path, side: str | None = None) -> dict[str, Any]:
+def measure(setting: str, row: str, folder: Path, side: str | None = None, fresh: bool = False) -> dict[str, Any]:
     """What one worker found. Raises Failed."""
-    out = folder / "found.json"
-    command = [sys.executable, "-m", "benchmarks.worker", str(out), setting, row, str(folder), *([side] if side else [])]
-    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise Failed(lines[-1] if lines else f"ended by signal {-done.returncode}")
+    out = folder / f"found-{threading.get_ident()}.json"
+    out.unlink(missing_ok=True)
+    fork = not fresh and SETTINGS[setting].device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if fork else "spawn")
+    context.set_forkserver_preload(["benchmarks.worker"])
+    process = context.Process(target=work, args=(out, setting, row, folder, side))
+    process.start()
+    process.join()
+    if not out.exists():
+        raise Failed(f"the process ended with exit code {process.exitcode}")
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise Failed(found["error"])
     return found
+
+
+def measure_peaks(setting: str, row: str, folder: Path) -> dict[str, int]:
+    """Peak memory of the row's sides, two at a time on a CPU. Raises Failed."""
+    at_once = 2 if SETTINGS[setting].device == "cpu" else 1
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+            found = pool.map(lambda side: measure(setting, row, folder, side, fresh=True), ROWS[row].memory)
+            return {side: result["peak_bytes"] for side, result in zip(ROWS[row].memory, found, strict=True)}
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = threads
 
 
 def measure_row(setting: str, name: str, folder: Path) -> dict[str, Any]:
@@ -52,7 +78,7 @@ def measure_row(setting: str, name: str, folder: Path) -> dict[str, Any]:
             (folder / PREPARE).touch()
         if row.timed:
             result["times"] = measure(setting, name, folder)
-        result["peaks"] = {side: measure(setting, name, folder, side)["peak_bytes"] for side in row.memory}
+        result["peaks"] = measure_peaks(setting, name, folder)
     except Failed as error:
         result["error"] = str(error)
     result["seconds"] = round(time.monotonic() - begin, 1)

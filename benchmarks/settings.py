@@ -44,7 +44,7 @@ class Setting:
     memory_mini_batch: int = 4
     kl_positions: int = 768
     data_rows: int = 2_000
-    data_batches: int = 500
+    data_batches: int = 3_000
     encode_texts: tuple[int, int, int] = (32, 32, 4)  # short, mixed, long
     encode_batch: int = 8
     note: str = ""

@@ -1,4 +1,4 @@
-"""One measurement in one process: `python -m benchmarks.worker OUT SETTING ROW FOLDER [SIDE]` writes OUT as JSON.
+"""One measurement, for a process of its own; `work` writes what was found, or the error, as JSON.
 
 Without a side: all sides of the row, held against each other, warmed up, then timed in interleaved rounds.
 With a side: the peak memory of that side alone. With `prepare` or `about` for a side: the row's preparation; its facts.
@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from benchmarks.settings import SETTINGS, Setting
 from benchmarks.sides import Row, Side
 from benchmarks.work import Gemm, synchronise
 from llm2comp.backbone.quiet import quiet_libraries
+from llm2comp.console import console
 from llm2comp.files import write_text
 
 PREPARE, ABOUT = "prepare", "about"
@@ -123,25 +125,28 @@ def environment(setting: Setting) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def found_by(name: str, row: Row, folder: Path, side: str | None) -> dict[str, Any]:
     """As the module's docstring says."""
-    out, setting, folder = Path(sys.argv[1]), SETTINGS[sys.argv[2]], Path(sys.argv[4])
-    side = sys.argv[5] if len(sys.argv) > 5 else None
+    setting = SETTINGS[name]
     quiet_libraries()
+    console.quiet = True  # no progress of what is timed
     if setting.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here: run without --device cuda")
-    row, found = ROWS[sys.argv[3]], {}
     if side == ABOUT:
-        found = environment(setting)
-    elif side == PREPARE:
+        return environment(setting)
+    if side == PREPARE:
         assert row.prepare is not None
         row.prepare(setting, folder)
-    elif side:
-        found = measure_peak(row, side, setting, folder)
-    else:
-        found = measure_times(row, setting, folder)
+        return {}
+    return measure_peak(row, side, setting, folder) if side else measure_times(row, setting, folder)
+
+
+def work(out: Path, setting: str, row: str, folder: Path, side: str | None) -> None:
+    """The measurement's result in `out`; an error is printed, and stands there as `error`."""
+    try:
+        found = found_by(setting, ROWS[row], folder, side)
+    except (Exception, SystemExit) as error:
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        found = {"error": f"{error}" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"}
     write_text(out, json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
