@@ -86,13 +86,18 @@ def bootstrap(differences_N: ArrayLike) -> tuple[float, float, float]:
 
 
 def comparisons(results: Results) -> list[dict[str, Any]]:
-    """Every pair of systems at the same stage that share a seed with all sets; `difference` = first − second, in points."""
+    """Every pair of systems at the same stage that share a seed with all sets; `difference` = first − second, in points.
+
+    A pair with the same scores throughout is left out: a stage that both share, not two systems that do equally well.
+    """
     found = []
     for a, b in combinations(results.rows, 2):
         seeds = sorted(set(averages(a, results.sets)) & set(averages(b, results.sets)))
         if a.stage != b.stage or not seeds:
             continue
         cells = [a.scores[seed][name] - b.scores[seed][name] for seed in seeds for name in results.sets]
+        if not any(cells):
+            continue
         low, high, above = bootstrap(cells)
         record = {"stage": a.stage, "first": a.system, "second": b.system, "seeds": len(seeds), "sets": len(results.sets)}
         found.append(record | {"difference": float(np.mean(cells)), "low": low, "high": high, "share_above_0": above})
