@@ -163,13 +163,13 @@ def test_kept_step_is_the_result(tmp_path):
     rows = lines(run / "3-scl" / "watch.jsonl")
     found = Page(page([run]))
     assert column(found.table("Measured"), "effective rank")[-1] == f"{rows[-1]['effective_rank']:.2f}"
-    assert found.table("The stages")[1][2] == "42"
+    assert found.table("The stages")[1][2] == "64"
     rows[2] |= {"best": True, "effective_rank": 99.25}
     (run / "3-scl" / "watch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
-    (run / "3-scl" / "done.json").write_text(json.dumps({"steps": 42, "seconds": 1.0, "kept_step": rows[2]["step"]}))
+    (run / "3-scl" / "done.json").write_text(json.dumps({"steps": 64, "seconds": 1.0, "kept_step": rows[2]["step"]}))
     found = Page(page([run]))
     assert column(found.table("Measured"), "effective rank")[-1] == "99.25"
-    assert found.table("The stages")[1][2] == f"{rows[3]['step']} of 42, stopped early, step {rows[2]['step']} kept"
+    assert found.table("The stages")[1][2] == f"{rows[3]['step']} of 64, stopped early, step {rows[2]['step']} kept"
     memory = found.table("kept, SCL: mean cosine between memory tokens")
     assert float(memory[1][2]) == pytest.approx(rows[2]["memory_correlation"][0][1], abs=5e-4)
 
@@ -318,7 +318,7 @@ def test_missing_parts_are_left_out(light, text, missing, absent):
 def test_unfinished_run_says_so(tmp_path):
     run = write_run(tmp_path / "stopped", unfinished=("ucl",), scores=False)
     found = Page(page([run]))
-    assert column(found.table("The stages"), "steps") == ["100", "13 of 26, not finished", "0 of 42, not begun"]
+    assert column(found.table("The stages"), "steps") == ["100", "13 of 26, not finished", "0 of 64, not begun"]
     assert column(found.table("Measured"), "encoder") == ["before training", "after CTKD", "UCL, step 13"]
 
 
@@ -401,7 +401,7 @@ def test_runs_are_compared(run, tmp_path):
     settings = found.table("Settings that differ")
     assert settings == [["setting", "synthetic", "other"], ["seed", "0", "7"], ["ucl.temperature", "0.05", "0.1"]]
     final = {row[0]: row[1:] for row in found.table("Where each run ended")}
-    assert final["SCL, steps"] == ["42", "21"]
+    assert final["SCL, steps"] == ["64", "32"]
     for name, folder in (("CTKD", "1-pretext"), ("SCL", "3-scl")):
         losses = [lines(place / folder / "metrics.jsonl")[-1]["loss"] for place in (run, other)]
         assert [float(cell) for cell in final[f"{name}, last loss"]] == pytest.approx(losses, rel=1e-3)
