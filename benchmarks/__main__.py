@@ -12,19 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import ROWS
 from benchmarks.settings import SETTINGS
 from benchmarks.table import cells, figures, markdown
-from benchmarks.worker import ABOUT, PREPARE, work
+from benchmarks.worker import ABOUT, PREPARE, measured, peaks_at_once
 from llm2comp.console import say
 from llm2comp.files import write_text
 
@@ -37,35 +36,24 @@ class Failed(Exception):  # noqa: N818
 
 def measure(setting: str, row: str, folder: Path, side: str | None = None, fresh: bool = False) -> dict[str, Any]:
     """What one worker found. Raises Failed."""
-    out = folder / f"found-{threading.get_ident()}.json"
-    out.unlink(missing_ok=True)
     fork = not fresh and SETTINGS[setting].device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if fork else "spawn")
     context.set_forkserver_preload(["benchmarks.worker"])
-    process = context.Process(target=work, args=(out, setting, row, folder, side))
-    process.start()
-    process.join()
-    if not out.exists():
-        raise Failed(f"the process ended with exit code {process.exitcode}")
-    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise Failed(found["error"])
-    return found
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        try:
+            return process.submit(measured, setting, row, folder, side).result()
+        except SystemExit as error:
+            raise Failed(str(error)) from error
+        except Exception as error:
+            traceback.print_exception(error)
+            raise Failed(f"{type(error).__name__}: {error}") from error
 
 
 def measure_peaks(setting: str, row: str, folder: Path) -> dict[str, int]:
-    """Peak memory of the row's sides, two at a time on a CPU. Raises Failed."""
-    at_once = 2 if SETTINGS[setting].device == "cpu" else 1
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // at_once))
-    try:
-        with ThreadPoolExecutor(at_once) as pool:
-            found = pool.map(lambda side: measure(setting, row, folder, side, fresh=True), ROWS[row].memory)
-            return {side: result["peak_bytes"] for side, result in zip(ROWS[row].memory, found, strict=True)}
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if threads is not None:
-            os.environ["OMP_NUM_THREADS"] = threads
+    """Peak memory of each side that the row names. Raises Failed."""
+    with ThreadPoolExecutor(peaks_at_once(SETTINGS[setting])) as pool:
+        found = pool.map(lambda side: measure(setting, row, folder, side, fresh=True), ROWS[row].memory)
+        return {side: result["peak_bytes"] for side, result in zip(ROWS[row].memory, found, strict=True)}
 
 
 def measure_row(setting: str, name: str, folder: Path) -> dict[str, Any]:

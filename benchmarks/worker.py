@@ -1,4 +1,4 @@
-"""One measurement, for a process of its own; `work` writes what was found, or the error, as JSON.
+"""One measurement, for a process of its own: `measured`.
 
 Without a side: all sides of the row, held against each other, warmed up, then timed in interleaved rounds.
 With a side: the peak memory of that side alone. With `prepare` or `about` for a side: the row's preparation; its facts.
@@ -6,12 +6,10 @@ With a side: the peak memory of that side alone. With `prepare` or `about` for a
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
 import time
-import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from benchmarks.sides import Row, Side
 from benchmarks.work import Gemm, synchronise
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.console import console
-from llm2comp.files import write_text
 
 PREPARE, ABOUT = "prepare", "about"
 
@@ -125,9 +122,18 @@ def environment(setting: Setting) -> dict[str, Any]:
     }
 
 
-def found_by(name: str, row: Row, folder: Path, side: str | None) -> dict[str, Any]:
-    """As the module's docstring says."""
-    setting = SETTINGS[name]
+def peaks_at_once(setting: Setting) -> int:
+    """Processes beside each other that measure peaks, each with its share of the threads."""
+    return 2 if setting.device == "cpu" else 1
+
+
+def measured(name: str, row_name: str, folder: Path, side: str | None) -> dict[str, Any]:
+    """As the module's docstring says.
+
+    Raises:
+        SystemExit: what the row needs is not here, or two of its sides differ.
+    """
+    setting, row = SETTINGS[name], ROWS[row_name]
     quiet_libraries()
     console.quiet = True  # no progress of what is timed
     if setting.device != "cpu" and not torch.cuda.is_available():
@@ -138,15 +144,7 @@ def found_by(name: str, row: Row, folder: Path, side: str | None) -> dict[str, A
         assert row.prepare is not None
         row.prepare(setting, folder)
         return {}
-    return measure_peak(row, side, setting, folder) if side else measure_times(row, setting, folder)
-
-
-def work(out: Path, setting: str, row: str, folder: Path, side: str | None) -> None:
-    """The measurement's result in `out`; an error is printed, and stands there as `error`."""
-    try:
-        found = found_by(setting, ROWS[row], folder, side)
-    except (Exception, SystemExit) as error:
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
-        found = {"error": f"{error}" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"}
-    write_text(out, json.dumps(found))
+    if side is None:
+        return measure_times(row, setting, folder)
+    torch.set_num_threads(max(1, torch.get_num_threads() // peaks_at_once(setting)))
+    return measure_peak(row, side, setting, folder)
