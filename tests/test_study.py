@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from llm2comp.errors import RecipeError, RunError
 from llm2comp.evaluate import Options, evaluate
@@ -33,35 +32,14 @@ from llm2comp.study.table import (
 )
 from llm2comp.training import run as run_module
 from llm2comp.training.run import FOLDERS, train
-from tiny_run import assert_refused, cli, sentences, write_recipe, write_rows
+from study_example import weights, write_study
+from tiny_run import assert_refused, cli
 
-STUDY = {
-    "format_version": 1,
-    "name": "tiny-study",
-    "overrides": ["pretext.steps=3", "ucl.steps=2", "scl.steps=2", "watch={texts: 8, max_tokens: 32}"],
-    "seeds": [0, 1],
-    "systems": {"long": {}, "short": {"scl.steps": 1}},
-    "after": ["ucl", "last"],
-}
 SETS = ("Local-One", "Local-Two")
 
 
 class StoppedError(Exception):
     """Stands for whatever ends a process in the middle."""
-
-
-def write_study(folder, **changes):
-    """A study over a recipe and two local sets in `folder`, which it writes."""
-    for number, name in enumerate(("One", "Two")):
-        place = folder / "sets" / "sts" / name
-        place.mkdir(parents=True, exist_ok=True)
-        texts = sentences(40, 6, seed=10 + number)
-        rows = [{"sentence1": texts[2 * i], "sentence2": texts[2 * i + 1], "score": (i * 7) % 6} for i in range(20)]
-        write_rows(place / "test.jsonl", rows)
-    tree = STUDY | {"recipe": str(write_recipe(folder)), "scores": [str(folder / "sets")]} | changes
-    file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return file
 
 
 def recorded(patch, stop_at=None):
@@ -94,12 +72,6 @@ def done(tmp_path_factory):
         second = recorded(patch)
         results = study(file, out)
     return folder, out, results, first, second
-
-
-def weights(run):
-    found = {file.relative_to(run).as_posix(): file.read_bytes() for file in sorted(run.rglob("*.safetensors"))}
-    assert len(found) >= 6
-    return found
 
 
 # ---- training
@@ -139,9 +111,9 @@ def test_a_finished_study_trains_and_scores_nothing_again(done, monkeypatch):
     folder, out, results, _, _ = done
     before = {name: (out / name).read_bytes() for name in ("results.json", "table.csv", "table.md", "averages.svg")}
     begun, scored = recorded(monkeypatch), []
-    monkeypatch.setattr("llm2comp.study.running.train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("llm2comp.study.jobs.train", lambda *_, **__: pytest.fail("trained"))
     ours = evaluate
-    monkeypatch.setattr("llm2comp.study.running.evaluate", lambda models, *rest: scored.extend(models) or ours(models, *rest))
+    monkeypatch.setattr("llm2comp.study.jobs.evaluate", lambda models, *rest: scored.extend(models) or ours(models, *rest))
     assert study(folder / "study.yaml", out) == results
     assert (begun, scored) == ([], ["tfidf"]), "the name of a foreign model tells nothing of its content: mteb's files do"
     assert {name: (out / name).read_bytes() for name in before} == before

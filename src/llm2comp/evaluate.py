@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from filelock import FileLock
 from rich.table import Table
 
 from llm2comp.console import say
 from llm2comp.errors import DataError, RunError
 from llm2comp.evaluation.paper14 import PAPER14
 from llm2comp.evaluation.published import published
-from llm2comp.files import write_text
+from llm2comp.files import explain_disk_errors, write_text
 from llm2comp.loading import identity, load, run_of
 
 if TYPE_CHECKING:
@@ -191,13 +192,16 @@ def earlier_rows(rows: Sequence[ModelScores], folder: Path) -> list[ModelScores]
 
 
 def _keep(file: Path, row: ModelScores) -> None:
-    """Put a row into the summary, beside those of other models; what it got in other tasks stays."""
-    rows = read_summary(file)
-    same = [old for old in rows if (old.name, old.revision) == (row.name, row.revision)]
-    scores = {task: score for old in same for task, score in old.scores.items()} | row.scores
-    kept = [old for old in rows if old not in same]
-    merged = replace(row, scores=scores)
-    write_text(file, json.dumps([vars(one) for one in (*kept, merged)], indent=1))
+    """Put a row into the summary, beside those of other models, by other processes too; what it got in other tasks stays."""
+    with explain_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        rows = read_summary(file)
+        same = [old for old in rows if (old.name, old.revision) == (row.name, row.revision)]
+        scores = {task: score for old in same for task, score in old.scores.items()} | row.scores
+        kept = [old for old in rows if old not in same]
+        merged = replace(row, scores=scores)
+        write_text(file, json.dumps([vars(one) for one in (*kept, merged)], indent=1))
 
 
 def _tasks(options: Options) -> list[Any]:

@@ -110,8 +110,9 @@ def study(
     local: LocalOption = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Change to all its recipes: key.sub=value.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List runs, stages to train and to share; train nothing.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at once; with CUDA each sees one device.")] = 1,
 ) -> None:
     """Train several recipes over several seeds, score all, compare in one table; run again to go on."""
     from llm2comp.study.running import study as run_study
 
-    run_study(file, out, local or (), changes or (), dry_run)
+    run_study(file, out, local or (), changes or (), dry_run, workers)

@@ -38,6 +38,12 @@ class Row(Section):
     samples: dict[int, int] = {}
 
 
+def merged(row: Row, more: Row) -> Row:
+    """One row of the seeds of both, in their order, whichever came first."""
+    both = {name: dict(sorted((getattr(row, name) | getattr(more, name)).items())) for name in ("scores", "ranks", "samples")}
+    return row.model_copy(update=both)
+
+
 class Failure(Section):
     """What could not be trained or scored, and why; `run` is a run, a stage of one, or a model."""
 

@@ -1,0 +1,194 @@
+"""The parts of a study that depend on nothing of each other, and what each one gives.
+
+A job is one encoder that is not trained here, or the runs of one group, one after the other: runs that share a stage share the
+first one too, as the inputs of a stage are those of the stage before and more. So no job waits for another.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2comp.backbone import weights_digest
+from llm2comp.errors import Llm2CompError, one_line
+from llm2comp.evaluate import Options, evaluate
+from llm2comp.files import write_text
+from llm2comp.report.reading import read_log
+from llm2comp.study.grid import DONE, TRAIN, Run, begun, plan, samples_of, work
+from llm2comp.study.table import MODEL, TRAINING_FREE, Failure, Row
+from llm2comp.training.run import DONE_FILE, MODEL_FOLDER, RECIPE_FILE, is_done, train
+
+RUNS, SCORES, KEPT = "runs", "scores", "kept"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a study works and what it scores on: `sets` is the name of each set → its revision, `folders` where they are."""
+
+    folder: Path
+    after: tuple[str, ...]
+    sets: dict[str, str]
+    folders: tuple[Path, ...]
+
+    @property
+    def runs(self) -> Path:
+        """The folder of all runs."""
+        return self.folder / RUNS
+
+
+@dataclass
+class Outcome:
+    """What came of a run, or of an encoder that is not trained: rows of one seed; `samples` that it trained on just now."""
+
+    name: str
+    told: str = ""  # which stages were trained
+    samples: int = 0
+    is_run: bool = True
+    rows: list[Row] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """An encoder that this study does not train; a training-free one has the digest of its `lm`, and its device."""
+
+    name: str
+    model: str
+    lm: str | None = None
+    device: str | None = None
+
+    @property
+    def stage(self) -> str:
+        """As it is called in the table."""
+        return MODEL if self.lm is None else TRAINING_FREE
+
+    def outcomes(self, bench: Bench) -> Iterator[Outcome]:
+        """Its row."""
+        found = Outcome(self.name, is_run=False)
+        key = None if self.lm is None else [self.model, self.lm]
+        scores = _score(bench, found, self.name, self.model, key, self.device)
+        found.rows.append(Row(system=self.name, stage=self.stage, base=self.name, scores={0: scores}))
+        yield found
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs with the same first stage."""
+
+    runs: tuple[Run, ...]
+
+    def outcomes(self, bench: Bench) -> Iterator[Outcome]:
+        """Train what each run lacks, score its encoders; a stage that failed once is not tried again for another run."""
+        states = plan(self.runs, bench.runs)
+        dead: dict[str, str] = {}  # key of a stage that could not be trained → why
+        for run in self.runs:
+            found = Outcome(run.name, _told(states[run.name]), work(run, states[run.name]))
+            reason = next((dead[key] for key in run.keys.values() if key in dead), None) or self._train(run, bench)
+            if reason is not None:
+                found.told = "failed"
+                found.failures.append(Failure(system=run.system, run=run.name, reason=reason))
+                for stage, key in run.keys.items():
+                    place = run.folder(bench.runs, stage)
+                    if begun(place, key) and not is_done(place, key):
+                        dead[key] = reason
+            gc.collect()  # models and trainers refer to each other: without it the next run may find no memory
+            for asked, stage in run.scored(bench.after).items():
+                if is_done(run.folder(bench.runs, stage), run.keys[stage]):
+                    found.rows.append(_row(bench, found, run, asked, stage))
+            yield found
+
+    def _train(self, run: Run, bench: Bench) -> str | None:
+        """Train what a run lacks; why it failed."""
+        folder = bench.runs / run.name
+        if _is_finished(run, folder):
+            return None
+        try:
+            train(run.recipe, folder, siblings=[bench.runs / other.name for other in self.runs if other is not run])
+        except (Llm2CompError, torch.OutOfMemoryError) as error:
+            return one_line(error, 400)
+        return None
+
+
+Job = Floor | Group
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """Runs that may share stages together, in the order of their first ones."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(next(iter(run.keys.values())), []).append(run)
+    return [Group(tuple(group)) for group in found.values()]
+
+
+def floors(training_free: Sequence[str], models: Sequence[str], lm: Any) -> list[Floor]:
+    """Encoders to score beside: training-free ones over the recipes' `model`, and any others."""
+    device = None if lm.device == "auto" else lm.device
+    digest = weights_digest(lm) if training_free else None
+    free = [Floor(name, f"{name}:{lm.name}", digest, device) for name in training_free]
+    return free + [Floor(name, name) for name in models]
+
+
+def _row(bench: Bench, found: Outcome, run: Run, asked: str, stage: str) -> Row:
+    """What one run's encoder after a stage got."""
+    logs = read_log(bench.runs / run.name, run.name).stages
+    trained = logs[: [log.name for log in logs].index(stage) + 1]
+    result = trained[-1].result
+    # An encoder depends on its stage and on how long a text it reads, which may be a later stage's setting.
+    limit = run.recipe.max_tokens or list(run.keys.values())[-1]
+    return Row(
+        system=run.system,
+        stage=asked,
+        base=run.base,
+        axes=run.axes,
+        scores={run.seed: _score(bench, found, run.system, str(run.folder(bench.runs, stage)), [run.keys[stage], limit])},
+        ranks={run.seed: result.effective_rank} if result else {},
+        samples={run.seed: sum(samples_of(log.settings, log.reached) for log in trained)},
+    )
+
+
+def _score(bench: Bench, found: Outcome, system: str, model: str, key: Any, device: str | None = None) -> dict[str, float]:
+    """Set → percent, for the sets that could be scored; `key` = all that the encoder depends on, None where not known."""
+    digest = hashlib.sha256(json.dumps([key, bench.sets], sort_keys=True).encode()).hexdigest()
+    kept = bench.folder / SCORES / KEPT / f"{digest}.json"
+    if key is not None and (before := _read_kept(kept)) is not None:
+        return before
+    try:
+        (row,) = evaluate([model], Options(local=bench.folders, device=device), bench.folder / SCORES)
+    except (Llm2CompError, torch.OutOfMemoryError) as error:
+        found.failures.append(Failure(system=system, run=model, reason=one_line(error, 400)))
+        return {}
+    found.failures += [Failure(system=system, run=f"{model}, {task}", reason=why) for task, why in row.failed.items()]
+    scores = {task: round(100 * result["score"], 4) for task, result in row.scores.items()}
+    if key is not None and not row.failed:
+        write_text(kept, json.dumps(scores, indent=1))
+    return scores
+
+
+def _read_kept(file: Path) -> dict[str, float] | None:
+    """Scores of an earlier call; None where there are none, or a damaged file: scored anew."""
+    try:
+        found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        return None
+
+
+def _is_finished(run: Run, folder: Path) -> bool:
+    """Whether nothing of a run is missing, settings that change no weights included."""
+    if not (folder / MODEL_FOLDER / DONE_FILE).is_file():
+        return False
+    trained = all(is_done(run.folder(folder.parent, stage), key) for stage, key in run.keys.items())
+    return trained and (folder / RECIPE_FILE).read_text(encoding="utf-8") == run.recipe.to_yaml()
+
+
+def _told(states: dict[str, str]) -> str:
+    """`pretext from CTKD-seed0, ucl trained`."""
+    words = {DONE: "done before", TRAIN: "trained"}
+    return ", ".join(f"{stage} {words.get(state, f'from {state}')}" for stage, state in states.items())

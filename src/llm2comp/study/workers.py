@@ -1,0 +1,89 @@
+"""Jobs of a study in several processes at once: each takes the next one, and says what it does in a file of its own.
+
+With CUDA devices each process sees one of them, in turn. On a CPU they share the cores: so many threads each.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2comp.backbone.quiet import quiet_libraries
+from llm2comp.console import console
+from llm2comp.errors import RunError
+from llm2comp.study.jobs import Bench, Job, Outcome
+
+DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def outcomes(jobs: Sequence[Job], bench: Bench, workers: int) -> Iterator[Outcome]:
+    """What comes of all jobs: in their order for one worker, which is this process; else as they end.
+
+    Raises:
+        RunError: a worker died. Llm2CompError: what a job raises.
+    """
+    if workers == 1 or len(jobs) < 2:
+        yield from chain.from_iterable(job.outcomes(bench) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    seats: Any = context.SimpleQueue()
+    for number in range(workers):
+        seats.put((number, device_of(number), bench.folder / f"worker-{number}.log"))
+    try:
+        with ProcessPoolExecutor(min(workers, len(jobs)), context, _sit_down, (seats, threads_of(workers))) as pool:
+            try:
+                for done in as_completed([pool.submit(_all_of, job, bench) for job in jobs]):
+                    yield from done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        logs = str(bench.folder / "worker-*.log")
+        raise RunError("a worker died", where=logs, fix="if memory ran out, fewer --workers; then run it again") from error
+
+
+def threads_of(workers: int) -> int:
+    """Threads of each worker's computing: its part of those that this process may use."""
+    return max(1, torch.get_num_threads() // workers)
+
+
+def device_of(worker: int) -> str | None:
+    """The CUDA device of a worker, as `CUDA_VISIBLE_DEVICES` names it; None without one."""
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    named = os.environ.get(DEVICES)
+    return (named.split(",") if named else [str(number) for number in range(count)])[worker % count]
+
+
+def _all_of(job: Job, bench: Bench) -> list[Outcome]:
+    return list(job.outcomes(bench))
+
+
+def _sit_down(seats: Any, threads: int) -> None:
+    """Make this process a worker, before it computes anything."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the first process speaks for all
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    number, device, log = seats.get()
+    if device is not None:
+        os.environ[DEVICES] = device
+    torch.set_num_threads(threads)
+    console.file = Path(log).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 open as long as the process lives
+    quiet_libraries()
+
+
+def _end_with(parent: Any) -> None:
+    """A worker whose first process is gone would work on, and hold the locks of its run."""
+    wait([parent.sentinel])
+    os._exit(1)
