@@ -75,6 +75,31 @@ class Dies:
         yield Outcome("never")
 
 
+class Waits:
+    """Says who it is, and then works for ten minutes."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def outcomes(self, bench):
+        self.file.with_suffix(".part").write_text(str(os.getpid()))
+        self.file.with_suffix(".part").rename(self.file)
+        time.sleep(600)
+        yield Outcome("never")
+
+
+class Fails:
+    """In a way that nobody foresaw, once another one is at work."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def outcomes(self, bench):
+        while not self.other.exists():
+            time.sleep(0.05)
+        yield Outcome(str(1 / 0))
+
+
 class Tells:
     """What a worker sees of the machine."""
 
@@ -86,6 +111,13 @@ class Tells:
 def test_a_worker_that_dies_is_told(tmp_path):
     with pytest.raises(RunError, match=r"(?s)a worker died.*fewer --workers"):
         list(outcomes([Dies(), Dies()], bench(tmp_path), 2))
+
+
+def test_an_error_ends_all_workers(tmp_path):
+    """As Ctrl-C does: nobody waits for what the others are at."""
+    with pytest.raises(ZeroDivisionError):
+        list(outcomes([Waits(tmp_path / "pid"), Fails(tmp_path / "pid")], bench(tmp_path), 2))
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def test_workers_share_the_cores_and_take_devices_in_turn(tmp_path, monkeypatch):
@@ -126,7 +158,7 @@ if __name__ == "__main__":
     file = tmp_path / "first.py"
     file.write_text(code)
     first = subprocess.Popen([sys.executable, file])
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 400
     while not all((tmp_path / str(n)).exists() for n in range(2)):
         assert first.poll() is None
         assert time.monotonic() < limit
@@ -138,20 +170,6 @@ if __name__ == "__main__":
     for process in alive:
         process.kill()
     assert len(gone) == 2
-
-
-class Waits:
-    """Says who it is, and then works for ever."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def outcomes(self, bench):
-        self.file.with_suffix(".part").write_text(str(os.getpid()))
-        self.file.with_suffix(".part").rename(self.file)
-        while True:
-            time.sleep(1)
-        yield Outcome("never")
 
 
 def test_less_than_one_worker_is_refused():

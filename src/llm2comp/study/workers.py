@@ -40,13 +40,15 @@ def outcomes(jobs: Sequence[Job], bench: Bench, workers: int) -> Iterator[Outcom
     seats: Any = context.SimpleQueue()
     for number in range(workers):
         seats.put((number, device_of(number), bench.folder / f"worker-{number}.log"))
+    others = set(multiprocessing.active_children())
     try:
         with ProcessPoolExecutor(min(workers, len(jobs)), context, _sit_down, (seats, threads_of(workers))) as pool:
             try:
                 for done in as_completed([pool.submit(_all_of, job, bench) for job in jobs]):
                     yield from done.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+            except BaseException:  # whoever waits for these results has stopped: what is half done can be done again
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
                 raise
     except BrokenProcessPool as error:
         logs = str(bench.folder / "worker-*.log")
