@@ -48,7 +48,7 @@ class Outcome:
     """What came of a run, or of an encoder that is not trained: rows of one seed; `samples` that it trained on just now."""
 
     name: str
-    told: str = ""  # which stages were trained
+    told: str = ""  # what was done
     samples: int = 0
     is_run: bool = True
     rows: list[Row] = field(default_factory=list)
@@ -74,6 +74,7 @@ class Floor:
         found = Outcome(self.name, is_run=False)
         key = None if self.lm is None else [self.model, self.lm]
         scores = _score(bench, found, self.name, self.model, key, self.device)
+        found.told = "scored" if scores else "failed"
         found.rows.append(Row(system=self.name, stage=self.stage, base=self.name, scores={0: scores}))
         yield found
 

@@ -132,7 +132,7 @@ def _results(settings: Study, runs: Sequence[Run], bench: Bench, workers: int) -
             place = (row.system, row.stage)
             rows[place] = merged(rows[place], row)
         if not outcome.is_run:
-            say(f"{outcome.name}: scored")
+            say(f"{outcome.name}: {outcome.told}")
             continue
         worked, ended = worked + outcome.samples, ended + 1
         left = _time_left(time.monotonic() - begin, worked / total if worked else ended / len(runs))
