@@ -195,13 +195,13 @@ def _keep(file: Path, row: ModelScores) -> None:
     """Put a row into the summary, beside those of other models, by other processes too; what it got in other tasks stays."""
     with explain_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f".{file.name}.lock")):
-        rows = read_summary(file)
-        same = [old for old in rows if (old.name, old.revision) == (row.name, row.revision)]
-        scores = {task: score for old in same for task, score in old.scores.items()} | row.scores
-        kept = [old for old in rows if old not in same]
-        merged = replace(row, scores=scores)
-        write_text(file, json.dumps([vars(one) for one in (*kept, merged)], indent=1))
+        with FileLock(file.with_name(f".{file.name}.lock")):
+            rows = read_summary(file)
+            same = [old for old in rows if (old.name, old.revision) == (row.name, row.revision)]
+            scores = {task: score for old in same for task, score in old.scores.items()} | row.scores
+            kept = [old for old in rows if old not in same]
+            merged = replace(row, scores=scores)
+            write_text(file, json.dumps([vars(one) for one in (*kept, merged)], indent=1))
 
 
 def _tasks(options: Options) -> list[Any]:
