@@ -144,10 +144,12 @@ def test_device_of_a_worker(named, count, expected, monkeypatch):
     assert [device_of(worker) for worker in range(3)] == expected
 
 
-def test_workers_end_with_the_first_process(tmp_path):
-    """Killed, it can tell nobody."""
+@pytest.mark.parametrize("how", ["killed", "ctrl-c"])
+def test_workers_end_with_the_first_process(how, tmp_path):
+    """Killed, it can tell nobody; Ctrl-C at a terminal reaches all of them."""
     code = f"""
-import sys, time
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from test_study_workers import Waits, bench
@@ -157,19 +159,24 @@ if __name__ == "__main__":
 """
     file = tmp_path / "first.py"
     file.write_text(code)
-    first = subprocess.Popen([sys.executable, file])
+    first = subprocess.Popen([sys.executable, file], start_new_session=True, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + 400
     while not all((tmp_path / str(n)).exists() for n in range(2)):
         assert first.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.1)
     workers = [psutil.Process(int((tmp_path / str(n)).read_text())) for n in range(2)]
-    first.kill()
-    first.wait()
+    if how == "killed":
+        first.kill()
+    else:
+        os.killpg(first.pid, signal.SIGINT)
     gone, alive = psutil.wait_procs(workers, timeout=30)
     for process in alive:
         process.kill()
     assert len(gone) == 2
+    said = first.communicate(timeout=60)[1]
+    assert "worker died" not in said
+    assert said.rstrip().endswith("KeyboardInterrupt") == (how == "ctrl-c"), said
 
 
 def test_less_than_one_worker_is_refused():

@@ -75,7 +75,7 @@ def _all_of(job: Job, bench: Bench) -> list[Outcome]:
 
 def _sit_down(seats: Any, threads: int) -> None:
     """Make this process a worker, before it computes anything."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C the first process speaks for all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the first process speaks, and ends the others
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     number, device, log = seats.get()
     if device is not None:
