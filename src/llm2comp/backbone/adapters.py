@@ -2,6 +2,9 @@
 
 Each stage adds one adapter; older ones stay active but frozen and without dropout. LoRA deltas add, so the stack equals
 the release's merge-and-renew while the base itself is never modified (DESIGN 1.2).
+
+While a stage trains, the older adapters need no operations of their own: `folded` puts them into a second copy of the
+weights that they change. The encoder pass reads that copy, teacher and decoder go on reading the bare weights.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm2comp.backbone.families import lora_targets, split_targets
+from llm2comp.backbone.lora import LoraLinear, adopt
 from llm2comp.backbone.quantized import plain_copy
 from llm2comp.backbone.sharded import fill, save_whole, writes
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import AdapterSettings
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A linear layer with two weights: the LM's own, and that with older adapters in it."""
+
+    linear: nn.Linear
+    bare: nn.Parameter
+    with_older: nn.Parameter
+
+    @classmethod
+    def of(cls, layer: Any, names: Sequence[str]) -> Fold:
+        """Of a LoRA layer and those of its adapters to be folded."""
+        bare = layer.base_layer.weight
+        added = torch.stack([layer.get_delta_weight(name).float() for name in names]).sum(0)
+        return cls(layer.base_layer, bare, nn.Parameter((bare.float() + added).to(bare.dtype), requires_grad=False))
 
 
 class AdapterStack:
@@ -40,6 +61,7 @@ class AdapterStack:
         self.names: list[str] = []
         self._peft: Any = None
         self._layers: list[Any] = []
+        self._folds: list[Fold] = []
 
     def add(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
         """Put one more adapter on top; of all weights of the LM it alone learns from here on.
@@ -65,10 +87,9 @@ class AdapterStack:
             for layer in self._layers:
                 if not isinstance(layer, ParamWrapper):
                     layer.lora_dropout[name] = nn.Dropout(rate)
-        self._peft.base_model.set_adapter(self.names)
-        self.lm.requires_grad_(False)
-        for parameter in self.parameters(name):
-            parameter.requires_grad_(True)
+        for layer in self._layers:
+            adopt(layer)
+        self._activate(self.names)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """LoRA weights of one adapter."""
@@ -81,14 +102,54 @@ class AdapterStack:
         Flips the flag that peft's `disable_adapter()` flips, without its walk over the model and without touching
         `requires_grad`; a test holds the two against each other.
         """
-        before = [layer._disable_adapters for layer in self._layers]
+        before, was_off = [layer._disable_adapters for layer in self._layers], self.off
         for layer in self._layers:
             layer._disable_adapters = off
+        self._show(bare=off)
         try:
             yield
         finally:
             for layer, value in zip(self._layers, before, strict=True):
                 layer._disable_adapters = value
+            self._show(bare=was_off)
+
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """Inside, all adapters but the newest are part of the weights that the encoder pass reads: W + Σ scale·B·A.
+
+        The sum is formed in float32 and rounded once to the dtype of W, as in `merged`. It costs one more copy of the
+        weights that adapters change. Nothing happens without older adapters, or where a layer is not a plain linear one
+        (quantised weights, experts, GPT-2's Conv1D): there they stay as they are.
+        """
+        older = self.names[:-1]
+        if not older or not all(isinstance(layer, LoraLinear) for layer in self._layers):
+            yield
+            return
+        with torch.no_grad():
+            self._folds = [Fold.of(layer, older) for layer in self._layers]
+        self._activate(self.names[-1:])
+        self._show(bare=self.off)
+        try:
+            yield
+        finally:
+            self._show(bare=True)
+            self._folds = []
+            self._activate(self.names)
+
+    def _show(self, bare: bool) -> None:
+        """Let the folded layers have their bare weights, or those with the older adapters.
+
+        Another tensor takes the place, the old one keeps its values: a graph that was made with it is still right.
+        """
+        for fold in self._folds:
+            fold.linear._parameters["weight"] = fold.bare if bare else fold.with_older
+
+    def _activate(self, names: Sequence[str]) -> None:
+        """Let these adapters act; of all weights of the LM the newest one's alone learn."""
+        self._peft.base_model.set_adapter(list(names))
+        self.lm.requires_grad_(False)
+        for parameter in self.parameters(self.names[-1]):
+            parameter.requires_grad_(True)
 
     @property
     def off(self) -> bool:
@@ -120,7 +181,9 @@ class AdapterStack:
 
     def merged(self) -> Any:
         """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then the base's dtype (DESIGN 1.7)."""
+        self._show(bare=True)
         lm, quantized = plain_copy(self.lm)
+        self._show(bare=self.off)
         for path, module in list(lm.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 layer: Any = module

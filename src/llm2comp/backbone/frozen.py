@@ -40,6 +40,11 @@ class Frozen:
         finally:
             self._off = before
 
+    @contextlib.contextmanager
+    def folded(self) -> Iterator[None]:
+        """There is nothing to fold."""
+        yield
+
     @property
     def off(self) -> bool:
         """Whether passes count as the LM's own at this moment."""

@@ -4,8 +4,8 @@ A padded batch of B texts, S wide, costs B·S positions in every layer; packed o
 have tokens, N. Layers treat every position alike, except in attention:
 1. take the N tokens out of the padded batch, x_1ND; positions start anew with each text
 2. run the body under the attention below, which transformers looks up by its name and gives no mask
-3. it cuts queries, keys and values at the ends of the texts: scaled dot products within each text alone, without a mask; on
-   CUDA in half precision one kernel for all texts
+3. scaled dot products within each text alone: on CUDA in half precision by one kernel for all texts; else short texts are
+   padded for this one operation, as a call per text would cost more, and longer ones are cut apart, without a mask
 4. put the states back into their places
 
 Of the last layer only keys and values are needed everywhere. Hooks let its other row-wise modules (queries, attention output,
@@ -35,6 +35,8 @@ from llm2comp.tokens import position_ids
 SAVINGS = ("packing", "last layer")
 # Below this share of padding, gathering costs more than it saves.
 WORTH = 0.1
+# Up to this length, texts are padded for the attention alone.
+SHORT = 128
 NAME = "llm2comp_packed"
 TRIED = (2, 8)  # texts and positions
 HALVES = (torch.bfloat16, torch.float16)
@@ -150,11 +152,43 @@ def packed_attention(
     dtype = query.dtype
     if query.device.type == "cpu" and dtype in HALVES:  # there float32 is the faster, its backward twice
         query, key, value = query.float(), key.float(), value.float()
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    kind: dict[str, Any] = {"dropout_p": dropout, "is_causal": causal, "scale": scaling}
-    kind["enable_gqa"] = query.shape[1] != key.shape[1]
-    found = [functional.scaled_dot_product_attention(q, k, v, **kind) for q, k, v in parts]
-    return torch.cat(found, 2).transpose(1, 2).contiguous().to(dtype), None
+    kind: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if max(lengths) <= SHORT:
+        found_1HNW = _padded_for_attention(query, key, value, lengths, causal, kind)
+    else:
+        parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        attend = functional.scaled_dot_product_attention
+        found_1HNW = torch.cat([attend(q, k, v, is_causal=causal, **kind) for q, k, v in parts], 2)
+    return found_1HNW.transpose(1, 2).contiguous().to(dtype), None
+
+
+def _padded_for_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], causal: bool, kind: dict[str, Any]
+) -> Tensor:
+    """One call for all texts, each padded behind its end: (1, H, N, W) → (1, H, N, W), H heads of width W.
+
+    A causal pass needs no mask: what a token sees stands before it. What padding sees is thrown away.
+    """
+    longest, device = max(lengths), query.device
+    lengths_B1 = torch.tensor(lengths, device=device)[:, None]
+    real_BT = torch.arange(longest, device=device) < lengths_B1
+    same = bool(min(lengths) == longest)
+    places_N = real_BT.flatten().nonzero().squeeze(1)
+
+    def spread(x_1HNW: Tensor) -> Tensor:
+        x_NHW = x_1HNW[0].transpose(0, 1)
+        if not same:
+            x_NHW = x_NHW.new_zeros(real_BT.numel(), *x_NHW.shape[1:]).index_copy(0, places_N, x_NHW)
+        return x_NHW.unflatten(0, real_BT.shape).transpose(1, 2)
+
+    sees_B1TT = None if causal or same else real_BT[:, None, None].expand(-1, -1, longest, -1)
+    found_BHTW = functional.scaled_dot_product_attention(
+        *(spread(x) for x in (query, key, value)), attn_mask=sees_B1TT, is_causal=causal, **kind
+    )
+    found_NHW = found_BHTW.transpose(1, 2).flatten(0, 1)
+    return (found_NHW if same else found_NHW[places_N]).transpose(0, 1)[None]
 
 
 def _one_kernel(

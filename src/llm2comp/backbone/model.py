@@ -236,7 +236,11 @@ class Backbone(nn.Module):
         window = getattr(self.config, "sliding_window", None)
         if mask_BS.is_cuda and (self.embedding_table.dtype not in HALVES or (self._dropout_on and self._dropout_rate > 0)):
             return False  # there is no one kernel for all texts
-        return tokens < (1 - WORTH) * mask_BS.numel() and (window is None or longest <= window // 2)
+        if window is not None and longest > window // 2:
+            return False
+        # On a CPU attention of half precision is computed in float32, which only the packed form does.
+        halves = not mask_BS.is_cuda and self.embedding_table.dtype in HALVES
+        return halves or tokens < (1 - WORTH) * mask_BS.numel()
 
     @property
     def _body(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from llm2comp.recipe import PairData, PretextStage, Recipe, SclStage, Stage, Tex
 from llm2comp.training import progress
 from llm2comp.training.compiling import compiled
 from llm2comp.training.contrastive import contrastive_loss
+from llm2comp.training.ranks import sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.trainers import ContrastiveTrainer, PretextModel, PretextTrainer, last_checkpoint
 from llm2comp.training.watch import WatchCallback, check_watch, keep_best
@@ -249,7 +251,9 @@ def _train(trainer: Any, compressor: Compressor, name: str, stage: Stage, folder
     if options.watch is not None:
         callbacks.append(WatchCallback(options.watch, compressor, name, stage, folder, counter))
     _keep_callbacks(trainer, callbacks)
-    with compiled(backbone, stage.compile):
+    # sharded weights are in pieces that a second copy would have to follow
+    folded = contextlib.nullcontext() if sharding() else backbone.adapters.folded()
+    with folded, compiled(backbone, stage.compile):
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     backbone.set_attention_dropout(0.0)
     backbone.set_checkpointing(False)
