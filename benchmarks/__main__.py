@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--quick] [--only ROW] [--device cuda] [--out FOLDER]`: JSON and a table, figure by figure.
+"""`python -m benchmarks [--quick | --setting NAME | --device cuda] [--only ROW] [--out FOLDER]`: JSON and a table, figure by figure.
 
 1. every measurement runs in a process of its own (`worker.py`): a fork of one that has done all imports, which take longer than
    many a measurement; a fresh one where memory counts (a fork has not touched the libraries' pages) and on CUDA
@@ -117,12 +117,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and three rounds: a check of the suite itself")
     parser.add_argument("--only", action="append", choices=tuple(ROWS), help="this row; may be given several times")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: shapes of 7B and 0.6B in bfloat16")
+    parser.add_argument("--setting", choices=tuple(SETTINGS), help="this configuration alone, such as cpu-135m")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", help="folder of the results")
     asked = parser.parse_args()
     if asked.quick and asked.device == "cuda":
         parser.error("--quick is for the CPU")
     on_device = [name for name, setting in SETTINGS.items() if setting.device == asked.device]
-    settings = [name for name in on_device if (name == "quick") == asked.quick]
+    usual = [name for name in on_device if name != "cpu-135m" and (name == "quick") == asked.quick]
+    settings = [asked.setting] if asked.setting else usual
     names = [name for name in ROWS if name in (asked.only or ROWS)]
     ended_well = [run(setting, names, asked.out) for setting in settings]
     if not all(ended_well):

@@ -53,6 +53,7 @@ class Setting:
 # The LM of the CPU's targets: about 25 M weights in the layers, 33 M in embeddings and head.
 SMALL_LLAMA = Shape("llama", 8, 512, 1376, 8, 8, 64, 32_000)
 TINY_LLAMA = Shape("llama", 2, 128, 352, 4, 4, 32, 4_000)
+SMOLLM2_135M = Shape("llama", 30, 576, 1536, 9, 3, 64, 49_152, tied=True)
 LLAMA2_7B = Shape("llama", 32, 4096, 11_008, 32, 32, 128, 32_000)
 QWEN3_06B = Shape("qwen3", 28, 1024, 3072, 16, 8, 128, 151_936, tied=True)
 
@@ -70,6 +71,17 @@ QUICK = replace(
     data_batches=50,
     encode_texts=(16, 16, 3),
     note="a tiny model: shows that every row runs and that its sides agree; the targets are for the full shape",
+)
+CPU_135M = replace(
+    CPU,
+    name="cpu-135m",
+    shape=SMOLLM2_135M,
+    ucl_texts=32,
+    scl_triples=12,
+    scl_query=(8, 24),
+    scl_passage=(24, 64),
+    pretext_lengths=(64, 128),
+    note="the shape of SmolLM2-135M",
 )
 CUDA_7B = Setting(
     "cuda-7b",
@@ -93,4 +105,4 @@ CUDA_7B = Setting(
 )
 CUDA_06B = replace(CUDA_7B, name="cuda-0.6b", shape=QWEN3_06B, checkpointing=False, scl_mini_batch=None, scl_triples=128)
 
-SETTINGS = {setting.name: setting for setting in (CPU, QUICK, CUDA_7B, CUDA_06B)}
+SETTINGS = {setting.name: setting for setting in (CPU, QUICK, CPU_135M, CUDA_7B, CUDA_06B)}

@@ -83,7 +83,7 @@ def in_bfloat16(compressor):
 def test_over_a_bfloat16_lm_the_adapters_stay_float32_and_the_error_is_no_larger_than_pefts():
     """Both against float32 throughout, over the same rounded weights."""
     exact = in_bfloat16(encoder())
-    for name, weight in exact.backbone.lm.named_parameters():
+    for weight in exact.backbone.lm.parameters():
         weight.data = weight.data.float()
     exact_value, exact_gradient = step(exact)
     ours, theirs = (step(build(in_bfloat16(encoder()))) for build in (lambda c: c, as_peft))

@@ -7,7 +7,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 
-from llm2comp.evaluation.retrieval import Collection
+from llm2comp.evaluation.retrieval import Collection, fuse
 
 ANGLES = {"best": 0.0, "second": 0.1, "third": 0.2, "far": 1.5}
 
@@ -111,3 +111,28 @@ def test_bm25_ranks_the_rarer_word_higher():
     documents = {"common": "copy copy files", "rare": "copy zebra", **{str(i): "copy something" for i in range(5)}}
     scores = Collection({"q": "copy zebra"}, documents, {"q": {"rare"}}).score_bm25()
     assert scores.mrr_at_10 == 1.0
+
+
+def test_reciprocal_ranks_by_hand():
+    """a: 1/61 + 1/62; b: 1/62 + 1/61, named later; c: 1/63 from one ranking alone."""
+    found = fuse([[("a", 0.9), ("b", 0.8), ("c", 0.1)], [("b", 12.0), ("a", 3.0)]])
+    assert [name for name, _ in found] == ["a", "b", "c"]
+    assert [value for _, value in found] == pytest.approx([1 / 61 + 1 / 62] * 2 + [1 / 63])
+
+
+def test_fusion_finds_what_either_ranking_has_first():
+    """By angle `best` is nearest to the query, by words `far` is alone: fused, both come before all others."""
+    documents = {"d1": "best", "d2": "second", "d3": "third", "d4": "far"}
+    collection = Collection({"q": "far"}, documents, {"q": {"d4", "d1"}})
+    turned = compass({"query": "p"}, prompt_turn=-1.5)  # the query's angle, 1.5, becomes that of `best`
+    assert collection.score(turned).ndcg_at_10 < 1
+    assert collection.score_bm25().ndcg_at_10 < 1
+    assert collection.score_fused(turned).ndcg_at_10 == pytest.approx(1)
+
+
+def test_fusion_takes_documents_that_are_embedded_already():
+    documents = {name: name for name in ANGLES}
+    collection, model = Collection({"q": "north"}, documents, {"q": {"best"}}), compass()
+    away_ND = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [1.0, 0.1], [1.0, 0.2]])  # `best` stands opposite
+    assert collection.score_fused(model).ndcg_at_10 == pytest.approx(1)
+    assert collection.score_fused(model, away_ND).ndcg_at_10 < 1

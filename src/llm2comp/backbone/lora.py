@@ -29,7 +29,13 @@ class LoraLinear(lora.Linear):
         dropped = any(self.lora_dropout[name].training and getattr(self.lora_dropout[name], "p", 0.0) for name in active)
         if dropped and len(active) > 1:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if self.merged or args or kwargs or torch.is_autocast_enabled(x.device.type) or hasattr(self.base_layer.weight, "ds_id"):
+        if (
+            self.merged
+            or args
+            or kwargs
+            or torch.is_autocast_enabled(x.device.type)
+            or hasattr(self.base_layer.weight, "ds_id")
+        ):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         a_RI = torch.cat([self.lora_A[name].weight.to(x.dtype) for name in active])
         b_OR = torch.cat([(self.scaling[name] * self.lora_B[name].weight).to(x.dtype) for name in active], 1)
