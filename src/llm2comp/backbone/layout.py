@@ -237,8 +237,13 @@ def _changes_nothing(layout: Layout, run: Callable[..., Tensor], body: Any, x_BS
         except Exception as error:  # a family's own code, whatever it may raise: it goes on without the saving
             log.info("%s: computed in full (%s)", type(body).__name__, error)
             return False
-        limit = 1e-4 if x_BSD.dtype in (torch.float32, torch.float64) else 5e-2
-        if not (found_ND - padded_ND).abs().max() <= limit * padded_ND.abs().max():
+        scale = padded_ND.abs().max()
+        limit = 1e-4 * scale
+        if x_BSD.dtype in HALVES:  # rounding alone may move the states far: as far as inputs rounded once more do
+            rounded_BSD = x_BSD * (1 + torch.finfo(x_BSD.dtype).eps)
+            again_ND = run(rounded_BSD, positions_BS, layout.mask_BS, **kwargs)[needed_BS].float()
+            limit = torch.maximum(5e-2 * scale, 2 * (again_ND - padded_ND).abs().max())
+        if not (found_ND - padded_ND).abs().max() <= limit:
             return False
     return True
 

@@ -20,6 +20,7 @@ from llm2comp.backbone.model import Backbone
 from llm2comp.backbone.quantized import quantization_config
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import ModelSettings
+from llm2comp.tokens import position_ids
 
 log = logging.getLogger(__name__)
 
@@ -218,7 +219,9 @@ def probe(backbone: Backbone) -> None:
             found="the first state ignores the last token",
             fix="set model.attention: causal, or choose another backbone",
         )
-    logits = backbone.project(decoded[0]).float()
+    with backbone.base_only():  # padded, as the LM's own pass is: packed attention rounds otherwise in half precision
+        states = backbone._run(backbone.embed(ids), position_ids(mask), mask)[0]
+    logits = backbone.project(states).float()
     own = backbone.lm(input_ids=ids, use_cache=False).logits[0].float()
     if logits.shape != own.shape or not torch.allclose(logits, own, rtol=1e-2, atol=1e-2 * own.abs().max().item()):
         raise BackboneError("the LM's head does more than a projection that is known here", where=backbone.name)
