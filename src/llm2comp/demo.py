@@ -1,4 +1,4 @@
-"""`llm2comp demo`: the whole path on what every machine has: embedded backbone, documentation of one's own Python."""
+"""`llm2comp demo`: the whole path on a small LM and the documentation of one's own Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm2comp.baselines.encoder import baseline
 from llm2comp.baselines.settings import NAMES
 from llm2comp.console import say
 from llm2comp.data import python_docs
-from llm2comp.encoder import embed_texts
+from llm2comp.encoder import embed_texts, merge_adapters
 from llm2comp.evaluation.retrieval import Collection
 from llm2comp.files import write_text
 from llm2comp.loading import load
@@ -29,6 +29,18 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 TITLES = {"pretext": "after CTKD", "ucl": "after UCL", "scl": "after SCL"}
+FUSED = "encoder + BM25"
+# What a row of the table is, in one line each.
+LINES = {
+    "backbone, mean-pooled": "the LM as it comes: mean of its states over the text, nothing trained",
+    TITLES["pretext"]: "the memory tokens have learned to hold what the LM needs to go on with a text; nobody asked them to tell texts apart",
+    TITLES["ucl"]: "two views of a text were pulled together, other texts pushed away",
+    TITLES["scl"]: "summaries were pulled to the documentation that follows them: what the search below uses",
+    "BM25": "matching of words, no model",
+    FUSED: "ranks of both added (reciprocal rank fusion): what to use where words and meaning both count",
+}
+# The demo's LMs and their recipes.
+RECIPES = {"smollm2": "python-docs", "tiny": "tiny"}
 QUESTIONS = (
     "copy a whole folder of files to another place",
     "split a string at white space, respecting quotes as a shell does",
@@ -43,13 +55,15 @@ SEARCHED_MODULES = frozenset(
 )
 
 
-def demo(out: Path, recipe: str = "tiny") -> Path:
+def demo(out: Path, recipe: str = RECIPES["smollm2"]) -> Path:
     """Train, score every stage on the held-out fifth of the documentation, search it. Returns the model folder."""
     begin = time.monotonic()
     run = train(recipe, out)
     trained = time.monotonic()
     rows = score(run)
     say(table(rows))
+    for row in rows:
+        say(f"  {row['model']}: {LINES[str(row['model'])]}")
     model = load(run / MODEL_FOLDER)
     for question, answers in search(model, QUESTIONS):
         say(Text(f"\n{question}", style="bold"))
@@ -63,7 +77,10 @@ def demo(out: Path, recipe: str = "tiny") -> Path:
 
 
 def score(run: Path) -> list[dict[str, float | str | None]]:
-    """Retrieval figures and effective rank of the backbone, of every stage of a run, and of BM25; kept in `scores/`."""
+    """Retrieval figures of the backbone, of every stage of a run, of BM25, and of the last stage with it; kept in `scores/`.
+
+    Encoders have an effective rank beside them, that of the documents' embeddings.
+    """
     recipe = read_run(run)
     task = python_docs.retrieval()
     collection = Collection(task.queries, task.documents, task.relevant)
@@ -73,8 +90,9 @@ def score(run: Path) -> list[dict[str, float | str | None]]:
         scores = collection.score(model, documents_ND)
         rank = effective_rank(spectrum(documents_ND))
         rows.append({"model": name, "ndcg_at_10": scores.ndcg_at_10, "mrr_at_10": scores.mrr_at_10, "effective_rank": rank})
-    lexical = collection.score_bm25()
-    rows.append({"model": "BM25", "ndcg_at_10": lexical.ndcg_at_10, "mrr_at_10": lexical.mrr_at_10, "effective_rank": None})
+        say(f"{name}: nDCG@10 {100 * scores.ndcg_at_10:.1f}")
+    for name, scores in (("BM25", collection.score_bm25()), (FUSED, collection.score_fused(model, documents_ND))):
+        rows.append({"model": name, "ndcg_at_10": scores.ndcg_at_10, "mrr_at_10": scores.mrr_at_10, "effective_rank": None})
     say(f"{len(task.queries)} queries over {len(task.documents)} held-out documents")
     write_text(run / "scores" / "python-docs.json", json.dumps(rows, indent=1))
     return rows
@@ -84,7 +102,9 @@ def _encoders(run: Path, recipe: Recipe) -> Iterator[tuple[str, SentenceTransfor
     yield "backbone, mean-pooled", baseline(load_backbone(recipe.model), NAMES["mean"])
     for stage in recipe.stages:
         if (run / FOLDERS[stage]).is_dir():
-            yield TITLES[stage], stage_encoder(run, recipe, stage)
+            model = stage_encoder(run, recipe, stage)
+            merge_adapters(model)  # faster, and nothing decodes here
+            yield TITLES[stage], model
 
 
 def table(rows: list[dict[str, float | str | None]]) -> Table:
