@@ -42,7 +42,8 @@ bench: $(READY)  ## speed and memory against the release's shape and stock peers
 bench-gpu: $(READY)  ## the same on a CUDA device, at the shapes of 7B and 0.6B models
 	TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks --device cuda $(BENCH)
 
-setup: $(READY)  ## only the virtual environment; the other targets do it themselves
+setup: $(READY)  ## the virtual environment and the demo's language model; the other targets get both by themselves
+	@$(BIN)/llm2comp fetch || echo "Set up, but without builtin:smollm2: what needs it will try again, as above." >&2
 
 clean:  ## delete caches and builds; keeps .venv and runs
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

@@ -1,4 +1,4 @@
-"""One thread, no network, a cache of its own, and tests/families.py importable by its name."""
+"""One thread, no network, a cache of its own (the user's real LM is lent to it), and tests/families.py importable by its name."""
 
 import atexit
 import os
@@ -11,9 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and their processes inherit it
+    os.environ["USERS_CACHE"] = os.environ.get("LLM2COMP_CACHE", "")
     os.environ["LLM2COMP_CACHE"] = tempfile.mkdtemp(prefix="llm2comp-cache-")
     atexit.register(shutil.rmtree, os.environ["LLM2COMP_CACHE"], ignore_errors=True)
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -22,3 +24,21 @@ torch.set_num_threads(1)
 def pytest_configure(config):
     # transformers 5.23 renames it; the old name is what 5.2, our lower bound, knows
     config.addinivalue_line("filterwarnings", "ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real `builtin:smollm2`, lent from the user's cache; without it the test is skipped."""
+    from llm2comp.backbone.gguf import is_whole
+    from llm2comp.backbone.smollm2 import NAME, SHA256, smollm2_place
+
+    own = smollm2_place()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM2COMP_CACHE", os.environ["USERS_CACHE"])
+        users = smollm2_place()
+    if not is_whole(users, SHA256):
+        pytest.skip("builtin:smollm2 is not in the user's cache: llm2comp fetch")
+    own.parent.mkdir(parents=True, exist_ok=True)
+    if not own.is_symlink():
+        own.symlink_to(users)
+    return NAME

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,10 +22,19 @@ FOLDER = Path(os.environ.get("LLM2COMP_PARITY_DIR", Path(__file__).parent / "fix
 CASE = json.loads((FOLDER / "case.json").read_text())
 
 
+class Numbers:
+    """All of a tokenizer that a batch of ids needs."""
+
+    bos_token_id, pad_token_id = 1, None
+
+    def __call__(self, text, verbose=True):
+        return {"input_ids": [1, 7]}
+
+
 @pytest.fixture
 def compressor():
     lm = AutoModelForCausalLM.from_pretrained(FOLDER / "base", dtype=torch.float32)
-    backbone = Backbone(lm, SimpleNamespace(bos_token_id=1, pad_token_id=None))
+    backbone = Backbone(lm, Numbers())
     probe(backbone)
     lora = CASE["lora"]
     backbone.adapters.add("pretext", AdapterSettings(rank=lora["r"], alpha=lora["alpha"], dropout=0.0))

@@ -17,7 +17,7 @@ from families import make_tokenizer
 from llm2comp.data import store
 from llm2comp.data.pretext import PretextRows, token_rows
 from llm2comp.data.sources import read_texts
-from llm2comp.data.store import cache_folder, distinct, stored_rows, stored_texts, tokenizer_digest, write_rows
+from llm2comp.data.store import distinct, stored_rows, stored_texts, tokenizer_digest, write_rows
 from llm2comp.errors import DataError, RunError
 from llm2comp.recipe import PretextStage, TextData
 from measuring import peak_bytes

@@ -154,7 +154,7 @@ def merge_adapters(model: SentenceTransformer) -> None:
     backbone = module.compressor.backbone
     if isinstance(backbone.adapters, AdapterStack) and backbone.adapters.names and not quantized_layers(backbone.lm):
         lm = backbone.adapters.merged()
-        module.compressor.backbone = Backbone(lm, backbone.tokenizer, backbone.attention, backbone.name).eval()
+        module.compressor.backbone = Backbone(lm, backbone.tokenizer, backbone.attention, backbone.name, backbone.bos).eval()
 
 
 def refuse_not_finite(embeddings_ND: NDArray[np.float32], texts: Sequence[str], where: str | None = None) -> None:

@@ -167,7 +167,7 @@ def generate_responses(
     """Make the shards of a share that are not there yet.
 
     Args:
-        model: a causal LM: Hub id, local folder, or `builtin:tiny`.
+        model: a causal LM: Hub id, local folder, GGUF file, `builtin:smollm2` or `builtin:tiny`.
         texts: all texts, also where only a share of them is worked on.
         out: folder of the responses.
         options: how to respond.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny"
-BUILTIN_MODELS = {"builtin:tiny": TINY}
+from llm2comp.errors import BackboneError
+from llm2comp.recipe import nearest
 
 # LoRA targets by `model_type`: q, v, o, gate, up, down as in the release (not k), where the family keeps them apart.
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
@@ -31,6 +30,32 @@ _RATE_NAMES = ("attention_dropout", "attn_dropout", "dropout")
 def lora_targets(model_type: str) -> tuple[str, ...]:
     """Names of the modules and expert weights that the default adapter of a family changes."""
     return LORA_TARGETS.get(model_type, DEFAULT_LORA_TARGETS)
+
+
+def starting_token(tokenizer: Any, bos: str, where: str) -> int | None:
+    """Id of the token that starts every text; None: no such token.
+
+    Args:
+        tokenizer: the LM's.
+        bos: `auto`: BOS if the tokenizer itself puts it before a text; `none`; or a special token.
+        where: the model's name, for messages.
+
+    Raises:
+        BackboneError: not a special token of this tokenizer.
+    """
+    if bos == "none":
+        return None
+    if bos == "auto":
+        start: int | None = tokenizer.bos_token_id
+        return start if start is not None and tokenizer("x", verbose=False)["input_ids"][:1] == [start] else None
+    special = dict.fromkeys(
+        (*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special))
+    )
+    if bos not in special:
+        expected = f"auto, none, or one of {', '.join(list(special)[:8])}"
+        fix = nearest(bos, special)
+        raise BackboneError("no such special token", where=f"model.bos, {where}", expected=expected, found=bos, fix=fix)
+    return int(tokenizer.convert_tokens_to_ids(bos))
 
 
 def split_targets(lm: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:

@@ -15,10 +15,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from llm2comp.backbone.families import BUILTIN_MODELS
 from llm2comp.backbone.model import Backbone
 from llm2comp.backbone.quantized import quantization_config
-from llm2comp.errors import BackboneError
+from llm2comp.backbone.sources import model_source
+from llm2comp.errors import BackboneError, Llm2CompError
 from llm2comp.recipe import ModelSettings
 from llm2comp.tokens import position_ids
 
@@ -48,19 +48,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def model_source(settings: ModelSettings) -> str:
-    """Folder or Hub id that a model name stands for. Raises BackboneError for an unknown builtin."""
-    if settings.name.startswith("builtin:") and settings.name not in BUILTIN_MODELS:
-        raise BackboneError(
-            "no such builtin model", where="model.name", found=settings.name, expected=", ".join(BUILTIN_MODELS)
-        )
-    return str(BUILTIN_MODELS.get(settings.name, settings.name))
-
-
 def load_tokenizer(settings: ModelSettings) -> Any:
     """The model's tokenizer. Raises BackboneError when it cannot be loaded."""
     with _explained(settings.name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(settings), revision=settings.revision)
+        tokenizer("a trial: some damage shows only here", verbose=False)
     if not tokenizer.is_fast:
         raise BackboneError(
             "has no fast tokenizer, which the exported encoder needs", where=settings.name, expected="a tokenizer.json"
@@ -131,11 +123,13 @@ def base_licence(settings: ModelSettings) -> str:
 def _explained(name: str) -> Iterator[None]:
     try:
         yield
+    except Llm2CompError:
+        raise
     except Exception as error:  # what libraries raise on a broken or foreign file has no common base
         raise BackboneError(
             f"cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=name,
-            expected="a causal LM with safetensors weights: a Hub id, a local folder, or builtin:tiny",
+            expected="a causal LM with safetensors weights: a Hub id, a local folder, a .gguf file, builtin:smollm2 or builtin:tiny",
             fix="check the name; gated models need `hf auth login`; offline, the files must be in the Hub cache",
         ) from error
 
@@ -145,7 +139,7 @@ def load_backbone(settings: ModelSettings) -> Backbone:
 
     Raises:
         BackboneError: not found, no safetensors, truncated, not a causal LM, or one that stays causal; quantization without
-            bitsandbytes.
+            bitsandbytes; no such `bos`.
     """
     device = resolve_device(settings.device)
     load_config(settings)
@@ -170,9 +164,9 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     if told["missing_keys"]:  # transformers would fill them with noise
         missing = sorted(told["missing_keys"])
         raise BackboneError("lacks weights", where=settings.name, found=f"no {', '.join(missing[:3])}, {len(missing)} in all")
-    backbone = Backbone(lm if quantized else lm.to(device), tokenizer, settings.attention, settings.name)
+    backbone = Backbone(lm if quantized else lm.to(device), tokenizer, settings.attention, settings.name, settings.bos)
     if backbone.bos_id is None:
-        log.info("%s: the tokenizer has no BOS; texts start with their first token, the decoder with the memory", settings.name)
+        log.info("%s: no BOS; texts start with their first token, the decoder with the memory", settings.name)
     if tokenizer.pad_token_id is None:
         log.info("%s: the tokenizer has no pad token; id 0 fills masked places", settings.name)
     probe(backbone)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm2comp.backbone.adapters import AdapterStack
-from llm2comp.backbone.families import attention_dropouts, scale_logits, silence_dropout
+from llm2comp.backbone.families import attention_dropouts, scale_logits, silence_dropout, starting_token
 from llm2comp.backbone.frozen import Frozen
 from llm2comp.backbone.full import FullCopy
 from llm2comp.backbone.layout import HALVES, WORTH, Layout, possible_savings
@@ -31,9 +31,15 @@ class Backbone(nn.Module):
         tokenizer: its tokenizer; chat templates are never applied.
         attention: attention of the encoder pass, `bidirectional` or `causal`.
         name: where the model came from, for messages and saved settings.
+        bos: what starts every text, as `model.bos` of a recipe says it.
+
+    Raises:
+        BackboneError: an LM that is not causal; no such `bos`.
     """
 
-    def __init__(self, lm: Any, tokenizer: Any, attention: str = "bidirectional", name: str = "model") -> None:
+    def __init__(
+        self, lm: Any, tokenizer: Any, attention: str = "bidirectional", name: str = "model", bos: str = "auto"
+    ) -> None:
         super().__init__()
         if getattr(lm.config, "is_causal", True) is False:
             raise BackboneError(
@@ -43,6 +49,8 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.attention = attention
         self.name = name
+        self.bos = bos
+        self.bos_id = starting_token(tokenizer, bos, name)  # of every text, for encoder and teacher alike; None: none
         self.adapters: AdapterStack | Frozen = AdapterStack(lm, name)
         self.copy: nn.Module | None = None
         self._dropouts = attention_dropouts(lm)
@@ -94,10 +102,9 @@ class Backbone(nn.Module):
         return float(getattr(self.lm.get_input_embeddings(), "embed_scale", 1.0))
 
     @property
-    def bos_id(self) -> int | None:
-        """Id that starts every text, for encoder and teacher alike; None where the tokenizer has no BOS."""
-        value: int | None = self.tokenizer.bos_token_id
-        return value
+    def bos_token(self) -> str | None:
+        """The token of `bos_id`."""
+        return None if self.bos_id is None else str(self.tokenizer.convert_ids_to_tokens(self.bos_id))
 
     @property
     def pad_id(self) -> int:

@@ -94,9 +94,10 @@ class BaselineEncoder(InputModule):
         """What `save` writes: the LM by name and commit, the dtype that it runs in, the settings."""
         name = self.backbone.name
         model = SavedModel(
-            name=str(Path(name).absolute()) if Path(name).is_dir() else name,
+            name=str(Path(name).absolute()) if Path(name).exists() else name,
             revision=getattr(self.backbone.config, "_commit_hash", None),
             dtype=str(self.backbone.embedding_table.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            bos=self.backbone.bos,
         )
         return SavedBaseline(format_version=1, model=model, encoder=self.settings)
 

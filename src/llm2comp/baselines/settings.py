@@ -64,10 +64,11 @@ class SavedModel(Section):
     name: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    bos: str = "auto"
 
     def settings(self, device: str = "auto") -> ModelSettings:
         """What loads it; attention is causal, so that any causal LM will do."""
-        return ModelSettings(name=self.name, revision=self.revision, dtype=self.dtype, device=device, attention="causal")
+        return ModelSettings(**self.model_dump(), device=device, attention="causal")
 
 
 class SavedBaseline(Section):

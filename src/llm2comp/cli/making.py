@@ -1,4 +1,4 @@
-"""Commands that make encoders: train, demo, generate-responses."""
+"""Commands that make encoders: fetch, train, demo, generate-responses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ import typer
 from llm2comp.cli.options import DeviceOption, app
 
 REPORT_FILE = "report.html"
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="builtin:smollm2, or a GGUF file to convert.")] = "builtin:smollm2",
+) -> None:
+    """Get a language model into the cache now, so that later commands need no network; prints its folder."""
+    from llm2comp.backbone.sources import fetch as get
+
+    print(get(model))
 
 
 @app.command()
@@ -54,7 +64,9 @@ def demo(out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/
 
 @app.command()
 def generate_responses(
-    model: Annotated[str, typer.Option("--model", "-m", help="Causal LM: Hub id, local folder, or builtin:tiny.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Causal LM: Hub id, local folder, GGUF file, builtin:smollm2 or builtin:tiny.")
+    ],
     texts: Annotated[str, typer.Option(help="File of texts, or a Hub data set (its split train).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; run again to go on.")],
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
@@ -24,17 +23,15 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from llm2comp.data.pretext import long_enough, token_rows
 from llm2comp.data.sources import iterate_sources, source_key
-from llm2comp.errors import DataError, RunError
-from llm2comp.files import explain_disk_errors, new_folder, write_text
+from llm2comp.errors import DataError
+from llm2comp.files import cache_folder, cached, flush, new_folder, write_text
 from llm2comp.recipe import PretextStage, Section, TextData
 
-CACHE_VARIABLE = "LLM2COMP_CACHE"
 MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = "stored.json", "tokens.i32", "bounds.i64", "texts.arrow"
 # To be raised when the code makes other rows of the same source and settings.
 ROWS_VERSION = 1
@@ -161,13 +158,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def cache_folder() -> Path:
-    """Where corpora are kept."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llm2comp"
-
-
 def _stored(
     kind: str,
     specs: Sequence[TextData],
@@ -180,24 +170,13 @@ def _stored(
     everything = [ROWS_VERSION, [source_key(spec) for spec in specs], *key]
     name = f"{kind}-{hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]}"
     folder = (root or cache_folder()) / name
-    stored = _read(folder)
-    try:
-        if stored is None:
-            with explain_disk_errors(folder):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(f"{folder}.lock"):
-                    stored = _read(folder) or _build(folder, build)  # another process may have built it meanwhile
-    except RunError as error:
-        fix = f"free space, or set {CACHE_VARIABLE} to a folder that has room and can be written, then run again"
-        raise RunError(error.problem, where=error.where, fix=fix) from error
+    stored = cached(folder, lambda: _read(folder), lambda: _build(folder, build))
     for line in stored.lines:
         tell(line)
     return folder, Counter(stored.left_out)
 
 
 def _build(folder: Path, build: Callable[[Path, Callable[[str], None]], Counter[str]]) -> Stored:
-    for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
     lines: list[str] = []
     with new_folder(folder) as new:
         left_out = build(new, lines.append)
@@ -216,9 +195,8 @@ def _read(folder: Path) -> Stored | None:
 
 
 def _seal(file: Path) -> tuple[int, str]:
-    """Bring a file to the disk, so that a crash of the machine leaves no hole in it; its size and digest."""
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())
+    """Bring a file to the disk; its size and digest."""
+    flush(file)
     return _known(file)
 
 

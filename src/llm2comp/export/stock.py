@@ -108,7 +108,9 @@ def _tokenizer(compressor: Compressor) -> tuple[Any, list[str]]:
     names = [f"{prefix}{i}>" for i in range(compressor.memory.count)]
     backend.add_special_tokens(names)
     own = dict(backbone.tokenizer.special_tokens_map)
-    start = [] if backbone.bos_id is None else [backbone.tokenizer.bos_token]
+    if backbone.bos_token is not None:
+        own["bos_token"] = backbone.bos_token
+    start = [] if backbone.bos_token is None else [backbone.bos_token]
     around = {"<before>": compressor.before, "<behind>": compressor.behind}
     pieces = {name: ids for name, ids in around.items() if ids} | {
         name: [backend.token_to_id(name)] for name in (*start, *names)
@@ -131,10 +133,10 @@ def _pooling(compressor: Compressor, transformer: Any, names: Sequence[str]) -> 
         return [Pooling(width, "lasttoken")]
     if compressor.settings.pooling == "memory":
         weights, rest = dict(zip(names, compressor.get_buffer("weights_K").tolist(), strict=True)), 0.0
-    elif compressor.backbone.bos_id is None:
+    elif (bos := compressor.backbone.bos_token) is None:
         return [Pooling(width, "mean")]
     else:
-        weights, rest = {compressor.backbone.tokenizer.bos_token: BOS_WEIGHT}, 1.0
+        weights, rest = {bos: BOS_WEIGHT}, 1.0
     size = transformer.auto_model.get_input_embeddings().weight.shape[0]
     by_id = {index: token for token, index in transformer.tokenizer.get_vocab().items()}
     words = WordWeights([by_id.get(index, f"<unused_{index}>") for index in range(size)], weights, unknown_word_weight=rest)

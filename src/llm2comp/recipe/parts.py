@@ -29,7 +29,7 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """Which causal LM, and how to run it."""
 
-    name: str = Field(description="Hub id, local folder, or `builtin:tiny`")
+    name: str = Field(description="Hub id, local folder, GGUF file, `builtin:smollm2` or `builtin:tiny`")
     revision: str | None = Field(
         default=None, description="Hub branch, tag or commit; a token comes from HF_TOKEN or `hf auth login`"
     )
@@ -38,6 +38,11 @@ class ModelSettings(Section):
     )
     quantization: Literal["nf4", "int8"] | None = Field(
         default=None, description="linear layers of the base in 4 or 8 bits (needs bitsandbytes); for adapters of kind lora"
+    )
+    bos: Annotated[str, Field(min_length=1)] = Field(
+        default="auto",
+        description="token that starts every text, for teacher and encoder alike: auto = BOS if the LM's tokenizer puts it "
+        "there by itself; none; or a special token such as `<|endoftext|>`",
     )
     attention: Literal["bidirectional", "causal"] = Field(default="bidirectional", description="attention of the encoder pass")
     attention_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
