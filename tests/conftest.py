@@ -1,4 +1,4 @@
-"""One thread, no network, a cache of its own (the user's real LM is lent to it), and tests/families.py importable by its name."""
+"""One thread, no network, a cache of its own (the user's lends it the real LM), tests/families.py importable by its name."""
 
 import atexit
 import os

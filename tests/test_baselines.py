@@ -17,7 +17,7 @@ from tokenizers import processors
 from families import FAMILIES, TEXTS, make_backbone, make_tokenizer, push_adapter, untouched
 from llm2comp.analyze import analyze
 from llm2comp.backbone import Backbone
-from llm2comp.backbone.families import TINY
+from llm2comp.backbone.sources import TINY
 from llm2comp.baselines.encoder import BaselineEncoder, as_sentence, baseline, fill, pooling_weights
 from llm2comp.baselines.prompts import META_EOL
 from llm2comp.baselines.settings import NAMES, BaselineSettings, read_saved, variant
@@ -442,7 +442,7 @@ def test_saved_and_loaded(tmp_path):
     assert not [file for file in (tmp_path / "mine").rglob("*") if file.is_file() and file.stat().st_size > 20_000]
     assert yaml.safe_load((tmp_path / "mine" / "baseline.yaml").read_text()) == {
         "format_version": 1,
-        "model": {"name": "builtin:tiny", "revision": None, "dtype": "float32"},
+        "model": {"name": "builtin:tiny", "revision": None, "dtype": "float32", "bos": "auto"},
         "encoder": variant("prompt_eol", layer=-2).model_dump(mode="json"),
     }
     found = load(tmp_path / "mine", "cpu")

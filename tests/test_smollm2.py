@@ -261,7 +261,7 @@ def test_the_real_one_in_python_and_its_names(smollm2):
 
 @pytest.mark.slow
 def test_the_real_one_in_commands(smollm2, tmp_path):
-    """One step of each stage without BOS, an empty text, a search, an analysis: nothing stumbles over its size or its tokens."""
+    """A plan, two stages without BOS, export, an empty text, a comparison."""
     rows = [
         {"anchor": f"a question about {word}", "positive": f"an answer that tells of {word} at length"} for word in "abcdefgh"
     ]

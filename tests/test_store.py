@@ -19,6 +19,7 @@ from llm2comp.data.pretext import PretextRows, token_rows
 from llm2comp.data.sources import read_texts
 from llm2comp.data.store import distinct, stored_rows, stored_texts, tokenizer_digest, write_rows
 from llm2comp.errors import DataError, RunError
+from llm2comp.files import cache_folder
 from llm2comp.recipe import PretextStage, TextData
 from measuring import peak_bytes
 from test_resume import StoppedError, make_recipe, stop, train_until, trained, weights

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from llm2comp.backbone.families import starting_token
 from llm2comp.backbone.model import Backbone
 from llm2comp.backbone.quantized import quantization_config
 from llm2comp.backbone.sources import model_source
@@ -49,7 +50,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer. Raises BackboneError when it cannot be loaded."""
+    """The model's tokenizer. Raises BackboneError when it cannot be loaded, or has no token that `bos` names."""
     with _explained(settings.name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(settings), revision=settings.revision)
         tokenizer("a trial: some damage shows only here", verbose=False)
@@ -57,6 +58,7 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         raise BackboneError(
             "has no fast tokenizer, which the exported encoder needs", where=settings.name, expected="a tokenizer.json"
         )
+    starting_token(tokenizer, settings.bos, settings.name)
     return tokenizer
 
 
@@ -129,7 +131,7 @@ def _explained(name: str) -> Iterator[None]:
         raise BackboneError(
             f"cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=name,
-            expected="a causal LM with safetensors weights: a Hub id, a local folder, a .gguf file, builtin:smollm2 or builtin:tiny",
+            expected="a causal LM: a Hub id or local folder with safetensors weights, a .gguf file, or builtin:smollm2",
             fix="check the name; gated models need `hf auth login`; offline, the files must be in the Hub cache",
         ) from error
 
