@@ -87,7 +87,9 @@ def test_teacher_decoder_and_encoder_begin_alike(bos):
     assert torch.allclose(free[0], states_TD[len(start) :].mean(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("encoder", [{}, {"pooling": "mean"}, {"pooling": "last_token", "prompt": 'the memory "{text}" means: '}])
+@pytest.mark.parametrize(
+    "encoder", [{}, {"pooling": "mean"}, {"pooling": "last_token", "prompt": 'the memory "{text}" means: '}]
+)
 @pytest.mark.parametrize("bos", ["none", "</s>"])
 def test_the_exported_folder_follows(tmp_path, bos, encoder):
     texts = [*TEXTS, "", TEXTS[1] * 9]

@@ -30,7 +30,7 @@ from llm2comp.recipe import Section
 
 MANIFEST_FILE = "converted.json"
 # To be raised when the code makes other files of the same GGUF: what an older version left is then made anew.
-FORMAT_VERSION = 1
+FORMAT_VERSION: Literal[1] = 1
 READ = "a GGUF that transformers reads: Llama, Qwen, Gemma, Mistral and others, whole and in one file"
 _CARD = """---
 license: {licence}
@@ -173,10 +173,10 @@ def _dense(file: Path, dtype: torch.dtype, name: str) -> Any:
     dense: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions may leave weights packed otherwise
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    lm: Any
-    lm, told = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True, **dense
     )
+    lm, told = loaded
     if told["missing_keys"]:
         missing = sorted(told["missing_keys"])
         raise BackboneError("lacks weights", where=name, found=f"no {', '.join(missing[:3])}, {len(missing)} in all")
