@@ -254,3 +254,8 @@ def test_scaled_positions_are_told(tmp_path):
 def test_a_name_that_is_no_card_is_an_unknown_licence(tmp_path):
     assert base_licence(settings(tiny_file(tmp_path, licence=None))) == "unknown"
     assert base_licence(settings(tiny_file(tmp_path, licence="own: 'terms'"))) == "own: 'terms'"
+
+
+def test_a_language_model_is_no_encoder(tmp_path):
+    for name in (tiny_file(tmp_path), "builtin:smollm2", "builtin:tiny"):
+        assert_refused(cli("similarity", "a", "b", "--model", name), f"mean:{name}")

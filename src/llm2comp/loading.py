@@ -255,12 +255,16 @@ def _baseline(kind: str, name: str, device: str | None, dtype: Dtype) -> Sentenc
 def _from_hub(name: str, device: str | None) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
+    from llm2comp.backbone.sources import BUILTIN_MODELS, is_gguf
+
     expected = (
         f"{GENERAL}, a model/ folder, a run, a stage of a run, a Hub id, or KIND:NAME with KIND one of {', '.join(BASELINES)}"
     )
-    if not _HUB_ID.fullmatch(name):
+    if not _HUB_ID.fullmatch(name) or is_gguf(name):
         kind, colon, _ = name.partition(":")
         fix = (nearest(name, BUILTIN_ENCODERS) if kind == "builtin" else nearest(kind, BASELINES)) if colon else None
+        if name in BUILTIN_MODELS or is_gguf(name):
+            fix = f"a language model is no encoder yet: train one on it, or take it untrained, as mean:{name}"
         raise ModelFolderError("no such folder", where=name, expected=expected, fix=fix)
     try:
         return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})
