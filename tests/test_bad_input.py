@@ -301,7 +301,7 @@ def test_a_run_directory_of_another_recipe_names_the_fields(tmp_path):
 def test_a_directory_that_is_no_run_is_left_as_it_was(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    assert_refused(train(tmp_path), "not empty and not a run")
+    assert_refused(train(tmp_path), "would replace what is not its own", "thesis.txt")
     assert files_in(tmp_path / "run") == ["thesis.txt"]
 
 

@@ -101,7 +101,7 @@ def similarity(
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Argument(help="Folder to write; one that is there is replaced.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; an earlier export there is replaced, nothing else is.")],
     model: ModelOption = GENERAL,
     num_memory: MemoryOption = None,
     multi_vector: Annotated[
@@ -112,6 +112,9 @@ def export(
     ] = None,
 ) -> None:
     """Write an encoder as a stock sentence-transformers folder (a finished run has one already: model/)."""
+    from llm2comp.files import EXPORTED, refuse_foreign
+
+    refuse_foreign(out, EXPORTED)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
 

@@ -199,7 +199,7 @@ def _build(folder: Path, build: Callable[[Path, Callable[[str], None]], Counter[
     for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     lines: list[str] = []
-    with new_folder(folder) as new:
+    with new_folder(folder, None) as new:
         left_out = build(new, lines.append)
         stored = Stored(files={file.name: _seal(file) for file in new.iterdir()}, lines=tuple(lines), left_out=left_out)
         write_text(new / MANIFEST_FILE, stored.model_dump_json(indent=1))
