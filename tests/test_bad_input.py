@@ -123,7 +123,7 @@ def test_bad_rows_are_counted_and_kept_out(tmp_path):
     (tmp_path / "texts.jsonl").write_bytes(b"\n".join(bad + rows))
     said = train(tmp_path, **only("pretext", "ucl", pretext=tree["pretext"] | {"min_characters": 30}))
     assert said.code == 0, said
-    assert "texts.jsonl: 13 rows; left out: 2 empty, 1 not UTF-8 (first at line 3), 1 malformed JSON" in said.err
+    assert "texts.jsonl: 13 rows; left out: 2 empty (line 1, line 2), 1 not UTF-8 (line 3), 1 malformed JSON (line 5)" in said.err
     assert "stage 1: 12 texts of up to 48 tokens; left out: 1 under 30 characters" in said.err
     assert "stage 2: 12 texts of 20 characters or more" in said.err
 

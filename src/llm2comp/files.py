@@ -131,7 +131,7 @@ def _take_place(new: Path, path: Path, old: Path) -> None:
 
 
 def refuse_foreign(folder: Path, kind: Kind) -> None:
-    """Raise RunError for a folder that may not be replaced as a whole: without the mark of its kind, or with files of others."""
+    """Raise RunError for a folder that may not be replaced: it lacks the mark of its kind, or holds files of others."""
     there = _files(folder)
     marked = _mark(folder, kind)
     if marked is None:

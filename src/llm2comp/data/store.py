@@ -37,7 +37,7 @@ from llm2comp.recipe import PretextStage, Section, TextData
 CACHE_VARIABLE = "LLM2COMP_CACHE"
 MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = "stored.json", "tokens.i32", "bounds.i64", "texts.arrow"
 # To be raised when the code makes other rows of the same source and settings.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 # A file is known by its size and this many parts, evenly spread; a smaller one by all of it.
 PARTS, PART_BYTES = 64, 2**16
 

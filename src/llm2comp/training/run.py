@@ -33,7 +33,18 @@ from llm2comp.data.responses import source_digest
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
-from llm2comp.files import EXPORTED, RUN, STAGE, claim, explain_disk_errors, new_folder, refuse_foreign, refuse_taken, remove_folder, write_text
+from llm2comp.files import (
+    EXPORTED,
+    RUN,
+    STAGE,
+    claim,
+    explain_disk_errors,
+    new_folder,
+    refuse_foreign,
+    refuse_taken,
+    remove_folder,
+    write_text,
+)
 from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
 from llm2comp.training.finished import card_of, limits_of, prompts_of
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
