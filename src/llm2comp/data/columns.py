@@ -20,6 +20,22 @@ _NAMES = {
     "positive": "positive pos answer answers response passage document doc context sentence2 text2 output body content text a",
     "negatives": "negatives negative neg hard_negatives hard_negative negs",
 }
+_NO_TEXT = (
+    "id",
+    "_id",
+    "idx",
+    "index",
+    "row",
+    "label",
+    "labels",
+    "score",
+    "url",
+    "date",
+    "source",
+    "split",
+    "lang",
+    "language",
+)
 
 
 class MissingColumnError(DataError):
@@ -53,12 +69,13 @@ def check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
 
 
 def likely(role: str, names: Sequence[str], asked: str = "") -> str | None:
-    """The column that is most likely meant: by its spelling, then by what such columns are called, then the first."""
+    """The column that is most likely meant: by its spelling, by what such columns are called, or the first that may do."""
     if near := difflib.get_close_matches(asked, names, n=1, cutoff=0.75):
         return near[0]
     by_name = {name.strip().lower(): name for name in reversed(names)}
     known = next((by_name[name] for name in _NAMES[role].split() if name in by_name), None)
-    return known or (names[0] if names and role != "negatives" else None)
+    others = [name for name in names if name.strip().lower() not in _NO_TEXT] or names
+    return known or (others[0] if others and role != "negatives" else None)
 
 
 def settings_for(asked: Mapping[str, Any], names: Sequence[str]) -> str | None:
