@@ -18,7 +18,7 @@ from llm2comp.console import say
 from llm2comp.errors import DataError, RunError
 from llm2comp.evaluation.paper14 import PAPER14
 from llm2comp.evaluation.published import published
-from llm2comp.files import SCORES, claim, explain_disk_errors, refuse_taken, write_text
+from llm2comp.files import explain_disk_errors, write_text
 from llm2comp.loading import identity, load, run_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def evaluate(models: Sequence[str], options: Options, out: Path | None = None) -
     rows = []
     for path in models:
         folder = results_folder(path, out)
-        refuse_taken(folder, SCORES)
+        read_summary(folder / SUMMARY_FILE)  # one that is not ours is said before the work
         encoder = _encoder(str(path), tasks, instructions, options)
         row = _evaluate_one(str(path), encoder, tasks, options, folder)
         if not options.rehearse:
@@ -180,7 +180,8 @@ def read_summary(file: Path) -> list[ModelScores]:
     try:
         return [ModelScores(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
     except (ValueError, TypeError) as error:
-        raise RunError(f"is damaged: {error}", where=str(file), fix="move it away; the results beside it remain") from None
+        fix = "give another --out, or move it away; results beside it remain"
+        raise RunError(f"is damaged, or another's: {error}", where=str(file), fix=fix) from None
 
 
 def earlier_rows(rows: Sequence[ModelScores], folder: Path) -> list[ModelScores]:
@@ -195,7 +196,7 @@ def earlier_rows(rows: Sequence[ModelScores], folder: Path) -> list[ModelScores]
 def _keep(file: Path, row: ModelScores) -> None:
     """Put a row into the summary, beside those of other models, by other processes too; what it got in other tasks stays."""
     with explain_disk_errors(file):
-        claim(file.parent, SCORES)
+        file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_name(f".{file.name}.lock")):
             rows = read_summary(file)
             same = [old for old in rows if (old.name, old.revision) == (row.name, row.revision)]

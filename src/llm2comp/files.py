@@ -63,7 +63,6 @@ STAGE = Kind("a stage of a run", (*_IN_STAGE, "adapter/*", "best/*", "checkpoint
 RUN = Kind("a run", older=("recipe.yaml", "environment.json"))
 RESPONSES = Kind("a folder of responses", older=("responses.json",))
 STUDY = Kind("a study", older=("study.yaml", "runs"))
-SCORES = Kind("a folder of scores", ("summary.json",), ("summary.json",))
 ANALYSIS = Kind("an analysis", ("analysis.json", "spectrum.*", "scores.*", "memory.*"), ("analysis.json",))
 
 
