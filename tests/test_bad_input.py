@@ -351,7 +351,7 @@ def test_truncated_weights(tmp_path, model, command):
     assert not (tmp_path / "out.npy").exists()
 
 
-HARMLESS = {"README.md", "done.json", "1_WordWeights/model.safetensors"}  # nobody reads them
+HARMLESS = {".llm2comp.json", "README.md", "done.json", "1_WordWeights/model.safetensors"}  # nobody reads them
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -45,7 +45,7 @@ class Kind:
     older: tuple[str, ...] = ()
 
 
-_IN_STAGE = ("config.json", "metrics.jsonl", "watch.jsonl", "done.json", "memory.safetensors")
+_IN_STAGE = ("config.json", "metrics.jsonl", "watch.jsonl", "done.json", "memory.safetensors", "alignment.safetensors")
 _IN_GRAPH = ("llm2comp.json", "openvino_model.xml", "openvino_model.bin", "model.onnx", "model.onnx.data")
 GRAPH = Kind("a compiled graph", _IN_GRAPH, ("llm2comp.json",))
 EXPORTED = Kind(
