@@ -27,7 +27,7 @@ def train(
     from llm2comp.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
-    check_sources(spec for stage in resolved.stages.values() for spec in stage.data)
+    check_sources(spec for stage in resolved.stages.values() for spec in stage.data)  # type: ignore[attr-defined]
     if dry_run:
         from llm2comp.training.plan import show_plan
 

@@ -212,8 +212,8 @@ def _items(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: 
         if columns_seen:
             check_columns(spec.source, columns, columns_seen)
     if not tally.used:
-        fix = convert_command(Path(spec.source), "WINDOWS-1252") if "not UTF-8" in tally.skipped else None
-        raise DataError("no usable row", where=spec.source, found=tally.left_out() or "nothing in it", fix=fix)
+        advice = convert_command(Path(spec.source), "WINDOWS-1252") if "not UTF-8" in tally.skipped else None
+        raise DataError("no usable row", where=spec.source, found=tally.left_out() or "nothing in it", fix=advice)
 
 
 def _rows(spec: Spec, columns: Columns) -> Rows:
