@@ -23,9 +23,10 @@ import transformers
 from pydantic import ValidationError
 from tokenizers import pre_tokenizers, processors
 
+from llm2comp.cache import cache_folder, cached, flush
 from llm2comp.console import console, say
 from llm2comp.errors import BackboneError, one_line
-from llm2comp.files import cache_folder, cached, flush, new_folder, sha256, write_text
+from llm2comp.files import new_folder, sha256, write_text
 from llm2comp.recipe import Section
 
 MANIFEST_FILE = "converted.json"
@@ -125,7 +126,7 @@ def converted(
             say(f"{name}: converting for {folder}, once")
             with _explained(name):
                 header = _Header.of(file)
-            with new_folder(folder) as new, _quiet():
+            with new_folder(folder, None) as new, _quiet():
                 _convert(file, header, new, digest, name, bos)
                 for path in new.iterdir():
                     flush(path)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llm2comp.cli.making import REPORT_FILE
-from llm2comp.cli.options import MODEL_HELP, DeviceOption, LocalOption, MemoryOption, app
+from llm2comp.cli.options import MODEL_HELP, DeviceOption, LocalOption, MemoryOption, app, read_column, require_folder
 from llm2comp.console import GENERAL
 
 
@@ -31,6 +31,8 @@ def evaluate(
     device: DeviceOption = None,
 ) -> None:
     """Evaluate models on mteb's tasks or on local sets; run again to go on where it stopped."""
+    for folder in local or ():
+        require_folder(folder)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
     from llm2comp.errors import DataError, RunError
@@ -65,14 +67,21 @@ def analyze(
     device: DeviceOption = None,
 ) -> None:
     """See why a model is good: collapse, what counts as similar, what its memory tokens hold."""
-    from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
-    from llm2comp.data.sources import read_pairs, read_texts
-    from llm2comp.recipe import PairData, TextData
+    from llm2comp.data.columns import MissingColumnError
+    from llm2comp.data.sources import read_pairs
+    from llm2comp.files import ANALYSIS, refuse_taken
+    from llm2comp.recipe import PairData
 
-    loaded = read_texts(TextData(source=texts, column=column, limit=limit))
-    say(loaded.summary())
-    related = read_pairs(PairData(source=pairs, limit=limit)).rows if pairs else []
+    if out:
+        refuse_taken(out, ANALYSIS)
+    loaded = read_column(texts, column, limit)
+    try:
+        related = read_pairs(PairData(source=pairs, limit=limit)).rows if pairs else []
+    except MissingColumnError as error:
+        raise error.advised("call the columns anchor and positive in the file") from None
+    from llm2comp.backbone.quiet import quiet_libraries
+
     quiet_libraries()
     from llm2comp import analyze as analysis
 
@@ -94,6 +103,8 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the first run.")] = None,
 ) -> None:
     """One self-contained HTML page about training runs: curves, spectra, memory tokens, scores, settings."""
+    for run in runs:
+        require_folder(run)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
 
@@ -113,6 +124,11 @@ def study(
     workers: Annotated[int, typer.Option(min=1, help="Processes at once; with CUDA each sees one device.")] = 1,
 ) -> None:
     """Train several recipes over several seeds, score all, compare in one table; run again to go on."""
+    from llm2comp.study.settings import find_study
+
+    find_study(file)
+    for folder in local or ():
+        require_folder(folder)
     from llm2comp.study.running import study as run_study
 
     run_study(file, out, local or (), changes or (), dry_run, workers)

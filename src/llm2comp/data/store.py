@@ -26,15 +26,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from llm2comp.cache import cache_folder, cached, flush
 from llm2comp.data.pretext import long_enough, token_rows
 from llm2comp.data.sources import iterate_sources, source_key
 from llm2comp.errors import DataError
-from llm2comp.files import cache_folder, cached, flush, new_folder, write_text
+from llm2comp.files import new_folder, write_text
 from llm2comp.recipe import PretextStage, Section, TextData
 
 MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = "stored.json", "tokens.i32", "bounds.i64", "texts.arrow"
 # To be raised when the code makes other rows of the same source and settings.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 # A file is known by its size and this many parts, evenly spread; a smaller one by all of it.
 PARTS, PART_BYTES = 64, 2**16
 
@@ -178,7 +179,7 @@ def _stored(
 
 def _build(folder: Path, build: Callable[[Path, Callable[[str], None]], Counter[str]]) -> Stored:
     lines: list[str] = []
-    with new_folder(folder) as new:
+    with new_folder(folder, None) as new:
         left_out = build(new, lines.append)
         stored = Stored(files={file.name: _seal(file) for file in new.iterdir()}, lines=tuple(lines), left_out=left_out)
         write_text(new / MANIFEST_FILE, stored.model_dump_json(indent=1))
