@@ -230,6 +230,11 @@ def _live_alone(folder: Path) -> Path:
     return _last_stage(folder)
 
 
+def model_folder(folder: Path) -> Path:
+    """The exported folder that a path means: itself, or the one in a finished run. Raises ModelFolderError: not finished."""
+    return _finished(folder, str(folder))
+
+
 def _finished(folder: Path, asked: str) -> Path:
     """The model folder itself, or the one in a finished run."""
     from llm2comp.training.run import MODEL_FOLDER, RECIPE_FILE

@@ -179,8 +179,8 @@ class AdapterStack:
         for key, tensor in state.items():
             fill(tensor, tensors[key])
 
-    def merged(self) -> Any:
-        """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then the base's dtype (DESIGN 1.7)."""
+    def merged(self, dtype: torch.dtype | None = None) -> Any:
+        """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then in `dtype` or the base's."""
         self._show(bare=True)
         lm, quantized = plain_copy(self.lm)
         self._show(bare=self.off)
@@ -189,17 +189,17 @@ class AdapterStack:
                 layer: Any = module
                 base = layer.get_base_layer()
                 weight = getattr(base, getattr(layer, "parameter_name", "weight"))
-                dtype, weight.data = weight.dtype, weight.data.float()
+                own, weight.data = weight.dtype, weight.data.float()
                 for name in self.names:
                     weight.data += layer.get_delta_weight(name).float()
-                weight.data = weight.data.to(dtype)
+                weight.data = weight.data.to(dtype or own)
                 if not path.endswith(".base_layer"):  # the inner of two wrappers around one module of experts
                     lm.set_submodule(path, base)
         for linear in quantized:
             linear.to(lm.get_input_embeddings().weight.dtype)
         for leftover in ("peft_config", "_hf_peft_config_loaded"):
             lm.__dict__.pop(leftover, None)
-        return lm
+        return lm if dtype is None else lm.to(dtype)
 
     def _state(self, name: str) -> dict[str, Tensor]:
         """The live weights, by peft's names for them."""
