@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llm2comp.errors import Llm2CompError, RunError
 
+CACHE_VARIABLE = "LLM2COMP_CACHE"
 # How a failed write speaks in libraries that write by themselves: safetensors and tokenizers, then torch.
 _NATIVE = re.compile(r"([^:\n]+) \(os error \d+\)|inline_container\.cc|PytorchStreamWriter|iostream error")
 
@@ -98,6 +99,13 @@ def _failed_write(error: Exception) -> str | None:
         return error.strerror or str(error)
     told = None if isinstance(error, Llm2CompError) else _NATIVE.search(str(error))
     return told and (told[1] or "not all of it could be written, as on a full disk").strip()
+
+
+def cache_folder() -> Path:
+    """Where corpora, and digests of models, are kept."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llm2comp"
 
 
 def sha256(path: Path) -> str:

@@ -31,10 +31,9 @@ from pydantic import ValidationError
 from llm2comp.data.pretext import long_enough, token_rows
 from llm2comp.data.sources import iterate_sources, source_key
 from llm2comp.errors import DataError, RunError
-from llm2comp.files import explain_disk_errors, new_folder, write_text
+from llm2comp.files import CACHE_VARIABLE, cache_folder, explain_disk_errors, new_folder, write_text
 from llm2comp.recipe import PretextStage, Section, TextData
 
-CACHE_VARIABLE = "LLM2COMP_CACHE"
 MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = "stored.json", "tokens.i32", "bounds.i64", "texts.arrow"
 # To be raised when the code makes other rows of the same source and settings.
 ROWS_VERSION = 1
@@ -159,13 +158,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     state["split_special_tokens"] = tokenizer.split_special_tokens
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where corpora are kept."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llm2comp"
 
 
 def _stored(
