@@ -96,8 +96,9 @@ def export(
     with new_folder(folder) as target:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             stock = stock_model(module, Path(scratch), multi_vector)
+            _keep_settings(model, stock)
             _refuse_unlike(native, golden_vectors(stock), folder)
-            stored = _write(stock, model, target, dtype)
+            stored = _write(stock, target, dtype)
         exported = golden_vectors(load_as(target, "cpu", type(stock), "float32"))
         _refuse_unlike(stored, exported, folder)
         precision = Precision.of(target, type(stock), exported, GOLDEN_TEXTS, dtype, lowest_cosine(native, exported))
@@ -121,11 +122,18 @@ def export(
         )
 
 
-def _write(stock: Any, model: SentenceTransformer, target: Path, dtype: str) -> Tensor:
+def _keep_settings(model: SentenceTransformer, stock: Any) -> None:
+    """Give the stock model what users set on a live one."""
+    stock.prompts = dict(model.prompts)
+    if isinstance(stock, SentenceTransformer):
+        stock.default_prompt_name, stock.truncate_dim = model.default_prompt_name, model.truncate_dim
+        stock.similarity_fn_name = model.similarity_fn_name
+
+
+def _write(stock: Any, target: Path, dtype: str) -> Tensor:
     """Round the transformer's weights, save all. Returns the golden vectors of the rounded weights, in float32."""
     for parameter in stock[0].auto_model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
-    stock.prompts = dict(model.prompts)
     stock.save(str(target), create_model_card=False)
     for parameter in stock[0].auto_model.parameters():
         parameter.data = parameter.data.float()
