@@ -166,7 +166,7 @@ class AdapterStack:
         """Write one adapter in peft's own format (adapter_config.json, adapter_model.safetensors)."""
         save_whole(self._state(name), folder / "adapter_model.safetensors")
         config = copy.copy(self._peft.peft_config[name])
-        config.inference_mode = True
+        config.inference_mode, config.task_type = True, peft.TaskType.CAUSAL_LM  # as AutoPeftModelForCausalLM asks for
         if writes():
             config.save_pretrained(str(folder))
 
