@@ -180,9 +180,13 @@ class AdapterStack:
             fill(tensor, tensors[key])
 
     def merged(self, dtype: torch.dtype | None = None) -> Any:
-        """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then in `dtype` or the base's."""
+        """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then in the base's dtype.
+
+        With a `dtype`, in that one, and on the CPU: beside the LM there may be no room for a wider copy.
+        """
         self._show(bare=True)
         lm, quantized = plain_copy(self.lm)
+        lm = lm if dtype is None else lm.cpu()
         self._show(bare=self.off)
         for path, module in list(lm.named_modules()):
             if isinstance(module, BaseTunerLayer):
@@ -196,7 +200,7 @@ class AdapterStack:
                 if not path.endswith(".base_layer"):  # the inner of two wrappers around one module of experts
                     lm.set_submodule(path, base)
         for linear in quantized:
-            linear.to(lm.get_input_embeddings().weight.dtype)
+            linear.to(dtype or lm.get_input_embeddings().weight.dtype)
         for leftover in ("peft_config", "_hf_peft_config_loaded"):
             lm.__dict__.pop(leftover, None)
         return lm if dtype is None else lm.to(dtype)

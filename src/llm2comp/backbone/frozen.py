@@ -61,8 +61,8 @@ class Frozen:
         """Nothing to read."""
 
     def merged(self, dtype: torch.dtype | None = None) -> Any:
-        """A copy of the LM, in `dtype` or the base's."""
+        """A copy of the LM, in the base's dtype; with a `dtype`, in that one, on the CPU."""
         lm, quantized = plain_copy(self.lm)
         for linear in quantized:
-            linear.to(lm.get_input_embeddings().weight.dtype)
-        return lm if dtype is None else lm.to(dtype)
+            linear.to(dtype or lm.get_input_embeddings().weight.dtype)
+        return lm if dtype is None else lm.cpu().to(dtype)

@@ -53,8 +53,9 @@ class FullCopy(Frozen):
             fill(tensor, tensors[key])
 
     def merged(self, dtype: torch.dtype | None = None) -> Any:
-        """A copy of the LM with the trained layers, in `dtype` or the base's."""
-        lm = copy.deepcopy(self.lm).to(dtype or self.lm.dtype)
+        """A copy of the LM with the trained layers, in the base's dtype; with a `dtype`, in that one, on the CPU."""
+        lm = copy.deepcopy(self.lm)
+        lm = lm if dtype is None else lm.cpu().to(dtype)
         lm.base_model.load_state_dict(self._state(), strict=False)
         return lm
 

@@ -73,7 +73,7 @@ def _write_transformer(module: MemoryEncoder, folder: Path) -> dict[str, int]:
     compressor = module.compressor
     backbone = compressor.backbone
     tokenizer, memory = _tokenizer(compressor)
-    body = backbone.adapters.merged(torch.float32).cpu().base_model
+    body = backbone.adapters.merged(torch.float32).base_model
     ids = list(memory.values())
     with torch.no_grad():
         if compressor.embedding is not None:
