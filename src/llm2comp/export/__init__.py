@@ -173,9 +173,9 @@ def reweight(folder: Path, weights_K: Sequence[float]) -> None:
         shutil.copytree(folder, target, dirs_exist_ok=True)
         words.save(str(target / json.loads((folder / "modules.json").read_text())[list(model).index(words)]["path"]))
         golden = json.loads((folder / GOLDEN_FILE).read_text(encoding="utf-8"))
-        found = golden_vectors(load_as(target, "cpu", SentenceTransformer, "float32"), golden["texts"])
-        golden["embeddings"] = rounded(found)
+        vectors = golden_vectors(load_as(target, "cpu", SentenceTransformer, "float32"), golden["texts"])
+        golden["embeddings"] = rounded(vectors)
         if half := golden.get("precision"):
             kind, texts = type(model), golden["texts"]
-            golden["precision"] = Precision.of(target, kind, found, texts, half["dtype"], half["weights"]).record()
+            golden["precision"] = Precision.of(target, kind, vectors, texts, half["dtype"], half["weights"]).record()
         write_text(target / GOLDEN_FILE, json.dumps(golden))
