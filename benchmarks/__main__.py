@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--quick | --setting NAME | --device cuda] [--only ROW] [--out FOLDER]`: JSON and a table, figure by figure.
+"""`python -m benchmarks [--quick | --setting NAME | --device cuda] [--only ROW] [--out FOLDER]`: JSON and a table.
 
 1. every measurement runs in a process of its own (`worker.py`): a fork of one that has done all imports, which take longer than
    many a measurement; a fresh one where memory counts (a fork has not touched the libraries' pages) and on CUDA

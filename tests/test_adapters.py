@@ -1,5 +1,7 @@
 """The stack of adapters: switched as peft switches, one learns and the older ones rest, merged = on, saved = loaded."""
 
+import json
+
 import peft
 import pytest
 import torch
@@ -248,3 +250,40 @@ def test_memory_vectors_are_drawn_like_the_table_and_fixed_by_the_seed():
     assert (vectors.std(0) / table.std(0) - 1).abs().max() < 0.1
     assert torch.equal(vectors, MemoryTokens.like(table, 4000, seed=1).vectors_KD)
     assert not torch.equal(vectors, MemoryTokens.like(table, 4000, seed=2).vectors_KD)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_peft_alone_reads_what_was_saved(family, tmp_path):
+    """`AutoPeftModelForCausalLM` over the folder is the LM with that one adapter on, causal."""
+    base = tmp_path / "base"
+    untouched(family).save_pretrained(base)
+    backbone = make_backbone(family, attention="causal")
+    backbone.lm.name_or_path = str(base)  # as it is when loaded from there
+    push_adapter(backbone, "pretext")
+    backbone.adapters.save("pretext", tmp_path / "adapter")
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter")).eval()
+    tokens = tokens_of(backbone)
+    with torch.no_grad():
+        hidden = found.base_model.model.base_model(
+            input_ids=tokens.ids_BT, attention_mask=tokens.mask_BT, position_ids=position_ids(tokens.mask_BT)
+        ).last_hidden_state
+        plain = backbone.decode(backbone.embed(tokens.ids_BT), tokens.mask_BT)
+    mask = tokens.mask_BT.bool()
+    assert relative_error(hidden[mask], states(backbone)[mask]) < 1e-5
+    assert relative_error(plain[mask], states(backbone)[mask]) > 1e-3, "vacuous: the adapter does nothing"
+
+
+def test_adapters_of_earlier_versions_are_read(tmp_path):
+    """Their config names no task."""
+    backbone = make_compressor().backbone
+    expected = states(backbone)
+    for name in ("pretext", "ucl"):
+        backbone.adapters.save(name, tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        assert json.loads(file.read_text())["task_type"] == "CAUSAL_LM"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"task_type": None}))
+    other = make_backbone()
+    for number, name in enumerate(("pretext", "ucl")):
+        push_adapter(other, name, seed=number + 7)
+        other.adapters.load(name, tmp_path / name)
+    assert relative_error(states(other), expected) < 1e-6

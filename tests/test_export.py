@@ -15,7 +15,7 @@ from families import FAMILIES, MEMORY, TEXTS, TOKENS, make_compressor, relative_
 from llm2comp import analyze
 from llm2comp.encoder import as_sentence_transformer, embed_texts
 from llm2comp.errors import ModelFolderError
-from llm2comp.export import GOLDEN_TEXTS, export, load_folder, memory_names, reweight, stock, verify
+from llm2comp.export import GOLDEN_TEXTS, export, load_folder, memory_ids, memory_names, reweight, stock, verify
 from llm2comp.memory import prefix_weights
 from llm2comp.recipe import EncoderSettings
 from llm2comp.tokens import Tokens
@@ -140,8 +140,8 @@ def test_verify_passes(exported, variant):
 def test_truncation_keeps_bos_and_all_memory_tokens(exported, variant):
     model = SentenceTransformer(str(exported[0] / variant))
     native = make_model(variant)[0].compressor.backbone
-    names = [f"<mem_{i}>" for i in range(MEMORY)]
-    memory = model.tokenizer.convert_tokens_to_ids(names)
+    assert memory_names(model) == [f"<mem_{i}>" for i in range(MEMORY)]
+    memory = list(memory_ids(model).values())
     assert model.max_seq_length == LIMIT + MEMORY
     features = model.preprocess([LONG, TEXTS[0], ""])
     for text, ids, mask in zip((LONG, TEXTS[0], ""), features["input_ids"], features["attention_mask"], strict=True):

@@ -164,6 +164,24 @@ def test_exported_folder_is_stock_and_equal(folder, kind, tmp_path):
 
 
 @needs_bitsandbytes
+@kinds
+def test_a_base_in_half_precision_is_held_in_float32(folder, kind, tmp_path):
+    """Dequantised weights are float32: the comparison needs them unrounded on both sides."""
+    model = as_sentence_transformer(encoder_over(load_backbone(settings_of(folder, kind, dtype="bfloat16"))), 40)
+    before, layers = embed_texts(model, TEXTS), {path: id(layer) for path, layer in quantized_layers(model[0]).items()}
+    with quantized.in_float32(model[0]):
+        assert not quantized_layers(model[0])
+        exact = embed_texts(model, TEXTS)
+    assert {path: id(layer) for path, layer in quantized_layers(model[0]).items()} == layers
+    assert torch.equal(embed_texts(model, TEXTS), before)
+    export(model, tmp_path / "model", dtype="float32")
+    assert verify(tmp_path / "model") > 0.99999
+    assert relative_error(embed_texts(llm2comp.load(tmp_path / "model"), TEXTS), exact) < 1e-5
+    export(model, tmp_path / "model")
+    assert verify(tmp_path / "model") > 0.99999
+
+
+@needs_bitsandbytes
 def test_saved_stage_loads_over_the_quantised_lm(folder, tmp_path):
     ours = encoder_over(load_backbone(settings_of(folder, "nf4"))).eval()
     tokens = Tokens.pad(ours.backbone.tokenise(TEXTS), "left", 0)

@@ -109,7 +109,8 @@ def embed(
     from llm2comp.encoder import frame_of, refuse_not_finite
 
     _check_texts(texts)
-    prompt: str = (model.prompts.get(role) or "") if role else ""
+    named = role if role in model.prompts else model.default_prompt_name
+    prompt: str = (model.prompts.get(named) or "") if named else ""
     frame = frame_of(model)
     room = _room(model, frame, prompt)
     # A text is one part or, under chunk-mean, several: what the model is given, its tokens, its weight in the mean.
@@ -271,7 +272,7 @@ def _encode(
             else:
                 batch: Any = [texts[i] for i in places]
                 found = model.encode(batch, batch_size=len(batch), prompt="", convert_to_tensor=True, show_progress_bar=False)
-            waiting.append((places, found.float()))
+            waiting.append((places, found[:, : model.truncate_dim].float()))
             if number % FETCH_EVERY == 0 or number == len(batches):
                 fetched = torch.cat([rows for _, rows in waiting]).cpu().numpy()
                 out = np.empty((len(texts), fetched.shape[1]), dtype=np.float32) if out is None else out
@@ -285,7 +286,10 @@ def _encode(
 def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
     """Tokens of prompt and text that fit into one input, beside what the model itself adds (BOS, memory)."""
     limit = model.max_seq_length or 10**9
-    room = frame.room if frame else limit - len(model.tokenizer("", verbose=False)["input_ids"])
+    around = len(model.tokenizer("", verbose=False)["input_ids"])
+    room = frame.room if frame else limit - around
+    if room < 1:
+        raise DataError("leaves no room for a text", where="max_seq_length", expected=f"{around + 1} or more", found=limit)
     if prompt and len(_tokenise(model, [prompt])[0]) >= room:
         raise DataError("the prompt leaves no room for a text", expected=f"fewer than {room} tokens", found=repr(prompt[:80]))
     return room

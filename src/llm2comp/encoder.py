@@ -19,9 +19,10 @@ from llm2comp.backbone.quantized import quantized_layers
 from llm2comp.compressor import Compressor
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.memory import prefix_embeddings
-from llm2comp.tokens import Side, Tokens
+from llm2comp.tokens import Side, Tokens, limit_of
 
 ROLES = ("query", "document")
+NO_LIMIT = 10**9
 
 
 class MemoryEncoder(InputModule):
@@ -44,8 +45,17 @@ class MemoryEncoder(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Positions of the longest input, memory and prompt included."""
+        """Positions of the longest input, memory and prompt included; may be set, then for all roles alike.
+
+        None is the most that the LM takes. Raises BackboneError: a number that leaves no room for a text.
+        """
         return self.max_tokens + self.compressor.added
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        added = self.compressor.added
+        self.max_tokens = self.compressor.max_tokens(NO_LIMIT if value is None else limit_of(value, added + 2) - added)
+        self.role_max_tokens = {}
 
     def get_embedding_dimension(self) -> int:
         """D, or what the projection makes of it."""
@@ -124,7 +134,7 @@ def frame_of(model: SentenceTransformer) -> Frame | None:
         head = () if backbone.bos_id is None else (backbone.bos_id,)
         added = len(head) + module.compressor.added
         return Frame(head, (), module.max_tokens - len(head), added, "left", backbone.pad_id)
-    if not isinstance(module, Transformer) or not tokenizer.is_fast or model.truncate_dim is not None:
+    if not isinstance(module, Transformer) or not tokenizer.is_fast:
         return None
     bare = tokenizer("", verbose=False)["input_ids"]
     ids, mask = (

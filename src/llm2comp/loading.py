@@ -192,7 +192,7 @@ def identity(path: str | Path, model: SentenceTransformer) -> Identity:
 
 
 def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
-    from llm2comp.backbone import weights_digest
+    from llm2comp.backbone import hub_commit, weights_digest
     from llm2comp.baselines.encoder import BaselineEncoder
     from llm2comp.training.run import FOLDERS, read_run
 
@@ -203,8 +203,7 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
         saved, prompts = module.saved(), sorted(item for item in model.prompts.items() if item[1])
         return Identity(label, _short(f"{saved.to_yaml()}:{prompts}:{weights_digest(saved.model.settings())}"))
     if not folder.is_dir():
-        commit = getattr(getattr(model[0], "config", None), "_commit_hash", None)
-        return Identity(str(path), str(commit or "unknown"))
+        return Identity(str(path), hub_commit(str(path)) or "unknown")
     folder = _live_alone(folder)
     run, stage = run_of(folder), stage_of(folder)
     if run is None:
@@ -228,6 +227,11 @@ def _live_alone(folder: Path) -> Path:
     if recipe.memory.attention != "separate" or recipe.model.attention != "bidirectional":
         return folder
     return _last_stage(folder)
+
+
+def model_folder(folder: Path) -> Path:
+    """The exported folder that a path means: itself, or the one in a finished run. Raises ModelFolderError: not finished."""
+    return _finished(folder, str(folder))
 
 
 def _finished(folder: Path, asked: str) -> Path:

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llm2comp.errors import BackboneError
+
 Side = Literal["left", "right"]
 NOT_MASKED = -1
 
@@ -50,6 +52,14 @@ class Tokens:
     def lengths_B(self) -> Tensor:
         """Tokens per text, padding not counted."""
         return self.mask_BT.sum(1)
+
+
+def limit_of(value: object, least: int) -> int:
+    """A value of `max_seq_length`. Raises BackboneError unless a whole number that leaves room for a text."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        expected = f"{least} or more: what stands around a text (memory, prompt, BOS) takes {least - 1}"
+        raise BackboneError("leaves no room for a text", where="max_seq_length", expected=expected, found=value)
+    return value
 
 
 def wrap(tokens: Tokens, before: Sequence[int], behind: Sequence[int], start: int) -> Tokens:

@@ -166,7 +166,7 @@ class AdapterStack:
         """Write one adapter in peft's own format (adapter_config.json, adapter_model.safetensors)."""
         save_whole(self._state(name), folder / "adapter_model.safetensors")
         config = copy.copy(self._peft.peft_config[name])
-        config.inference_mode = True
+        config.inference_mode, config.task_type = True, peft.TaskType.CAUSAL_LM  # as AutoPeftModelForCausalLM asks for
         if writes():
             config.save_pretrained(str(folder))
 
@@ -179,27 +179,31 @@ class AdapterStack:
         for key, tensor in state.items():
             fill(tensor, tensors[key])
 
-    def merged(self) -> Any:
-        """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then the base's dtype (DESIGN 1.7)."""
+    def merged(self, dtype: torch.dtype | None = None) -> Any:
+        """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then in the base's dtype.
+
+        With a `dtype`, in that one, and on the CPU: beside the LM there may be no room for a wider copy.
+        """
         self._show(bare=True)
         lm, quantized = plain_copy(self.lm)
+        lm = lm if dtype is None else lm.cpu()
         self._show(bare=self.off)
         for path, module in list(lm.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 layer: Any = module
                 base = layer.get_base_layer()
                 weight = getattr(base, getattr(layer, "parameter_name", "weight"))
-                dtype, weight.data = weight.dtype, weight.data.float()
+                own, weight.data = weight.dtype, weight.data.float()
                 for name in self.names:
                     weight.data += layer.get_delta_weight(name).float()
-                weight.data = weight.data.to(dtype)
+                weight.data = weight.data.to(dtype or own)
                 if not path.endswith(".base_layer"):  # the inner of two wrappers around one module of experts
                     lm.set_submodule(path, base)
         for linear in quantized:
-            linear.to(lm.get_input_embeddings().weight.dtype)
+            linear.to(dtype or lm.get_input_embeddings().weight.dtype)
         for leftover in ("peft_config", "_hf_peft_config_loaded"):
             lm.__dict__.pop(leftover, None)
-        return lm
+        return lm if dtype is None else lm.to(dtype)
 
     def _state(self, name: str) -> dict[str, Tensor]:
         """The live weights, by peft's names for them."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from llm2comp.backbone.quantized import plain_copy
@@ -59,9 +60,9 @@ class Frozen:
     def load(self, name: str, folder: Path) -> None:
         """Nothing to read."""
 
-    def merged(self) -> Any:
-        """A copy of the LM, in the base's dtype."""
+    def merged(self, dtype: torch.dtype | None = None) -> Any:
+        """A copy of the LM, in the base's dtype; with a `dtype`, in that one, on the CPU."""
         lm, quantized = plain_copy(self.lm)
         for linear in quantized:
-            linear.to(lm.get_input_embeddings().weight.dtype)
-        return lm
+            linear.to(dtype or lm.get_input_embeddings().weight.dtype)
+        return lm if dtype is None else lm.cpu().to(dtype)

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,9 +52,10 @@ class FullCopy(Frozen):
         for key, tensor in state.items():
             fill(tensor, tensors[key])
 
-    def merged(self) -> Any:
-        """A copy of the LM with the trained layers, in the base's dtype."""
+    def merged(self, dtype: torch.dtype | None = None) -> Any:
+        """A copy of the LM with the trained layers, in the base's dtype; with a `dtype`, in that one, on the CPU."""
         lm = copy.deepcopy(self.lm)
+        lm = lm if dtype is None else lm.cpu().to(dtype)
         lm.base_model.load_state_dict(self._state(), strict=False)
         return lm
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from llm2comp.tokens import position_ids
 log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 6
-MIB = 2**20
 
 
 def resolve_device(name: str) -> torch.device:
@@ -87,25 +85,6 @@ def load_skeleton(settings: ModelSettings) -> Any:
     config = load_config(settings)
     with _explained(settings.name), torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def weights_digest(settings: ModelSettings) -> str:
-    """Hex digest that changes with the files of a local or builtin model: of each, its size and its first and last MiB.
-
-    Empty for a Hub id, which `revision` pins.
-    """
-    folder = Path(model_source(settings))
-    if not folder.is_dir():
-        return ""
-    digest = hashlib.sha256()
-    for file in sorted(path for pattern in ("*.safetensors", "*.json") for path in folder.glob(pattern)):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(MIB))
-            stream.seek(max(0, size - MIB))
-            digest.update(stream.read(MIB))
-    return digest.hexdigest()
 
 
 def base_licence(settings: ModelSettings) -> str:

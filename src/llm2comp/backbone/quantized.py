@@ -5,7 +5,9 @@ Linear layers but the LM head are quantised at load; embeddings, norms and the e
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -57,14 +59,40 @@ def plain_copy(lm: Any) -> tuple[Any, list[nn.Linear]]:
     lm = copy.deepcopy(lm)
     dequantized = []
     for path, layer in quantized_layers(lm).items():
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
-        plain.weight = nn.Parameter(weight.float(), requires_grad=False)
-        plain.bias = layer.bias
-        lm.set_submodule(path, plain)
-        dequantized.append(plain)
+        dequantized.append(_plain(layer))
+        lm.set_submodule(path, dequantized[-1])
     if dequantized:
         for mark in _MARKS:
             lm.__dict__.pop(mark, None)
         del lm.config.quantization_config
     return lm, dequantized
+
+
+def _plain(layer: Any) -> nn.Linear:
+    """A quantised layer as a stock one with the same weights, in float32."""
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    weight = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+    plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+    plain.bias = layer.bias
+    return plain
+
+
+@contextlib.contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Inside, a module computes in float32 on the very weights that it has, those in 4 and 8 bits too; then it is as before.
+
+    In place, as there may be no room for a second copy: half precision to float32 and back changes no bit.
+    """
+    layers = quantized_layers(module)
+    for path, layer in layers.items():
+        module.set_submodule(path, _plain(layer))
+    halves = [(p, p.dtype) for p in module.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for parameter, _ in halves:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in halves:
+            parameter.data = parameter.data.to(dtype)
+        for path, layer in layers.items():
+            module.set_submodule(path, layer)

@@ -13,12 +13,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
-from llm2comp.backbone import Backbone, load_backbone
+from llm2comp.backbone import Backbone, hub_commit, load_backbone
 from llm2comp.baselines.prompts import TEXT
 from llm2comp.baselines.settings import BASELINE_FILE, BaselineSettings, SavedBaseline, SavedModel, read_saved
 from llm2comp.errors import BackboneError, ModelFolderError
 from llm2comp.files import write_text
-from llm2comp.tokens import Tokens
+from llm2comp.tokens import Tokens, limit_of
 
 # Where sentence-transformers keeps the prompts of a saved model.
 PROMPTS_FILE = "config_sentence_transformers.json"
@@ -64,12 +64,26 @@ class BaselineEncoder(InputModule):
                 fix="shorten the prompt, raise max_tokens, or choose another LM",
             )
         # Tokens of a text that fit into every prompt.
+        self.limit: int | None = None  # a smaller number of them, if one was set
         self.room = min(1 + (self.max_tokens - count) // template.count(TEXT) for template, count in needed.items())
 
     @property
     def max_seq_length(self) -> int:
-        """Longest text, counted as the tokenizer counts one by itself; the prompt around it not included."""
-        return self.room + len(self.backbone.tokenizer("", verbose=False)["input_ids"])
+        """Longest text, counted as the tokenizer counts one by itself; the prompt around it not included. May be set.
+
+        None, or more than the LM takes, is the most that it takes. Raises BackboneError: no room for a text.
+        """
+        return (self.limit or self.room) + self._by_itself
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        asked = None if value is None else limit_of(value, self._by_itself + 1) - self._by_itself
+        self.limit = None if asked is None or asked >= self.room else asked
+
+    @property
+    def _by_itself(self) -> int:
+        """Tokens that the tokenizer puts around a text."""
+        return len(self.backbone.tokenizer("", verbose=False)["input_ids"])
 
     def get_embedding_dimension(self) -> int:
         """D."""
@@ -77,7 +91,7 @@ class BaselineEncoder(InputModule):
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
         """Texts, each behind `prompt`, as right-padded ids and spans: all texts in the first template, then in the next."""
-        texts = [(prompt or "") + text for text in inputs]
+        texts = [self._within_limit((prompt or "") + text) for text in inputs]
         rows = [row for template in self.settings.templates for row in self._rows(template, texts)]
         tokens = Tokens.pad([row.ids for row in rows], "right", self.backbone.pad_id)
         span_BT = Tokens.pad([row.span for row in rows], "right").ids_BT
@@ -95,7 +109,7 @@ class BaselineEncoder(InputModule):
         name = self.backbone.name
         model = SavedModel(
             name=str(Path(name).absolute()) if Path(name).exists() else name,
-            revision=getattr(self.backbone.config, "_commit_hash", None),
+            revision=hub_commit(name) or None,
             dtype=str(self.backbone.embedding_table.dtype).removeprefix("torch."),  # type: ignore[arg-type]
             bos=self.backbone.bos,
         )
@@ -124,6 +138,12 @@ class BaselineEncoder(InputModule):
             row if len(row.ids) <= self.max_tokens else self._cut(template, text, row)
             for text, row in zip(texts, rows, strict=True)
         ]
+
+    def _within_limit(self, text: str) -> str:
+        """A text cut to the `limit` that was set, if one was."""
+        if self.limit is None or len(offsets := self._tokenise([text])["offset_mapping"][0]) <= self.limit:
+            return text
+        return text[: offsets[self.limit - 1][1]]
 
     def _cut(self, template: str, text: str, row: Row) -> Row:
         ends = [end for _, end in self._tokenise([text])["offset_mapping"][0]]

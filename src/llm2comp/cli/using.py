@@ -121,6 +121,7 @@ def export(
     multi_vector: Annotated[
         bool, typer.Option("--multi-vector", help="For MultiVectorEncoder: all memory states of a text, scored by MaxSim.")
     ] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Of the stored weights; auto: as the encoder computes.")] = Dtype.auto,
     openvino: Annotated[
         Precision | None, typer.Option(help="Put a graph for OpenVINO into the folder as well (docs/speed.md).")
     ] = None,
@@ -139,14 +140,15 @@ def export(
 
     if openvino:
         runtime_of("openvino", openvino.value)  # not installed: said before the work
-    write_folder(load(live_place(model), "cpu", num_memory), out, card_facts(model), multi_vector)
+    stored = None if dtype == Dtype.auto else dtype.value
+    write_folder(load(live_place(model), "cpu", num_memory), out, card_facts(model), multi_vector, stored)
     say(f"{out}: load it with {'MultiVectorEncoder' if multi_vector else 'SentenceTransformer'}({str(out)!r})")
     if openvino:
         say(f"{out / 'openvino'}: {openvino.value}, lowest cosine {compile_folder(out, 'openvino', openvino.value):.7f}")
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder.")]) -> None:
+def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, or a finished run.")]) -> None:
     """Recompute a model folder's stored embeddings."""
     require_folder(folder)
     from llm2comp.backbone.quiet import quiet_libraries
@@ -154,7 +156,9 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder.")
 
     quiet_libraries()
     from llm2comp.export import verify as check
+    from llm2comp.loading import model_folder
 
+    folder = model_folder(folder)
     say(f"{folder}: sound, lowest cosine {check(folder):.7f}")
 
 

@@ -51,6 +51,7 @@ tags: [sentence-transformers, feature-extraction, llm2comp]
 | {of} |
 | embedding dimension | {module.get_embedding_dimension()} |
 | longest text, tokens | {module.max_tokens} |
+| least `max_seq_length` | {module.compressor.added + 2}; with less, nothing is cut |
 | attention | {compressor.backbone.attention} |
 {rows}
 

@@ -1,8 +1,9 @@
 """A live encoder as stock sentence-transformers modules, so that its folder needs no flag, no code and not this package.
 
-1. merge the adapters into a copy of the LM (float32, then the base's dtype); keep the model without its LM head
-2. append the memory vectors to the vocabulary as special tokens `<mem_0>`.. (row ÷ the family's embedding scale)
-3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens behind every text, cut or not
+1. merge the adapters into a float32 copy of the LM; keep the model without its LM head
+2. append the memory vectors to the embedding table, behind the last token's row (row ÷ the family's embedding scale)
+3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens behind every text, cut or not. Memory
+   tokens are ids of this template alone, in no vocabulary: a name in one would be found in texts that happen to hold it
 4. write `is_causal: false` (bidirectional encoders) into the config
 5. pool: memory tokens by their weight, all else 0 (WordWeights, then mean); one memory token, or a prompt's last one: by
    last token; the text's tokens: mean, BOS as good as none
@@ -14,7 +15,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from llm2comp.compressor import BOS_WEIGHT, Compressor
 from llm2comp.encoder import MemoryEncoder
 from llm2comp.errors import BackboneError, ModelFolderError
 
-MEMORY_NAME = re.compile(r"<(llm2comp_)?mem_\d+>")
+MEMORY_NAME = re.compile(r"<(llm2comp_)*mem_\d+>")
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 # Gemma 3 halves its sliding window when it reads this key; `is_causal` alone suffices there.
 NO_BIDIRECTIONAL_KEY = {"gemma3_text", "gemma3"}
@@ -52,7 +52,7 @@ def stock_model(module: MemoryEncoder, folder: Path, multi_vector: bool = False)
             found="separate, with bidirectional attention",
             fix="load the stage itself with llm2comp.load, or train with model.attention: causal",
         )
-    names = _write_transformer(module, folder)
+    ids = _write_transformer(module, folder)
     transformer = Transformer(
         str(folder),
         modality_config=TEXT_ONLY,
@@ -61,26 +61,25 @@ def stock_model(module: MemoryEncoder, folder: Path, multi_vector: bool = False)
         max_seq_length=module.max_seq_length,
     )
     if multi_vector:
-        others = sorted(set(transformer.tokenizer.get_vocab()) - set(names))
+        others = sorted(transformer.tokenizer.get_vocab())
         mask = MultiVectorMask(others, skiplist_tasks=["query", "document"])
         return MultiVectorEncoder(modules=[transformer, mask, Normalize("token_embeddings")], device="cpu")
-    modules = [transformer, *_projected(compressor, _pooling(compressor, transformer, names))]
+    modules = [transformer, *_projected(compressor, _pooling(compressor, transformer, ids))]
     return SentenceTransformer(modules=modules, device="cpu")
 
 
-def _write_transformer(module: MemoryEncoder, folder: Path) -> list[str]:
-    """Steps 1 to 4 of the module docstring up to the config. Returns the memory tokens' names."""
+def _write_transformer(module: MemoryEncoder, folder: Path) -> dict[str, int]:
+    """Steps 1 to 4 of the module docstring up to the config. Returns the memory tokens' ids by their names."""
     compressor = module.compressor
     backbone = compressor.backbone
-    tokenizer, names = _tokenizer(compressor)
-    lm = backbone.adapters.merged().cpu()
-    body = lm.base_model
-    ids = [int(tokenizer.convert_tokens_to_ids(name)) for name in names]
+    tokenizer, memory = _tokenizer(compressor)
+    body = backbone.adapters.merged(torch.float32).base_model
+    ids = list(memory.values())
     with torch.no_grad():
         if compressor.embedding is not None:
             own = next(compressor.embedding.parameters())
             body.get_input_embeddings().weight.copy_(own)
-        if names and max(ids) >= len(body.get_input_embeddings().weight):
+        if ids and max(ids) >= len(body.get_input_embeddings().weight):
             body.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         table = body.get_input_embeddings().weight
         table[ids] = (compressor.memory.vectors_KD / backbone.embedding_scale).to(table)
@@ -91,10 +90,10 @@ def _write_transformer(module: MemoryEncoder, folder: Path) -> list[str]:
     body.save_pretrained(folder)
     tokenizer.model_max_length = module.max_seq_length
     tokenizer.save_pretrained(folder)
-    return names
+    return memory
 
 
-def _tokenizer(compressor: Compressor) -> tuple[Any, list[str]]:
+def _tokenizer(compressor: Compressor) -> tuple[Any, dict[str, int]]:
     """The backbone's tokenizer with the template BOS, prompt around the text, memory; padded on the right.
 
     It is rebuilt as the generic class: a family's own class may set up its template anew when it is loaded. No chat template.
@@ -104,41 +103,50 @@ def _tokenizer(compressor: Compressor) -> tuple[Any, list[str]]:
     if backend is None:
         raise BackboneError("has no fast tokenizer, which the exported folder needs", where=backbone.name)
     backend = Tokenizer.from_str(backend.to_str())
-    prefix = "<mem_" if backend.token_to_id("<mem_0>") is None else "<llm2comp_mem_"
-    names = [f"{prefix}{i}>" for i in range(compressor.memory.count)]
-    backend.add_special_tokens(names)
+    vocabulary, prefix = backend.get_vocab(with_added_tokens=True), "<mem_"
+    while f"{prefix}0>" in vocabulary:  # WordWeights goes by names, so ours are no token's
+        prefix = prefix.replace("mem_", "llm2comp_mem_")
+    first = max(vocabulary.values()) + 1
+    memory = {f"{prefix}{i}>": first + i for i in range(compressor.memory.count)}
     own = dict(backbone.tokenizer.special_tokens_map)
     if backbone.bos_token is not None:
         own["bos_token"] = backbone.bos_token
-    start = [] if backbone.bos_token is None else [backbone.bos_token]
+    start = {} if backbone.bos_token is None else {backbone.bos_token: [backbone.bos_id]}
     around = {"<before>": compressor.before, "<behind>": compressor.behind}
-    pieces = {name: ids for name, ids in around.items() if ids} | {
-        name: [backend.token_to_id(name)] for name in (*start, *names)
-    }
-    template = [name for name in (*start, "<before>", "$A", "<behind>", *names) if name == "$A" or name in pieces]
-    kept: Any = [{"id": name, "ids": ids, "tokens": [backend.id_to_token(i) for i in ids]} for name, ids in pieces.items()]
+    pieces = start | {name: ids for name, ids in around.items() if ids} | {name: [i] for name, i in memory.items()}
+    template = [name for name in (*start, "<before>", "$A", "<behind>", *memory) if name == "$A" or name in pieces]
+    kept: Any = [
+        {"id": name, "ids": ids, "tokens": [name if name in memory else backend.id_to_token(i) for i in ids]}
+        for name, ids in pieces.items()
+    ]
     backend.post_processor = TemplateProcessing(single=template, special_tokens=kept)
     special = {key: own[key] for key in ("bos_token", "eos_token", "unk_token") if key in own}
-    # Padding is masked, so any token will do where the family has none; one of these is surely there.
-    special["pad_token"] = own.get("pad_token") or (names or [own.get("eos_token") or backend.id_to_token(0)])[-1]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side="right", truncation_side="right", additional_special_tokens=names, **special
-    ), names
+    special["pad_token"] = own.get("pad_token") or own.get("eos_token") or _any_token(backend)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", truncation_side="right", **special), memory
 
 
-def _pooling(compressor: Compressor, transformer: Any, names: Sequence[str]) -> list[Any]:
+def _any_token(backend: Any) -> str:
+    """A token to pad with where the family has none: as padding is masked, any will do that is found in texts anyway.
+
+    Another one would be found in texts from now on. Where there is none at all, id 0's.
+    """
+    added = backend.get_added_tokens_decoder()
+    return str(added[min(added)].content if added else backend.id_to_token(0))
+
+
+def _pooling(compressor: Compressor, transformer: Any, memory: dict[str, int]) -> list[Any]:
     """Step 5 of the module docstring."""
     width = int(compressor.backbone.embedding_table.shape[1])
-    if compressor.settings.pooling == "last_token" or len(names) == 1:
+    if compressor.settings.pooling == "last_token" or len(memory) == 1:
         return [Pooling(width, "lasttoken")]
     if compressor.settings.pooling == "memory":
-        weights, rest = dict(zip(names, compressor.get_buffer("weights_K").tolist(), strict=True)), 0.0
+        weights, rest = dict(zip(memory, compressor.get_buffer("weights_K").tolist(), strict=True)), 0.0
     elif (bos := compressor.backbone.bos_token) is None:
         return [Pooling(width, "mean")]
     else:
         weights, rest = {bos: BOS_WEIGHT}, 1.0
     size = transformer.auto_model.get_input_embeddings().weight.shape[0]
-    by_id = {index: token for token, index in transformer.tokenizer.get_vocab().items()}
+    by_id = {index: token for token, index in (transformer.tokenizer.get_vocab() | memory).items()}
     words = WordWeights([by_id.get(index, f"<unused_{index}>") for index in range(size)], weights, unknown_word_weight=rest)
     words.requires_grad_(False)
     return [words, Pooling(compressor.width, "mean")]

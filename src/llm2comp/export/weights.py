@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer, WordWeights
+from tokenizers.processors import TemplateProcessing
 
 from llm2comp.compressor import too_few_memory_tokens
 from llm2comp.encoder import MemoryEncoder
@@ -15,13 +17,27 @@ from llm2comp.export.stock import MEMORY_NAME
 from llm2comp.memory import prefix_weights
 
 
+def memory_ids(model: SentenceTransformer) -> dict[str, int]:
+    """Name → id of the memory tokens of a loaded folder that `export` wrote, in order; none for any other model.
+
+    They stand in the tokenizer's template alone; in folders of earlier versions, which hold them as added tokens, there too.
+    """
+    tokenizer: Any = model[0].tokenizer if isinstance(model[0], Transformer) else None
+    template = getattr(getattr(tokenizer, "backend_tokenizer", None), "post_processor", None)
+    if not isinstance(template, TemplateProcessing):
+        return {}
+    tokens = json.loads(template.__getstate__())["special_tokens"]
+    return {name: piece["ids"][0] for name, piece in sorted(tokens.items(), key=_first_id) if MEMORY_NAME.fullmatch(name)}
+
+
+def _first_id(item: tuple[str, Any]) -> int:
+    found: int = item[1]["ids"][0]
+    return found
+
+
 def memory_names(model: SentenceTransformer) -> list[str] | None:
     """The memory tokens of a loaded folder that `export` wrote, in order; None for any other model."""
-    tokenizer: Any = model[0].tokenizer if isinstance(model[0], Transformer) else None
-    if not hasattr(tokenizer, "get_added_vocab"):
-        return None
-    added: dict[str, int] = tokenizer.get_added_vocab()
-    return sorted(filter(MEMORY_NAME.fullmatch, added), key=added.__getitem__) or None
+    return list(memory_ids(model)) or None
 
 
 def word_weights(model: SentenceTransformer) -> Any:
@@ -34,23 +50,23 @@ def memory_weights(model: SentenceTransformer) -> list[float] | None:
     if isinstance(model[0], MemoryEncoder):
         compressor = model[0].compressor
         return compressor.get_buffer("weights_K").tolist() if compressor.memory.count else None
-    if (names := memory_names(model)) is None:
+    if not (ids := memory_ids(model)):
         return None
     if (words := word_weights(model)) is None:
         return [1.0]  # one memory token is pooled as the last one
-    found: list[float] = words.emb_layer.weight[model.tokenizer.convert_tokens_to_ids(names), 0].tolist()
+    found: list[float] = words.emb_layer.weight[list(ids.values()), 0].tolist()
     return found
 
 
 def set_weights(model: SentenceTransformer, weights_K: Sequence[float]) -> None:
     """Give the memory tokens of a loaded folder, two or more of them, other weights."""
-    names, words = memory_names(model) or [], word_weights(model)
+    ids, words = memory_ids(model), word_weights(model)
     assert words is not None
-    assert len(names) == len(weights_K)
-    words.word_weights = dict(zip(names, map(float, weights_K), strict=True))
+    assert len(ids) == len(weights_K)
+    words.word_weights = dict(zip(ids, map(float, weights_K), strict=True))
     with torch.no_grad():
         rows: Any = words.emb_layer.weight
-        rows[model.tokenizer.convert_tokens_to_ids(names), 0] = torch.tensor(weights_K, dtype=rows.dtype, device=rows.device)
+        rows[list(ids.values()), 0] = torch.tensor(weights_K, dtype=rows.dtype, device=rows.device)
 
 
 def use_first(model: SentenceTransformer, first: int) -> None:

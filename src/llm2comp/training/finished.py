@@ -1,11 +1,31 @@
-"""What the finished encoder of a recipe is given beside its weights: length limits, prompts, facts for its card."""
+"""What a finished stage was trained over; what the finished encoder is given: length limits, prompts, facts for its card."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from llm2comp.backbone import base_licence
+from llm2comp.backbone import Base, base_licence, check_base
+from llm2comp.console import say
+from llm2comp.errors import RunError, one_line
 from llm2comp.recipe import Recipe
+
+
+def require_base(done: Path, recipe: Recipe) -> None:
+    """Raise RunError unless the stage of this done.json is finished, ModelFolderError unless over the base that loads now."""
+    try:
+        base = json.loads(done.read_text(encoding="utf-8")).get("base")
+        trained = None if base is None else Base(**base)
+    except FileNotFoundError:
+        fix = "run `llm2comp train` on the recipe again"
+        raise RunError("the stage is not finished", where=str(done.parent), fix=fix) from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"is damaged: {one_line(error)}", where=str(done), fix="copy the folder again") from None
+    if trained is None:
+        say(f"{done.parent}: of an earlier version, which did not note its base's digest: cannot tell whether it is the same")
+    else:
+        check_base(trained, recipe.model, done.parent)
 
 
 def limits_of(recipe: Recipe) -> tuple[int, dict[str, int] | None]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from llm2comp.backbone import load_backbone, weights_digest
+from llm2comp.backbone import Base, load_backbone, weights_digest
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.compressor import Compressor
 from llm2comp.console import say
@@ -46,7 +46,7 @@ from llm2comp.files import (
     write_text,
 )
 from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
-from llm2comp.training.finished import card_of, limits_of, prompts_of
+from llm2comp.training.finished import card_of, limits_of, prompts_of, require_base
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.stages import RUNNERS, RunOptions, check_data
@@ -110,7 +110,7 @@ def restore(run: Path, recipe: Recipe, upto: str) -> Compressor:
     backbone = load_backbone(recipe.model)
     compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
     for name in recipe.stages:
-        _require_done(run / FOLDERS[name])
+        require_base(run / FOLDERS[name] / DONE_FILE, recipe)
         _push_adapter(compressor, recipe, name)
         compressor.load(run / FOLDERS[name], name)
         if name == upto:
@@ -162,7 +162,9 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
         options = options or _options(recipe, compressor)
         kept = RUNNERS[name](compressor, stage, folder, recipe.seed + number, options)  # type: ignore[operator]
         seconds = round(time.time() - begin, 1)
-        _finish(compressor, name, {"inputs": key, "steps": stage.steps, "kept_step": kept, "seconds": seconds}, folder)
+        base = Base.of(recipe.model).model_dump()
+        done = {"inputs": key, "steps": stage.steps, "kept_step": kept, "seconds": seconds, "base": base}
+        _finish(compressor, name, done, folder)
         if sharding():  # what the next stage adds would not be spread over the devices: begin with whole weights
             del compressor
             compressor = restore(run, recipe, name)
@@ -185,6 +187,8 @@ def _done_or_begun(recipe: Recipe, name: str, key: str, folder: Path, siblings: 
     _take_over(folder, key, siblings)
     if is_done(folder, key):
         return True
+    with contextlib.suppress(RunError):  # not finished, or damaged: begun anew
+        require_base(folder / DONE_FILE, recipe)
     _begin(recipe, name, key, folder)
     return False
 
@@ -297,8 +301,3 @@ def _has_inputs(file: Path, key: str) -> bool:
         return bool(json.loads(file.read_text())["inputs"] == key)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _require_done(folder: Path) -> None:
-    if not (folder / DONE_FILE).is_file():
-        raise RunError("the stage is not finished", where=str(folder), fix="run `llm2comp train` on the recipe again")

@@ -1,0 +1,183 @@
+"""What a folder that `export` wrote is held against: golden.json, a few texts with their embeddings; and how folders load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from torch import Tensor
+
+from llm2comp.encoder import embed_texts
+from llm2comp.errors import ModelFolderError
+
+FORMAT_VERSION = 1
+GOLDEN_FILE = "golden.json"
+CONFIG_FILE = "config_sentence_transformers.json"
+GOLDEN_TEXTS = (
+    "Compression keeps what matters.",
+    "Mémoire 記憶 ذاكرة 🧠 — a line of many scripts, 12,345.678 numbers\nand a second line.",
+    "A long text that is cut at the model's limit. " * 200,
+)
+# Lowest cosine of a golden text between two float32 computations of one encoder.
+MIN_COSINE = 0.9999
+# Lowest cosine of half precision to float32 that nobody need be told of; how much further than at export verify lets it go.
+TOLD_BELOW, MARGIN = 0.99, 4.0
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What half precision does to a folder's golden embeddings: lowest cosines.
+
+    Args:
+        dtype: of the weights that are stored.
+        weights: the folder's in float32 to the native encoder's: what rounding the weights did.
+        computing: in `dtype` to float32, both on the folder's weights: what computing in it does, on a CPU; 0: not finite.
+    """
+
+    dtype: str
+    weights: float
+    computing: float
+
+    @classmethod
+    def of(cls, folder: Path, kind: type[Any], found: Tensor, texts: Sequence[str], dtype: str, weights: float) -> Precision:
+        """Of a folder whose golden vectors in float32 are `found`."""
+        own = found if dtype == "float32" else golden_vectors(load_as(folder, "cpu", kind), texts)
+        return cls(dtype, round(weights, 7), round(lowest_cosine(found, own), 7))
+
+    def record(self) -> dict[str, Any]:
+        """For golden.json: with `minimum`, the bound of `verify` on `computing`, as processors round in other orders."""
+        return asdict(self) | {"minimum": round(1 - MARGIN * (1 - self.computing) - 1e-3, 6)}
+
+    def told(self) -> str:
+        """For the card."""
+        if self.dtype == "float32":
+            return self.dtype
+        return (
+            f"{self.dtype}; lowest cosine to the trained encoder {self.weights:.5f} when computed in float32, and from there"
+            f" to {self.dtype} {self.computing:.5f}"
+        )
+
+
+def golden_vectors(model: SentenceTransformer | MultiVectorEncoder, texts: Sequence[str] = GOLDEN_TEXTS) -> Tensor:
+    """What the golden file holds of a model, a row per text: its embedding, or its vectors one behind the other."""
+    if isinstance(model, SentenceTransformer):
+        return embed_texts(model, texts)
+    found = model.encode(list(texts), show_progress_bar=False)
+    return torch.stack([vectors_KD.float().cpu().flatten() for vectors_KD in found])
+
+
+def rounded(embeddings_ND: Tensor) -> list[list[float]]:
+    """For golden.json."""
+    return [[round(value, 7) for value in row] for row in embeddings_ND.tolist()]
+
+
+def verify(folder: Path) -> float:
+    """Recompute the golden embeddings of an exported folder in float32. Returns the lowest cosine to the stored ones.
+
+    What the folder gives in its own half precision is held against the figure that `export` found for it.
+
+    Raises:
+        ModelFolderError: no such folder, no golden.json, a file missing or truncated, or embeddings that differ.
+    """
+    golden_file = folder / GOLDEN_FILE
+    try:
+        golden: dict[str, Any] = json.loads(golden_file.read_text(encoding="utf-8"))
+        expected = torch.tensor(golden["embeddings"])
+        minimum = float(golden["minimum_cosine"])
+        texts = [str(text) for text in golden["texts"]]
+        half = golden.get("precision") or {"dtype": "float32"}  # earlier versions did not store it
+        half_minimum = None if half["dtype"] == "float32" else float(half["minimum"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_golden(folder, error) from error
+    if golden.get("format_version") != FORMAT_VERSION:
+        raise ModelFolderError(
+            "unknown format", where=str(golden_file), expected=FORMAT_VERSION, found=golden.get("format_version")
+        )
+    kind = MultiVectorEncoder if is_multi_vector(folder) else SentenceTransformer
+    lowest = _held(folder, "float32", expected, golden_vectors(load_as(folder, "cpu", kind, "float32"), texts), minimum)
+    if half_minimum is not None:
+        _held(folder, half["dtype"], expected, golden_vectors(load_as(folder, "cpu", kind), texts), half_minimum)
+    return lowest
+
+
+def _held(folder: Path, dtype: str, expected: Tensor, found: Tensor, minimum: float) -> float:
+    if found.shape != expected.shape:
+        raise ModelFolderError("embeddings of another shape", where=str(folder), expected=expected.shape, found=found.shape)
+    lowest = lowest_cosine(expected, found)
+    if lowest < minimum:
+        raise ModelFolderError(
+            "gives other embeddings than when it was saved",
+            where=str(folder),
+            expected=f"cosine ≥ {minimum} in {dtype}",
+            found=f"{lowest:.6f}",
+            fix="a file was changed or damaged: copy the folder again",
+        )
+    return lowest
+
+
+def _no_golden(folder: Path, error: Exception) -> ModelFolderError:
+    """What a folder without a readable golden.json gets: the one it was saved from, or trained on, may have one."""
+    expected, where = "a model/ folder written by llm2comp", str(folder / GOLDEN_FILE)
+    if isinstance(error, FileNotFoundError) and (folder / "modules.json").is_file():
+        fix = "sentence-transformers saved it, which keeps no golden.json; `verify` checks what `export` wrote"
+        return ModelFolderError("is not there: nothing to hold the folder against", where=where, expected=expected, fix=fix)
+    if isinstance(error, FileNotFoundError):
+        return ModelFolderError("cannot be checked: there is no such file", where=where, expected=expected)
+    return ModelFolderError(f"cannot be checked: {error}", where=where, expected=expected)
+
+
+def lowest_cosine(expected: Tensor, found: Tensor) -> float:
+    """Lowest cosine of a text; 0 where an embedding is not finite."""
+    return torch.cosine_similarity(expected, found).nan_to_num(0.0).min().item()
+
+
+def _precision(folder: Path, kind: type[Any], native: Tensor, exported: Tensor, dtype: str) -> Precision:
+    own = exported if dtype == "float32" else golden_vectors(load_as(folder, "cpu", kind))
+    return Precision(dtype, round(lowest_cosine(native, exported), 7), round(lowest_cosine(exported, own), 7))
+
+
+def load_folder(folder: Path, device: str | None = None) -> SentenceTransformer:
+    """`SentenceTransformer(folder)` with one clear error for whatever is wrong with the folder.
+
+    Raises:
+        ModelFolderError: missing, incomplete, truncated, or in need of code that is not installed.
+    """
+    if is_multi_vector(folder):
+        raise ModelFolderError(
+            "holds several vectors per text", where=str(folder), fix="load it with sentence_transformers.MultiVectorEncoder"
+        )
+    model: SentenceTransformer = load_as(folder, device, SentenceTransformer)
+    return model
+
+
+def is_multi_vector(folder: Path) -> bool:
+    """Whether a folder holds many vectors per text."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return bool(config["model_type"] == MultiVectorEncoder.model_type)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # another kind of folder, or one that cannot be loaded
+
+
+def load_as(folder: Path, device: str | None, kind: type[Any], dtype: str = "auto") -> Any:
+    """A folder's model, of sentence-transformers' class `kind`, once it has embedded a text; in `dtype` or as it is stored."""
+    if not (folder / "modules.json").is_file():
+        raise ModelFolderError("not a sentence-transformers folder", where=str(folder), expected="modules.json in it")
+    try:
+        how = {"use_safetensors": True, "dtype": dtype}
+        model = kind(str(folder), device=device, local_files_only=True, model_kwargs=how)
+        golden_vectors(model, ["a trial: some damage shows only here"])
+        return model
+    except Exception as error:  # what libraries raise on a broken file has no common base
+        raise cannot_be_loaded(folder, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+
+
+def cannot_be_loaded(folder: Path, reason: str) -> ModelFolderError:
+    """What a folder gets that some library stumbled over."""
+    fix = "a file is missing or damaged: copy the folder again or export anew"
+    return ModelFolderError(f"cannot be loaded: {reason}", where=str(folder), fix=fix)
