@@ -60,9 +60,11 @@ class Row:
         return float(value)
 
     def label(self, key: str) -> str:
-        """A class by its name; a whole number counts as its digits."""
+        """A class by its name without outer spaces; a whole number (1 or 1.0) counts as its digits, yes or no as a word."""
         value = self.value(key)
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else self.text(key)
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            return str(value).lower() if isinstance(value, bool) else str(int(value))
+        return self.text(key).strip()
 
     def zero_or_one(self, key: str) -> int:
         """A yes or no."""

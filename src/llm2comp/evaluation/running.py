@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
     """Evaluate one task, or read its result if `results` holds one of this model, revision and data set.
 
     Raises:
-        TaskFailedError: the data set cannot be fetched, or mteb cannot run the task on this model.
+        TaskFailedError: the data set cannot be fetched, mteb cannot run the task on this model, or its figure is not a number.
         DataError: an embedding is not finite. RunError: the result cannot be written.
     """
     cache = ResultCache(results) if results else None
@@ -88,7 +89,7 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
                     task.load_data()
             if isinstance(encoder, TfidfEncoder):
                 encoder.fit_task(task)
-            with explain_disk_errors(results or Path()), _explained(task, "cannot be run on this model", None):
+            with explain_disk_errors(results or Path()), _explained(task, "mteb cannot score it with this model", None):
                 found = mteb.evaluate(
                     cast("EncoderProtocol", encoder),
                     task,
@@ -135,6 +136,12 @@ def _score(task: Any, result: Any) -> Score:
     metric = PAPER14[name].metric if name in PAPER14 else task.metadata.main_score
     rows = [row for split in task.eval_splits for row in result.scores[split] if row["hf_subset"] in task.hf_subsets]
     score = sum(float(row[metric]) for row in rows) / len(rows)
+    if not math.isfinite(score):
+        raise TaskFailedError(
+            f"its {metric} is not a number: all that is compared gets the same similarity, or there is nothing to tell apart",
+            where=name,
+            fix="more rows, or rows of which some are more alike than others",
+        )
     return Score(name, round(score, 6), metric, "+".join(task.eval_splits))  # as exact as mteb's files
 
 
