@@ -14,12 +14,21 @@ from llm2comp.console import GENERAL
 
 @app.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also: tfidf.")] = [GENERAL],  # noqa: B006
+    models: Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also bm25 and tfidf: word matching.")] = [GENERAL],  # noqa: B006
     tasks: Annotated[
         list[str] | None, typer.Option(help="paper14, or a task or benchmark of mteb's, such as 'MTEB(eng, v2)'; repeatable.")
     ] = None,
     local: LocalOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of results; default: scores/ in the model's run, else here.")] = None,
+    pairs: Annotated[
+        list[str] | None, typer.Option(help="File of questions and answers: each must find its own; repeatable.")
+    ] = None,
+    query_column: Annotated[str, typer.Option(help="Its column of questions.")] = "anchor",
+    answer_column: Annotated[str, typer.Option(help="Its column of answers.")] = "positive",
+    documents: Annotated[str | None, typer.Option(help="File of more texts to find the answers among.")] = None,
+    document_column: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of results; default: scores/ in the model's run, else llm2comp-scores/.")
+    ] = None,
     compare: Annotated[bool, typer.Option(help="Show models evaluated before and the published figures beside.")] = False,
     instructions: Annotated[
         str, typer.Option(help="auto: the paper's for models trained with instructions; none; or a YAML file of task: text.")
@@ -44,9 +53,10 @@ def evaluate(
 
     size = None if batch_size == "auto" else int(batch_size)
     chosen, folders = tuple(tasks or ()), tuple(local or ())
-    options = evaluation.Options(chosen, folders, instructions, template, size, rehearse, device, num_memory)
+    asked = tuple(evaluation.Questions(file, query_column, answer_column, documents, document_column) for file in pairs or ())
+    options = evaluation.Options(chosen, folders, instructions, template, size, rehearse, device, num_memory, asked)
     rows = evaluation.evaluate(models, options, out)
-    before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out)) if compare else []
+    before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models)) if compare else []
     say(evaluation.table([*before, *rows], compare))
     if failed := {task for row in rows for task in row.failed}:
         raise RunError(f"{len(failed)} tasks could not be run: {', '.join(sorted(failed))}", fix="see above, then run it again")

@@ -218,7 +218,7 @@ def read_retrieval(files: SetFiles, split: str) -> Parts:
         for key, row in documents.items()
     ]
     asked = [{"id": key, "text": row.text("text")} for key, row in queries.items() if key in relevant]
-    return {split: _collection(corpus, asked, relevant, None)}
+    return {split: collection(corpus, asked, relevant, None)}
 
 
 def read_reranking(files: SetFiles, split: str) -> Parts:
@@ -236,15 +236,16 @@ def read_reranking(files: SetFiles, split: str) -> Parts:
                 corpus.append({"id": document, "title": "", "text": text})
                 relevant[query][document] = grade
     candidates = {query: list(documents) for query, documents in relevant.items()}
-    return {split: _collection(corpus, queries, relevant, candidates)}
+    return {split: collection(corpus, queries, relevant, candidates)}
 
 
-def _collection(
+def collection(
     corpus: list[dict[str, str]],
     queries: list[dict[str, str]],
     relevant: dict[str, dict[str, int]],
     candidates: dict[str, list[str]] | None,
 ) -> RetrievalSplitData:
+    """What mteb ranks: documents, queries, query → document → grade, and query → candidates where not all are ranked."""
     return RetrievalSplitData(
         corpus=Dataset.from_list(corpus), queries=Dataset.from_list(queries), relevant_docs=relevant, top_ranked=candidates
     )

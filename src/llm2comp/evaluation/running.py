@@ -19,14 +19,14 @@ from mteb.cache import ResultCache
 
 from llm2comp.errors import DataError, Llm2CompError, one_line
 from llm2comp.evaluation.encoder import MtebEncoder
-from llm2comp.evaluation.lexical import TfidfEncoder
+from llm2comp.evaluation.lexical import LexicalEncoder
 from llm2comp.evaluation.paper14 import PAPER14
 from llm2comp.files import explain_disk_errors
 
 if TYPE_CHECKING:
     from mteb.models import EncoderProtocol
 
-Encoder: TypeAlias = MtebEncoder | TfidfEncoder
+Encoder: TypeAlias = MtebEncoder | LexicalEncoder
 
 FETCH_ADVICE = "check the network, `hf auth login` for a gated set, HF_HUB_OFFLINE; run again: only what is missing runs"
 
@@ -87,7 +87,7 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
             if not given:
                 with _explained(task, "its data cannot be had", FETCH_ADVICE):
                     task.load_data()
-            if isinstance(encoder, TfidfEncoder):
+            if isinstance(encoder, LexicalEncoder):
                 encoder.fit_task(task)
             with explain_disk_errors(results or Path()), _explained(task, "mteb cannot score it with this model", None):
                 found = mteb.evaluate(
