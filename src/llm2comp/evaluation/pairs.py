@@ -43,7 +43,8 @@ class Questions:
 def pairs_task(asked: Questions) -> AbsTask:
     """Read questions and answers as an mteb retrieval task `Pairs-<file>`, by nDCG@10.
 
-    Texts that differ only in outer white space are one. A question that is there several times has several answers. On equal scores a text that answers nothing ranks first.
+    Texts that differ only in outer white space are one. A question that is there several times has several answers.
+    On equal scores a text that answers nothing ranks first.
 
     Raises:
         DataError: no such file or column; a row without question or answer (a figure needs every row); fewer than two texts.
