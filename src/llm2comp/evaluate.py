@@ -16,7 +16,7 @@ from filelock import FileLock
 from rich.table import Table
 
 from llm2comp.console import say
-from llm2comp.errors import DataError, RunError
+from llm2comp.errors import DataError, RunError, install_extra
 from llm2comp.evaluation.pairs import Questions, pairs_task
 from llm2comp.evaluation.paper14 import PAPER14
 from llm2comp.evaluation.published import published
@@ -216,9 +216,7 @@ def _tasks(options: Options) -> list[Any]:
     try:
         from llm2comp.evaluation.tasks import local_tasks, named_tasks
     except ImportError as error:
-        raise RunError(
-            f"mteb cannot be imported: {error}", where="llm2comp evaluate", fix="pip install 'llm2comp[eval]'"
-        ) from error
+        raise RunError(f"mteb cannot be imported: {error}", where="llm2comp evaluate", fix=install_extra("eval")) from error
     tasks = named_tasks(options.tasks) + [task for folder in options.local for task in local_tasks(folder)]
     tasks += [pairs_task(asked) for asked in options.pairs]
     if not tasks:
