@@ -152,5 +152,5 @@ def test_a_figure_that_is_no_number_is_a_failure(tmp_path):
     found = evaluate(list(LEXICAL), Options(local=(sts(tmp_path / "sets", rows),)), tmp_path / "out")
     for row in found:
         assert row.scores == {}
-        assert "cosine_spearman is not a number" in row.failed["Local-One"]
+        assert "score is not a number" in row.failed["Local-One"]
     assert "NaN" not in (tmp_path / "out" / "summary.json").read_text()

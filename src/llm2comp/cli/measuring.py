@@ -62,10 +62,11 @@ def evaluate(
         raise DataError("no template", where="--template", expected="a text with {instruction} in it", found=template)
     quiet_libraries()
     from llm2comp import evaluate as evaluation
+    from llm2comp.evaluation.pairs import Questions
 
     size = None if batch_size == "auto" else int(batch_size)
     chosen, folders = tuple(tasks or ()), tuple(local or ())
-    asked = tuple(evaluation.Questions(file, query_column, answer_column, documents, document_column) for file in pairs or ())
+    asked = tuple(Questions(file, query_column, answer_column, documents, document_column) for file in pairs or ())
     options = evaluation.Options(chosen, folders, instructions, template, size, rehearse, device, num_memory, asked)
     rows = evaluation.evaluate(models, options, out)
     before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models)) if compare else []

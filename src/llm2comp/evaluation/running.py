@@ -76,7 +76,7 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
     """Evaluate one task, or read its result if `results` holds one of this model, revision and data set.
 
     Raises:
-        TaskFailedError: the data set cannot be fetched, mteb cannot run the task on this model, or its figure is not a number.
+        TaskFailedError: the data set cannot be fetched, mteb cannot run the task on this model, or its score is NaN.
         DataError: an embedding is not finite. RunError: the result cannot be written.
     """
     cache = ResultCache(results) if results else None
@@ -101,7 +101,13 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
                 ).task_results[0]
             if not given:
                 task.unload_data()
-    return _score(task, found)
+    score = _score(task, found)
+    if not math.isfinite(score.score):  # a file of it would hold NaN, which is no JSON
+        if cache is not None and encoder.mteb_model_meta is not None:
+            cache.get_task_result_path(score.task, encoder.mteb_model_meta).unlink(missing_ok=True)
+        problem = "its score is not a number, as when all texts get one embedding"
+        raise TaskFailedError(problem, where=score.task, found=f"{score.metric} = {score.score}")
+    return score
 
 
 @contextmanager
@@ -136,12 +142,6 @@ def _score(task: Any, result: Any) -> Score:
     metric = PAPER14[name].metric if name in PAPER14 else task.metadata.main_score
     rows = [row for split in task.eval_splits for row in result.scores[split] if row["hf_subset"] in task.hf_subsets]
     score = sum(float(row[metric]) for row in rows) / len(rows)
-    if not math.isfinite(score):
-        raise TaskFailedError(
-            f"its {metric} is not a number: all that is compared gets the same similarity, or there is nothing to tell apart",
-            where=name,
-            fix="more rows, or rows of which some are more alike than others",
-        )
     return Score(name, round(score, 6), metric, "+".join(task.eval_splits))  # as exact as mteb's files
 
 

@@ -45,7 +45,6 @@ class Section:
 
     ident: str
     title: str
-    lead: str = ""
     text: tuple[str, ...] = ()
     cards: tuple[tuple[str, str, str], ...] = ()  # label, figure, note
     facts: tuple[tuple[str, str], ...] = ()
@@ -54,6 +53,7 @@ class Section:
     plots: tuple[Plot, ...] = ()
     code: str = ""
     folded: bool = False  # its tables wait behind a click
+    lead: str = ""  # one sentence that stands out, before the text
 
 
 @dataclass(frozen=True)

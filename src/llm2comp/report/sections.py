@@ -141,14 +141,14 @@ def _steps(stage: StageLog) -> str:
 
 
 def _scores(run: RunLog, ident: str) -> list[Section]:
-    tables, text = [], ()
+    tables: list[Table] = []
+    text = (RANKS,) if run.demo and measured_states(run) else ()
     if run.demo:
         rows = tuple(
             (row.model, percent(row.ndcg_at_10), percent(row.mrr_at_10), number(row.effective_rank)) for row in run.demo
         )
         caption = "Finding held-out Python documentation by its summary line; nDCG and MRR times 100"
         tables.append(Table(caption, ("model", "nDCG@10", "MRR@10", "effective rank"), rows))
-        text = (RANKS,) if measured_states(run) else ()
     if run.evaluations:
         tables.append(evaluation_table({entry.model: entry for entry in run.evaluations}))
     failed = tuple((task, entry.model, why) for entry in run.evaluations for task, why in entry.failed.items())

@@ -41,7 +41,7 @@ def short_section(run: RunLog, ident: str) -> Section:
     if not said:
         text.insert(0, NOT_SCORED.format(run=run.folder))
     cards = _cards(run, found, len(list(warnings(run))))
-    return Section(f"{ident}-short", "In short", said[0] if said else "", tuple(text), cards=cards)
+    return Section(f"{ident}-short", "In short", tuple(text), cards, lead=said[0] if said else "")
 
 
 def warnings_section(run: RunLog, ident: str) -> list[Section]:
