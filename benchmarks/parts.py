@@ -84,7 +84,7 @@ def data_side(setting: Setting, times: int, folder: Path) -> Side:
     place, size = folder / f"rows-{times}", setting.pretext_texts
     if not place.exists():
         lengths = draw_lengths(times * setting.data_rows, setting.pretext_lengths, 20)
-        with new_folder(place) as new:
+        with new_folder(place, None) as new:
             write_rows(new, token_rows(lengths, setting.shape, 20))
     samples = PretextRows(TokenStore(place), 10**9, MARGIN, SEED, size)
     collate, numbers = PretextCollator(0), itertools.count()

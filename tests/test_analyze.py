@@ -293,7 +293,7 @@ def refuse_constant(name):
 
 def assert_plots(folder, names):
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["analysis.json", *(f"{name}.{ending}" for name in names for ending in ("png", "svg"))]
+        [".llm2comp.json", "analysis.json", *(f"{name}.{ending}" for name in names for ending in ("png", "svg"))]
     )
     for name in names:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -123,7 +123,9 @@ def test_bad_rows_are_counted_and_kept_out(tmp_path):
     (tmp_path / "texts.jsonl").write_bytes(b"\n".join(bad + rows))
     said = train(tmp_path, **only("pretext", "ucl", pretext=tree["pretext"] | {"min_characters": 30}))
     assert said.code == 0, said
-    assert "texts.jsonl: 13 rows; left out: 2 empty, 1 not UTF-8 (first at line 3), 1 malformed JSON" in said.err
+    assert (
+        "texts.jsonl: 13 rows; left out: 2 empty (line 1, line 2), 1 not UTF-8 (line 3), 1 malformed JSON (line 5)" in said.err
+    )
     assert "stage 1: 12 texts of up to 48 tokens; left out: 1 under 30 characters" in said.err
     assert "stage 2: 12 texts of 20 characters or more" in said.err
 
@@ -301,7 +303,7 @@ def test_a_run_directory_of_another_recipe_names_the_fields(tmp_path):
 def test_a_directory_that_is_no_run_is_left_as_it_was(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    assert_refused(train(tmp_path), "not empty and not a run")
+    assert_refused(train(tmp_path), "would replace what is not its own", "thesis.txt")
     assert files_in(tmp_path / "run") == ["thesis.txt"]
 
 
@@ -349,7 +351,7 @@ def test_truncated_weights(tmp_path, model, command):
     assert not (tmp_path / "out.npy").exists()
 
 
-HARMLESS = {"README.md", "done.json", "1_WordWeights/model.safetensors"}  # nobody reads them
+HARMLESS = {".llm2comp.json", "README.md", "done.json", "1_WordWeights/model.safetensors"}  # nobody reads them
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -407,7 +409,7 @@ def test_folders_that_are_no_model(tmp_path, what):
         what, "no such folder"
     )
     assert_refused(cli("similarity", "a", "b", "-m", place), problem, str(place))
-    assert_refused(cli("verify", place), "cannot be checked", str(place))
+    assert_refused(cli("verify", place), "cannot be checked" if place.is_dir() else "no such folder", str(place))
 
 
 @pytest.mark.parametrize("stage", ["1-pretext", "2-ucl"])
@@ -443,7 +445,7 @@ def test_texts_that_cannot_be_embedded(tmp_path):
     model, out = finished()[1], tmp_path / "out.npy"
     assert_refused(cli("similarity", "alone", "-m", model), "nothing to compare", "two texts or more")
     assert_refused(cli("embed", "-", "-m", model, "-o", out), "standard input", "no usable row", "nothing in it")
-    assert_refused(cli("embed", "-", "-m", model, "-o", out, stdin=b"\n \n"), "standard input", "2 empty")
+    assert_refused(cli("embed", "-", "-m", model, "-o", out, stdin=b"\n \n"), "standard input", "nothing in it")
     assert_refused(cli("similarity", "a", "\udcff", "-m", model), "text 2: not a Unicode text", "udcff")
     assert_refused(cli("embed", tmp_path / "no.txt", "-m", model, "-o", out), "no such file")
     assert_refused(cli("similarity", "a", "b", "-m", model, "--device", "warp"), "no such device here", "warp")

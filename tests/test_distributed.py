@@ -128,7 +128,7 @@ def test_an_error_of_rank_0_reaches_all(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
     said = in_ranks(2, refused_run, tmp_path / "full")
-    assert "not empty and not a run" in said[0]
+    assert "would replace what is not its own" in said[0]
     assert said[0] == said[1]
 
 

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 import llm2comp
 from families import make_compressor
-from llm2comp.embed import Embedded, _pieces, embed, write_embeddings
+from llm2comp.embed import Embedded, Places, _pieces, check_output, embed, rows_file, write_embeddings
 from llm2comp.encoder import MemoryEncoder, as_sentence_transformer, embed_texts, frame_of, merge_adapters
 from llm2comp.errors import BackboneError, DataError, RunError
 from llm2comp.export import export, load_folder
@@ -375,13 +376,14 @@ def test_jsonl_reads_back(tmp_path, made):
 @pytest.mark.parametrize("suffix", [".npy", ".parquet", ".jsonl"])
 def test_full_disk_leaves_the_old_file(tmp_path, made, suffix):
     place = tmp_path / f"x{suffix}"
-    place.write_text("old")
+    write_embeddings(place, Embedded(made[0].embeddings_ND[:1], 0), ["old"])
+    old = place.read_bytes()
     with pytest.raises(RunError, match="cannot write: File too large"), no_file_over(64):
         write_embeddings(place, *made)
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
-    assert place.read_text() == "old"
+    assert place.read_bytes() == old
     write_embeddings(place, *made)
-    assert place.stat().st_size > 64
+    assert place.read_bytes() != old
 
 
 # ---- the command
@@ -416,9 +418,10 @@ def test_command_reads_files(tmp_path, command, suffix):
 def test_command_reads_standard_input_and_says_what_it_left_out(tmp_path, command):
     folder, texts, expected = command
     lines = [b"", *(text.encode() for text in texts[:3]), b"\xff", *(text.encode() for text in texts[3:])]
-    said = cli("embed", "-", "-m", folder / "model", "-o", tmp_path / "x" / "out.jsonl", stdin=b"\r\n".join(lines))
+    arguments = ("embed", "-", "-m", folder / "model", "-o", tmp_path / "x" / "out.jsonl", "--bad-rows", "skip")
+    said = cli(*arguments, stdin=b"\r\n".join(lines))
     assert said.code == 0, said
-    assert f"standard-input.txt: {len(texts)} rows; left out: 1 empty, 1 not UTF-8 (first at line 5)" in said.err
+    assert f"standard-input.txt: {len(texts)} rows; left out: 1 empty (line 1), 1 not UTF-8 (line 5)" in said.err
     rows = [json.loads(line) for line in (tmp_path / "x" / "out.jsonl").read_text("utf-8").splitlines()]
     assert [row["text"] for row in rows] == texts
     np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-5)
@@ -486,3 +489,112 @@ def test_full_disk_at_the_command(tmp_path, command):
     assert list(tmp_path.iterdir()) == []
     assert cli(*arguments, stdin=stdin).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+
+
+# ---- rows that have no text; files that are not ours
+
+
+def gaps(tmp_path, kind, texts):
+    """A file of each kind that has no text in rows 1, 3 and 6; the rows that have."""
+    cells = [texts[0], "", texts[1], " ", texts[2], texts[3], ""]
+    if kind == ".parquet":
+        pq.write_table(pa.table({"text": [cell or None for cell in cells]}), tmp_path / "in.parquet")
+    elif kind == ".csv":
+        (tmp_path / "in.csv").write_text("n,text\n" + "".join(f'{n},"{cell}"\n' for n, cell in enumerate(cells)))
+    else:
+        write_rows(tmp_path / "in.jsonl", [{"text": cell} for cell in cells])
+    return tmp_path / f"in{kind}", [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_rows_without_a_text_stop_embedding_and_are_named(tmp_path, command, kind):
+    source, _ = gaps(tmp_path, kind, command[1])
+    said = cli("embed", source, "-m", command[0], "-o", tmp_path / "out.npy")
+    shift, word = {".csv": (2, "line"), ".jsonl": (1, "line"), ".parquet": (1, "row")}[kind]
+    places = ", ".join(f"{word} {row + shift}" for row in (1, 3, 6))
+    assert_refused(said, f"in{kind}: 3 of 7 rows cannot be embedded", f"3 empty ({places})", "--bad-rows skip", "zero")
+    assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_rows_keep_their_numbers_or_their_places(tmp_path, command, kind):
+    """What is left of the others' rows is what these texts have by themselves; zeros are where no text is."""
+    source, rows = gaps(tmp_path, kind, command[1])
+    expected = command[2][:4]
+    for suffix in (".npy", ".parquet", ".jsonl"):
+        outs = {policy: tmp_path / f"{policy}{suffix}" for policy in ("skip", "zero")}
+        for policy, out in outs.items():
+            said = cli("embed", source, "-m", command[0], "-o", out, "--bad-rows", policy)
+            assert said.code == 0, said
+            assert "left out: 3 empty (" in said.err
+            assert ("zeros in the place of 3 rows" if policy == "zero" else "their rows (from 0): ") in said.err
+        if suffix == ".npy":
+            skipped, zeros, numbers = np.load(outs["skip"]), np.load(outs["zero"]), np.load(rows_file(outs["skip"]))
+            assert not rows_file(outs["zero"]).exists()
+        else:
+            read = pq.read_table if suffix == ".parquet" else lambda file: pa.Table.from_pylist(lines(file))
+            tables = {policy: read(out) for policy, out in outs.items()}
+            skipped, zeros = (np.array(tables[policy]["embedding"].to_pylist()) for policy in outs)
+            numbers = tables["skip"]["row"].to_numpy()
+            assert tables["zero"].column_names == ["text", "embedding"]
+            assert [text is None for text in tables["zero"]["text"].to_pylist()] == [n not in rows for n in range(7)]
+        assert numbers.tolist() == rows
+        assert zeros.shape == (7, 32)
+        np.testing.assert_allclose(skipped, expected, atol=1e-5)
+        np.testing.assert_array_equal(zeros[numbers], skipped)
+        assert not np.delete(zeros, numbers, axis=0).any()
+        assert np.delete(zeros, numbers, axis=0).shape == (3, 32)
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def test_row_numbers_of_an_earlier_file_do_not_stay_beside_another(tmp_path, made):
+    write_embeddings(tmp_path / "x.npy", *made, Places([0, 2, 3], 5))
+    assert np.load(tmp_path / "x.rows.npy").tolist() == [0, 2, 3]
+    write_embeddings(tmp_path / "x.npy", *made)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+    (tmp_path / "x.rows.npy").write_text("mine")
+    with pytest.raises(RunError, match=r"x\.rows\.npy: would replace what is not its own"):
+        write_embeddings(tmp_path / "x.npy", *made)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet", ".jsonl"])
+def test_only_embeddings_are_replaced(tmp_path, made, suffix):
+    out = tmp_path / f"x{suffix}"
+    write_embeddings(out, *made)
+    check_output(out)
+    others = [b"mine", b'{"text": "mine"}\n', b"[1]"]
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"text": ["mine"]}), out)
+        others.append(out.read_bytes())
+    if suffix == ".npy":
+        np.save(out, np.array(["mine"]))
+        others.append(out.read_bytes())
+    for content in others:
+        out.write_bytes(content)
+        for attempt in (lambda: check_output(out), lambda: write_embeddings(out, *made)):
+            with pytest.raises(RunError, match="would replace what is not its own"):
+                attempt()
+        assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_input_is_not_replaced(tmp_path, command, suffix):
+    """Not even by a file that holds embeddings, nor through a link."""
+    source = tmp_path / f"in{suffix}"
+    write_embeddings(source, Embedded(np.zeros((2, 3), np.float32), 0), ["a", "b"])
+    (tmp_path / f"link{suffix}").symlink_to(source)
+    before = source.read_bytes()
+    for out in (source, tmp_path / f"link{suffix}"):
+        said = cli("embed", source, "-m", command[0], "-o", out)
+        assert_refused(said, "would replace its own input", str(source))
+    assert source.read_bytes() == before
+
+
+def test_a_column_that_is_not_there_is_told_as_an_option(tmp_path, command):
+    write_rows(tmp_path / "in.jsonl", [{"id": "1", "the body": "a"}])
+    for column, told in (([], "--column 'the body'"), (["--column", "the bdy"], "--column 'the body'")):
+        said = cli("embed", tmp_path / "in.jsonl", "-m", command[0], "-o", tmp_path / "out.npy", *column)
+        assert_refused(said, "no column", "columns id, the body", f"to do: {told}\n")

@@ -1,6 +1,7 @@
 """Files and folders are whole or not there, whatever happens while they are written."""
 
 import contextlib
+import json
 import os
 
 import pytest
@@ -9,8 +10,26 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from llm2comp.errors import DataError, RunError
-from llm2comp.files import explain_disk_errors, new_folder, sha256, whole_or_gone, write_bytes, write_text
+from llm2comp.files import (
+    MARK_FILE,
+    Kind,
+    claim,
+    explain_disk_errors,
+    new_folder,
+    open_to_others,
+    refuse_foreign,
+    refuse_output,
+    refuse_taken,
+    remove_folder,
+    sha256,
+    whole_or_gone,
+    write_bytes,
+    write_text,
+)
 from tiny_run import no_file_over, small_disk
+
+KIND = Kind("a test", ("a.txt", "only-in-old.txt"), ("a.txt",))
+OTHER = Kind("another", ("b.txt",), ("b.txt",))
 
 
 def names(folder):
@@ -68,13 +87,151 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 def test_new_folder_takes_the_place_of_the_old_as_a_whole(tmp_path):
     folder = filled(tmp_path / "model")
     (folder / "only-in-old.txt").write_text("")
-    with new_folder(folder) as target:
+    with new_folder(folder, KIND) as target:
         assert target.parent == tmp_path, "on the same disk"
         (target / "a.txt").write_text("new")
         assert (folder / "a.txt").read_text() == "old", "nothing changes before the end"
-    assert names(tmp_path) == ["model", "model/a.txt"]
+    assert names(tmp_path) == ["model", f"model/{MARK_FILE}", "model/a.txt"]
     assert (folder / "a.txt").read_text() == "new"
-    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+# ---- what is whose
+
+
+def written(folder, kind=KIND, files=("x/y.bin", "z")):
+    with new_folder(folder, kind) as new:
+        for name in files:
+            (new / name).parent.mkdir(exist_ok=True)
+            (new / name).write_text("ours")
+    return folder
+
+
+def refused(folder, kind, *parts):
+    """Neither replaced nor removed, and nothing changes."""
+    before = {name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()}
+    for attempt in (lambda: refuse_foreign(folder, kind), lambda: written(folder, kind), lambda: remove_folder(folder, kind)):
+        with pytest.raises(RunError, match="would replace what is not its own") as caught:
+            attempt()
+        assert all(part in str(caught.value) for part in (str(folder), *parts)), caught.value
+    assert {name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()} == before
+
+
+def test_a_folder_that_was_written_before_is_replaced_whole_and_removed(tmp_path):
+    folder = written(tmp_path / "m", files=("x/y.bin", "old"))
+    written(folder)
+    assert names(folder) == [MARK_FILE, "x", "x/y.bin", "z"]
+    (folder / "a.txt").write_text("put beside by the same kind of command")
+    (folder / ".DS_Store").write_text("")
+    remove_folder(folder, KIND)
+    remove_folder(folder, KIND)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "x/notes.md", ".git/config", "deep/er/a.txt", "A.TXT"])
+def test_a_file_of_others_in_it_stops_that(tmp_path, name):
+    folder = written(tmp_path / "m")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("years of work")
+    refused(folder, KIND, name)
+
+
+def test_so_does_a_link_in_it(tmp_path):
+    folder = written(tmp_path / "m")
+    (tmp_path / "far").mkdir()
+    (folder / "link").symlink_to(tmp_path / "far")
+    refused(folder, KIND, "link")
+
+
+@pytest.mark.parametrize("mark", ["", "{}", "[]", '{"a test": 3}', '{"another": ["y"]}'])
+def test_a_folder_without_its_mark_is_not_replaced(tmp_path, mark):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    if mark:
+        (folder / MARK_FILE).write_text(mark)
+    written(folder)  # empty
+    (folder / MARK_FILE).write_text(mark)
+    refused(folder, KIND, "a new or empty folder, or a test", "x, z")
+
+
+def test_one_kind_does_not_replace_another(tmp_path):
+    refused(written(tmp_path / "m", OTHER), KIND, "x, z")
+
+
+def test_folders_from_before_there_were_marks_are_known_by_their_files(tmp_path):
+    folder = filled(tmp_path / "m")
+    refuse_foreign(folder, KIND)
+    refused(folder, OTHER, "a.txt")
+    (folder / "b.txt").write_text("")
+    refused(folder, KIND, "b.txt")
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    written(tmp_path / "far")
+    (tmp_path / "m").symlink_to(tmp_path / "far")
+    written(tmp_path / "m", files=("new",))
+    assert (tmp_path / "m").is_symlink()
+    assert names(tmp_path / "far") == [MARK_FILE, "new"]
+
+
+def test_a_folder_that_is_filled_bit_by_bit(tmp_path):
+    folder = tmp_path / "m"
+    claim(folder, OTHER)
+    claim(folder, OTHER)
+    (folder / "b.txt").write_text("")
+    (folder / "thesis.txt").write_text("")
+    claim(folder, OTHER)
+    claim(folder, KIND)  # of nothing that is there would its files take the place
+    assert set(json.loads((folder / MARK_FILE).read_text())) == {"another", "a test"}
+    whole = Kind("all of a folder")
+    for kind, found in ((Kind("a third", ("thesis.*",)), "thesis.txt"), (whole, "b.txt, thesis.txt")):
+        for attempt in (refuse_taken, claim):
+            with pytest.raises(RunError, match=f"(?s)not its own.*found: {found}"):
+                attempt(folder, kind)
+    claim(tmp_path / "new", whole)
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / ".lock").write_text("")
+    claim(tmp_path / "hidden", whole)
+
+
+def test_outputs_that_are_inputs_folders_or_anothers(tmp_path):
+    place, link, hard = (tmp_path / name for name in ("in.txt", "link.txt", "hard.txt"))
+    refuse_output(place, [place])  # not there yet
+    place.write_text("mine")
+    link.symlink_to(place)
+    hard.hardlink_to(place)
+    for out in (place, link, hard, tmp_path / "." / "in.txt", tmp_path / "x" / ".." / "in.txt"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(RunError, match="(?s)replace its own input.*in.txt"):
+            refuse_output(out, [tmp_path / "no", place])
+    with pytest.raises(RunError, match="a folder stands there"):
+        refuse_output(tmp_path / "x")
+    refuse_output(place, [tmp_path / "x"], lambda file: file.read_text() == "mine")
+    with pytest.raises(RunError, match="not its own"):
+        refuse_output(place, (), lambda file: file.read_text() == "other")
+    place.write_text("")
+    refuse_output(place, (), lambda _: False)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_what_is_written_has_the_umasks_mode(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        folder = written(tmp_path / "m", files=("a/b",))
+        with new_folder(folder, KIND) as new:
+            (new / "a").mkdir(mode=0o700)
+            save_file({"a": torch.zeros(10)}, new / "a" / "b.safetensors")
+            (new / "tool").touch(mode=0o700)
+        write_bytes(tmp_path / "deep" / "file", b"x")
+        (tmp_path / "one").touch(mode=0o600)
+        open_to_others(tmp_path / "one")
+    finally:
+        os.umask(before)
+    modes = {path: (tmp_path / path).stat().st_mode & 0o777 for path in ("m", "m/a", "m/a/b.safetensors", "m/tool", "one")}
+    modes |= {path: (tmp_path / path).stat().st_mode & 0o777 for path in ("deep", "deep/file", f"m/{MARK_FILE}")}
+    executable = {"m", "m/a", "deep", "m/tool"}
+    files = set(modes) - executable
+    assert {modes[path] for path in executable} == {0o777 & ~mask}
+    assert {modes[path] for path in files} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -83,7 +240,7 @@ def test_new_folder_changes_nothing_on_an_error(tmp_path, error, old):
     if old:
         filled(tmp_path / "model")
     before = names(tmp_path)
-    with pytest.raises(RunError if isinstance(error, OSError) else type(error)), new_folder(tmp_path / "model") as target:
+    with pytest.raises(RunError if isinstance(error, OSError) else type(error)), new_folder(tmp_path / "model", KIND) as target:
         write_half(target, error)
     assert names(tmp_path) == before
 
@@ -98,7 +255,7 @@ def test_new_folder_puts_the_old_one_back_when_the_last_step_fails(tmp_path, mon
         return rename(self, target)
 
     monkeypatch.setattr(type(folder), "rename", fails_once)
-    with pytest.raises(RunError, match="Input/output error"), new_folder(folder) as target:
+    with pytest.raises(RunError, match="Input/output error"), new_folder(folder, KIND) as target:
         (target / "a.txt").write_text("new")
     assert names(tmp_path) == ["model", "model/a.txt"]
     assert (folder / "a.txt").read_text() == "old"
@@ -106,7 +263,7 @@ def test_new_folder_puts_the_old_one_back_when_the_last_step_fails(tmp_path, mon
 
 def test_new_folder_does_not_replace_a_file(tmp_path):
     (tmp_path / "model").write_text("mine")
-    with pytest.raises(RunError, match="a file of that name"), new_folder(tmp_path / "model"):
+    with pytest.raises(RunError, match="a file of that name"), new_folder(tmp_path / "model", KIND):
         pass
     assert (tmp_path / "model").read_text() == "mine"
     assert names(tmp_path) == ["model"]

@@ -212,7 +212,7 @@ def test_other_settings_are_refused(lm, made, tmp_path):
 
 def test_a_folder_of_something_else_is_refused(lm, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunError, match="not empty and holds no responses"):
+    with pytest.raises(RunError, match="would replace what is not its own"):
         generate_responses(lm, TEXTS, tmp_path, SHORT)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(DataError, match="a folder without responses"):

@@ -276,6 +276,20 @@ def test_retrieval_is_ndcg_with_graded_gain_on_title_and_text(tmp_path):
     assert figure(as_mteb(write(tmp_path, "retrieval"))) == pytest.approx(np.mean(figures), abs=6e-6)
 
 
+@pytest.mark.parametrize("title", [None, ""])
+def test_documents_need_no_title(tmp_path, title):
+    rows = [
+        {"_id": row["_id"], "text": row["text"]} | ({} if title is None else {"title": None})
+        for row in RETRIEVAL["corpus.jsonl"]
+    ]
+    empty = [row | {"title": ""} for row in RETRIEVAL["corpus.jsonl"]]
+    found, expected, whole = (
+        figure(as_mteb(write(tmp_path, "retrieval", name, files)))
+        for name, files in (("A", {"corpus.jsonl": rows}), ("B", {"corpus.jsonl": empty}), ("C", {}))
+    )
+    assert found == expected != whole
+
+
 def test_reranking_is_mean_average_precision(tmp_path):
     expected = []
     for row in RERANKING["test.jsonl"]:
@@ -470,8 +484,8 @@ BAD_ROWS = [
     ("clustering", "test.jsonl", '{"text": "a", "label": 1.5}', ("line 2", "'label' is not a string")),
     ("retrieval", "corpus.jsonl", '{"_id": "1", "title": "", "text": "a"}', ("line 2", "_id '1' is there twice", "line 1")),
     ("retrieval", "corpus.jsonl", '{"_id": 2, "title": "", "text": "a"}', ("line 2", "'_id' is not a string")),
-    ("retrieval", "corpus.jsonl", '{"_id": "2", "text": "a"}', ("line 2", "no key 'title'")),
-    ("retrieval", "corpus.jsonl", '{"_id": "2", "title": null, "text": "a"}', ("line 2", "'title' is not a string")),
+    ("retrieval", "corpus.jsonl", '{"_id": "2", "title": 3, "text": "a"}', ("line 2", "'title' is not a string")),
+    ("retrieval", "corpus.jsonl", '{"_id": "2", "title": "a"}', ("line 2", "no key 'text'")),
     ("retrieval", "queries.jsonl", '{"_id": "1", "text": "a"}', ("line 2", "_id '1' is there twice")),
     ("retrieval", "queries.jsonl", '{"_id": "2", "text": ""}', ("line 2", "'text' is not a string with a text in it")),
     ("retrieval", "qrels/test.tsv", "none\t1\t1", ("line 2", "'none' is no _id of queries.jsonl")),

@@ -95,7 +95,7 @@ def test_results_are_kept_until_a_text_changes(tmp_path):
     [
         (("question", "answer"), "--query-column question --answer-column answer"),
         (("user_query", "Response"), "--query-column user_query --answer-column Response"),
-        (("a", "b"), "--query-column NAME --answer-column NAME"),
+        (("a", "b"), "--query-column a --answer-column b"),
     ],
 )
 def test_other_columns_are_named(tmp_path, names, advice):
@@ -129,6 +129,9 @@ def test_files_that_give_no_figure(tmp_path, rows, parts):
 
 def test_a_file_that_is_not_there(tmp_path):
     assert_refused(cli("evaluate", "bm25", "--pairs", tmp_path / "none.csv"), "none.csv", "no such file")
+    file = write_csv(tmp_path / "qa.csv", ROWS)
+    assert_refused(cli("evaluate", "bm25", "--pairs", file, "--documents", tmp_path / "no.txt"), "no.txt", "no such file")
+    assert_refused(cli("evaluate", "bm25", "--documents", file), "--documents", "--pairs FILE")
 
 
 def test_two_sets_of_one_name(tmp_path):

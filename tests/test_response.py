@@ -315,7 +315,7 @@ def test_recipes_that_cannot_be(made, tmp_path):
     tree = response_tree(folder, source)
     tree["pretext"]["data"][0]["response"] = "reply"
     file = write_recipe(tmp_path, **tree)
-    assert_refused(cli("train", file, "--out", tmp_path / "run"), "no column 'reply'", "did you mean 'response'?")
+    assert_refused(cli("train", file, "--out", tmp_path / "run"), "no column 'reply'", "column: text, response: response}")
     tree["pretext"]["data"][0] = {"source": str(folder / "texts.jsonl"), "response": "response"}
     file = write_recipe(tmp_path, **tree)
     assert_refused(cli("train", file, "--out", tmp_path / "run"), "no column 'response'")

@@ -87,7 +87,7 @@ def home(original, tmp_path, monkeypatch):
 
 def test_layout():
     _, run = finished()
-    assert {path.name for path in run.iterdir()} - {".lock"} == {
+    assert {path.name for path in run.iterdir()} - {".lock", ".llm2comp.json"} == {
         "recipe.yaml",
         "environment.json",
         "1-pretext",

@@ -75,7 +75,7 @@ def test_rows_are_those_of_the_texts_in_memory(tmp_path, source, policy):
         assert found_left_out == left_out
         assert found_left_out["under 15 characters"] == 1
         assert lines == [loaded.summary() for loaded in texts]
-        assert lines[0] == "texts.jsonl: 34 rows; left out: 1 empty"
+        assert lines[0] == "texts.jsonl: 34 rows; left out: 1 empty (line 35)"
     assert len(folders(tmp_path / "cache")) == 1
 
 
@@ -230,7 +230,7 @@ def test_sources_that_fail_leave_nothing(tmp_path, source):
         stored(tmp_path / "cache", stage(source, broken))
     with pytest.raises(DataError, match="no text is fit"):
         stored(tmp_path / "cache", stage(source, min_characters=10**6))
-    with pytest.raises(DataError, match="did you mean 'text'"):
+    with pytest.raises(DataError, match="column: text"):
         stored(tmp_path / "cache", stage({"source": str(source), "column": "texd"}))
     with pytest.raises(DataError, match=r"did you mean 'texts.jsonl'"):
         stored(tmp_path / "cache", stage(tmp_path / "text.jsonl"))
@@ -268,7 +268,7 @@ def test_texts_of_stage_two(tmp_path, source):
         lines = []
         texts = stored_texts(specs, 15, lines.append, tmp_path / "cache")
         assert texts.to_dict() == {"anchor": expected, "positive": expected}
-        assert lines == ["texts.jsonl: 34 rows; left out: 1 empty"] * 2
+        assert lines == ["texts.jsonl: 34 rows; left out: 1 empty (line 35)"] * 2
     (folder,) = folders(tmp_path / "cache")
     assert {file["filename"] for file in texts.cache_files} == {str(folder / "texts.arrow")}, "not memory-mapped"
     assert [distinct(texts, most) for most in (1, 5, 33, 34, 99)] == [1, 5, 33, 33, 33]

@@ -28,7 +28,7 @@ from llm2comp.embed import embed
 from llm2comp.encoder import refuse_not_finite
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.export import memory_names, reweight
-from llm2comp.files import explain_disk_errors, write_bytes, write_text
+from llm2comp.files import ANALYSIS, claim, explain_disk_errors, write_bytes, write_text
 from llm2comp.loading import identity, live_place, load, run_of, stage_of
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ def default_folder(path: str) -> Path:
 
 def write_analysis(found: Analysis, folder: Path) -> None:
     """The plots (PNG, SVG), then `analysis.json`, over those of an earlier analysis. Raises RunError when a write fails."""
+    claim(folder, ANALYSIS)
     with explain_disk_errors(folder):
         for old in (ANALYSIS_FILE, *(f"{plot}.{kind}" for plot in PLOTS for kind in ("png", "svg"))):
             (folder / old).unlink(missing_ok=True)

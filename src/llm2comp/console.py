@@ -26,6 +26,14 @@ class LongTexts(StrEnum):
     error = "error"
 
 
+class BadRows(StrEnum):
+    """What to do with rows that have no text."""
+
+    stop = "stop"
+    skip = "skip"
+    zero = "zero"
+
+
 class Role(StrEnum):
     """Which stored prompt to use."""
 

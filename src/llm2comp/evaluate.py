@@ -92,6 +92,7 @@ def evaluate(models: Sequence[str], options: Options, out: Path | None = None) -
     rows = []
     for path in models:
         folder = results_folder(path, out, models)
+        read_summary(folder / SUMMARY_FILE)  # one that is not ours is said before the work
         encoder = _encoder(str(path), tasks, instructions, options)
         row = _evaluate_one(str(path), encoder, tasks, options, folder)
         if not options.rehearse:
@@ -187,7 +188,8 @@ def read_summary(file: Path) -> list[ModelScores]:
     try:
         return [ModelScores(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
     except (ValueError, TypeError) as error:
-        raise RunError(f"is damaged: {error}", where=str(file), fix="delete it; the results beside it remain") from None
+        fix = "give another --out, or move it away; results beside it remain"
+        raise RunError(f"is damaged, or another's: {error}", where=str(file), fix=fix) from None
 
 
 def earlier_rows(rows: Sequence[ModelScores], folder: Path) -> list[ModelScores]:

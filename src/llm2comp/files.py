@@ -1,21 +1,69 @@
-"""Writing so that a reader, a kill or a full disk never meets half a file or half a folder."""
+"""Writing so that a reader, a kill or a full disk never meets half a file or half a folder, and nothing of others is lost.
+
+A folder that we write carries a mark, `.llm2comp.json`: which kind of folder it is and, where it was written as a whole, its
+files. A folder is replaced only if it carries the mark of the same kind and holds nothing else; one that is filled bit by bit
+is written into only if it carries the mark or holds nothing by the names that would be written.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from llm2comp.errors import Llm2CompError, RunError
 
 # How a failed write speaks in libraries that write by themselves: safetensors and tokenizers, then torch.
 _NATIVE = re.compile(r"([^:\n]+) \(os error \d+\)|inline_container\.cc|PytorchStreamWriter|iostream error")
+
+MARK_FILE = ".llm2comp.json"
+# What systems put into folders by themselves, and a run's lock.
+_NOBODYS = (MARK_FILE, ".lock", ".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder that a command writes.
+
+    Args:
+        name: what messages call it.
+        writes: patterns of the paths below it that the command writes; a `*` stands for any part, over / too.
+        older: files that together are the mark of one from before there were marks.
+    """
+
+    name: str
+    writes: tuple[str, ...] = ("*",)
+    older: tuple[str, ...] = ()
+
+
+_IN_STAGE = ("config.json", "metrics.jsonl", "watch.jsonl", "done.json", "memory.safetensors", "alignment.safetensors")
+_IN_GRAPH = ("llm2comp.json", "openvino_model.xml", "openvino_model.bin", "model.onnx", "model.onnx.data")
+GRAPH = Kind("a compiled graph", _IN_GRAPH, ("llm2comp.json",))
+EXPORTED = Kind(
+    "an exported model",
+    (
+        *("README.md", "golden.json", "done.json", "modules.json", "config.json", "generation_config.json"),
+        *("config_sentence_transformers.json", "sentence_*_config.json", "model*.safetensors", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("[0-9]_*/*config.json", "[0-9]_*/*.safetensors"),
+        *(f"{backend}/{name}" for backend in ("openvino", "onnx") for name in (*_IN_GRAPH, MARK_FILE)),
+    ),
+    ("golden.json", "modules.json"),
+)
+STAGE = Kind("a stage of a run", (*_IN_STAGE, "adapter/*", "best/*", "checkpoint-*", "runs/*", ".*.part"), ("config.json",))
+RUN = Kind("a run", older=("recipe.yaml", "environment.json"))
+RESPONSES = Kind("a folder of responses", older=("responses.json",))
+STUDY = Kind("a study", older=("study.yaml", "runs"))
+ANALYSIS = Kind("an analysis", ("analysis.json", "spectrum.*", "scores.*", "memory.*"), ("analysis.json",))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,17 +87,31 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; on leaving without error it takes the place of `path`, otherwise nothing changes there."""
+def new_folder(path: Path, kind: Kind | None) -> Iterator[Path]:
+    """A folder to fill; on leaving without error it takes the place of `path`, otherwise nothing changes there.
+
+    Args:
+        path: where to.
+        kind: what it is to be: a folder of another kind, or with files of others, is not replaced. None: the caller carries
+            over what stands there, or the place is ours by its name (the cache).
+
+    Raises:
+        RunError: not to be replaced (`refuse_foreign`), or cannot be written.
+    """
     with explain_disk_errors(path):
+        path = path.resolve()  # what a link stands for is replaced, not the link
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "a file of that name is there")
+        if kind is not None:
+            refuse_foreign(path, kind)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         old = temporary.with_name(temporary.name + ".old")
         try:
             yield temporary
-            temporary.chmod(0o755)
+            if kind is not None:
+                write_text(temporary / MARK_FILE, json.dumps({kind.name: _files(temporary)}, indent=1))
+            open_to_others(temporary)
             _take_place(temporary, path, old)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -65,6 +127,106 @@ def _take_place(new: Path, path: Path, old: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
+
+
+def refuse_foreign(folder: Path, kind: Kind) -> None:
+    """Raise RunError for a folder that may not be replaced: it lacks the mark of its kind, or holds files of others."""
+    there = _files(folder)
+    marked = _mark(folder, kind)
+    if marked is None:
+        _refuse(folder, kind, there)
+    else:
+        _refuse(folder, kind, [name for name in there if name not in marked and not _matches(name, kind.writes)])
+
+
+def remove_folder(folder: Path, kind: Kind) -> None:
+    """Remove a folder of that kind, if there is one. Raises RunError as `refuse_foreign`."""
+    with explain_disk_errors(folder):
+        if folder.exists():
+            refuse_foreign(folder, kind)
+            shutil.rmtree(folder)
+
+
+def refuse_taken(folder: Path, kind: Kind) -> None:
+    """Raise RunError for a folder without the mark of its kind where something has a name that would be written."""
+    if _mark(folder, kind) is None:
+        _refuse(folder, kind, [name for name in _files(folder) if not name.startswith(".") and _matches(name, kind.writes)])
+
+
+def claim(folder: Path, kind: Kind) -> None:
+    """Mark a folder that is to be filled bit by bit. Raises RunError as `refuse_taken`, or when it cannot be written."""
+    refuse_taken(folder, kind)
+    marks = _marks(folder)
+    if kind.name not in marks:
+        write_text(folder / MARK_FILE, json.dumps(marks | {kind.name: []}, indent=1))
+
+
+def refuse_output(file: Path, inputs: Iterable[Path] = (), ours: Callable[[Path], bool] | None = None) -> None:
+    """Raise RunError for a file that may not be written: a folder, one of the inputs, or another's, as `ours` finds."""
+    if not file.exists():
+        return
+    fix = "give another --out"
+    if file.is_dir():
+        raise RunError("a folder stands there", where=str(file), expected="a file to write", fix=fix)
+    for given in inputs:
+        if given.exists() and file.samefile(given):
+            raise RunError("would replace its own input", where=str(file), found=f"the same file as {given}", fix=fix)
+    if ours is not None and file.stat().st_size and not ours(file):
+        found = "a file that this command did not write"
+        raise RunError("would replace what is not its own", where=str(file), found=found, fix=f"{fix}, or move it away")
+
+
+def _refuse(folder: Path, kind: Kind, foreign: list[str]) -> None:
+    if not foreign:
+        return
+    marked = _mark(folder, kind) is not None
+    shown = foreign if marked else list(dict.fromkeys(name.split("/")[0] for name in foreign))
+    more = f" and {len(shown) - 5:,} more" if len(shown) > 5 else ""
+    raise RunError(
+        "would replace what is not its own",
+        where=str(folder),
+        expected=f"{kind.name} and nothing else" if marked else f"a new or empty folder, or {kind.name}",
+        found=", ".join(shown[:5]) + more,
+        fix="give another folder, or move these away",
+    )
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of all files (and links) below a folder, relative to it, but for what is nobody's."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        found += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links) if name not in _NOBODYS]
+    return sorted(found)
+
+
+def _marks(folder: Path) -> dict[str, list[str]]:
+    """What a folder's mark says: kind → files; nothing where there is none, or a damaged one."""
+    try:
+        found = json.loads((folder / MARK_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and all(isinstance(files, list) for files in found.values()) else {}
+
+
+def _mark(folder: Path, kind: Kind) -> list[str] | None:
+    """The files that a mark of that kind lists; None without such a mark."""
+    older = bool(kind.older) and all((folder / name).exists() for name in kind.older)
+    return _marks(folder).get(kind.name, [] if older else None)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def open_to_others(path: Path) -> None:
+    """Give a file, or a folder and all in it, the access that the umask says; libraries make some for their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for place in (path, *path.rglob("*")):
+        if not place.is_symlink():
+            mode = 0o777 if place.is_dir() or place.stat().st_mode & 0o100 else 0o666
+            place.chmod(place.stat().st_mode & 0o7000 | mode & ~mask)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from llm2comp.console import Bar, say
 from llm2comp.data.responses import MANIFEST_FILE, Manifest, read_manifest, read_shard, shard_file, teacher_file
 from llm2comp.encoder import embed_texts, refuse_not_finite
 from llm2comp.errors import DataError, RunError, one_line
-from llm2comp.files import write_bytes, write_text
+from llm2comp.files import RESPONSES, claim, refuse_taken, write_bytes, write_text
 from llm2comp.loading import identity, load
 from llm2comp.recipe import ModelSettings
 from llm2comp.recipe.parts import TEXT
@@ -180,6 +180,7 @@ def generate_responses(
         RunError: the folder holds responses made otherwise, or something else. DataError: a damaged shard; see `Responder`.
     """
     options = options or Options()
+    refuse_taken(out, RESPONSES)
     settings = ModelSettings(name=model, revision=options.revision, attention="causal", device=options.device or "auto")
     responder = Responder(load_backbone(settings), options)
     teacher = None if options.teacher is None else load(options.teacher, options.device)
@@ -267,8 +268,7 @@ def _manifest(
 def _claim(out: Path, manifest: Manifest) -> None:
     """Make the folder that of these settings. Raises RunError when it is of others, or holds something else."""
     if not (out / MANIFEST_FILE).is_file():
-        if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise RunError("the folder is not empty and holds no responses", where=str(out), fix="give another --out")
+        claim(out, RESPONSES)
         write_text(out / MANIFEST_FILE, manifest.model_dump_json(indent=1))
         return
     there, asked = read_manifest(out).model_dump(), manifest.model_dump()

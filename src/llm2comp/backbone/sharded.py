@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llm2comp.files import open_to_others
+
 
 def writes() -> bool:
     """Whether this rank writes files: rank 0, or a process without others."""
@@ -27,6 +29,7 @@ def save_whole(tensors: Mapping[str, Tensor], file: Path) -> None:
     if writes():
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(found, file)
+        open_to_others(file)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llm2comp.cli.options import MAKE, DeviceOption, app
+from llm2comp.cli.options import MAKE, DeviceOption, app, read_column
 
 REPORT_FILE = "report.html"
 
@@ -27,9 +27,11 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it will need; train nothing.")] = False,
 ) -> None:
     """Train a recipe; run again to go on where it stopped."""
+    from llm2comp.data.sources import check_sources
     from llm2comp.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
+    check_sources(spec for stage in resolved.stages.values() for spec in stage.data)  # type: ignore[attr-defined]
     if dry_run:
         from llm2comp.training.plan import show_plan
 
@@ -88,18 +90,18 @@ def generate_responses(
     device: DeviceOption = None,
 ) -> None:
     """Let a causal LM respond to texts, for stage 1's objective `response` (docs/response.md)."""
-    from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
-    from llm2comp.data.sources import read_texts
     from llm2comp.errors import DataError
-    from llm2comp.recipe import TextData
+    from llm2comp.files import RESPONSES, refuse_taken
 
     found = re.fullmatch(r"(\d+)/(\d+)", shards)
     share = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= share[0] <= share[1]:
         raise DataError("no share", where="--shards", expected="i/n with i from 1 to n, such as 2/8", found=shards)
-    loaded = read_texts(TextData(source=texts, column=column, limit=limit))
-    say(loaded.summary())
+    refuse_taken(out, RESPONSES)
+    loaded = read_column(texts, column, limit)
+    from llm2comp.backbone.quiet import quiet_libraries
+
     quiet_libraries()
     from llm2comp import generate
 

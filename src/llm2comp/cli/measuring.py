@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from llm2comp.cli.making import REPORT_FILE
-from llm2comp.cli.options import JUDGE, MAKE, MODEL_HELP, DeviceOption, LocalOption, MemoryOption, app
+from llm2comp.cli.options import (
+    JUDGE,
+    MAKE,
+    MODEL_HELP,
+    DeviceOption,
+    LocalOption,
+    MemoryOption,
+    app,
+    read_column,
+    require_folder,
+)
 from llm2comp.console import GENERAL
 
 ModelsArgument = Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also bm25 and tfidf: word matching.", metavar="MODEL")]
@@ -52,10 +62,17 @@ def evaluate(
     device: DeviceOption = None,
 ) -> None:
     """Score models on public tasks, your own sets or your own questions and answers, side by side."""
+    for folder in local or ():
+        require_folder(folder)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
+    from llm2comp.data.sources import check_sources
     from llm2comp.errors import DataError, RunError
+    from llm2comp.recipe import TextData
 
+    if documents and not pairs:
+        raise DataError("nothing to be found in it", where="--documents", expected="--pairs FILE, the questions and answers")
+    check_sources(TextData(source=file) for file in (*(pairs or ()), *([documents] if documents else ())))
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
         raise DataError("no batch size", where="--batch-size", expected="auto or a number above 0", found=batch_size)
     if "{instruction}" not in template:
@@ -97,14 +114,21 @@ def analyze(
     device: DeviceOption = None,
 ) -> None:
     """See why a model is good: collapse, what counts as similar, what its memory tokens hold."""
-    from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
-    from llm2comp.data.sources import read_pairs, read_texts
-    from llm2comp.recipe import PairData, TextData
+    from llm2comp.data.columns import MissingColumnError
+    from llm2comp.data.sources import read_pairs
+    from llm2comp.files import ANALYSIS, refuse_taken
+    from llm2comp.recipe import PairData
 
-    loaded = read_texts(TextData(source=texts, column=column, limit=limit))
-    say(loaded.summary())
-    related = read_pairs(PairData(source=pairs, limit=limit)).rows if pairs else []
+    if out:
+        refuse_taken(out, ANALYSIS)
+    loaded = read_column(texts, column, limit)
+    try:
+        related = read_pairs(PairData(source=pairs, limit=limit)).rows if pairs else []
+    except MissingColumnError as error:
+        raise error.advised("call the columns anchor and positive in the file") from None
+    from llm2comp.backbone.quiet import quiet_libraries
+
     quiet_libraries()
     from llm2comp import analyze as analysis
 
@@ -128,6 +152,8 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page about runs: is it good, what helped, curves, scores, settings."""
+    for run in runs:
+        require_folder(run)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
 
@@ -156,6 +182,11 @@ def study(
     workers: Annotated[int, typer.Option(min=1, help="Processes at once; with CUDA each sees one device.", metavar="N")] = 1,
 ) -> None:
     """Train several recipes over several seeds and compare them in one table; run again to go on."""
+    from llm2comp.study.settings import find_study
+
+    find_study(file)
+    for folder in local or ():
+        require_folder(folder)
     from llm2comp.study.running import study as run_study
 
     run_study(file, out, local or (), changes or (), dry_run, workers)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from llm2comp.data.sources import Loaded
 
 app = typer.Typer(
     help="Turn a causal language model into a text encoder by context compression (LLM2Comp).",
@@ -62,3 +65,41 @@ def _options(
     ] = False,
 ) -> None:
     """Options of no command."""
+
+
+def read_column(source: str, column: str = "text", limit: int | None = None) -> Loaded[str]:
+    """Texts of a file or a Hub data set for a command with --column; says what was left out. Imports nothing heavy.
+
+    Raises:
+        DataError: cannot be read; for a column that is not there, with the option to give.
+    """
+    import shlex
+
+    from llm2comp.console import say
+    from llm2comp.data.columns import MissingColumnError, likely
+    from llm2comp.data.sources import read_texts
+    from llm2comp.recipe import TextData
+
+    try:
+        loaded = read_texts(TextData(source=source, column=column, limit=limit))
+    except MissingColumnError as error:
+        name = likely("column", error.names, column)
+        raise error.advised(f"--column {shlex.quote(name)}" if name else None) from None
+    say(loaded.summary())
+    return loaded
+
+
+def require_folder(folder: Path) -> None:
+    """Raise RunError where there is no such folder: said before anything heavy is imported."""
+    import difflib
+
+    from llm2comp.errors import RunError
+
+    if folder.is_dir():
+        return
+    parent = folder.absolute().parent
+    names = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(folder.name, names, n=1)
+    fix = f"did you mean {str(folder.with_name(near[0]))!r}?" if near else None
+    found = "a file" if folder.exists() else None
+    raise RunError("no such folder", where=str(folder), found=found, fix=fix)

@@ -7,13 +7,27 @@ import sys
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm2comp.cli.options import USE, DeviceOption, Dtype, DtypeOption, MemoryOption, ModelOption, app
-from llm2comp.console import GENERAL, LongTexts, Role
+from llm2comp.cli.options import (
+    USE,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    MemoryOption,
+    ModelOption,
+    app,
+    read_column,
+    require_folder,
+)
+from llm2comp.console import GENERAL, BadRows, LongTexts, Role
 
+if TYPE_CHECKING:
+    from llm2comp.data.sources import Loaded
+
+STDIN = "-"
 STDIN_NAME = "standard-input.txt"
 
 
@@ -48,6 +62,13 @@ def embed(
     long_texts: Annotated[
         LongTexts, typer.Option(help="Texts over the model's limit: truncate, chunk-mean or error.", metavar="HOW")
     ] = LongTexts.truncate,
+    bad_rows: Annotated[
+        BadRows,
+        typer.Option(
+            help="Rows without a text: stop; skip: leave out, number the others (docs/data.md); zero: zeros there.",
+            metavar="HOW",
+        ),
+    ] = BadRows.stop,
     max_tokens_per_batch: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens at once, padding included; by default 1,024 on a CPU, else 16,384.", metavar="N"),
@@ -62,25 +83,31 @@ def embed(
 ) -> None:
     """Turn a file's texts into embeddings, in order."""
     from llm2comp import embed as bulk
-    from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
 
-    bulk.check_output(out)
-    texts = _read_source(source, column)
+    bulk.check_output(out, [] if source == STDIN else [Path(source).expanduser()])
+    loaded = _read_source(source, column)
+    places = bulk.places_of(loaded, bad_rows.value, "standard input" if source == STDIN else source)
+    from llm2comp.backbone.quiet import quiet_libraries
+
     quiet_libraries()
     from llm2comp.loading import load
 
     result = bulk.embed(
         load(model, device, num_memory, backend.value, dtype.value, merged=True),
-        texts,
+        loaded.rows,
         role=role.value if role else None,
         long_texts=long_texts.value,
         max_tokens_per_batch=max_tokens_per_batch,
         normalise=normalise,
     )
-    bulk.write_embeddings(out, result, texts)
-    cut = f"; {result.long_texts:,} over the limit ({long_texts.value})" if result.long_texts else ""
-    say(f"{out}: {result.embeddings_ND.shape[0]:,} embeddings of {result.embeddings_ND.shape[1]} dimensions{cut}")
+    bulk.write_embeddings(out, result, loaded.rows, places)
+    notes = f"; {result.long_texts:,} over the limit ({long_texts.value})" if result.long_texts else ""
+    if places and places.zero and loaded.skipped:
+        notes += f"; zeros in the place of {places.rows - loaded.used:,} rows"
+    elif places and not places.zero:
+        notes += f"; their rows (from 0): {bulk.rows_file(out) if out.suffix == '.npy' else 'column row'}"
+    say(f"{out}: {result.embeddings_ND.shape[0]:,} embeddings of {result.embeddings_ND.shape[1]} dimensions{notes}")
 
 
 @app.command(rich_help_panel=USE)
@@ -109,7 +136,9 @@ def similarity(
 
 @app.command(rich_help_panel=USE)
 def export(
-    out: Annotated[Path, typer.Argument(help="Folder to write; one that is there is replaced.", metavar="DIR")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write; an earlier export there is replaced, nothing else is.", metavar="DIR")
+    ],
     model: ModelOption = GENERAL,
     num_memory: MemoryOption = None,
     multi_vector: Annotated[
@@ -121,6 +150,9 @@ def export(
     ] = None,
 ) -> None:
     """Write an encoder as a folder that plain sentence-transformers loads (a run has one: model/)."""
+    from llm2comp.files import EXPORTED, refuse_foreign
+
+    refuse_foreign(out, EXPORTED)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
 
@@ -140,6 +172,7 @@ def export(
 @app.command(rich_help_panel=USE)
 def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder.", metavar="DIR")]) -> None:
     """Check that a model folder still gives the embeddings that it gave."""
+    require_folder(folder)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
 
@@ -149,23 +182,17 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder.",
     say(f"{folder}: sound, lowest cosine {check(folder):.7f}")
 
 
-def _read_source(source: str, column: str) -> list[str]:
+def _read_source(source: str, column: str) -> Loaded[str]:
     """Texts of a file, or the lines of standard input; says what was left out."""
-    from llm2comp.console import say
-    from llm2comp.data.sources import read_texts
     from llm2comp.errors import DataError
-    from llm2comp.recipe import TextData
 
-    if source != "-":
-        loaded = read_texts(TextData(source=source, column=column))
-    else:
-        with tempfile.TemporaryDirectory() as folder:  # so that lines are read as those of any text file
-            file = Path(folder) / STDIN_NAME
-            with file.open("wb") as copy:
-                shutil.copyfileobj(sys.stdin.buffer, copy)
-            try:
-                loaded = read_texts(TextData(source=str(file)))
-            except DataError as error:
-                raise DataError(error.problem, where="standard input", expected="a text per line", found=error.found) from None
-    say(loaded.summary())
-    return loaded.rows
+    if source != STDIN:
+        return read_column(source, column)
+    with tempfile.TemporaryDirectory() as folder:  # so that lines are read as those of any text file
+        file = Path(folder) / STDIN_NAME
+        with file.open("wb") as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+        try:
+            return read_column(str(file))
+        except DataError as error:
+            raise DataError(error.problem, where="standard input", expected="a text per line", found=error.found) from None

@@ -22,7 +22,7 @@ from llm2comp.compiled.runtimes import RUNTIMES, Run, Runtime
 from llm2comp.encoder import embed_texts
 from llm2comp.errors import ModelFolderError, install_extra, one_line
 from llm2comp.export import GOLDEN_TEXTS, cannot_be_loaded, load_folder
-from llm2comp.files import new_folder, sha256, write_text
+from llm2comp.files import GRAPH, new_folder, refuse_foreign, sha256, write_text
 
 FORMAT_VERSION = 1
 GRAPH_FILE = "llm2comp.json"
@@ -98,6 +98,7 @@ def compile_folder(folder: Path, backend: str = "openvino", precision: str = "fl
             extra is not installed. RunError: the folder cannot be written.
     """
     runtime = runtime_of(backend, precision)
+    refuse_foreign(folder / backend, GRAPH)
     model = load_folder(folder, device="cpu").float()
     if not isinstance(module := model[0], Transformer):
         raise ModelFolderError(
@@ -105,7 +106,7 @@ def compile_folder(folder: Path, backend: str = "openvino", precision: str = "fl
         )
     expected_ND = embed_texts(model, GOLDEN_TEXTS)
     features = module.preprocess(["two texts,", "one of them longer than the other"])
-    with new_folder(folder / backend) as target:
+    with new_folder(folder / backend, GRAPH) as target:
         try:
             runtime.write(module.auto_model, features["input_ids"], features["attention_mask"], target, precision)
         except (OSError, MemoryError):

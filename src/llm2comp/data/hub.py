@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm2comp.data.tables import Columns, Rows, check_columns
+from llm2comp.data.columns import Columns, check_columns
+from llm2comp.data.tables import Rows
 from llm2comp.errors import DataError, one_line
 from llm2comp.recipe import PairData, TextData
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from llm2comp.data.tables import Columns, Row, Rows, file_rows
+from llm2comp.data.columns import Columns
+from llm2comp.data.tables import Row, Rows, file_rows
 from llm2comp.errors import DataError
 from llm2comp.files import sha256
 from llm2comp.recipe import Section

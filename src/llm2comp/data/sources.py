@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -24,15 +24,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from llm2comp.data import python_docs
+from llm2comp.data.columns import Columns, MissingColumnError, check_columns, settings_for
 from llm2comp.data.hub import hub_file, hub_rows, hub_version
 from llm2comp.data.responses import TEACHER, folder_rows, source_digest
-from llm2comp.data.tables import Columns, Row, Rows, check_columns, file_kind, file_rows, no_such_file
+from llm2comp.data.tables import Row, Rows, convert_command, file_kind, file_rows, no_such_file
+from llm2comp.data.values import UnusableError, WrittenListError, filled, one_text, stripped, vector
 from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, TextData
 
 T = TypeVar("T")
 Spec: TypeAlias = TextData | PairData
 
+# How many of the rows left out for one reason are named.
+_NAMED = 5
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -56,47 +60,60 @@ class Answer:
 
 @dataclass
 class Tally:
-    """What was read of a source so far: rows used, rows left out by reason, and where each reason was first met."""
+    """What was read of a source so far: rows there are, rows used, rows left out by reason and the first places of each."""
 
     source: str
+    there: int = 0
     used: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    first_at: dict[str, str] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line: how many rows, how many left out and why."""
         return f"{_shown(self.source)}: {self.used:,} rows" + (f"; left out: {self.left_out()}" if self.skipped else "")
 
     def left_out(self) -> str:
-        """`12 empty, 5 malformed JSON (first at line 17)`."""
+        """`12 empty (line 3, line 9, ...), 1 malformed JSON (line 17)`."""
         return ", ".join(
-            f"{count:,} {reason}" + (f" (first at {self.first_at[reason]})" if reason != "empty" else "")
+            f"{count:,} {reason} ({', '.join(self.places[reason])}{', ...' * (count > _NAMED)})"
             for reason, count in self.skipped.items()
         )
+
+    def leave_out(self, reason: str, place: str) -> None:
+        """Count a row that is not used."""
+        self.skipped[reason] += 1
+        named = self.places.setdefault(reason, [])
+        if len(named) < _NAMED:
+            named.append(place)
 
 
 @dataclass
 class Loaded(Tally, Generic[T]):
-    """All that a source gave, in memory. `fingerprint` is the sha256 (hex) over the rows' content."""
+    """All that a source gave, in memory.
+
+    `numbers`: the row of the source, from 0, that each of `rows` comes from. `fingerprint`: sha256 (hex) over their content.
+    """
 
     rows: list[T] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     fingerprint: str = ""
 
-
-class _UnusableError(Exception):
-    """A row to leave out; says why."""
+    def summary(self) -> str:
+        """As of any tally; and how many items, where a row may give several."""
+        told = super().summary()
+        return told if len(self.rows) == self.used else f"{told}; {len(self.rows):,} pairs"
 
 
 def read_texts(spec: TextData) -> Loaded[str]:
     """Read the texts of a source. Raises DataError when there is no such file or column, or no usable text."""
-    return _collect(spec, (spec.column,), functools.partial(_filled, column=spec.column), lambda text: [text])
+    return _collect(spec, (spec.column,), functools.partial(one_text, column=spec.column), lambda text: [text])
 
 
 def iterate_sources(specs: Sequence[TextData], tell: Callable[[str], None]) -> Iterator[str]:
     """Texts of several sources, one at a time; `tell` is given each source's summary at its end. Errors as `read_texts`."""
     for spec in specs:
         tally = Tally(spec.source)
-        yield from _items(spec, (spec.column,), functools.partial(_filled, column=spec.column), tally)
+        yield from _items(spec, (spec.column,), functools.partial(one_text, column=spec.column), tally)
         tell(tally.summary())
 
 
@@ -119,8 +136,8 @@ def read_answers(spec: TextData, teacher: bool = False) -> Loaded[Answer]:
     assert spec.response is not None
     response = spec.response
 
-    def answer(row: Row) -> Answer:
-        return Answer(_filled(row, spec.column), _filled(row, response), _vector(row, TEACHER) if teacher else None)
+    def answer(row: Row) -> list[Answer]:
+        return [Answer(filled(row, spec.column), filled(row, response), vector(row, TEACHER) if teacher else None)]
 
     columns = (spec.column, response, *([TEACHER] if teacher else []))
     loaded = _collect(spec, columns, answer, lambda answer: [answer.text, answer.response])
@@ -131,93 +148,78 @@ def read_answers(spec: TextData, teacher: bool = False) -> Loaded[Answer]:
 
 
 def read_pairs(spec: PairData) -> Loaded[Pair]:
-    """Read the training pairs of a source. Raises DataError when there is no such file or column, or no usable pair."""
+    """Read the training pairs of a source, without the white space around each text; a list of positives gives a pair for each.
 
-    def pair(row: Row) -> Pair:
-        anchor, positive = _filled(row, spec.anchor), _filled(row, spec.positive)
-        if anchor.strip() == positive.strip():
-            raise _UnusableError("positive equals query")
-        found = [text for column in spec.negatives for text in _texts(row, column)]
-        return Pair(anchor, positive, tuple(text for text in found if text.strip() not in ("", positive.strip())))
+    Raises:
+        DataError: no such file or column, a list that is written as a string, or no usable pair.
+    """
+
+    def pairs(row: Row) -> list[Pair]:
+        anchor = filled(row, spec.anchor).strip()
+        positives = stripped(row, spec.positive)
+        if not positives:
+            raise UnusableError("empty" if spec.positive in row else f"no column {spec.positive!r}")
+        negatives = [text for column in spec.negatives for text in stripped(row, column) if text not in positives]
+        if not (right := [text for text in positives if text != anchor]):
+            raise UnusableError("positive equals query")
+        return [Pair(anchor, positive, tuple(negatives)) for positive in right]
 
     columns = (spec.anchor, spec.positive, *spec.negatives)
-    return _collect(spec, columns, pair, lambda pair: [pair.anchor, pair.positive, *pair.negatives])
+    return _collect(spec, columns, pairs, lambda pair: [pair.anchor, pair.positive, *pair.negatives])
 
 
-def _collect(spec: Spec, columns: Columns, make: Callable[[Row], T], parts: Callable[[T], list[str]]) -> Loaded[T]:
+def check_sources(specs: Iterable[Spec]) -> None:
+    """Raise DataError for a source that names no file and can be no Hub data set; reads nothing."""
+    for spec in specs:
+        if not spec.source.startswith("builtin:"):
+            _is_path(spec.source)
+
+
+def _collect(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], parts: Callable[[T], list[str]]) -> Loaded[T]:
     """All items of a source. `parts` are the strings of an item."""
     loaded: Loaded[T] = Loaded(spec.source)
     digest = hashlib.sha256()
     for item in _items(spec, columns, make, loaded):
         loaded.rows.append(item)
+        loaded.numbers.append(loaded.there - 1)
         digest.update(json.dumps(parts(item)).encode() + b"\n")
     loaded.fingerprint = digest.hexdigest()
     return loaded
 
 
-def _items(spec: Spec, columns: Columns, make: Callable[[Row], T], tally: Tally) -> Iterator[T]:
-    """Make an item of each row until the limit; count the rows that are none."""
+def _items(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: Tally) -> Iterator[T]:
+    """Make items of each row until the limit; count the rows that give none."""
     columns_seen: dict[str, None] = {}
     for place, row in _rows(spec, columns):
+        tally.there += 1
         try:
             if isinstance(row, str):
-                raise _UnusableError(row)
+                raise UnusableError(row)
             columns_seen |= dict.fromkeys(row)
-            item = make(row)
-        except _UnusableError as reason:
-            tally.skipped[str(reason)] += 1
-            tally.first_at.setdefault(str(reason), place)
+            items = make(row)
+        except UnusableError as reason:
+            tally.leave_out(str(reason), place)
             continue
+        except WrittenListError as error:
+            fix = "write it as JSON lines with a real list, or one text per column (negatives: [n1, n2])"
+            problem = "a list written as a string is no text"
+            raise DataError(problem, where=f"{spec.source}, {place}", found=str(error)[:80], fix=fix) from None
         tally.used += 1
-        yield item
+        yield from items
         if tally.used == spec.limit:
             break
-    if columns_seen:
-        check_columns(spec.source, columns, columns_seen)
+    with _readable(spec):
+        if columns_seen:
+            check_columns(spec.source, columns, columns_seen)
     if not tally.used:
-        raise DataError("no usable row", where=spec.source, found=tally.left_out() or "nothing in it")
-
-
-def _filled(row: Row, column: str) -> str:
-    """Get the one text in a column."""
-    if column not in row:
-        raise _UnusableError(f"no column {column!r}")
-    if isinstance(row[column], list):
-        raise _UnusableError(f"{column!r} is not a string")
-    text = next(_texts(row, column))
-    if not text.strip():
-        raise _UnusableError("empty")
-    return text
-
-
-def _vector(row: Row, column: str) -> NDArray[np.float32]:
-    """Get the numbers in a column."""
-    try:
-        vector_D = np.asarray(row.get(column), dtype=np.float32)
-    except (TypeError, ValueError):
-        vector_D = np.empty(0, dtype=np.float32)
-    if vector_D.ndim != 1 or not vector_D.size or not np.isfinite(vector_D).all():
-        raise _UnusableError(f"{column!r} is not a list of numbers")
-    return vector_D
-
-
-def _texts(row: Row, column: str) -> Iterator[str]:
-    """Texts in a column, which holds one or a list; null counts as an empty text."""
-    value = row.get(column)
-    for text in value if isinstance(value, list) else [value]:
-        if not isinstance(text, str | None):
-            raise _UnusableError(f"{column!r} is not a string")
-        try:
-            (text or "").encode("utf-8")
-        except UnicodeEncodeError:  # lone surrogates: an escape in JSON, or a byte that did not decode
-            raise _UnusableError("not UTF-8") from None
-        yield text or ""
+        advice = convert_command(Path(spec.source), "WINDOWS-1252") if "not UTF-8" in tally.skipped else None
+        raise DataError("no usable row", where=spec.source, found=tally.left_out() or "nothing in it", fix=advice)
 
 
 def _rows(spec: Spec, columns: Columns) -> Rows:
     """Rows behind a source name, whatever it stands for."""
     path = Path(spec.source).expanduser()
-    with _readable(spec.source):
+    with _readable(spec):
         if spec.source.startswith("builtin:"):
             yield from _builtin_rows(spec.source, columns)
         elif _is_path(spec.source):
@@ -230,7 +232,7 @@ def _rows(spec: Spec, columns: Columns) -> Rows:
 
 def _content(spec: TextData) -> str:
     """Digest of what `_rows` reads."""
-    with _readable(spec.source):
+    with _readable(spec):
         if spec.source.startswith("builtin:"):
             texts = [row[spec.column] for _, row in _builtin_rows(spec.source, (spec.column,)) if isinstance(row, dict)]
             return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
@@ -242,12 +244,17 @@ def _content(spec: TextData) -> str:
 
 
 @contextlib.contextmanager
-def _readable(source: str) -> Iterator[None]:
-    """What a disk or an archive throws becomes a DataError."""
+def _readable(spec: Spec) -> Iterator[None]:
+    """What a disk or an archive throws becomes a DataError; of a missing column it is told what the recipe should say."""
     try:
         yield
+    except MissingColumnError as error:
+        roles = ("column", "response") if isinstance(spec, TextData) else ("anchor", "positive", "negatives")
+        asked = {role: value for role in roles if (value := getattr(spec, role))}
+        settings = settings_for({"source": spec.source, **asked}, error.names)
+        raise error.advised(settings and f"name the file's own columns: {settings}") from None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot be read: {error}", where=source, fix="check that the file is whole") from error
+        raise DataError(f"cannot be read: {error}", where=spec.source, fix="check that the file is whole") from error
 
 
 def _is_path(source: str) -> bool:

@@ -37,7 +37,7 @@ from llm2comp.recipe import PretextStage, Section, TextData
 CACHE_VARIABLE = "LLM2COMP_CACHE"
 MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = "stored.json", "tokens.i32", "bounds.i64", "texts.arrow"
 # To be raised when the code makes other rows of the same source and settings.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 # A file is known by its size and this many parts, evenly spread; a smaller one by all of it.
 PARTS, PART_BYTES = 64, 2**16
 
@@ -199,7 +199,7 @@ def _build(folder: Path, build: Callable[[Path, Callable[[str], None]], Counter[
     for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     lines: list[str] = []
-    with new_folder(folder) as new:
+    with new_folder(folder, None) as new:
         left_out = build(new, lines.append)
         stored = Stored(files={file.name: _seal(file) for file in new.iterdir()}, lines=tuple(lines), left_out=left_out)
         write_text(new / MANIFEST_FILE, stored.model_dump_json(indent=1))

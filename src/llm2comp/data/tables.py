@@ -1,6 +1,6 @@
 """One file → rows {column: value}, or the reason why a row is unusable. Formats by suffix, plain or compressed.
 
-A bad row never ends the reading; a file that is no such table, or whose archive is broken, does.
+A bad row never ends the reading; a file that is no such table, whose archive is broken, or whose encoding is not known, does.
 """
 
 from __future__ import annotations
@@ -10,20 +10,31 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Iterable, Iterator
+import shlex
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llm2comp.data.columns import Columns, check_columns
 from llm2comp.errors import DataError
 
-Columns: TypeAlias = tuple[str, ...]
 Row: TypeAlias = dict[str, Any]
 Rows: TypeAlias = Iterator[tuple[str, Row | str]]  # (place, row), or (place, reason why there is none)
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# Byte order marks, the longer first: that of UTF-16 begins as that of UTF-32 does.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_UNPACK = {".gz": "gzip -dc", ".zst": "zstd -dc"}
 _KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -32,45 +43,64 @@ def file_rows(path: Path, columns: Columns) -> Rows:
     if path.is_dir() or (kind := file_kind(path)) is None:
         problem = "a folder, not a file" if path.is_dir() else "a kind of file that is not read"
         raise DataError(problem, where=str(path), expected=f"{', '.join(_KINDS)}; all but parquet also with .gz or .zst")
-    readers = (_json_line_rows, _json_rows, _table_rows, _table_rows, _parquet_rows, _line_rows)
+    readers = (_json_rows, _json_rows, _table_rows, _table_rows, _parquet_rows, _line_rows)
     return readers[_KINDS.index(kind)](path, columns)
 
 
-def _json_line_rows(path: Path, columns: Columns) -> Rows:
+def _json_rows(path: Path, columns: Columns) -> Rows:
+    """JSON lines, or one array of objects, whichever the file's name says."""
+    if next((line for line in _lines(path) if line.strip()), "").lstrip().startswith("["):
+        try:
+            values = json.loads("".join(_lines(path)), object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            if file_kind(path) == ".json":
+                fix = "write one JSON object per line instead"
+                raise DataError(f"not a JSON array: {error}", where=str(path), fix=fix) from error
+        else:
+            for number, value in enumerate(values, 1):
+                yield f"item {number}", _json_row(value, columns)
+            return
     for number, line in enumerate(_lines(path), 1):
-        yield f"line {number}", _json_row(line)
+        yield f"line {number}", _json_line(line, columns)
 
 
-def _json_row(line: bytes) -> Row | str:
+def _json_line(line: str, columns: Columns) -> Row | str:
     if not line.strip():
         return "empty"
     try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
+        line.encode("utf-8")
+        return _json_row(json.loads(line, object_pairs_hook=_object), columns)
+    except UnicodeEncodeError:  # bytes that did not decode
         return "not UTF-8"
     except (ValueError, RecursionError):
         return "malformed JSON"
-    return value if isinstance(value, dict) else "not a JSON object"
 
 
-def _json_rows(path: Path, columns: Columns) -> Rows:
-    """One array of objects, or JSON lines."""
-    if not next((line for line in _lines(path) if line.strip()), b"").lstrip().startswith(b"["):
-        yield from _json_line_rows(path, columns)
-        return
-    try:
-        values = json.loads(b"".join(_lines(path)).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"not a JSON array: {error}", where=str(path), fix="write one JSON object per line instead") from error
-    for number, value in enumerate(values, 1):
-        yield f"item {number}", value if isinstance(value, dict) else "not a JSON object"
+class _Twice(dict[str, Any]):
+    """An object that has a key more than once."""
+
+    keys_twice: tuple[str, ...] = ()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found = _Twice(found)
+        found.keys_twice = tuple(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+    return found
+
+
+def _json_row(value: Any, columns: Columns) -> Row | str:
+    if not isinstance(value, dict):
+        return "not a JSON object"
+    twice = next((key for key in columns if isinstance(value, _Twice) and key in value.keys_twice), None)
+    return value if twice is None else f"key {twice!r} twice"
 
 
 def _table_rows(path: Path, columns: Columns) -> Rows:
     """Comma- or tab-separated with a header; quotes as in RFC 4180."""
     csv.field_size_limit(2**31 - 1)
-    lines = (line.decode("utf-8", "surrogateescape") for line in _lines(path))
-    reader = csv.reader(lines, delimiter="\t" if file_kind(path) == ".tsv" else ",", strict=True)
+    reader = csv.reader(_lines(path), delimiter="\t" if file_kind(path) == ".tsv" else ",", strict=True)
     header: list[str] = []
     while True:
         place = f"line {reader.line_num + 1}"
@@ -83,13 +113,26 @@ def _table_rows(path: Path, columns: Columns) -> Rows:
             continue
         if values is None:
             return
-        if not any(value.strip() for value in values):
-            yield place, "empty"
-        elif not header:
+        if not header and any(value.strip() for value in values):
             header = values
+            _refuse_separator(path, columns, header)
             check_columns(str(path), columns, header)
+        elif not header:
+            continue
+        elif not any(value.strip() for value in values):
+            yield place, "empty"
         else:
             yield place, dict(zip(header, values, strict=True)) if len(values) == len(header) else "wrong number of columns"
+
+
+def _refuse_separator(path: Path, columns: Columns, header: list[str]) -> None:
+    """Raise DataError for a table whose cells are parted by something else than its name says."""
+    other = next((mark for mark in ("\t", ";", "|", ",") if mark in header[0]), None)
+    if len(header) == 1 and other and header[0] not in columns:
+        fix = (
+            "name it .tsv" if other == "\t" else "name it .csv" if other == "," else "save it with commas (.csv) or tabs (.tsv)"
+        )
+        raise DataError(f"its columns are parted by {other!r}", where=f"{path}, header", found=header[0][:80], fix=fix)
 
 
 def _parquet_rows(path: Path, columns: Columns) -> Rows:
@@ -109,14 +152,58 @@ def _line_rows(path: Path, columns: Columns) -> Rows:
     if len(columns) > 1:
         raise DataError("a .txt file has no columns, pairs need some", where=str(path), fix="use .jsonl, .csv or .parquet")
     for number, line in enumerate(_lines(path), 1):
-        yield f"line {number}", {columns[0]: line.decode("utf-8", "surrogateescape").rstrip("\r\n")}
+        yield f"line {number}", {columns[0]: line.rstrip("\r\n")}
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines of a plain or compressed file, split at line feeds, without a byte order mark."""
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a plain or compressed file with their ends: LF, CR LF or CR. Blank ones at the file's end are none.
+
+    UTF-8, or what a byte order mark says; bytes that are not UTF-8 become lone surrogates.
+
+    Raises:
+        DataError: NUL bytes, as in UTF-16 without a mark; a file that is not in the encoding of its mark.
+    """
     with io.BufferedReader(pa.input_stream(str(path), compression=_COMPRESSIONS.get(path.suffix.lower()))) as stream:
-        for number, line in enumerate(stream):
-            yield line if number else line.removeprefix(codecs.BOM_UTF8)
+        head = stream.peek(64)[:64]
+        encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass"
+        blank: list[str] = []
+        try:
+            for number, line in enumerate(io.TextIOWrapper(stream, encoding, errors, newline=""), 1):
+                if "\0" in line:
+                    where = f"{path}, line {number}"
+                    raise DataError("not a text file in UTF-8: NUL bytes", where=where, fix=_conversion(path, head))
+                blank.append(line)
+                if line.strip():
+                    yield from blank
+                    blank.clear()
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"begins with a byte order mark of {encoding.upper()}, but is not in it: {error.reason}",
+                where=str(path),
+                fix="save it as UTF-8",
+            ) from None
+
+
+def _conversion(path: Path, head: bytes) -> str:
+    """The command that makes UTF-8 of a file with NUL bytes, by where they stand."""
+    nul = [place for place, byte in enumerate(head) if not byte]
+    order = "BE" if nul and nul[0] == 0 else "LE"
+    if len(nul) > 0.6 * len(head):
+        return convert_command(path, f"UTF-32{order}")
+    if len(nul) > 0.3 * len(head):
+        return convert_command(path, f"UTF-16{order}")
+    return f"{convert_command(path, 'UTF-16LE')} if that is its encoding; or remove them (tr -d '\\000')"
+
+
+def convert_command(path: Path, encoding: str) -> str:
+    """The shell command that makes a UTF-8 file of one in that encoding."""
+    plain = path.with_suffix("") if path.suffix.lower() in _UNPACK else path
+    new = shlex.quote(str(plain.with_name(f"{plain.stem}.utf-8{plain.suffix}")))
+    iconv = f"iconv -f {encoding} -t UTF-8"
+    if unpack := _UNPACK.get(path.suffix.lower()):
+        return f"{unpack} {shlex.quote(str(path))} | {iconv} > {new}"
+    return f"{iconv} {shlex.quote(str(path))} > {new}"
 
 
 def file_kind(path: Path) -> str | None:
@@ -124,16 +211,6 @@ def file_kind(path: Path) -> str | None:
     *_, inner, last = ("", "", *path.suffixes)
     kind = inner if last.lower() in _COMPRESSIONS and inner.lower() != ".parquet" else last
     return kind.lower() if kind.lower() in _KINDS else None
-
-
-def check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
-    """Raise DataError, with the nearest name, unless all wanted columns are found."""
-    names = [str(name) for name in found]
-    for column in wanted:
-        if column not in names:
-            nearest = difflib.get_close_matches(column, names, n=1, cutoff=0.4)
-            fix = f"did you mean {nearest[0]!r}?" if nearest else None
-            raise DataError(f"no column {column!r}", where=source, found=f"columns {', '.join(names[:30])}", fix=fix)
 
 
 def no_such_file(path: Path) -> DataError:

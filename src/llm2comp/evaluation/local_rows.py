@@ -45,6 +45,10 @@ class Row:
         """A string."""
         return self._checked_text(key, self.value(key), may_be_blank)
 
+    def title(self) -> str:
+        """A document's title; many collections have none."""
+        return "" if self.values.get("title") is None else self.text("title", may_be_blank=True)
+
     def texts(self, key: str) -> list[str]:
         """A list of at least one text."""
         values = self.value(key)
@@ -213,10 +217,7 @@ def read_retrieval(files: SetFiles, split: str) -> Parts:
     for query, row in queries.items():
         if not any(relevant.get(query, {}).values()) and (query in relevant or query not in elsewhere):
             raise DataError(f"query {query!r} has no relevant document", where=row.where, fix="remove it or judge it")
-    corpus = [
-        {"id": key, "title": row.text("title", may_be_blank=True), "text": row.text("text", may_be_blank=True)}
-        for key, row in documents.items()
-    ]
+    corpus = [{"id": key, "title": row.title(), "text": row.text("text", may_be_blank=True)} for key, row in documents.items()]
     asked = [{"id": key, "text": row.text("text")} for key, row in queries.items() if key in relevant]
     return {split: collection(corpus, asked, relevant, None)}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from llm2comp.console import say
+from llm2comp.data.columns import MissingColumnError, likely
 from llm2comp.data.sources import Loaded, read_pairs, read_texts
 from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, TextData
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SPLIT = "test"
-# How columns of questions and of answers are often called, for advice.
-_QUESTIONS, _ANSWERS = ("question", "query", "anchor"), ("answer", "positive", "response", "passage", "document", "text")
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,14 @@ def pairs_task(asked: Questions) -> AbsTask:
     pairs = _whole(
         asked.file,
         lambda: read_pairs(PairData(source=asked.file, anchor=asked.query, positive=asked.answer)),
-        lambda names: f"--query-column {_likely(names, _QUESTIONS)} --answer-column {_likely(names, _ANSWERS)}",
+        _question_and_answer,
     )
     answers = dict.fromkeys(pair.positive.strip() for pair in pairs)
     name = f"Pairs-{_plain(asked.file)}"
     others: list[str] = []
     if asked.documents is not None:
         spec = TextData(source=asked.documents, column=asked.document)
-        texts = _whole(
-            asked.documents, lambda: read_texts(spec), lambda names: f"--document-column {_likely(names, ('text',))}"
-        )
+        texts = _whole(asked.documents, lambda: read_texts(spec), _document)
         others = [text for text in dict.fromkeys(text.strip() for text in texts) if text not in answers]
         name += f"-among-{_plain(asked.documents)}"
     if len(answers) + len(others) < 2:
@@ -88,25 +86,26 @@ def pairs_task(asked: Questions) -> AbsTask:
     return make_task("retrieval", name, SPLIT, {SPLIT: parts}, hashlib.sha256(content).hexdigest()[:12])
 
 
-def _whole(source: str, read: Callable[[], Loaded[T]], columns: Callable[[list[str]], str]) -> list[T]:
+def _whole(source: str, read: Callable[[], Loaded[T]], columns: Callable[[Sequence[str]], str]) -> list[T]:
     """All rows of a source; `columns`: the options that would fit the columns it has."""
     try:
         loaded = read()
-    except DataError as error:
-        found = str(error.found or "")
-        if not error.problem.startswith("no column") or not found.startswith("columns "):
-            raise
-        names = found.removeprefix("columns ").split(", ")
-        fix = f"say which columns to read, such as {columns(names)}"
-        raise DataError(error.problem, where=source, found=found, fix=fix) from None
+    except MissingColumnError as error:
+        raise error.advised(f"say which columns to read, such as {columns(error.names)}") from None
     if loaded.skipped:
         raise DataError("rows that cannot be used", where=source, found=loaded.left_out(), fix="mend or remove them")
     return loaded.rows
 
 
-def _likely(names: list[str], usual: Iterable[str]) -> str:
-    """The column that is called as such columns often are, else a blank to fill in."""
-    return next((name for word in usual for name in names if word in name.lower()), "NAME")
+def _question_and_answer(names: Sequence[str]) -> str:
+    """The options that name the likeliest columns."""
+    question = likely("anchor", names) or "NAME"
+    answer = likely("positive", [name for name in names if name != question]) or "NAME"
+    return f"--query-column {shlex.quote(question)} --answer-column {shlex.quote(answer)}"
+
+
+def _document(names: Sequence[str]) -> str:
+    return f"--document-column {shlex.quote(likely('column', names) or 'NAME')}"
 
 
 def _plain(source: str) -> str:

@@ -24,7 +24,7 @@ from llm2comp.errors import ModelFolderError
 from llm2comp.export.card import write_card
 from llm2comp.export.stock import stock_model
 from llm2comp.export.weights import memory_names, memory_weights, set_weights, use_first, word_weights
-from llm2comp.files import new_folder, write_text
+from llm2comp.files import EXPORTED, new_folder, refuse_foreign, write_text
 
 __all__ = ["export", "load_folder", "memory_names", "memory_weights", "reweight", "set_weights", "use_first", "verify"]
 
@@ -40,7 +40,7 @@ MIN_COSINE = {"float32": 0.99999, "bfloat16": 0.999, "float16": 0.9999}
 
 
 def export(model: SentenceTransformer, folder: Path, card: dict[str, str] | None = None, multi_vector: bool = False) -> None:
-    """Write a live memory encoder as a stock sentence-transformers folder; replaces the folder as a whole.
+    """Write a live memory encoder as a stock sentence-transformers folder; replaces an earlier one as a whole.
 
     Args:
         model: as `as_sentence_transformer` or `llm2comp.load` on a stage folder give it.
@@ -52,14 +52,15 @@ def export(model: SentenceTransformer, folder: Path, card: dict[str, str] | None
         ModelFolderError: the exported folder embeds otherwise than the native encoder, or no stock folder can do what it
             does: separate memory in a bidirectional encoder, many vectors without memory tokens.
         BackboneError: the tokenizer cannot carry a template.
-        RunError: the folder cannot be written.
+        RunError: the folder holds something else than an exported model, or cannot be written.
     """
     module = model[0]
     if not isinstance(module, MemoryEncoder):
         raise ModelFolderError("is exported already", expected="a live memory encoder", found=type(module).__name__)
+    refuse_foreign(folder, EXPORTED)
     native = memory_vectors(model, GOLDEN_TEXTS).flatten(1) if multi_vector else embed_texts(model, GOLDEN_TEXTS)
     dtype = str(module.compressor.backbone.embedding_table.dtype).removeprefix("torch.")
-    with new_folder(folder) as target:
+    with new_folder(folder, EXPORTED) as target:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             stock = stock_model(module, Path(scratch), multi_vector)
             stock.prompts = dict(model.prompts)
@@ -152,7 +153,7 @@ def reweight(folder: Path, weights_K: Sequence[float]) -> None:
         )
     verify(folder)
     set_weights(model, weights_K)
-    with new_folder(folder) as target:
+    with new_folder(folder, None) as target:
         shutil.copytree(folder, target, dirs_exist_ok=True)
         words.save(str(target / json.loads((folder / "modules.json").read_text())[list(model).index(words)]["path"]))
         golden = json.loads((folder / GOLDEN_FILE).read_text(encoding="utf-8"))

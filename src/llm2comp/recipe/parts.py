@@ -134,7 +134,7 @@ class PairData(Section):
 
     source: str = Field(description="as for texts")
     anchor: str = Field(default="anchor", description="column of the query")
-    positive: str = Field(default="positive", description="column of the text to be found")
+    positive: str = Field(default="positive", description="column of the text to be found; a list gives a pair for each")
     negatives: tuple[str, ...] = Field(
         default=(), description="columns of hard negatives; a column may hold one text or a list of texts"
     )

@@ -9,23 +9,34 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llm2comp.errors import RunError
-from llm2comp.files import write_text
+from llm2comp.files import refuse_output, write_text
 from llm2comp.report.comparison import comparison_part, published_section
 from llm2comp.report.reading import RunLog, read_log
 from llm2comp.report.sections import run_part
 
 __all__ = ["page", "report"]
+# Either is at the head of each page that was ever written.
+PAGE_MARKS = (b'<meta name="generator" content="llm2comp">', b": training report</title>")
 
 
 def report(runs: Sequence[Path], out: Path) -> Path:
     """Write a page about run folders; it needs no network and no other file. Returns `out`.
 
     Raises:
-        RunError: no run, one given twice, a folder that is no run, a damaged file (and line), or `out` cannot be written.
+        RunError: no run, one given twice, a folder that is no run, a damaged file (and line); `out` is another's file, or
+            cannot be written.
         RecipeError: a run's recipe.yaml is damaged.
     """
+    refuse_output(out, (), _is_page)
     write_text(out, page(runs))
     return out
+
+
+def _is_page(file: Path) -> bool:
+    """Whether a file is an earlier report."""
+    with file.open("rb") as stream:
+        head = stream.read(4096)
+    return any(mark in head for mark in PAGE_MARKS)
 
 
 def page(runs: Sequence[Path]) -> str:

@@ -23,7 +23,7 @@ from llm2comp.analysis.plots import save_figure
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.console import say
 from llm2comp.errors import DataError, RunError
-from llm2comp.files import explain_disk_errors, write_text
+from llm2comp.files import STUDY, claim, explain_disk_errors, refuse_taken, write_text
 from llm2comp.recipe import load_recipe
 from llm2comp.study.grid import DONE, TRAIN, Run, plan, runs_of, work
 from llm2comp.study.jobs import RUNS, Bench, floors, groups
@@ -81,9 +81,11 @@ def study(
         return None
     bench = Bench(folder, settings.after, _set_revisions(settings, where), tuple(map(Path, settings.scores)))
     with explain_disk_errors(folder):
+        refuse_taken(folder, STUDY)
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
+            claim(folder, STUDY)
             write_text(folder / "study.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
             results = _results(settings, runs, bench, workers)
             write_results(results, folder)

@@ -33,7 +33,18 @@ from llm2comp.data.responses import source_digest
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
-from llm2comp.files import explain_disk_errors, new_folder, write_text
+from llm2comp.files import (
+    EXPORTED,
+    RUN,
+    STAGE,
+    claim,
+    explain_disk_errors,
+    new_folder,
+    refuse_foreign,
+    refuse_taken,
+    remove_folder,
+    write_text,
+)
 from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
 from llm2comp.training.finished import card_of, limits_of, prompts_of
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
@@ -183,15 +194,15 @@ def _take_over(folder: Path, key: str, siblings: Sequence[Path]) -> None:
     found = [run / folder.name for run in siblings if is_done(run / folder.name, key)]
     if found and not is_done(folder, key):
         say(f"{folder.name}: the same as {found[0]}, taken from there")
-        with new_folder(folder) as copy:
+        with new_folder(folder, STAGE) as copy:
             shutil.copytree(found[0], copy, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
 
 
 def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
     """A stage's folder to train in: with the checkpoints of an unfinished training on the same inputs, else empty."""
     with explain_disk_errors(folder):
-        if folder.exists() and not _has_inputs(folder / CONFIG_FILE, key):
-            shutil.rmtree(folder)
+        if not _has_inputs(folder / CONFIG_FILE, key):
+            remove_folder(folder, STAGE)
         (folder / DONE_FILE).unlink(missing_ok=True)
     names = list(recipe.stages)
     stack = names[: names.index(name) + 1]
@@ -220,6 +231,11 @@ def _push_adapter(compressor: Compressor, recipe: Recipe, name: str) -> None:
 
 def _refuse_foreign(run: Path, recipe: Recipe) -> None:
     """Raise RunError for a directory of another recipe that has trained something, or of something else."""
+    refuse_taken(run, RUN)
+    written = {run / FOLDERS[name]: STAGE for name in recipe.stages} | {run / MODEL_FOLDER: EXPORTED}
+    for folder, kind in written.items():
+        if not (folder / DONE_FILE).is_file():  # will be replaced: said before the training
+            refuse_foreign(folder, kind)
     file = run / RECIPE_FILE
     if file.exists():
         if not (any(run.glob(f"*/{DONE_FILE}")) or any(run.glob("*/checkpoint-*"))):
@@ -234,8 +250,6 @@ def _refuse_foreign(run: Path, recipe: Recipe) -> None:
                 found="; ".join(lines),
                 fix="give another --out, or delete the directory",
             )
-    elif run.is_dir() and any(path.name != ".lock" for path in run.iterdir()):
-        raise RunError("the directory is not empty and not a run", where=str(run), fix="give another --out")
 
 
 def _matters(path: list[str], recipe: Recipe) -> bool:
@@ -247,6 +261,7 @@ def _matters(path: list[str], recipe: Recipe) -> bool:
 def _claim(run: Path, recipe: Recipe) -> None:
     """Make the directory this recipe's."""
     _refuse_foreign(run, recipe)
+    claim(run, RUN)
     environment = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

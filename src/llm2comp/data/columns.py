@@ -1,0 +1,105 @@
+"""Columns of a table: are those that are wanted there, once each; and if not, which of the file's own may be meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import yaml
+
+from llm2comp.errors import DataError
+
+Columns: TypeAlias = tuple[str, ...]
+
+# What others call a column of that role, the likeliest first.
+_NAMES = {
+    "column": "text texts content body sentence passage document paragraph abstract description sentence1 title",
+    "response": "response responses answer output completion",
+    "anchor": "anchor query queries question questions q search sentence1 text1 premise title instruction prompt input",
+    "positive": "positive pos answer answers response passage document doc context sentence2 text2 output body content text a",
+    "negatives": "negatives negative neg hard_negatives hard_negative negs",
+}
+_NO_TEXT = (
+    "id",
+    "_id",
+    "idx",
+    "index",
+    "row",
+    "label",
+    "labels",
+    "score",
+    "url",
+    "date",
+    "source",
+    "split",
+    "lang",
+    "language",
+)
+
+
+class MissingColumnError(DataError):
+    """A column that is not there; `names` are those that are."""
+
+    def __init__(self, column: str, source: str, names: Sequence[str], fix: str | None = None) -> None:
+        self.column, self.source, self.names = column, source, tuple(names)
+        found = f"columns {', '.join(names[:30])}"
+        super().__init__(f"no column {column!r}", where=source, found=found, fix=fix or _alike(column, names))
+
+    def advised(self, fix: str | None) -> MissingColumnError:
+        """The same with what to do."""
+        return MissingColumnError(self.column, self.source, self.names, fix)
+
+
+def check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
+    """Raise DataError unless all wanted columns are found, each once; MissingColumnError where one is not."""
+    names = [str(name) for name in found]
+    for column in wanted:
+        places = [str(place) for place, name in enumerate(names, 1) if name == column]
+        if not places:
+            raise MissingColumnError(column, source, names)
+        if len(places) > 1:
+            raise DataError(
+                f"{len(places)} columns are called {column!r}",
+                where=source,
+                expected="one",
+                found=f"columns {' and '.join(places)} of {len(names)}",
+                fix="rename all but one of them",
+            )
+
+
+def likely(role: str, names: Sequence[str], asked: str = "") -> str | None:
+    """The column that is most likely meant: by its spelling, by what such columns are called, or the first that may do."""
+    if near := difflib.get_close_matches(asked, names, n=1, cutoff=0.75):
+        return near[0]
+    by_name = {name.strip().lower(): name for name in reversed(names)}
+    known = next((by_name[name] for name in _NAMES[role].split() if name in by_name), None)
+    others = [name for name in names if name.strip().lower() not in _NO_TEXT] or names
+    return known or (others[0] if others and role != "negatives" else None)
+
+
+def settings_for(asked: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """A source as a recipe writes it, with the file's own columns in place of those it lacks.
+
+    `asked`: `source`, and role → column (of negatives: columns). None where the file has too few columns.
+    """
+    free = [name for name in names if name not in asked.values()]
+    found: dict[str, Any] = {"source": asked["source"]}
+    for role, column in asked.items():
+        if role == "source":
+            continue
+        if role == "negatives":
+            kept = [name for name in column if name in names] or [name for name in [likely(role, free)] if name]
+            found |= {role: kept} if kept else {}
+            continue
+        name = column if column in names else likely(role, free, column)
+        if name is None:
+            return None
+        free = [other for other in free if other != name]
+        found[role] = name
+    return str(yaml.safe_dump(found, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)).strip()
+
+
+def _alike(column: str, names: Sequence[str]) -> str | None:
+    near = difflib.get_close_matches(column, names, n=1, cutoff=0.75)
+    return f"did you mean {near[0]!r}?" if near else None
