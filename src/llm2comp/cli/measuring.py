@@ -62,17 +62,11 @@ def evaluate(
     device: DeviceOption = None,
 ) -> None:
     """Score models on public tasks, your own sets or your own questions and answers, side by side."""
-    for folder in local or ():
-        require_folder(folder)
+    _check_sources(local or [], pairs or [], documents)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
-    from llm2comp.data.sources import check_sources
     from llm2comp.errors import DataError, RunError
-    from llm2comp.recipe import TextData
 
-    if documents and not pairs:
-        raise DataError("nothing to be found in it", where="--documents", expected="--pairs FILE, the questions and answers")
-    check_sources(TextData(source=file) for file in (*(pairs or ()), *([documents] if documents else ())))
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
         raise DataError("no batch size", where="--batch-size", expected="auto or a number above 0", found=batch_size)
     if "{instruction}" not in template:
@@ -90,6 +84,19 @@ def evaluate(
     say(evaluation.table([*before, *rows], compare))
     if failed := {task for row in rows for task in row.failed}:
         raise RunError(f"{len(failed)} tasks could not be run: {', '.join(sorted(failed))}", fix="see above, then run it again")
+
+
+def _check_sources(local: list[Path], pairs: list[str], documents: str | None) -> None:
+    """What `evaluate` is to read is there: said before anything heavy is imported."""
+    from llm2comp.data.sources import check_sources
+    from llm2comp.errors import DataError
+    from llm2comp.recipe import TextData
+
+    for folder in local:
+        require_folder(folder)
+    if documents and not pairs:
+        raise DataError("nothing to be found in it", where="--documents", expected="--pairs FILE, the questions and answers")
+    check_sources(TextData(source=file) for file in (*pairs, *([documents] if documents else [])))
 
 
 @app.command(rich_help_panel=JUDGE)
