@@ -55,7 +55,7 @@ EXPORTED = Kind(
         *("config_sentence_transformers.json", "sentence_*_config.json", "model*.safetensors", "model.safetensors.index.json"),
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
         *("[0-9]_*/*config.json", "[0-9]_*/*.safetensors"),
-        *(f"{backend}/{name}" for backend in ("openvino", "onnx") for name in (*_IN_GRAPH, MARK_FILE)),
+        *(f"{backend}/{name}" for backend in ("openvino", "onnx") for name in _IN_GRAPH),
     ),
     ("golden.json", "modules.json"),
 )
@@ -131,12 +131,12 @@ def _take_place(new: Path, path: Path, old: Path) -> None:
 
 def refuse_foreign(folder: Path, kind: Kind) -> None:
     """Raise RunError for a folder that may not be replaced: it lacks the mark of its kind, or holds files of others."""
-    there = _files(folder)
     marked = _mark(folder, kind)
     if marked is None:
-        _refuse(folder, kind, there)
+        _refuse(folder, f"a new or empty folder, or {kind.name}", _entries(folder))
     else:
-        _refuse(folder, kind, [name for name in there if name not in marked and not _matches(name, kind.writes)])
+        others = [name for name in _files(folder) if name not in marked and not _matches(name, kind.writes)]
+        _refuse(folder, f"{kind.name} and nothing else", others)
 
 
 def remove_folder(folder: Path, kind: Kind) -> None:
@@ -150,7 +150,8 @@ def remove_folder(folder: Path, kind: Kind) -> None:
 def refuse_taken(folder: Path, kind: Kind) -> None:
     """Raise RunError for a folder without the mark of its kind where something has a name that would be written."""
     if _mark(folder, kind) is None:
-        _refuse(folder, kind, [name for name in _files(folder) if not name.startswith(".") and _matches(name, kind.writes)])
+        taken = [name for name in _entries(folder) if not name.startswith(".") and _matches(name, kind.writes)]
+        _refuse(folder, f"a new or empty folder, or {kind.name}", taken)
 
 
 def claim(folder: Path, kind: Kind) -> None:
@@ -176,19 +177,16 @@ def refuse_output(file: Path, inputs: Iterable[Path] = (), ours: Callable[[Path]
         raise RunError("would replace what is not its own", where=str(file), found=found, fix=f"{fix}, or move it away")
 
 
-def _refuse(folder: Path, kind: Kind, foreign: list[str]) -> None:
-    if not foreign:
-        return
-    marked = _mark(folder, kind) is not None
-    shown = foreign if marked else list(dict.fromkeys(name.split("/")[0] for name in foreign))
-    more = f" and {len(shown) - 5:,} more" if len(shown) > 5 else ""
-    raise RunError(
-        "would replace what is not its own",
-        where=str(folder),
-        expected=f"{kind.name} and nothing else" if marked else f"a new or empty folder, or {kind.name}",
-        found=", ".join(shown[:5]) + more,
-        fix="give another folder, or move these away",
-    )
+def _refuse(folder: Path, expected: str, foreign: list[str]) -> None:
+    if foreign:
+        found = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5:,} more" if len(foreign) > 5 else "")
+        fix = "give another folder, or move these away"
+        raise RunError("would replace what is not its own", where=str(folder), expected=expected, found=found, fix=fix)
+
+
+def _entries(folder: Path) -> list[str]:
+    """Names of what stands in a folder, but for what is nobody's; of none, or of a file, nothing."""
+    return sorted({path.name for path in folder.iterdir()}.difference(_NOBODYS)) if folder.is_dir() else []
 
 
 def _files(folder: Path) -> list[str]:
