@@ -336,7 +336,7 @@ def test_where_it_goes_unless_told(run, monkeypatch):
     assert analysis.default_folder("run") == analysis.default_folder("run/model") == run / "analysis"
     assert analysis.default_folder("run/2-ucl") == run / "analysis" / "2-ucl"
     for elsewhere in (path_of("mean"), path_of("plain"), "nobody/nothing"):
-        assert analysis.default_folder(elsewhere) == Path("analysis")
+        assert analysis.default_folder(elsewhere) == Path("llm2comp-analysis")
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -453,7 +453,7 @@ def test_weights_of_a_model_folder(place, run, texts_file, tmp_path, monkeypatch
     changed = {name for name in before if after.get(name) != before[name]}
     assert f"{place}/golden.json" in changed
     assert {name.rsplit("/", 1)[0] for name in changed - {f"{place}/golden.json"}} == {f"{place}/1_WordWeights"}
-    assert (tmp_path / ("analysis" if place == "moved" else "run/analysis") / "analysis.json").is_file()
+    assert (tmp_path / ("llm2comp-analysis" if place == "moved" else "run/analysis") / "analysis.json").is_file()
     assert_embeds(tmp_path / place, weighed("3-scl", weights)[0])
     assert_embeds(run / "3-scl", weighed("3-scl", weights)[1])
     assert verify(tmp_path / place) > 0.99999

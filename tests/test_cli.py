@@ -3,23 +3,31 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from rich.table import Table
+from typer.main import get_command
 
-from llm2comp import console
-from llm2comp.cli import using
+from llm2comp import console, errors
+from llm2comp.cli import app, using
 from llm2comp.console import Bar, say
 from llm2comp.data import hub
-from llm2comp.errors import Llm2CompError, RunError
-from tiny_run import assert_refused, cli, finished, write_recipe
+from llm2comp.errors import Llm2CompError, RunError, install_extra
+from tiny_run import Said, assert_refused, cli, finished, write_recipe
 
-COMMANDS = ("train", "demo", "embed", "similarity", "verify", "evaluate", "analyze", "report")
+GROUPS = {
+    "Make an encoder": ("train", "demo", "generate-responses", "study"),
+    "Use an encoder": ("embed", "similarity", "export", "verify"),
+    "Judge an encoder": ("evaluate", "analyze", "report"),
+}
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 
 
 # ---- help
@@ -43,6 +51,36 @@ def test_help_names_every_command_and_so_does_no_argument():
     assert "Usage: llm2comp" in nothing.out + nothing.err
 
 
+def test_commands_stand_in_groups_make_use_judge():
+    out = cli("--help").out
+    places = [
+        out.index(line) for group, commands in GROUPS.items() for line in (f"─ {group} ─", *(f"│ {c} " for c in commands))
+    ]
+    assert places == sorted(places)
+
+
+def test_no_command_is_in_no_group():
+    found = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
+    assert found >= set(COMMANDS)
+    assert {command.rich_help_panel for command in app.registered_commands} == set(GROUPS)
+
+
+@pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=str)
+def test_nothing_in_help_is_cut_at_80_columns(command):
+    """In a process of its own: how wide the help may be is asked for once."""
+    environment = os.environ | {"COLUMNS": "80", "TERMINAL_WIDTH": "80"}
+    run = [sys.executable, "-m", "llm2comp", *command, "--help"]
+    out = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+    node = get_command(app)
+    for name in command:
+        node = node.commands[name]
+    options = ["--help", *(name for parameter in node.params for name in parameter.opts if name.startswith("--"))]
+    for name in options:
+        assert re.search(rf"{name}[ ,]", out), f"{name} is not whole"
+
+
 def test_help_imports_nothing_heavy():
     """So that it answers within a second; importing sentence-transformers alone takes ten."""
     program = f"""
@@ -64,10 +102,44 @@ def test_python_m_and_the_version():
     import llm2comp
 
     assert llm2comp.__version__ == version("llm2comp")
+    assert cli("--version") == Said(0, f"llm2comp {version('llm2comp')}\n", "")
     command = [sys.executable, "-m", "llm2comp", "train", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "100"})
     assert "Usage: llm2comp train " in done.stdout
     assert "--dry-run" in done.stdout
+
+
+def test_the_package_shows_its_names_and_imports_nothing_heavy():
+    program = """
+import sys
+import llm2comp
+assert {"load", "train", "__version__"} <= set(dir(llm2comp)), dir(llm2comp)
+assert not any(name in dir(llm2comp) for name in ("TYPE_CHECKING", "annotations", "Any"))
+heavy = {"torch", "transformers", "sentence_transformers", "datasets", "numpy", "pyarrow", "yaml", "typer"} & set(sys.modules)
+assert not heavy, heavy
+assert all(callable(getattr(llm2comp, name)) for name in ("load", "train"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "pip install 'llm2comp[eval]'"),
+        ({"url": "file:///home/me/llm2comp", "dir_info": {"editable": True}}, "pip install -e '/home/me/llm2comp[eval]'"),
+        ({"url": "file:///home/me/a%20b", "dir_info": {}}, "pip install '/home/me/a b[eval]'"),
+        ({"url": "file:///x/llm2comp-1.whl", "archive_info": {}}, "pip install '/x/llm2comp-1.whl[eval]'"),
+        (
+            {"url": "https://host/llm2comp", "vcs_info": {"vcs": "git", "commit_id": "1"}},
+            "pip install 'llm2comp[eval] @ git+https://host/llm2comp'",
+        ),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_package_came_from(monkeypatch, origin, command):
+    text = json.dumps(origin) if origin else None
+    monkeypatch.setattr(errors, "distribution", lambda _: SimpleNamespace(read_text=lambda _: text))
+    assert install_extra("eval") == command
 
 
 # ---- how it ends

@@ -378,7 +378,7 @@ def test_what_mteb_cannot_run_is_one_failed_task(monkeypatch):
     encoder = MtebEncoder(llm2comp.load(finished()[1], "cpu"), "a/b", "c")
     (task,) = named_tasks(["STS12"])
     task.dataset, task.data_loaded = {"default": {}}, True
-    with pytest.raises(TaskFailedError, match="cannot be run on this model"):
+    with pytest.raises(TaskFailedError, match="mteb cannot score it with this model"):
         run_task(encoder, task)
 
 

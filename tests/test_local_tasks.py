@@ -190,6 +190,59 @@ def test_classification_of_two_classes_by_name(tmp_path):
     assert figure(as_mteb(write(tmp_path, "classification", files=two))) > 0.5
 
 
+def accuracy_by_hand(train, test):
+    """Accuracy of one regression on all of a train part of at most 16 texts a class."""
+    x_ND, x_MD = (WordSums().embed([row["text"] for row in rows]) for rows in (train, test))
+    names = [[str(row["label"]).strip() for row in rows] for rows in (train, test)]
+    return LogisticRegression(max_iter=100, random_state=42).fit(x_ND, names[0]).score(x_MD, names[1])
+
+
+@pytest.mark.parametrize("tested", [("blue", "red"), ("blue", "green"), ("green",), ("red",)])
+def test_the_test_part_may_lack_classes(tmp_path, tested):
+    train = labelled({"blue": 12, "green": 12, "red": 12}, 1)
+    test = labelled(dict.fromkeys(tested, 8), 22)
+    task = as_mteb(write(tmp_path, "classification", files={"train.jsonl": train, "test.jsonl": test}))
+    found = figure(task)
+    assert 0 < found <= 1
+    assert found == pytest.approx(accuracy_by_hand(train, test), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["classification", "clustering"])
+def test_labels_are_told_apart_by_what_they_say(tmp_path, kind):
+    """Outer spaces, a number and its digits, 1 and 1.0, are one label."""
+    plain = {file: [row | {"label": str(len(row["label"]))} for row in rows] for file, rows in SETS[kind].items()}
+    other = {
+        file: [
+            row | {"label": (f" {row['label']}\t", int(row["label"]), float(row["label"]))[i % 3]} for i, row in enumerate(rows)
+        ]
+        for file, rows in plain.items()
+    }
+    if kind == "clustering":  # its labels have one length
+        plain = SETS[kind]
+        other = {
+            "test.jsonl": [
+                row | {"label": (int(row["label"]), f"{row['label']} ")[i % 2]} for i, row in enumerate(plain["test.jsonl"])
+            ]
+        }
+    found = [figure(as_mteb(write(tmp_path, kind, name, files))) for name, files in (("plain", plain), ("other", other))]
+    assert found[0] == pytest.approx(found[1], abs=1e-9)
+
+
+def test_yes_and_no_are_labels(tmp_path):
+    train, test = labelled({"no": 20, "yes": 20}, 1), labelled({"no": 10, "yes": 10}, 2)
+    said = {
+        file: [row | {"label": row["label"] == "yes"} for row in rows]
+        for file, rows in (("train.jsonl", train), ("test.jsonl", test))
+    }
+    assert figure(as_mteb(write(tmp_path, "classification", files=said))) > 0.5
+    pairs = [row | {"label": bool(row["label"])} for row in PAIRS["test.jsonl"]]
+    found = [
+        figure(as_mteb(write(tmp_path, "pair_classification", name, {"test.jsonl": rows})))
+        for name, rows in (("a", pairs), ("b", PAIRS["test.jsonl"]))
+    ]
+    assert found[0] == found[1]
+
+
 def test_clustering_is_v_measure_of_ten_draws(tmp_path):
     rows = CLUSTERING["test.jsonl"]
     x_ND, labels = WordSums().embed([row["text"] for row in rows]), np.array([row["label"] for row in rows])

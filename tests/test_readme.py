@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from llm2comp import load
+from llm2comp.embed import embed
 from llm2comp.errors import RecipeError
 from llm2comp.recipe import find_recipe
 
@@ -199,6 +201,26 @@ def test_files_named_exist(page: Path):
     assert [entry for body in file_trees(text) for entry in missing_in_tree(body, ROOT)] == []
     assert [name for name in sorted(recipes_named(page)) if not (ROOT / name).is_file()] == []
     assert dead_links(page) == []
+
+
+SIMILARITIES = [command for command in COMMANDS if command.startswith("llm2comp similarity ")]
+ROW = re.compile(r"^((?: *-?\d\.\d{3})+)  (\S.*)$", re.M)
+
+
+@pytest.mark.parametrize("command", SIMILARITIES)
+def test_similar_texts_rank_first_and_what_is_shown_is_what_comes_out(command: str):
+    """In each example the first text is nearest to the second, by a margin, and the README shows these cosines."""
+    texts = shlex.split(command)[2:]
+    assert len(texts) == 3, "an option: then this must load another model"
+    vectors = embed(load(), texts, normalise=True).embeddings_ND
+    cosines = vectors @ vectors.T
+    assert cosines[0, 1] > max(cosines[0, 2], cosines[1, 2]) + 0.1
+    shown = {text: [float(cosine) for cosine in row.split()] for row, text in ROW.findall(TEXT)}
+    assert [shown[text] for text in texts] == [pytest.approx(row, abs=0.02) for row in cosines.tolist()]
+
+
+def test_there_is_such_an_example():
+    assert SIMILARITIES
 
 
 SAMPLE = """\

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 ANALYSIS_FOLDER, ANALYSIS_FILE = "analysis", "analysis.json"
+# Where an analysis of a model of no run goes, below the working directory.
+ELSEWHERE = Path("llm2comp-analysis")
 WITH_MEMORY = "a run, a stage, or a model folder of llm2comp's"
 PLOTS = ("spectrum", "scores", "memory")
 NEED_MORE_TEXTS = ("effective_rank", "participation_ratio", "above_one_percent")
@@ -137,10 +139,10 @@ def _withheld(measured: Collapse, pairs: bool, live: bool, figures: dict[str, fl
 
 
 def default_folder(path: str) -> Path:
-    """Where an analysis goes unless told otherwise: into the model's run, else here."""
+    """Where an analysis goes unless told otherwise: into the model's run, else into a folder of its own here."""
     run = run_of(path)
     if run is None:
-        return Path(ANALYSIS_FOLDER)
+        return ELSEWHERE
     folder = Path(path).absolute()
     return run / ANALYSIS_FOLDER / (folder.name if stage_of(folder) else "")
 

@@ -23,6 +23,7 @@ from llm2comp.files import write_text
 from llm2comp.loading import load
 from llm2comp.recipe import Recipe
 from llm2comp.report import report
+from llm2comp.report.reading import SEARCHES_FILE
 from llm2comp.training.run import FOLDERS, MODEL_FOLDER, read_run, stage_encoder, train
 
 if TYPE_CHECKING:
@@ -67,7 +68,11 @@ def demo(out: Path, recipe: str = RECIPES["smollm2"]) -> Path:
     for row in rows:
         say(f"  {row['model']}: {LINES[str(row['model'])]}")
     model = load(run / MODEL_FOLDER)
-    for question, answers in search(model, QUESTIONS):
+    found = list(search(model, QUESTIONS))
+    keys = ("name", "summary", "cosine")
+    rows_found = [{"question": asked, "answers": [dict(zip(keys, one, strict=True)) for one in best]} for asked, best in found]
+    write_text(run / "scores" / SEARCHES_FILE, json.dumps(rows_found, indent=1))
+    for question, answers in found:
         say(Text(f"\n{question}", style="bold"))
         for name, summary, cosine in answers:
             say(Text.assemble(f"  {cosine:.2f}  ", (name, "green"), f"  {summary[:90]}"))

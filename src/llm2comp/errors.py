@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from importlib.metadata import distribution
+from urllib.parse import unquote, urlsplit
+
 
 def one_line(what: object, most: int = 300) -> str:
     """What a foreign error says, as one line of at most so many characters."""
     return " ".join(str(what).split())[:most]
+
+
+def install_extra(name: str) -> str:
+    """The command that adds an extra (`eval`, `openvino`, ...) to the package, from where it was installed."""
+    origin = json.loads(distribution("llm2comp").read_text("direct_url.json") or "{}")  # PEP 610; none: from an index
+    url, editable = origin.get("url", ""), origin.get("dir_info", {}).get("editable", False)
+    if url.startswith("file:"):
+        return f"pip install {'-e ' * editable}'{unquote(urlsplit(url).path)}[{name}]'"
+    vcs = f"{origin['vcs_info']['vcs']}+" if "vcs_info" in origin else ""
+    return f"pip install 'llm2comp[{name}]{f' @ {vcs}{url}' if url else ''}'"
 
 
 class Llm2CompError(Exception):

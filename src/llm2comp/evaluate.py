@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from filelock import FileLock
 from rich.table import Table
 
 from llm2comp.console import say
-from llm2comp.errors import DataError, RunError
+from llm2comp.errors import DataError, RunError, install_extra
+from llm2comp.evaluation.pairs import Questions, pairs_task
 from llm2comp.evaluation.paper14 import PAPER14
 from llm2comp.evaluation.published import published
 from llm2comp.files import explain_disk_errors, write_text
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
 
     from llm2comp.evaluation.running import Encoder
 
-TFIDF = "tfidf"  # a model by this name needs no training: the lexical floor
 SCORES_FOLDER, SUMMARY_FILE = "scores", "summary.json"
+# Where results go when no model is of a run, below the working directory.
+RESULTS_FOLDER = Path("llm2comp-scores")
 # Where a rehearsal's results go: apart from all others.
 REHEARSAL_FOLDER = "rehearsal"
 
@@ -51,6 +54,7 @@ class Options:
     Args:
         tasks: names of tasks and benchmarks of mteb, or `paper14`.
         local: folders of local sets.
+        pairs: files of questions and answers.
         instructions: `auto` (the paper's 14 instructions, for models of ours that were trained with instructions), `none`,
             or a YAML file of task names and instructions, which go to any model.
         template: how an instruction stands before a text.
@@ -68,15 +72,16 @@ class Options:
     rehearse: bool = False
     device: str | None = None
     num_memory: int | None = None
+    pairs: tuple[Questions, ...] = ()
 
 
 def evaluate(models: Sequence[str], options: Options, out: Path | None = None) -> list[ModelScores]:
     """Run every task on every model; results that are there already are not run again.
 
     Args:
-        models: whatever `llm2comp.load` takes, or `tfidf`.
+        models: whatever `llm2comp.load` takes, `bm25` or `tfidf`.
         options: tasks and how to run them.
-        out: folder of the results; default: `scores/` in the model's run, or here.
+        out: folder of the results; default: as `results_folder` says.
 
     Raises:
         DataError: no task, an unknown one, a malformed local set, an embedding that is not finite.
@@ -86,29 +91,32 @@ def evaluate(models: Sequence[str], options: Options, out: Path | None = None) -
     instructions = _instructions(options)
     rows = []
     for path in models:
-        folder = results_folder(path, out)
+        folder = results_folder(path, out, models)
         read_summary(folder / SUMMARY_FILE)  # one that is not ours is said before the work
         encoder = _encoder(str(path), tasks, instructions, options)
         row = _evaluate_one(str(path), encoder, tasks, options, folder)
         if not options.rehearse:
             _keep(folder / SUMMARY_FILE, row)
         rows.append(row)
+    for folder in dict.fromkeys(results_folder(path, out, models) for path in models):
+        say(f"results: {folder / REHEARSAL_FOLDER if options.rehearse else folder / SUMMARY_FILE}")
     return rows
 
 
-def results_folder(model: str, out: Path | None = None) -> Path:
-    """Where a model's results go: `out`, or `scores/` in its run, or here."""
-    return out or (run_of(model) or Path()) / SCORES_FOLDER
+def results_folder(model: str, out: Path | None = None, beside: Sequence[str] = ()) -> Path:
+    """Where a model's results go: `out`, or `scores/` in its run, or in the first run among those `beside` it, or one here."""
+    run = next((run for each in (model, *beside) if (run := run_of(each))), None)
+    return out or (run / SCORES_FOLDER if run else RESULTS_FOLDER)
 
 
 def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], options: Options) -> Encoder:
     """A model as mteb calls it, with the instructions it is to get."""
     from llm2comp.encoder import merge_adapters
     from llm2comp.evaluation.encoder import MtebEncoder
-    from llm2comp.evaluation.lexical import TfidfEncoder
+    from llm2comp.evaluation.lexical import LEXICAL
 
-    if path == TFIDF:
-        return TfidfEncoder()
+    if path.lower() in LEXICAL:
+        return LEXICAL[path.lower()]()
     model = load(path, options.device, options.num_memory)
     if options.instructions == "auto" and not _knows_instructions(path, model):
         instructions = {}
@@ -210,12 +218,14 @@ def _tasks(options: Options) -> list[Any]:
     try:
         from llm2comp.evaluation.tasks import local_tasks, named_tasks
     except ImportError as error:
-        raise RunError(
-            f"mteb cannot be imported: {error}", where="llm2comp evaluate", fix="pip install 'llm2comp[eval]'"
-        ) from error
+        raise RunError(f"mteb cannot be imported: {error}", where="llm2comp evaluate", fix=install_extra("eval")) from error
     tasks = named_tasks(options.tasks) + [task for folder in options.local for task in local_tasks(folder)]
+    tasks += [pairs_task(asked) for asked in options.pairs]
     if not tasks:
-        raise DataError("nothing to evaluate", expected="--tasks paper14, a task of mteb's, or --local DIR")
+        raise DataError("nothing to evaluate", expected="--tasks paper14, a task of mteb's, --local DIR, or --pairs FILE")
+    name, count = Counter(task.metadata.name for task in tasks).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{count} sets are named {name!r}", fix="rename one of them: results are kept by this name")
     if options.rehearse:
         from llm2comp.evaluation.rehearsal import inject
 

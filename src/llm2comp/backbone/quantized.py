@@ -16,7 +16,7 @@ import transformers
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
-from llm2comp.errors import BackboneError
+from llm2comp.errors import BackboneError, install_extra
 
 _WEIGHTS = ("Params4bit", "Int8Params")
 _MARKS = ("hf_quantizer", "hf_device_map", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
@@ -33,7 +33,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
             "needs bitsandbytes",
             where="model.quantization",
             found=kind,
-            fix="pip install 'llm2comp[quantized]', or set it to null",
+            fix=f"{install_extra('quantized')}, or set it to null",
         )
     if kind == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)

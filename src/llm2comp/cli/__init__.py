@@ -7,11 +7,12 @@ import sys
 from typing import NoReturn
 
 from llm2comp.cli import making, measuring, using
-from llm2comp.cli.options import app
+from llm2comp.cli.options import JUDGE, MAKE, USE, app
 from llm2comp.errors import Llm2CompError
 
 __all__ = ["app", "main", "making", "measuring", "using"]
 STOPPED = 130
+app.registered_commands.sort(key=lambda command: (MAKE, USE, JUDGE).index(command.rich_help_panel or JUDGE))
 OUT_OF_MEMORY = (
     "lower batch_size, or set gradient_checkpointing: true or (stages 2 and 3) mini_batch_size: 16; "
     "`--dry-run` estimates what a recipe needs, --batch-size limits evaluation"

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from llm2comp.cli.options import DeviceOption, app, read_column
+from llm2comp.cli.options import MAKE, DeviceOption, app, read_column
 
 REPORT_FILE = "report.html"
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def fetch(
-    model: Annotated[str, typer.Argument(help="builtin:smollm2, or a GGUF file to convert.")] = "builtin:smollm2",
+    model: Annotated[str, typer.Argument(help="builtin:smollm2, or a GGUF file to convert.", metavar="LM")] = "builtin:smollm2",
 ) -> None:
     """Get a language model into the cache now, so that later commands need no network; prints its folder."""
     from llm2comp.backbone.sources import fetch as get
@@ -23,14 +23,18 @@ def fetch(
     print(get(model))
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def train(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe (tiny, llama2-7b-paper, ...).")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: key.sub=value ...")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<recipe name>.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved plan and what it will need; train nothing.")
-    ] = False,
+    recipe: Annotated[
+        str, typer.Argument(help="YAML file, or the name of a recipe of the package (tiny, qwen3-0.6b, ...).", metavar="RECIPE")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Changes to it, such as ucl.steps=500.", metavar="KEY=VALUE")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default: runs/ and the recipe's name.", metavar="DIR")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it will need; train nothing.")] = False,
 ) -> None:
     """Train a recipe; run again to go on where it stopped."""
     from llm2comp.data.sources import check_sources
@@ -56,37 +60,45 @@ def train(
         say(f"report: {write_report([run], run / REPORT_FILE)}")
 
 
-@app.command()
-def demo(out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo")) -> None:
-    """Whole path in minutes: embedded backbone and your Python's documentation → encoder, scores, a search."""
+@app.command(rich_help_panel=MAKE)
+def demo(out: Annotated[Path, typer.Option(help="Folder of the run.", metavar="DIR")] = Path("runs/demo")) -> None:
+    """See it all in minutes: train a small encoder on your Python's documentation, score it, search with it."""
     from llm2comp.demo import demo as run_demo
 
     run_demo(out)
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def generate_responses(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Causal LM: Hub id, local folder, GGUF file, builtin:smollm2 or builtin:tiny.")
+        str, typer.Option("--model", "-m", help="Causal LM: Hub id, folder, GGUF file, builtin:smollm2.", metavar="LM")
     ],
-    texts: Annotated[str, typer.Option(help="File of texts, or a Hub data set (its split train).")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; run again to go on.")],
-    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many texts.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Longest prompt; the text in a longer one is cut.")] = 1024,
-    prompt: Annotated[str, typer.Option(help="What the LM is told.")] = "{text}",
+    texts: Annotated[str, typer.Option(help="File of texts, or a Hub data set (its split train).", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; run again to go on.", metavar="DIR")],
+    column: Annotated[str, typer.Option(help="Column that holds the text.", metavar="NAME")] = "text",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N texts.", metavar="N")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.", metavar="N")] = 64,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Longest prompt, in tokens; the text in a longer one is cut.", metavar="N")
+    ] = 1024,
+    prompt: Annotated[str, typer.Option(help="What the LM is told; {text} is the text.", metavar="TEXT")] = "{text}",
     chat_template: Annotated[
         bool | None,
-        typer.Option("--chat-template/--no-chat-template", help="Through the tokenizer's template; default: if it has one."),
+        typer.Option("--chat-template/--no-chat-template", help="Use the tokenizer's chat template; default: if it has one."),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy; above: drawn at random.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
-    teacher: Annotated[str | None, typer.Option(help="Encoder whose embeddings of the responses are kept as well.")] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Texts per shard.")] = 1000,
-    shards: Annotated[str, typer.Option(help="i/n: the i-th of n shares, so that n machines can share a folder.")] = "1/1",
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 16,
-    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit of the model.")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: the likeliest response; above: drawn at random.", metavar="X")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Another one draws other responses.", metavar="N")] = 0,
+    teacher: Annotated[
+        str | None, typer.Option(help="Encoder whose embeddings of the responses are kept as well.", metavar="MODEL")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Texts per file.", metavar="N")] = 1000,
+    shards: Annotated[
+        str, typer.Option(help="2/8: the second of eight shares of the texts, for several machines.", metavar="I/N")
+    ] = "1/1",
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.", metavar="N")] = 16,
+    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit of the model.", metavar="NAME")] = None,
     device: DeviceOption = None,
 ) -> None:
     """Let a causal LM respond to texts, for stage 1's objective `response` (docs/response.md)."""

@@ -8,31 +8,61 @@ from typing import Annotated
 import typer
 
 from llm2comp.cli.making import REPORT_FILE
-from llm2comp.cli.options import MODEL_HELP, DeviceOption, LocalOption, MemoryOption, app, read_column, require_folder
+from llm2comp.cli.options import (
+    JUDGE,
+    MAKE,
+    MODEL_HELP,
+    DeviceOption,
+    LocalOption,
+    MemoryOption,
+    app,
+    read_column,
+    require_folder,
+)
 from llm2comp.console import GENERAL
 
+ModelsArgument = Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also bm25 and tfidf: word matching.", metavar="MODEL")]
 
-@app.command()
+
+@app.command(rich_help_panel=JUDGE)
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also: tfidf.")] = [GENERAL],  # noqa: B006
+    models: ModelsArgument = [GENERAL],  # noqa: B006
     tasks: Annotated[
-        list[str] | None, typer.Option(help="paper14, or a task or benchmark of mteb's, such as 'MTEB(eng, v2)'; repeatable.")
+        list[str] | None,
+        typer.Option(help="paper14 (the paper's 14), or a task or benchmark of mteb's; repeatable.", metavar="NAME"),
     ] = None,
     local: LocalOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of results; default: scores/ in the model's run, else here.")] = None,
-    compare: Annotated[bool, typer.Option(help="Show models evaluated before and the published figures beside.")] = False,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(help="File of questions and answers: each must find its own; repeatable.", metavar="FILE"),
+    ] = None,
+    query_column: Annotated[str, typer.Option(help="Column of questions in it.", metavar="NAME")] = "anchor",
+    answer_column: Annotated[str, typer.Option(help="Column of answers in it.", metavar="NAME")] = "positive",
+    documents: Annotated[str | None, typer.Option(help="File of more texts to find the answers among.", metavar="FILE")] = None,
+    document_column: Annotated[str, typer.Option(help="Column of texts in it.", metavar="NAME")] = "text",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of results; default: scores/ in the model's run, else llm2comp-scores/.", metavar="DIR"),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show models evaluated before and the published figures beside.")
+    ] = False,
     instructions: Annotated[
-        str, typer.Option(help="auto: the paper's for models trained with instructions; none; or a YAML file of task: text.")
+        str,
+        typer.Option(
+            help="auto: the paper's, for models that know instructions; none; or a YAML file of task: text.", metavar="WHICH"
+        ),
     ] = "auto",
-    template: Annotated[str, typer.Option(help="How an instruction stands before a text.")] = "{instruction}:",
-    batch_size: Annotated[str, typer.Option(help="Texts at once; auto: as many as fit.")] = "auto",
-    rehearse: Annotated[bool, typer.Option(help="Made-up data in place of the real: does it all run? No scores.")] = False,
+    template: Annotated[str, typer.Option(help="How an instruction stands before a text.", metavar="TEXT")] = "{instruction}:",
+    batch_size: Annotated[str, typer.Option(help="Texts at once; auto: as many as fit.", metavar="N")] = "auto",
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Try it all on made-up data, without network; gives no scores.")
+    ] = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Evaluate models on mteb's tasks or on local sets; run again to go on where it stopped."""
-    for folder in local or ():
-        require_folder(folder)
+    """Score models on public tasks, your own sets or your own questions and answers, side by side."""
+    _check_sources(local or [], pairs or [], documents)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
     from llm2comp.errors import DataError, RunError
@@ -43,27 +73,51 @@ def evaluate(
         raise DataError("no template", where="--template", expected="a text with {instruction} in it", found=template)
     quiet_libraries()
     from llm2comp import evaluate as evaluation
+    from llm2comp.evaluation.pairs import Questions
 
     size = None if batch_size == "auto" else int(batch_size)
     chosen, folders = tuple(tasks or ()), tuple(local or ())
-    options = evaluation.Options(chosen, folders, instructions, template, size, rehearse, device, num_memory)
+    asked = tuple(Questions(file, query_column, answer_column, documents, document_column) for file in pairs or ())
+    options = evaluation.Options(chosen, folders, instructions, template, size, rehearse, device, num_memory, asked)
     rows = evaluation.evaluate(models, options, out)
-    before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out)) if compare else []
+    before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models)) if compare else []
     say(evaluation.table([*before, *rows], compare))
     if failed := {task for row in rows for task in row.failed}:
         raise RunError(f"{len(failed)} tasks could not be run: {', '.join(sorted(failed))}", fix="see above, then run it again")
 
 
-@app.command()
+def _check_sources(local: list[Path], pairs: list[str], documents: str | None) -> None:
+    """What `evaluate` is to read is there: said before anything heavy is imported."""
+    from llm2comp.data.sources import check_sources
+    from llm2comp.errors import DataError
+    from llm2comp.recipe import TextData
+
+    for folder in local:
+        require_folder(folder)
+    if documents and not pairs:
+        raise DataError("nothing to be found in it", where="--documents", expected="--pairs FILE, the questions and answers")
+    check_sources(TextData(source=file) for file in (*pairs, *([documents] if documents else [])))
+
+
+@app.command(rich_help_panel=JUDGE)
 def analyze(
-    texts: Annotated[str, typer.Option(help="File of texts, more of them than the embedding has dimensions.")],
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = GENERAL,
-    pairs: Annotated[str | None, typer.Option(help="File of related texts, columns anchor and positive.")] = None,
-    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    limit: Annotated[int, typer.Option(min=2, help="Use at most so many texts and pairs.")] = 5000,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; default: analysis/ in the model's run, else here.")] = None,
-    threshold: Annotated[float, typer.Option(min=-1, max=1, help="Mean cosine from which memory tokens are merged.")] = 0.9,
-    write_weights: Annotated[bool, typer.Option("--write-weights", help="Store cluster-then-merge in the model.")] = False,
+    texts: Annotated[str, typer.Option(help="File of texts, more of them than the embedding has dimensions.", metavar="FILE")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = GENERAL,
+    pairs: Annotated[
+        str | None, typer.Option(help="File of related texts, columns anchor and positive.", metavar="FILE")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column that holds the text.", metavar="NAME")] = "text",
+    limit: Annotated[int, typer.Option(min=2, help="Use the first N texts and pairs.", metavar="N")] = 5000,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; default: analysis/ in the model's run, else llm2comp-analysis/.", metavar="DIR"),
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=-1, max=1, help="Mean cosine from which memory tokens are merged.", metavar="X")
+    ] = 0.9,
+    write_weights: Annotated[
+        bool, typer.Option("--write-weights", help="Merge memory tokens that say the same, in the model itself.")
+    ] = False,
     device: DeviceOption = None,
 ) -> None:
     """See why a model is good: collapse, what counts as similar, what its memory tokens hold."""
@@ -97,12 +151,14 @@ def analyze(
             say(f"{changed}: memory tokens now weigh {', '.join(f'{weight:.3f}' for weight in weights)}")
 
 
-@app.command()
+@app.command(rich_help_panel=JUDGE)
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are compared.")],
-    out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the first run.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", metavar="RUN")],
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write; default: report.html in the first run.", metavar="FILE")
+    ] = None,
 ) -> None:
-    """One self-contained HTML page about training runs: curves, spectra, memory tokens, scores, settings."""
+    """Write one HTML page about runs: is it good, what helped, curves, scores, settings."""
     for run in runs:
         require_folder(run)
     from llm2comp.backbone.quiet import quiet_libraries
@@ -114,16 +170,25 @@ def report(
     say(f"report: {write_report(runs, out or runs[0] / REPORT_FILE)}")
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def study(
-    file: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped study (objectives, ...; docs/studies.md).")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the study; default studies/<study name>.")] = None,
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="YAML file, or the name of a study of the package (objectives, ...; docs/studies.md).", metavar="STUDY"
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study; default: studies/ and its name.", metavar="DIR")
+    ] = None,
     local: LocalOption = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="Change to all its recipes: key.sub=value.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change to all its recipes; repeatable.", metavar="KEY=VALUE")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List runs, stages to train and to share; train nothing.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes at once; with CUDA each sees one device.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at once; with CUDA each sees one device.", metavar="N")] = 1,
 ) -> None:
-    """Train several recipes over several seeds, score all, compare in one table; run again to go on."""
+    """Train several recipes over several seeds and compare them in one table; run again to go on."""
     from llm2comp.study.settings import find_study
 
     find_study(file)

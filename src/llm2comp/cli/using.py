@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm2comp.cli.options import DeviceOption, Dtype, DtypeOption, MemoryOption, ModelOption, app, read_column, require_folder
+from llm2comp.cli.options import (
+    USE,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    MemoryOption,
+    ModelOption,
+    app,
+    read_column,
+    require_folder,
+)
 from llm2comp.console import GENERAL, BadRows, LongTexts, Role
 
 if TYPE_CHECKING:
@@ -37,30 +47,41 @@ class Precision(StrEnum):
     int8 = "int8"
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def embed(
     source: Annotated[
-        str, typer.Argument(help="Text file, jsonl, csv, parquet (also .gz, .zst), or - for lines on standard input.")
+        str,
+        typer.Argument(help="File of texts: txt, jsonl, csv, parquet, ..., or - for lines on standard input.", metavar="FILE"),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .npy, .parquet or .jsonl.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .npy, .parquet or .jsonl.", metavar="FILE")],
     model: ModelOption = GENERAL,
-    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    role: Annotated[Role | None, typer.Option(help="Use the model's prompt for this role.")] = None,
-    long_texts: Annotated[LongTexts, typer.Option(help="Texts over the model's limit.")] = LongTexts.truncate,
+    column: Annotated[str, typer.Option(help="Column that holds the text.", metavar="NAME")] = "text",
+    role: Annotated[
+        Role | None, typer.Option(help="query or document: put the model's prompt for it before each text.", metavar="ROLE")
+    ] = None,
+    long_texts: Annotated[
+        LongTexts, typer.Option(help="Texts over the model's limit: truncate, chunk-mean or error.", metavar="HOW")
+    ] = LongTexts.truncate,
     bad_rows: Annotated[
         BadRows,
-        typer.Option(help="Rows without a text: stop; skip: leave out, number the others (docs/data.md); zero: zeros there."),
+        typer.Option(
+            help="Rows without a text: stop; skip: leave out, number the others (docs/data.md); zero: zeros there.",
+            metavar="HOW",
+        ),
     ] = BadRows.stop,
     max_tokens_per_batch: Annotated[
-        int | None, typer.Option(min=1, help="Tokens at once, padding included; by default 1,024 on a CPU, else 16,384.")
+        int | None,
+        typer.Option(min=1, help="Tokens at once, padding included; by default 1,024 on a CPU, else 16,384.", metavar="N"),
     ] = None,
-    normalise: Annotated[bool, typer.Option(help="Scale embeddings to length 1.")] = False,
+    normalise: Annotated[bool, typer.Option("--normalise", help="Scale embeddings to length 1.")] = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.auto,
-    backend: Annotated[Backend, typer.Option(help="What runs the model; the last two: docs/speed.md.")] = Backend.torch,
+    backend: Annotated[
+        Backend, typer.Option(help="What runs the model: torch, openvino or onnx (docs/speed.md).", metavar="NAME")
+    ] = Backend.torch,
 ) -> None:
-    """Embed a file's texts, in order."""
+    """Turn a file's texts into embeddings, in order."""
     from llm2comp import embed as bulk
     from llm2comp.console import say
 
@@ -89,14 +110,14 @@ def embed(
     say(f"{out}: {result.embeddings_ND.shape[0]:,} embeddings of {result.embeddings_ND.shape[1]} dimensions{notes}")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def similarity(
-    texts: Annotated[list[str], typer.Argument(help="Two texts or more.")],
+    texts: Annotated[list[str], typer.Argument(help="Two texts or more.", metavar="TEXT")],
     model: ModelOption = GENERAL,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
-    """Print the cosine between texts, each with each."""
+    """Print how alike texts are: the cosine, each with each."""
     from llm2comp.errors import DataError
 
     if len(texts) < 2:
@@ -113,20 +134,23 @@ def similarity(
         print(" ".join(f"{cosine:6.3f}" for cosine in row), "", line if len(line) <= 60 else line[:57] + "...")
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
-    out: Annotated[Path, typer.Argument(help="Folder to write; an earlier export there is replaced, nothing else is.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write; an earlier export there is replaced, nothing else is.", metavar="DIR")
+    ],
     model: ModelOption = GENERAL,
     num_memory: MemoryOption = None,
     multi_vector: Annotated[
-        bool, typer.Option("--multi-vector", help="For MultiVectorEncoder: all memory states of a text, scored by MaxSim.")
+        bool, typer.Option("--multi-vector", help="Keep all memory states of a text, for MultiVectorEncoder.")
     ] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of the stored weights; auto: as the encoder computes.")] = Dtype.auto,
     openvino: Annotated[
-        Precision | None, typer.Option(help="Put a graph for OpenVINO into the folder as well (docs/speed.md).")
+        Precision | None,
+        typer.Option(help="Add a graph for OpenVINO: float32, bfloat16 or int8 (docs/speed.md).", metavar="TYPE"),
     ] = None,
 ) -> None:
-    """Write an encoder as a stock sentence-transformers folder (a finished run has one already: model/)."""
+    """Write an encoder as a folder that plain sentence-transformers loads (a run has one: model/)."""
     from llm2comp.files import EXPORTED, refuse_foreign
 
     refuse_foreign(out, EXPORTED)
@@ -147,9 +171,9 @@ def export(
         say(f"{out / 'openvino'}: {openvino.value}, lowest cosine {compile_folder(out, 'openvino', openvino.value):.7f}")
 
 
-@app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, or a finished run.")]) -> None:
-    """Recompute a model folder's stored embeddings."""
+@app.command(rich_help_panel=USE)
+def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, or a finished run.", metavar="DIR")]) -> None:
+    """Check that a model folder still gives the embeddings that it gave."""
     require_folder(folder)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say

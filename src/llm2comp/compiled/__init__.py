@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llm2comp.compiled.runtimes import RUNTIMES, Run, Runtime
 from llm2comp.encoder import embed_texts
-from llm2comp.errors import ModelFolderError, one_line
+from llm2comp.errors import ModelFolderError, install_extra, one_line
 from llm2comp.export import GOLDEN_TEXTS, cannot_be_loaded, load_folder
 from llm2comp.files import GRAPH, new_folder, refuse_foreign, sha256, write_text
 
@@ -77,7 +77,7 @@ def runtime_of(backend: str, precision: str = "float32") -> Runtime:
         raise ModelFolderError(
             f"needs {missing[0]}, which is not installed",
             where=f"backend {backend}",
-            fix=f"pip install 'llm2comp[{runtime.name}]'",
+            fix=install_extra(runtime.name),
         )
     return runtime
 

@@ -31,6 +31,7 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.abstask import AbsTask
 from mteb.abstasks.task_metadata import TaskMetadata
+from sklearn.metrics import accuracy_score, f1_score
 
 from llm2comp.errors import DataError
 from llm2comp.evaluation import local_rows as rows
@@ -47,6 +48,10 @@ class LocalSet:
 
 class _Classification(AbsTaskClassification):
     samples_per_label = 16
+
+    def _calculate_scores(self, y_test: Any, y_pred: Any) -> Any:
+        """Accuracy, and F1 over classes. mteb adds what two classes alone have as soon as the test part happens to hold two."""
+        return {"accuracy": accuracy_score(y_test, y_pred), "f1": f1_score(y_test, y_pred, average="macro")}
 
 
 class _Clustering(AbsTaskClustering):
@@ -134,12 +139,18 @@ def as_mteb(local: LocalSet) -> AbsTask:
     split = files.evaluated_split(kind.split_file)
     parts = kind.read(files, split)
     revision = files.revision()
+    return make_task(local.kind, f"Local-{local.name}", split, parts, revision)
+
+
+def make_task(kind_name: str, name: str, split: str, parts: rows.Parts, revision: str) -> AbsTask:
+    """An mteb task of a kind with its data in memory. `revision`: what the data are told by; see `as_mteb`."""
+    kind = _KINDS[kind_name]
     metadata = TaskMetadata(
-        name=f"Local-{local.name}",
-        description=f"{local.kind} on files of one's own: {local.name}",
+        name=name,
+        description=f"{kind_name} on files of one's own: {name}",
         type=kind.name,  # type: ignore[arg-type]
-        category="t2c" if local.kind in ("classification", "clustering") else "t2t",
-        dataset={"path": f"local/{local.name}", "revision": revision},
+        category="t2c" if kind_name in ("classification", "clustering") else "t2t",
+        dataset={"path": f"local/{name}", "revision": revision},
         eval_splits=[split],
         eval_langs={revision: ["eng-Latn"]},  # mteb asks for a language; no figure depends on it
         main_score=kind.main_score,

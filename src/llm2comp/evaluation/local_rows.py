@@ -64,9 +64,11 @@ class Row:
         return float(value)
 
     def label(self, key: str) -> str:
-        """A class by its name; a whole number counts as its digits."""
+        """A class by its name without outer spaces; a whole number (1 or 1.0) counts as its digits, yes or no as a word."""
         value = self.value(key)
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else self.text(key)
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            return str(value).lower() if isinstance(value, bool) else str(int(value))
+        return self.text(key).strip()
 
     def zero_or_one(self, key: str) -> int:
         """A yes or no."""
@@ -217,7 +219,7 @@ def read_retrieval(files: SetFiles, split: str) -> Parts:
             raise DataError(f"query {query!r} has no relevant document", where=row.where, fix="remove it or judge it")
     corpus = [{"id": key, "title": row.title(), "text": row.text("text", may_be_blank=True)} for key, row in documents.items()]
     asked = [{"id": key, "text": row.text("text")} for key, row in queries.items() if key in relevant]
-    return {split: _collection(corpus, asked, relevant, None)}
+    return {split: collection(corpus, asked, relevant, None)}
 
 
 def read_reranking(files: SetFiles, split: str) -> Parts:
@@ -235,15 +237,16 @@ def read_reranking(files: SetFiles, split: str) -> Parts:
                 corpus.append({"id": document, "title": "", "text": text})
                 relevant[query][document] = grade
     candidates = {query: list(documents) for query, documents in relevant.items()}
-    return {split: _collection(corpus, queries, relevant, candidates)}
+    return {split: collection(corpus, queries, relevant, candidates)}
 
 
-def _collection(
+def collection(
     corpus: list[dict[str, str]],
     queries: list[dict[str, str]],
     relevant: dict[str, dict[str, int]],
     candidates: dict[str, list[str]] | None,
 ) -> RetrievalSplitData:
+    """What mteb ranks: documents, queries, query → document → grade, and query → candidates where not all are ranked."""
     return RetrievalSplitData(
         corpus=Dataset.from_list(corpus), queries=Dataset.from_list(queries), relevant_docs=relevant, top_ranked=candidates
     )

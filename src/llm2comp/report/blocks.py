@@ -27,7 +27,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing, one sentence that says how to read it, and its numbers. `ident` is unique in the page."""
+    """A drawing, one sentence that says how to read it, and its numbers, which stand alone where there is nothing to draw.
+
+    `ident` is unique in the page.
+    """
 
     ident: str
     title: str
@@ -50,6 +53,7 @@ class Section:
     plots: tuple[Plot, ...] = ()
     code: str = ""
     folded: bool = False  # its tables wait behind a click
+    lead: str = ""  # one sentence that stands out, before the text
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,10 @@ def curves(
     ylabel: str = "",
     beside: Mapping[str, Points] | None = None,
 ) -> list[Plot]:
-    """Curves against the step, as a plot in a list that is empty without points; the table also holds those `beside` them."""
+    """Curves against the step, as a plot in a list that is empty without points; the table also holds those `beside` them.
+
+    What was measured at one step alone is no curve: its numbers are shown.
+    """
     shown = {name: points for name, points in lines.items() if points}
     if not shown:
         return []
@@ -108,5 +115,7 @@ def curves(
     steps = sorted({step for column in columns.values() for step in column})
     rows = tuple((f"{step:,.0f}", *(number(column.get(step)) for column in columns.values())) for step in steps)
     table = Table(f"{of}: {title.lower()} at each step", ("step", *columns), rows)
+    if len({step for points in shown.values() for step, _ in points}) < 2:
+        return [Plot(ident, title, Markup(), f"Measured at one step alone. {reading}", table)]
     figure = curves_figure(shown, "step", ylabel or next(iter(shown)))
     return [drawn(ident, title, of, figure, reading, table)]

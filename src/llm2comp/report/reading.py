@@ -13,6 +13,7 @@ from llm2comp.recipe import PretextStage, Recipe, Stage
 from llm2comp.training.run import DONE_FILE, FOLDERS, read_run
 
 T = TypeVar("T")
+SEARCHES_FILE = "searches.json"
 
 
 def _square(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
@@ -84,6 +85,21 @@ class DemoScore(Line):
     effective_rank: float | None = None
 
 
+class Answer(Line):
+    """What a search found: a name, its first line, its cosine to the question."""
+
+    name: str
+    summary: str
+    cosine: float
+
+
+class Search(Line):
+    """An entry of scores/searches.json: a question and what was found for it, best first."""
+
+    question: str
+    answers: tuple[Answer, ...]
+
+
 class TaskScore(Line):
     """A task's main score, 0 to 1."""
 
@@ -146,6 +162,7 @@ class RunLog:
     stages: tuple[StageLog, ...]
     demo: tuple[DemoScore, ...]
     evaluations: tuple[Evaluation, ...]
+    searches: tuple[Search, ...] = ()
 
 
 def read_log(folder: Path, label: str) -> RunLog:
@@ -164,6 +181,7 @@ def read_log(folder: Path, label: str) -> RunLog:
         tuple(stages),
         _read(folder / "scores" / "python-docs.json", tuple[DemoScore, ...]) or (),
         _read(folder / "scores" / "summary.json", tuple[Evaluation, ...]) or (),
+        _read(folder / "scores" / SEARCHES_FILE, tuple[Search, ...]) or (),
     )
 
 

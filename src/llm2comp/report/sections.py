@@ -9,6 +9,7 @@ from llm2comp.analysis.plots import heatmap_figure, spectrum_figure
 from llm2comp.recipe import PretextStage, Recipe, Stage
 from llm2comp.report.blocks import NONE, Part, Plot, Points, Section, Table, curves, drawn, duration, number, percent
 from llm2comp.report.reading import Evaluation, RunLog, StageLog, Watch
+from llm2comp.report.verdict import measured_states, searches_section, short_section, use_section, warnings_section
 
 # Figures of the watch as a table's columns: title → value.
 FIGURES: dict[str, Callable[[Watch], float | None]] = {
@@ -29,7 +30,8 @@ WATCH_PLOTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "Context recovered",
         ("context recovered",),
-        "How much of a text's effect on the language model survives in the memory tokens: 1 is all of it, 0 is nothing.",
+        "How much of a text's effect on the language model survives in the memory tokens: 1 is all of it, 0 is none; below 0: "
+        "the memory misleads the LM, as memory does that is not trained.",
     ),
     (
         "Uniformity and alignment",
@@ -59,6 +61,10 @@ LOSS = {
     "scl": "Lower is better: how hard it still is to tell a query's text from the other texts of the batch.",
 }
 TASKS = "Scores on evaluation sets while the stage trained, times 100: higher is better."
+RANKS = (
+    "The effective rank in the first table is that of all held-out documents; elsewhere on this page it is that of the watch's "
+    "few texts. More texts fill more directions, so compare it within a table only."
+)
 HEATMAP = "Mean cosine of each two memory tokens: bright squares off the diagonal are tokens that carry the same."
 SPECTRUM = (
     "How much the embeddings spread along each direction: a slow decline uses many, a cliff means that the rest collapsed."
@@ -67,7 +73,8 @@ SPECTRUM = (
 
 def run_part(run: RunLog, ident: str) -> Part:
     """All that one run's folder tells."""
-    sections = [overview(run, ident), *_warnings(run, ident), *_scores(run, ident), *_course(run, ident)]
+    sections = [short_section(run, ident), *use_section(run, ident), *searches_section(run, ident)]
+    sections += [*warnings_section(run, ident), overview(run, ident), *_scores(run, ident), *_course(run, ident)]
     sections += [section for stage in run.stages for section in _stage(run, stage, ident)]
     sections += _environment(run, ident)
     return Part(ident, run.label, sentence(run), sections)
@@ -103,7 +110,7 @@ def overview(run: RunLog, ident: str) -> Section:
     header = ("stage", "data", "steps", "batch", "learning rate", "time")
     table = Table("The stages, in order", header, tuple(map(_stage_row, run.stages)), numeric=False)
     known = tuple((name, value) for name, value in facts.items() if value)
-    return Section(f"{ident}-overview", "What was trained", cards=_cards(run), facts=known, tables=(table,))
+    return Section(f"{ident}-overview", "What was trained", facts=known, tables=(table,))
 
 
 def _stage_row(stage: StageLog) -> tuple[str, ...]:
@@ -133,59 +140,9 @@ def _steps(stage: StageLog) -> str:
     return f"{stage.reached:,}{early}{kept}"
 
 
-def _cards(run: RunLog) -> tuple[tuple[str, str, str], ...]:
-    """The run in four figures, as far as they are known."""
-    cards = []
-    measured = measured_states(run)
-    if len(measured) > 1:
-        (first, before), (last, after) = measured[0], measured[-1]
-        cards.append(("effective rank", f"{before.effective_rank:.1f} → {after.effective_rank:.1f}", f"{first} → {last}"))
-    encoders = [row for row in run.demo if row.effective_rank is not None]
-    if len(encoders) > 1:
-        shown = f"{100 * encoders[0].ndcg_at_10:.1f} → {100 * encoders[-1].ndcg_at_10:.1f}"
-        cards.append(("retrieval, nDCG@10", shown, f"{encoders[0].model} → {encoders[-1].model}"))
-    done = [stage.done for stage in run.stages if stage.done]
-    if done:
-        steps = sum(stage.reached for stage in run.stages if stage.done)
-        cards.append(
-            ("training time", duration(sum(d.seconds for d in done)), f"{steps:,} steps in {len(done)} finished stages")
-        )
-    if any(stage.watch for stage in run.stages):
-        count = len(_spoken(run))
-        cards.append(("warnings", str(count) if count else "none", "of the collapse watch"))
-    return tuple(cards)
-
-
-def measured_states(run: RunLog) -> list[tuple[str, Watch]]:
-    """The encoder before training and after each stage (or where an unfinished one stands), as the watch saw it."""
-    states = []
-    for stage in run.stages:
-        if stage.number == run.stages[0].number and stage.watch and stage.watch[0].step == 0:
-            states.append(("before training", stage.watch[0]))
-        if stage.result and (stage.done or stage.result.step > 0):
-            states.append((f"after {stage.title}" if stage.done else f"{stage.title}, step {stage.result.step}", stage.result))
-    return states
-
-
-def _spoken(run: RunLog) -> list[str]:
-    """Warnings of the watch: each kind (what stands before its colon) once per stage, as last given, with its steps."""
-    found = []
-    for stage in run.stages:
-        given = [(line.step, text) for line in stage.watch for text in line.warnings]
-        for kind in dict.fromkeys(text.partition(":")[0] for _, text in given):
-            texts = {step: text for step, text in given if text.partition(":")[0] == kind}
-            steps = ", ".join(f"{step:,}" for step in texts)
-            found.append(f"{stage.title}, step{'s'[: len(texts) > 1]} {steps}: {list(texts.values())[-1]}")
-    return found
-
-
-def _warnings(run: RunLog, ident: str) -> list[Section]:
-    spoken = tuple(_spoken(run))
-    return [Section(f"{ident}-warnings", "Warnings", warnings=spoken)] if spoken else []
-
-
 def _scores(run: RunLog, ident: str) -> list[Section]:
-    tables = []
+    tables: list[Table] = []
+    text = (RANKS,) if run.demo and measured_states(run) else ()
     if run.demo:
         rows = tuple(
             (row.model, percent(row.ndcg_at_10), percent(row.mrr_at_10), number(row.effective_rank)) for row in run.demo
@@ -197,7 +154,7 @@ def _scores(run: RunLog, ident: str) -> list[Section]:
     failed = tuple((task, entry.model, why) for entry in run.evaluations for task, why in entry.failed.items())
     if failed:
         tables.append(Table("Tasks that failed", ("task", "model", "why"), failed, numeric=False))
-    return [Section(f"{ident}-scores", "Scores", tables=tuple(tables))] if tables else []
+    return [Section(f"{ident}-scores", "Scores", text=text, tables=tuple(tables))] if tables else []
 
 
 def evaluation_table(entries: dict[str, Evaluation]) -> Table:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers.trainer import SCHEDULER_NAME
 
-from llm2comp.errors import DataError, Llm2CompError, RunError
+from llm2comp.errors import DataError, Llm2CompError, RunError, install_extra
 from llm2comp.recipe import Recipe
 
 Found = TypeVar("Found")
@@ -54,9 +54,7 @@ def check_launch(recipe: Recipe) -> None:
             or let ranks pass the layers different numbers of times, which would wait for each other for ever.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and find_spec("deepspeed") is None:
-        raise RunError(
-            "DeepSpeed is not installed", where="launch", fix="pip install 'llm2comp[deepspeed]', or launch with FSDP2"
-        )
+        raise RunError("DeepSpeed is not installed", where="launch", fix=f"{install_extra('deepspeed')}, or launch with FSDP2")
     kind = sharding()
     if kind is None:
         return
