@@ -153,6 +153,8 @@ def forbidden_calls(modules: list[Module]) -> list[str]:
                 found.append(module.at(node, ".cuda(): use .to(device)"))
             elif name == "torch.load":
                 found.append(module.at(node, "torch.load: use safetensors"))
+            elif name in ("json.dumps", "json.dump") and module.unit != "files":
+                found.append(module.at(node, f"{name}: write with files.to_json, which never gives NaN"))
             elif name == "print" and module.unit not in PRINTING:
                 found.append(module.at(node, "print(): log, or return it to the command line"))
             for keyword in node.keywords:
@@ -232,6 +234,8 @@ PLANTED = [
     (wrong_foreigners, "files.py", "import pickle", "imports pickle"),
     (forbidden_calls, "memory.py", "model().weight.cuda()", ".cuda()"),
     (forbidden_calls, "embed.py", "print('x')", "print()"),
+    (forbidden_calls, "study.py", "json.dumps({})", "files.to_json"),
+    (forbidden_calls, "embed.py", "json.dump({}, out)", "files.to_json"),
     (forbidden_calls, "backbone.py", "torch.load('x')", "torch.load"),
     (forbidden_calls, "backbone.py", "from torch import load", "torch.load"),
     (forbidden_calls, "backbone.py", "load('x', trust_remote_code=True)", "trust_remote_code"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from llm2comp.console import say
 from llm2comp.data import python_docs
 from llm2comp.encoder import embed_texts, merge_adapters
 from llm2comp.evaluation.retrieval import Collection
-from llm2comp.files import write_text
+from llm2comp.files import to_json, write_text
 from llm2comp.loading import load
 from llm2comp.recipe import Recipe
 from llm2comp.report import report
@@ -94,7 +93,7 @@ def score(run: Path) -> list[dict[str, float | str | None]]:
     for name, scores in (("BM25", collection.score_bm25()), (FUSED, collection.score_fused(model, documents_ND))):
         rows.append({"model": name, "ndcg_at_10": scores.ndcg_at_10, "mrr_at_10": scores.mrr_at_10, "effective_rank": None})
     say(f"{len(task.queries)} queries over {len(task.documents)} held-out documents")
-    write_text(run / "scores" / "python-docs.json", json.dumps(rows, indent=1))
+    write_text(run / "scores" / "python-docs.json", to_json(rows, indent=1))
     return rows
 
 

@@ -6,7 +6,6 @@ Each text is tokenised once, all of them before the first is encoded; batches ar
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from llm2comp.console import Bar
 from llm2comp.errors import DataError
-from llm2comp.files import write_bytes
+from llm2comp.files import to_json, write_bytes
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -122,7 +121,7 @@ def write_embeddings(path: Path, embedded: Embedded, texts: Sequence[str]) -> No
         pq.write_table(pa.table({"text": list(texts), "embedding": column}), buffer)
     else:
         rows = zip(texts, embedded.embeddings_ND.tolist(), strict=True)
-        lines = (json.dumps({"text": text, "embedding": values}, ensure_ascii=False) + "\n" for text, values in rows)
+        lines = (to_json({"text": text, "embedding": values}, ensure_ascii=False) + "\n" for text, values in rows)
         buffer.write("".join(lines).encode())
     write_bytes(path, buffer.getvalue())
 

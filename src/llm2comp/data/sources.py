@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from llm2comp.data.hub import hub_file, hub_rows, hub_version
 from llm2comp.data.responses import TEACHER, folder_rows, source_digest
 from llm2comp.data.tables import Columns, Row, Rows, check_columns, file_kind, file_rows, no_such_file
 from llm2comp.errors import DataError
+from llm2comp.files import to_json
 from llm2comp.recipe import PairData, TextData
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ def _collect(spec: Spec, columns: Columns, make: Callable[[Row], T], parts: Call
     digest = hashlib.sha256()
     for item in _items(spec, columns, make, loaded):
         loaded.rows.append(item)
-        digest.update(json.dumps(parts(item)).encode() + b"\n")
+        digest.update(to_json(parts(item)).encode() + b"\n")
     loaded.fingerprint = digest.hexdigest()
     return loaded
 
@@ -233,7 +233,7 @@ def _content(spec: TextData) -> str:
     with _readable(spec.source):
         if spec.source.startswith("builtin:"):
             texts = [row[spec.column] for _, row in _builtin_rows(spec.source, (spec.column,)) if isinstance(row, dict)]
-            return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+            return hashlib.sha256(to_json(texts).encode()).hexdigest()
         if _is_path(spec.source):
             return source_digest(Path(spec.source).expanduser())
         if spec.file is not None:

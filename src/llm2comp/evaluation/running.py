@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
     """Evaluate one task, or read its result if `results` holds one of this model, revision and data set.
 
     Raises:
-        TaskFailedError: the data set cannot be fetched, or mteb cannot run the task on this model.
+        TaskFailedError: the data set cannot be fetched, mteb cannot run the task on this model, or its score is NaN.
         DataError: an embedding is not finite. RunError: the result cannot be written.
     """
     cache = ResultCache(results) if results else None
@@ -100,7 +101,13 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
                 ).task_results[0]
             if not given:
                 task.unload_data()
-    return _score(task, found)
+    score = _score(task, found)
+    if not math.isfinite(score.score):  # a file of it would hold NaN, which is no JSON
+        if cache is not None and encoder.mteb_model_meta is not None:
+            cache.get_task_result_path(score.task, encoder.mteb_model_meta).unlink(missing_ok=True)
+        problem = "its score is not a number, as when all texts get one embedding"
+        raise TaskFailedError(problem, where=score.task, found=f"{score.metric} = {score.score}")
+    return score
 
 
 @contextmanager

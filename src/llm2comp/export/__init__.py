@@ -24,7 +24,7 @@ from llm2comp.errors import ModelFolderError
 from llm2comp.export.card import write_card
 from llm2comp.export.stock import stock_model
 from llm2comp.export.weights import memory_names, memory_weights, set_weights, use_first, word_weights
-from llm2comp.files import new_folder, write_text
+from llm2comp.files import new_folder, to_json, write_text
 
 __all__ = ["export", "load_folder", "memory_names", "memory_weights", "reweight", "set_weights", "use_first", "verify"]
 
@@ -83,7 +83,7 @@ def export(model: SentenceTransformer, folder: Path, card: dict[str, str] | None
             "texts": list(GOLDEN_TEXTS),
             "embeddings": _rounded(exported),
         }
-        write_text(target / GOLDEN_FILE, json.dumps(golden))
+        write_text(target / GOLDEN_FILE, to_json(golden))
         write_text(target / "README.md", write_card(module, card or {}, GOLDEN_FILE, multi_vector))
 
 
@@ -157,7 +157,7 @@ def reweight(folder: Path, weights_K: Sequence[float]) -> None:
         words.save(str(target / json.loads((folder / "modules.json").read_text())[list(model).index(words)]["path"]))
         golden = json.loads((folder / GOLDEN_FILE).read_text(encoding="utf-8"))
         golden["embeddings"] = _rounded(golden_vectors(load_folder(target, device="cpu"), golden["texts"]))
-        write_text(target / GOLDEN_FILE, json.dumps(golden))
+        write_text(target / GOLDEN_FILE, to_json(golden))
 
 
 def load_folder(folder: Path, device: str | None = None) -> SentenceTransformer:

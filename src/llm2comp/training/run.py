@@ -33,7 +33,7 @@ from llm2comp.data.responses import source_digest
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
-from llm2comp.files import explain_disk_errors, new_folder, write_text
+from llm2comp.files import explain_disk_errors, new_folder, to_json, write_text
 from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
 from llm2comp.training.finished import card_of, limits_of, prompts_of
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
@@ -159,7 +159,7 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
     if is_main_process() and not compressor.separate and not is_done(run / MODEL_FOLDER, exported):
         model = as_sentence_transformer(compressor.eval(), *limits_of(recipe), prompts=prompts_of(recipe))
         export(model, run / MODEL_FOLDER, card_of(recipe))
-        write_text(run / MODEL_FOLDER / DONE_FILE, json.dumps({"inputs": exported}))
+        write_text(run / MODEL_FOLDER / DONE_FILE, to_json({"inputs": exported}))
 
 
 def _options(recipe: Recipe, compressor: Compressor) -> RunOptions:
@@ -196,7 +196,7 @@ def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
     names = list(recipe.stages)
     stack = names[: names.index(name) + 1]
     config = {"format_version": FORMAT_VERSION, "stage": name, "stack": stack, "inputs": key}
-    write_text(folder / CONFIG_FILE, json.dumps(config))
+    write_text(folder / CONFIG_FILE, to_json(config))
 
 
 def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Path) -> None:
@@ -207,7 +207,7 @@ def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Pat
 
 
 def _mark_done(done: dict[str, Any], folder: Path) -> None:
-    write_text(folder / DONE_FILE, json.dumps(done))
+    write_text(folder / DONE_FILE, to_json(done))
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
@@ -256,7 +256,7 @@ def _claim(run: Path, recipe: Recipe) -> None:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     write_text(run / RECIPE_FILE, recipe.to_yaml())
-    write_text(run / "environment.json", json.dumps(environment, indent=1))
+    write_text(run / "environment.json", to_json(environment, indent=1))
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     files = {source: source_digest(path) for source, path in paths.items() if path.exists()}
     python = platform.python_version() if "builtin:python-docs" in paths else ""  # its documentation is the data
     model = weights_digest(recipe.model)
-    payload = json.dumps([FORMAT_VERSION, name, settings, shared, model, files, python, previous], sort_keys=True)
+    payload = to_json([FORMAT_VERSION, name, settings, shared, model, files, python, previous], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()
 
 
