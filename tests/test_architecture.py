@@ -17,7 +17,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
     frozenset(rank.split())
     for rank in (
         "errors",
-        "files console",
+        "files console hub",
         "recipe",
         "tokens",
         "memory",
@@ -39,7 +39,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
 # Besides lower ranks: from its own rank.
 SAME_RANK = {"training": {"export"}}
 # Instead of all lower ranks: these alone.
-ONLY = {"data": {"errors", "files", "recipe", "tokens"}}
+ONLY = {"data": {"errors", "files", "hub", "recipe", "tokens"}}
 # Foreign packages that only these units may import. "recipe, errors and files import no torch" is the same rule turned round.
 FOREIGN = {"peft": {"backbone"}, "transformers": {"backbone", "training", "encoder", "export"}}
 LIGHT = {"errors", "files", "recipe"}

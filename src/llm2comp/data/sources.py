@@ -28,7 +28,7 @@ from llm2comp.data.responses import TEACHER, folder_rows, source_digest
 from llm2comp.data.tables import Columns, Row, Rows, check_columns, file_kind, file_rows, no_such_file
 from llm2comp.errors import DataError
 from llm2comp.files import to_json
-from llm2comp.recipe import PairData, TextData
+from llm2comp.recipe import PairData, TextData, missing_path
 
 T = TypeVar("T")
 Spec: TypeAlias = TextData | PairData
@@ -253,7 +253,7 @@ def _readable(source: str) -> Iterator[None]:
 def _is_path(source: str) -> bool:
     """Whether a source is a file or a folder, not a Hub data set. Raises DataError for what can be neither."""
     path = Path(source).expanduser()
-    if not path.exists() and (file_kind(path) or not _HUB_NAME.fullmatch(source)):
+    if not path.exists() and (file_kind(path) or not _HUB_NAME.fullmatch(source) or missing_path(source)):
         raise no_such_file(path.absolute())
     return path.exists()
 

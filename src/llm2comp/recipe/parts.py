@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from llm2comp.recipe.paths import LocalName
+
 Steps = Annotated[int, Field(ge=1)]
 TEXT = "{text}"
 
@@ -29,7 +31,7 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """Which causal LM, and how to run it."""
 
-    name: str = Field(description="Hub id, local folder, or `builtin:tiny`")
+    name: LocalName = Field(description="Hub id, local folder, or `builtin:tiny`")
     revision: str | None = Field(
         default=None, description="Hub branch, tag or commit; a token comes from HF_TOKEN or `hf auth login`"
     )
@@ -113,7 +115,7 @@ class AdapterSettings(Section):
 class TextData(Section):
     """Texts: a builtin, a file, or a Hub data set."""
 
-    source: str = Field(
+    source: LocalName = Field(
         description="`builtin:python-docs`, a jsonl/csv/parquet/txt file (also .gz, .zst), a folder that `generate-responses` "
         "wrote, or a Hub data set"
     )
@@ -132,7 +134,7 @@ class TextData(Section):
 class PairData(Section):
     """Training pairs for SCL, with the instruction their queries carry."""
 
-    source: str = Field(description="as for texts")
+    source: LocalName = Field(description="as for texts")
     anchor: str = Field(default="anchor", description="column of the query")
     positive: str = Field(default="positive", description="column of the text to be found")
     negatives: tuple[str, ...] = Field(
@@ -171,4 +173,4 @@ class WatchSettings(Section):
     max_tokens: Annotated[int, Field(ge=16)] = Field(default=256, description="longer texts of the sample are cut")
     data: tuple[TextData, ...] = Field(default=(), description="where the sample is drawn; empty = the first stage's texts")
     pairs: tuple[PairData, ...] = Field(default=(), description="pairs for the alignment; empty = those of scl, if any")
-    tasks: tuple[str, ...] = Field(default=(), description="folders of local evaluation sets, scored at every watch")
+    tasks: tuple[LocalName, ...] = Field(default=(), description="folders of local evaluation sets, scored at every watch")

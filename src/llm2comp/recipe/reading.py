@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from llm2comp.errors import RecipeError
 from llm2comp.files import to_json
+from llm2comp.recipe.paths import expanded
 from llm2comp.recipe.settings import Recipe
 
 
@@ -90,7 +91,7 @@ def shipped_files(place: str) -> dict[str, Path]:
 
 def find_recipe(path: str | Path) -> Path:
     """The file at `path`, or the shipped recipe of that name."""
-    file = Path(path)
+    file = expanded(path)
     if file.is_file():
         return file
     shipped = shipped_recipes()

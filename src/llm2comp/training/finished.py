@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llm2comp.backbone import base_licence
-from llm2comp.recipe import Recipe
+from llm2comp.recipe import Recipe, is_local
 
 
 def limits_of(recipe: Recipe) -> tuple[int, dict[str, int] | None]:
@@ -31,7 +32,14 @@ def prompts_of(recipe: Recipe) -> dict[str, str]:
 def card_of(recipe: Recipe) -> dict[str, str]:
     """Facts for the README of its exported folder."""
     stages: dict[str, Any] = dict(recipe.stages)
-    card = {f"{name}_data": ", ".join(spec.source for spec in stage.data) for name, stage in stages.items()}
+    card = {
+        f"{name}_data": ", ".join(Path(s).name if is_local(s := spec.source) else s for spec in stage.data)
+        for name, stage in stages.items()
+    }
     if recipe.scl is not None and recipe.scl.query_suffix:
         card["note"] = f"queries were trained with {recipe.scl.query_suffix!r} behind them; append it yourself"
     return {"recipe": recipe.name, "licence": base_licence(recipe.model), **card}
+
+
+def _shown(source: str) -> str:
+    return Path(source).name if is_local(source) else source
