@@ -102,7 +102,7 @@ def results_folder(model: str, out: Path | None = None) -> Path:
 
 def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], options: Options) -> Encoder:
     """A model as mteb calls it, with the instructions it is to get."""
-    from llm2comp.encoder import merge_adapters
+    from llm2comp.encoder import check_prompt, merge_adapters
     from llm2comp.evaluation.encoder import MtebEncoder
     from llm2comp.evaluation.lexical import TfidfEncoder
 
@@ -115,6 +115,8 @@ def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], o
         merge_adapters(model)
     who = identity(path, model)
     used = {task.metadata.name: instructions[task.metadata.name] for task in tasks if task.metadata.name in instructions}
+    for task, instruction in used.items():
+        check_prompt(model, options.template.replace("{instruction}", instruction), "query", where=f"instruction of {task}")
     # One revision per setting that changes scores: results under other instructions or lengths are other results.
     settings = to_json([sorted(instructions.items()), options.template if instructions else "", model.max_seq_length])
     revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}" + "-synthetic" * options.rehearse

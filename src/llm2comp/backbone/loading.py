@@ -136,6 +136,8 @@ def _explained(name: str) -> Iterator[None]:
     try:
         with hub(name):
             yield
+    except BackboneError:
+        raise
     except Exception as error:  # what libraries raise on a broken or foreign file has no common base
         if (why := not_at_hand(name)) is not None:
             raise BackboneError(

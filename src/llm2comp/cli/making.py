@@ -19,8 +19,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes: key.sub=value ...")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; default runs/<recipe name>.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved plan and what it will need; train nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan: data, memory, time; refuse what training would; train nothing.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --dry-run: the resolved recipe as well.")] = False,
 ) -> None:
     """Train a recipe; run again to go on where it stopped."""
     from llm2comp.recipe import load_recipe
@@ -29,7 +30,7 @@ def train(
     if dry_run:
         from llm2comp.training.plan import show_plan
 
-        show_plan(resolved)
+        show_plan(resolved, verbose)
         return
     from llm2comp.console import say
     from llm2comp.report import report as write_report

@@ -19,7 +19,7 @@ import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 
-from llm2comp.encoder import MemoryEncoder, embed_texts, memory_vectors
+from llm2comp.encoder import MemoryEncoder, check_prompt, embed_texts, memory_vectors
 from llm2comp.errors import ModelFolderError
 from llm2comp.export.card import write_card
 from llm2comp.export.stock import stock_model
@@ -51,12 +51,14 @@ def export(model: SentenceTransformer, folder: Path, card: dict[str, str] | None
     Raises:
         ModelFolderError: the exported folder embeds otherwise than the native encoder, or no stock folder can do what it
             does: separate memory in a bidirectional encoder, many vectors without memory tokens.
-        BackboneError: the tokenizer cannot carry a template.
+        BackboneError: the tokenizer cannot carry a template. RecipeError: a prompt that leaves no room for a text.
         RunError: the folder cannot be written.
     """
     module = model[0]
     if not isinstance(module, MemoryEncoder):
         raise ModelFolderError("is exported already", expected="a live memory encoder", found=type(module).__name__)
+    for role, prompt in model.prompts.items():
+        check_prompt(model, prompt, role, where=f"prompts.{role}")
     native = memory_vectors(model, GOLDEN_TEXTS).flatten(1) if multi_vector else embed_texts(model, GOLDEN_TEXTS)
     dtype = str(module.compressor.backbone.embedding_table.dtype).removeprefix("torch.")
     with new_folder(folder) as target:

@@ -151,7 +151,11 @@ class PairData(Section):
 class Schedule(Section):
     """Learning rate: warm-up from the floor, then decay to the floor (DeepSpeed's WarmupDecayLR in the release)."""
 
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="auto = the release's rate for the stage (1e-4, UCL 3e-5) · 4096 / hidden width of the LM, and a tenth of "
+        "that under adapter.kind full; the floor, which is meant for a width of 4096, is scaled by the same factor",
+    )
     floor_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     warmup: Literal["logarithmic", "linear"] = "logarithmic"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -160,9 +164,16 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _floor_below_peak(self) -> Schedule:
-        if self.floor_learning_rate > self.learning_rate:
+        if self.learning_rate != "auto" and self.floor_learning_rate > self.learning_rate:
             raise ValueError(f"floor_learning_rate {self.floor_learning_rate} is above learning_rate {self.learning_rate}")
         return self
+
+    @property
+    def peak(self) -> float:
+        """The learning rate as a number. Raises ValueError where it is still `auto`."""
+        if self.learning_rate == "auto":
+            raise ValueError("learning_rate auto is a number only over a model: see Stage.at_width")
+        return self.learning_rate
 
 
 class WatchSettings(Section):

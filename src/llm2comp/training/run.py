@@ -41,11 +41,13 @@ from llm2comp.recipe import (
     moved,
     parse_recipe,
 )
+from llm2comp.training.checks import check
+from llm2comp.training.estimates import fitted
 from llm2comp.training.finished import card_of, limits_of, prompts_of
 from llm2comp.training.keys import FORMAT_VERSION, matters, settings_of, stage_keys
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import Watch
-from llm2comp.training.stages import RUNNERS, RunOptions, check_data
+from llm2comp.training.stages import RUNNERS, RunOptions
 
 FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
 RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = "recipe.yaml", "done.json", "config.json", "model"
@@ -83,7 +85,7 @@ def train(
 def _open(run: Path, recipe: Recipe, held: contextlib.ExitStack) -> None:
     """Make the directory this recipe's and this process's."""
     _refuse_foreign(run, recipe)
-    check_data(recipe)
+    check(recipe)
     with explain_disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     try:
@@ -155,7 +157,8 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
             continue
         begin = time.time()
         options = options or _options(recipe, compressor)
-        kept = RUNNERS[name](compressor, stage, folder, recipe.seed + number, options)  # type: ignore[operator]
+        fit = fitted(name, stage, backbone, recipe.adapter.kind == "full")
+        kept = RUNNERS[name](compressor, fit, folder, recipe.seed + number, options)  # type: ignore[operator]
         seconds = round(time.time() - begin, 1)
         _finish(compressor, name, {"inputs": key, "steps": stage.steps, "kept_step": kept, "seconds": seconds}, folder)
         if sharding():  # what the next stage adds would not be spread over the devices: begin with whole weights
