@@ -66,14 +66,14 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
     full = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and device.type == "cpu")
     base = base_bytes(lm, 4 if full else 2, recipe.model.quantization)
     plans, held = [], base + (0 if adapters else 4 * (layers + lm.get_input_embeddings().weight.numel()))
-    for name, stage in recipe.stages.items():
+    for name, asked in recipe.stages.items():
         learning = layers
         if adapters is not None:
             with torch.device("meta"):
                 adapters.add(name, recipe.adapter)
             learning = sum(p.numel() for p in adapters.parameters(name))
-        texts, rows, per_sample, batch = stage_texts(stage)
-        stage = planned(stage, batch, config, full, device)
+        texts, rows, per_sample, batch = stage_texts(asked)
+        stage = planned(asked, batch, config, full, device)
         mean = mean_tokens(tokenizer, texts, stage)
         samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
         trainable = learning + trained_embeddings(stage, lm, recipe.memory_tokens, recipe.encoder.projection)
