@@ -115,7 +115,14 @@ def test_verdict_when_it_will_not_fit(tmp_path, monkeypatch):
 
 
 def test_brackets_in_a_recipe_are_printed_as_they_are(tmp_path):
-    said = cli("train", write_recipe(tmp_path), "scl.query_prompt='[INST] {instruction} [/INST]'", "--dry-run", "--verbose")
+    said = cli(
+        "train",
+        write_recipe(tmp_path),
+        "scl.query_prompt='[INST] {instruction} [/INST]'",
+        "scl.query_max_tokens=40",
+        "--dry-run",
+        "--verbose",
+    )
     assert said.code == 0, said
     assert "query_prompt: '[INST] {instruction} [/INST]'" in said.err
 
