@@ -226,7 +226,7 @@ def project(folder):
     return write_recipe(folder, **changes)
 
 
-def test_a_moved_project_does_not_train_again(tmp_path, monkeypatch):
+def test_a_moved_or_copied_project_does_not_train_again(tmp_path, monkeypatch):
     recipe = project(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     assert cli("train", recipe, "--out", "runs/x").code == 0
@@ -235,6 +235,9 @@ def test_a_moved_project_does_not_train_again(tmp_path, monkeypatch):
     assert kept.ucl.data[0].source == str(tmp_path / "here" / "texts.jsonl")
     monkeypatch.chdir(tmp_path)
     assert llm2comp.load("here/runs/x/2-ucl").encode(["a text"]).shape == (1, 32), "from another working directory"
+    shutil.copytree(tmp_path / "here", tmp_path / "copy")
+    names = [run_module.read_run(tmp_path / place / "runs" / "x").model.name for place in ("here", "copy")]
+    assert names == [str(tmp_path / place / "backbone") for place in ("here", "copy")], "each its own"
     (tmp_path / "here").rename(tmp_path / "there")
     assert llm2comp.load("there/runs/x/2-ucl").encode(["a text"]).shape == (1, 32), "found beside the moved run"
     monkeypatch.chdir(tmp_path / "there")
@@ -244,16 +247,6 @@ def test_a_moved_project_does_not_train_again(tmp_path, monkeypatch):
     shutil.move(tmp_path / "there" / "runs" / "x", tmp_path / "x")
     said = cli("train", "recipe.yaml", "--out", tmp_path / "x")
     assert "2-ucl: done before" in said.err, "the run alone was moved: the absolute names still hold"
-
-
-def test_a_copied_project_uses_its_own_files(tmp_path, monkeypatch):
-    recipe = project(tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    assert cli("train", recipe, "--out", "runs/x").code == 0
-    shutil.copytree(tmp_path / "here", tmp_path / "copy")
-    kept = run_module.read_run(tmp_path / "copy" / "runs" / "x")
-    assert kept.model.name == str(tmp_path / "copy" / "backbone")
-    assert run_module.read_run(tmp_path / "here" / "runs" / "x").model.name == str(tmp_path / "here" / "backbone")
 
 
 def test_home_is_expanded_everywhere(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def export(model: SentenceTransformer, folder: Path, card: dict[str, str] | None
     if not isinstance(module, MemoryEncoder):
         raise ModelFolderError("is exported already", expected="a live memory encoder", found=type(module).__name__)
     for role, prompt in model.prompts.items():
-        check_prompt(model, prompt, role, where=f"prompts.{role}")
+        check_prompt(model, prompt or "", role, where=f"prompts.{role}")
     native = memory_vectors(model, GOLDEN_TEXTS).flatten(1) if multi_vector else embed_texts(model, GOLDEN_TEXTS)
     dtype = str(module.compressor.backbone.embedding_table.dtype).removeprefix("torch.")
     with new_folder(folder) as target:

@@ -15,7 +15,8 @@ from llm2comp.errors import Llm2CompError, RecipeError
 from llm2comp.recipe import Recipe, Stage, change_recipe, load_recipe
 from llm2comp.study.settings import LAST, Changes, Study
 from llm2comp.training.checks import check
-from llm2comp.training.run import CONFIG_FILE, FOLDERS, is_done, stage_keys
+from llm2comp.training.keys import stage_keys
+from llm2comp.training.run import CONFIG_FILE, FOLDERS, is_done
 
 DONE, TRAIN = "done", "train"
 

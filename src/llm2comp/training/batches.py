@@ -28,9 +28,9 @@ def enough(stage: str, rows: int) -> None:
 def clipped(name: str, stage: AnyStage, rows: int) -> AnyStage:
     """The stage with batches that so many different rows can fill. Raises DataError where there are no two."""
     enough(name, rows)
-    if rows >= stage.batch_size:  # type: ignore[attr-defined]
+    if rows >= stage.batch_size:
         return stage
-    say(f"{name}: batches of {rows:,}, as there are no more different rows (batch_size: {stage.batch_size:,})")  # type: ignore[attr-defined]
+    say(f"{name}: batches of {rows:,}, as there are no more different rows (batch_size: {stage.batch_size:,})")
     return stage.model_copy(update={"batch_size": rows})
 
 

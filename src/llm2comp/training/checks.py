@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from llm2comp.backbone import resolve_device
 from llm2comp.backbone.adapters import AdapterStack
@@ -142,7 +142,7 @@ def check_rows(name: str, stage: Stage, known: _Known) -> None:
         enough(name, _different(text for text in _texts(stage) if len(text) >= stage.min_characters))
     elif isinstance(stage, PretextStage) and not stage.answered:
         limits = (stage, known.tokenise, known.limit(stage), known.bos_id)
-        token_rows(_texts(stage), *limits, keep=lambda rows: _two(name, rows))  # type: ignore[arg-type,return-value]
+        token_rows(_texts(stage), *limits, keep=lambda rows: _two(name, rows))
 
 
 def _texts(stage: PretextStage | UclStage) -> Iterable[str]:

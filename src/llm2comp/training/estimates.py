@@ -52,9 +52,9 @@ def tokens_at_once(stage: Stage, config: Any, full: bool, device: torch.device) 
     if isinstance(stage, ContrastiveStage):
         if stage.mini_batch_size is not None or stage.mini_batch_tokens is not None:
             return None
-        scl = isinstance(stage, SclStage)
-        texts = 2 + max((len(spec.negatives) for spec in stage.data), default=0) if scl else 2
-        longest = stage.document_max_tokens if scl else stage.max_tokens  # type: ignore[attr-defined]
+        scl = stage if isinstance(stage, SclStage) else None
+        texts = 2 + max((len(spec.negatives) for spec in scl.data), default=0) if scl else 2
+        longest = scl.document_max_tokens if scl else stage.max_tokens  # type: ignore[attr-defined]
     else:
         assert isinstance(stage, PretextStage)
         if stage.max_tokens_per_batch is not None:
