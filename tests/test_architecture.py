@@ -17,7 +17,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
     frozenset(rank.split())
     for rank in (
         "errors",
-        "files console",
+        "files console hub",
         "cache",
         "recipe",
         "tokens",
@@ -40,7 +40,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
 # Besides lower ranks: from its own rank.
 SAME_RANK = {"training": {"export"}}
 # Instead of all lower ranks: these alone.
-ONLY = {"data": {"errors", "files", "cache", "recipe", "tokens"}}
+ONLY = {"data": {"errors", "files", "cache", "hub", "recipe", "tokens"}}
 # Foreign packages that only these units may import. "recipe, errors and files import no torch" is the same rule turned round.
 FOREIGN = {"peft": {"backbone"}, "transformers": {"backbone", "training", "encoder", "export"}}
 LIGHT = {"errors", "files", "recipe"}
@@ -154,6 +154,8 @@ def forbidden_calls(modules: list[Module]) -> list[str]:
                 found.append(module.at(node, ".cuda(): use .to(device)"))
             elif name == "torch.load":
                 found.append(module.at(node, "torch.load: use safetensors"))
+            elif name in ("json.dumps", "json.dump") and module.unit != "files":
+                found.append(module.at(node, f"{name}: write with files.to_json, which never gives NaN"))
             elif name == "print" and module.unit not in PRINTING:
                 found.append(module.at(node, "print(): log, or return it to the command line"))
             for keyword in node.keywords:
@@ -233,6 +235,8 @@ PLANTED = [
     (wrong_foreigners, "files.py", "import pickle", "imports pickle"),
     (forbidden_calls, "memory.py", "model().weight.cuda()", ".cuda()"),
     (forbidden_calls, "embed.py", "print('x')", "print()"),
+    (forbidden_calls, "study.py", "json.dumps({})", "files.to_json"),
+    (forbidden_calls, "embed.py", "json.dump({}, out)", "files.to_json"),
     (forbidden_calls, "backbone.py", "torch.load('x')", "torch.load"),
     (forbidden_calls, "backbone.py", "from torch import load", "torch.load"),
     (forbidden_calls, "backbone.py", "load('x', trust_remote_code=True)", "trust_remote_code"),

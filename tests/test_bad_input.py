@@ -158,16 +158,10 @@ def test_no_text_can_be_split(tmp_path):
     assert_refused(said, "no text is fit for stage 1", "30 under 48 tokens")
 
 
-@pytest.mark.parametrize(("stage", "size"), [("ucl", 41), ("scl", 25)])
-def test_too_few_rows_for_a_batch(tmp_path, stage, size):
-    said = train(tmp_path, f"{stage}.batch_size={size}", **only(stage))
-    assert_refused(said, "too few", f"batch_size = {size}", f"found: {size - 1}")
-
-
-def test_duplicates_do_not_fill_a_batch(tmp_path):
+def test_duplicates_are_one_row(tmp_path):
     make_tree(tmp_path)
-    write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(3) * 10])
-    assert_refused(train(tmp_path, **only("ucl")), "too few", "found: 3")
+    write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(1) * 10])
+    assert_refused(train(tmp_path, **only("ucl")), "too few", "found: 1")
 
 
 # ---- backbones

@@ -12,9 +12,10 @@ from llm2comp.errors import RunError
 from llm2comp.recipe import PretextStage, SclStage, UclStage, parse_recipe
 from llm2comp.training import trainers
 from llm2comp.training.contrastive import contrastive_loss
+from llm2comp.training.keys import stage_keys
 from llm2comp.training.memory_limits import pieces_of
 from llm2comp.training.plan import texts_at_once
-from llm2comp.training.run import stage_keys, train
+from llm2comp.training.run import train
 from small_stages import make_stage, run_stage
 from test_contrastive import DATA, assert_same, columns_of, embeddings, features_of, naive
 from test_nested import make_nested

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from llm2comp.files import (
     refuse_taken,
     remove_folder,
     sha256,
+    to_json,
     whole_or_gone,
     write_bytes,
     write_text,
@@ -322,3 +324,14 @@ def test_other_errors_pass(tmp_path, error):
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
+def test_what_is_not_finite_is_null_in_json(value):
+    tree = {"a": value, "b": [1.5, {"c": (value, "NaN")}], "d": None}
+    assert json.loads(to_json(tree, indent=1), parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [1.5, {"c": [None, "NaN"]}],
+        "d": None,
+    }
+    assert to_json({"x": [1, 2.5, True]}, sort_keys=True) == json.dumps({"x": [1, 2.5, True]}), "all else as ever"

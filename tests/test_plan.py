@@ -11,8 +11,7 @@ from families import make_lm
 from llm2comp.backbone import load_backbone
 from llm2comp.errors import BackboneError, DataError
 from llm2comp.recipe import ModelSettings, parse_recipe
-from llm2comp.training import plan as plan_module
-from llm2comp.training import trainers
+from llm2comp.training import estimates, trainers
 from llm2comp.training.plan import GIB, plan
 from llm2comp.training.run import train
 from tiny_run import assert_refused, cli, make_tree, save_backbone, write_pairs, write_recipe
@@ -92,10 +91,11 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
     monkeypatch.chdir(tmp_path)
     before = sorted(path.as_posix() for path in tmp_path.rglob("*"))
-    said = cli("train", recipe, "pretext.steps=7", "--dry-run", "--out", tmp_path / "run")
+    said = cli("train", recipe, "pretext.steps=7", "--dry-run", "--verbose", "--out", tmp_path / "run")
     assert said.code == 0, said
     assert sorted(path.as_posix() for path in tmp_path.rglob("*")) == before
-    assert "steps: 7" in said.err, "the resolved recipe, overrides included"
+    assert said.err.index("│ pretext ") < said.err.index("steps: 7"), "the plan, then the recipe, overrides included"
+    assert re.search(r"^time: about (under a minute|\d+ min) on this cpu \(pretext .*, ucl .*, scl ", said.err, re.MULTILINE)
     assert "weight_decay: 1.0e-05" in said.err, "defaults too"
     table = {line.split()[1]: line for line in said.err.splitlines() if re.match(r"│ (pretext|ucl|scl) ", line)}
     (first, *_) = plan(parse_recipe(make_tree(tmp_path)))[0]
@@ -107,7 +107,7 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch):
 
 def test_verdict_when_it_will_not_fit(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
-    monkeypatch.setattr(plan_module.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1_000_000}))
+    monkeypatch.setattr(estimates.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1_000_000}))
     said = cli("train", recipe, "--dry-run")
     assert said.code == 0, said
     assert "will probably NOT fit: lower batch_size, or set gradient_checkpointing" in said.err
@@ -115,7 +115,14 @@ def test_verdict_when_it_will_not_fit(tmp_path, monkeypatch):
 
 
 def test_brackets_in_a_recipe_are_printed_as_they_are(tmp_path):
-    said = cli("train", write_recipe(tmp_path), "scl.query_prompt='[INST] {instruction} [/INST]'", "--dry-run")
+    said = cli(
+        "train",
+        write_recipe(tmp_path),
+        "scl.query_prompt='[INST] {instruction} [/INST]'",
+        "scl.query_max_tokens=40",
+        "--dry-run",
+        "--verbose",
+    )
     assert said.code == 0, said
     assert "query_prompt: '[INST] {instruction} [/INST]'" in said.err
 
@@ -128,8 +135,8 @@ def test_brackets_in_a_recipe_are_printed_as_they_are(tmp_path):
         ("pretext.data.0.source=/nowhere.txt", "no such file"),
         ("scl.data.0.positive=answer", "no column 'answer'"),
         ("adapter.targets=[no_such]", "LoRA targets match no module"),
-        ("ucl.batch_size=41", "too few distinct rows"),
-        ("scl.batch_size=25", "too few distinct rows"),
+        ("ucl.min_characters=5000", "too few usable rows"),
+        ("scl.matryoshka_dims=[9999]", "more dimensions than the model has"),
         ("memory.tokens=159", "no room for a text"),
     ],
 )

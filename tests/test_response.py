@@ -24,8 +24,9 @@ from llm2comp.generate import Options, generate_responses
 from llm2comp.pretext.response import MAP_FILE, alignment_loss, map_to_teacher
 from llm2comp.recipe import AdapterSettings, PretextStage, TextData, parse_recipe
 from llm2comp.tokens import SplitTexts
+from llm2comp.training.keys import stage_keys
 from llm2comp.training.plan import plan
-from llm2comp.training.run import FOLDERS, stage_keys, train
+from llm2comp.training.run import FOLDERS, train
 from llm2comp.training.trainers import PretextModel
 from test_resume import StoppedError, train_until
 from tiny_run import assert_refused, cli, make_tree, sentences, write_recipe, write_rows

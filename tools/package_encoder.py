@@ -71,8 +71,7 @@ def card(recipe: Recipe, rows: list[ModelScores], counts: dict[str, Any]) -> str
     data = "\n".join(f"| {name} | {licence} |" for name, licence in licences.items())
     dropped = "\n".join(f"- {count:,} × {why}" for why, count in counts["dropped"].items())
     stages = "\n".join(
-        f"| {name} | {stage.steps:,} | {stage.batch_size} | {stage.schedule.learning_rate:g} |"
-        for name, stage in recipe.stages.items()
+        f"| {name} | {stage.steps:,} | {stage.batch_size} | {stage.schedule.peak:g} |" for name, stage in recipe.stages.items()
     )
     return f"""---
 language: en

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from llm2comp.embed import embed
 from llm2comp.encoder import refuse_not_finite
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.export import memory_names, reweight
-from llm2comp.files import ANALYSIS, claim, explain_disk_errors, write_bytes, write_text
+from llm2comp.files import ANALYSIS, claim, explain_disk_errors, to_json, write_bytes, write_text
 from llm2comp.loading import identity, live_place, load, run_of, stage_of
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ def write_analysis(found: Analysis, folder: Path) -> None:
     save_figure(scores_figure(found.random_cosines, found.related_cosines), scores)
     if found.collapse.memory_correlation is not None:
         save_figure(heatmap_figure(found.collapse.memory_correlation, "memory tokens"), memory)
-    write_text(folder / ANALYSIS_FILE, json.dumps(asdict(found), indent=1, ensure_ascii=False))
+    write_text(folder / ANALYSIS_FILE, to_json(asdict(found), indent=1, ensure_ascii=False))
 
 
 def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:

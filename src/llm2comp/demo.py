@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from llm2comp.console import say
 from llm2comp.data import python_docs
 from llm2comp.encoder import embed_texts, merge_adapters
 from llm2comp.evaluation.retrieval import Collection
-from llm2comp.files import write_text
+from llm2comp.files import to_json, write_text
 from llm2comp.loading import load
 from llm2comp.recipe import Recipe
 from llm2comp.report import report
@@ -71,7 +70,7 @@ def demo(out: Path, recipe: str = RECIPES["smollm2"]) -> Path:
     found = list(search(model, QUESTIONS))
     keys = ("name", "summary", "cosine")
     rows_found = [{"question": asked, "answers": [dict(zip(keys, one, strict=True)) for one in best]} for asked, best in found]
-    write_text(run / "scores" / SEARCHES_FILE, json.dumps(rows_found, indent=1))
+    write_text(run / "scores" / SEARCHES_FILE, to_json(rows_found, indent=1))
     for question, answers in found:
         say(Text(f"\n{question}", style="bold"))
         for name, summary, cosine in answers:
@@ -101,7 +100,7 @@ def score(run: Path) -> list[dict[str, float | str | None]]:
     for name, scores in (("BM25", collection.score_bm25()), (FUSED, collection.score_fused(model, documents_ND))):
         rows.append({"model": name, "ndcg_at_10": scores.ndcg_at_10, "mrr_at_10": scores.mrr_at_10, "effective_rank": None})
     say(f"{len(task.queries)} queries over {len(task.documents)} held-out documents")
-    write_text(run / "scores" / "python-docs.json", json.dumps(rows, indent=1))
+    write_text(run / "scores" / "python-docs.json", to_json(rows, indent=1))
     return rows
 
 

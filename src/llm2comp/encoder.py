@@ -17,12 +17,14 @@ from torch import Tensor
 from llm2comp.backbone import AdapterStack, Backbone
 from llm2comp.backbone.quantized import quantized_layers
 from llm2comp.compressor import Compressor
-from llm2comp.errors import DataError, ModelFolderError
+from llm2comp.errors import DataError, ModelFolderError, RecipeError
 from llm2comp.memory import prefix_embeddings
 from llm2comp.tokens import Side, Tokens, limit_of
 
 ROLES = ("query", "document")
 NO_LIMIT = 10**9
+# Tokens that a prompt must leave to the text behind it.
+LEAST_ROOM = 4
 
 
 class MemoryEncoder(InputModule):
@@ -64,9 +66,11 @@ class MemoryEncoder(InputModule):
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any
     ) -> dict[str, Tensor]:
-        """Texts, behind their prompt, as left-padded token ids."""
+        """Texts, behind their prompt, as left-padded token ids. Raises RecipeError for a prompt that leaves them no room."""
         backbone = self.compressor.backbone
         limit = self.role_max_tokens.get(task or "", self.max_tokens)
+        if prompt:
+            refuse_long_prompt(prompt, len(backbone.tokenise([prompt])[0]), limit)
         tokens = Tokens.pad(backbone.tokenise([(prompt or "") + text for text in inputs], limit), "left", backbone.pad_id)
         return {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
 
@@ -165,6 +169,32 @@ def merge_adapters(model: SentenceTransformer) -> None:
     if isinstance(backbone.adapters, AdapterStack) and backbone.adapters.names and not quantized_layers(backbone.lm):
         lm = backbone.adapters.merged()
         module.compressor.backbone = Backbone(lm, backbone.tokenizer, backbone.attention, backbone.name, backbone.bos).eval()
+
+
+def refuse_long_prompt(prompt: str, tokens: int, limit: int, where: str = "prompt") -> None:
+    """Raise RecipeError when a prompt of so many tokens, with BOS, leaves a text no room within `limit`: all would be one."""
+    if tokens + LEAST_ROOM > limit:
+        raise RecipeError(
+            "the prompt leaves no room for a text",
+            where=where,
+            expected=f"{limit - LEAST_ROOM} tokens or fewer, within a limit of {limit}",
+            found=f"{tokens}: {prompt if len(prompt) <= 80 else prompt[:77] + '...'!r}",
+            fix="shorten the instruction, or raise the limit (scl.query_max_tokens, max_tokens)",
+        )
+
+
+def check_prompt(model: SentenceTransformer, prompt: str, role: str | None = None, where: str = "prompt") -> None:
+    """`refuse_long_prompt` for any model, live or exported, whose limit is known."""
+    module = model[0]
+    if isinstance(module, MemoryEncoder):
+        limit: int | None = module.role_max_tokens.get(role or "", module.max_tokens)
+        tokens = len(module.compressor.backbone.tokenise([prompt])[0])
+    elif isinstance(module, Transformer):
+        limit, tokens = model.max_seq_length, len(model.tokenizer(prompt, verbose=False)["input_ids"])
+    else:
+        return
+    if limit and prompt:
+        refuse_long_prompt(prompt, tokens, limit, where)
 
 
 def refuse_not_finite(embeddings_ND: NDArray[np.float32], texts: Sequence[str], where: str | None = None) -> None:

@@ -20,7 +20,7 @@ from llm2comp.errors import DataError, RunError, install_extra
 from llm2comp.evaluation.pairs import Questions, pairs_task
 from llm2comp.evaluation.paper14 import PAPER14
 from llm2comp.evaluation.published import published
-from llm2comp.files import explain_disk_errors, write_text
+from llm2comp.files import explain_disk_errors, to_json, write_text
 from llm2comp.loading import identity, load, run_of
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def results_folder(model: str, out: Path | None = None, beside: Sequence[str] = 
 
 def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], options: Options) -> Encoder:
     """A model as mteb calls it, with the instructions it is to get."""
-    from llm2comp.encoder import merge_adapters
+    from llm2comp.encoder import check_prompt, merge_adapters
     from llm2comp.evaluation.encoder import MtebEncoder
     from llm2comp.evaluation.lexical import LEXICAL
 
@@ -124,8 +124,10 @@ def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], o
         merge_adapters(model)
     who = identity(path, model)
     used = {task.metadata.name: instructions[task.metadata.name] for task in tasks if task.metadata.name in instructions}
+    for task, instruction in used.items():
+        check_prompt(model, options.template.replace("{instruction}", instruction), "query", where=f"instruction of {task}")
     # One revision per setting that changes scores: results under other instructions or lengths are other results.
-    settings = json.dumps([sorted(instructions.items()), options.template if instructions else "", model.max_seq_length])
+    settings = to_json([sorted(instructions.items()), options.template if instructions else "", model.max_seq_length])
     revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}" + "-synthetic" * options.rehearse
     return MtebEncoder(model, who.name, revision, used, options.template, options.batch_size)
 
@@ -211,7 +213,7 @@ def _keep(file: Path, row: ModelScores) -> None:
             scores = {task: score for old in same for task, score in old.scores.items()} | row.scores
             kept = [old for old in rows if old not in same]
             merged = replace(row, scores=scores)
-            write_text(file, json.dumps([vars(one) for one in (*kept, merged)], indent=1))
+            write_text(file, to_json([vars(one) for one in (*kept, merged)], indent=1))
 
 
 def _tasks(options: Options) -> list[Any]:

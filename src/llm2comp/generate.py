@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from llm2comp.console import Bar, say
 from llm2comp.data.responses import MANIFEST_FILE, Manifest, read_manifest, read_shard, shard_file, teacher_file
 from llm2comp.encoder import embed_texts, refuse_not_finite
 from llm2comp.errors import DataError, RunError, one_line
-from llm2comp.files import RESPONSES, claim, refuse_taken, write_bytes, write_text
+from llm2comp.files import RESPONSES, claim, refuse_taken, to_json, write_bytes, write_text
 from llm2comp.loading import identity, load
 from llm2comp.recipe import ModelSettings
 from llm2comp.recipe.parts import TEXT
@@ -229,7 +228,7 @@ def _make_shard(
         buffer = io.BytesIO()
         np.save(buffer, halves_ND)
         write_bytes(teacher_file(out, shard), buffer.getvalue())
-    rows = (json.dumps({"text": t, "response": r}, ensure_ascii=False) for t, r in zip(texts, responses, strict=True))
+    rows = (to_json({"text": t, "response": r}, ensure_ascii=False) for t, r in zip(texts, responses, strict=True))
     write_text(shard_file(out, shard), "".join(row + "\n" for row in rows))
     return sum(was_cut for _, was_cut in prompts)
 
@@ -246,7 +245,7 @@ def _manifest(
     settings: ModelSettings, responder: Responder, texts: Sequence[str], teacher: SentenceTransformer | None
 ) -> Manifest:
     options = responder.options
-    digest = hashlib.sha256("".join(json.dumps(text) + "\n" for text in texts).encode())
+    digest = hashlib.sha256("".join(to_json(text) + "\n" for text in texts).encode())
     return Manifest(
         model=settings.name,
         revision=settings.revision,

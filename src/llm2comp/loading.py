@@ -12,7 +12,8 @@ from llm2comp.baselines.settings import BASELINE_FILE, NAMES
 from llm2comp.console import GENERAL
 from llm2comp.errors import BackboneError, ModelFolderError, one_line
 from llm2comp.files import sha256
-from llm2comp.recipe import nearest
+from llm2comp.hub import hub, not_at_hand
+from llm2comp.recipe import expanded, missing_path, nearest
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -122,7 +123,7 @@ def _load_graph(path: str, device: str | None, backend: str) -> SentenceTransfor
 
     if device not in (None, "cpu"):
         raise BackboneError("runs on the CPU only", where=f"backend {backend}", expected="device cpu", found=device)
-    return load_compiled(_finished(Path(path).absolute(), path), backend)
+    return load_compiled(_finished(expanded(path).absolute(), path), backend)
 
 
 def live_place(path: str) -> str:
@@ -142,8 +143,8 @@ def card_facts(path: str) -> dict[str, str]:
 
 
 def _packaged(path: str) -> str:
-    """The last stage of a packaged encoder; any other path as it is."""
-    return str(_last_stage(BUILTIN_ENCODERS[path])) if path in BUILTIN_ENCODERS else path
+    """The last stage of a packaged encoder; any other path as it is, `~` expanded."""
+    return str(_last_stage(BUILTIN_ENCODERS[path])) if path in BUILTIN_ENCODERS else str(expanded(path))
 
 
 def _last_stage(run: Path) -> Path:
@@ -164,7 +165,7 @@ def run_of(path: str | Path) -> Path | None:
     """The run directory that a path belongs to: the run itself, a stage or the model of it; None for anything else."""
     from llm2comp.training.run import FOLDERS, MODEL_FOLDER, RECIPE_FILE
 
-    folder = Path(path).absolute()
+    folder = expanded(path).absolute()
     if (folder / RECIPE_FILE).is_file():
         return folder
     return (
@@ -264,6 +265,8 @@ def _from_hub(name: str, device: str | None) -> SentenceTransformer:
     expected = (
         f"{GENERAL}, a model/ folder, a run, a stage of a run, a Hub id, or KIND:NAME with KIND one of {', '.join(BASELINES)}"
     )
+    if (nearest_folder := missing_path(name)) is not None:
+        raise ModelFolderError("no such folder", where=name, expected=expected, found=f"there is {nearest_folder}")
     if not _HUB_ID.fullmatch(name) or is_gguf(name):
         kind, colon, _ = name.partition(":")
         fix = (nearest(name, BUILTIN_ENCODERS) if kind == "builtin" else nearest(kind, BASELINES)) if colon else None
@@ -271,8 +274,11 @@ def _from_hub(name: str, device: str | None) -> SentenceTransformer:
             fix = f"a language model is no encoder yet: train one on it, or take it untrained, as mean:{name}"
         raise ModelFolderError("no such folder", where=name, expected=expected, fix=fix)
     try:
-        return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})
+        with hub(name):
+            return SentenceTransformer(name, device=device, model_kwargs={"use_safetensors": True})
     except Exception as error:  # the libraries raise some twenty kinds
+        if (why := not_at_hand(name, "modules.json") and not_at_hand(name)) is not None:
+            raise ModelFolderError(why, where=name, expected=expected) from error
         cause = one_line(f"{type(error).__name__}: {error}")
         raise ModelFolderError(
             f"no such folder, nor a model that the Hub gives: {cause}", where=name, expected=expected

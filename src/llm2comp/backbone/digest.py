@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 from pydantic import BaseModel
 
-from llm2comp.backbone.loading import model_source
+from llm2comp.backbone.sources import model_source
 from llm2comp.cache import cache_folder
 from llm2comp.errors import Llm2CompError, ModelFolderError
 from llm2comp.files import sha256, write_text

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from tokenizers import pre_tokenizers, processors
 from llm2comp.cache import cache_folder, cached, flush
 from llm2comp.console import console, say
 from llm2comp.errors import BackboneError, one_line
-from llm2comp.files import new_folder, sha256, write_text
+from llm2comp.files import new_folder, sha256, to_json, write_text
 from llm2comp.recipe import Section
 
 MANIFEST_FILE = "converted.json"
@@ -164,7 +163,7 @@ def _convert(file: Path, header: _Header, folder: Path, digest: str, name: str, 
         tokenizer.model_max_length = positions
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    licence = json.dumps(header.facts.get("general.license", "unknown"))
+    licence = to_json(header.facts.get("general.license", "unknown"))
     plain = str(header.dtype).removeprefix("torch.")
     write_text(folder / "README.md", _CARD.format(licence=licence, name=file.stem, digest=digest, dtype=plain))
 

@@ -181,12 +181,11 @@ def _padded_for_attention(
         x_NHW = x_1HNW[0].transpose(0, 1)
         if not same:
             x_NHW = x_NHW.new_zeros(real_BT.numel(), *x_NHW.shape[1:]).index_copy(0, places_N, x_NHW)
-        return x_NHW.unflatten(0, real_BT.shape).transpose(1, 2)
+        return x_NHW.reshape(*real_BT.shape, *x_NHW.shape[1:]).transpose(1, 2)
 
     sees_B1TT = None if causal or same else real_BT[:, None, None].expand(-1, -1, longest, -1)
-    found_BHTW = functional.scaled_dot_product_attention(
-        *(spread(x) for x in (query, key, value)), attn_mask=sees_B1TT, is_causal=causal, **kind
-    )
+    q, k, v = spread(query), spread(key), spread(value)
+    found_BHTW: Tensor = functional.scaled_dot_product_attention(q, k, v, attn_mask=sees_B1TT, is_causal=causal, **kind)
     found_NHW = found_BHTW.transpose(1, 2).flatten(0, 1)
     return (found_NHW if same else found_NHW[places_N]).transpose(0, 1)[None]
 

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from llm2comp.backbone.families import starting_token
 from llm2comp.backbone.model import Backbone
+from llm2comp.backbone.naming import check_name
 from llm2comp.backbone.quantized import quantization_config
 from llm2comp.backbone.sources import model_source
 from llm2comp.errors import BackboneError, Llm2CompError
+from llm2comp.hub import hub, not_at_hand
 from llm2comp.recipe import ModelSettings
 from llm2comp.tokens import position_ids
 
@@ -64,8 +66,9 @@ def load_config(settings: ModelSettings) -> Any:
     """The model's configuration.
 
     Raises:
-        BackboneError: it cannot be loaded, or is that of an encoder-decoder or of a model that sees or hears.
+        BackboneError: it cannot be loaded, or is that of an encoder, an encoder-decoder or of a model that sees or hears.
     """
+    check_name(settings.name)
     with _explained(settings.name):
         config = transformers.AutoConfig.from_pretrained(model_source(settings), revision=settings.revision)
     other = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else None
@@ -91,9 +94,10 @@ def base_licence(settings: ModelSettings) -> str:
     """Licence that the model's card names, or `unknown`; an encoder made from it cannot be freer."""
     folder = Path(model_source(settings))
     try:
-        card = huggingface_hub.ModelCard.load(
-            folder / "README.md" if folder.is_dir() else settings.name, ignore_metadata_errors=True
-        )
+        with hub(settings.name):
+            card = huggingface_hub.ModelCard.load(
+                folder / "README.md" if folder.is_dir() else settings.name, ignore_metadata_errors=True
+            )
     except Exception as error:  # no network, no file, a header that is not YAML: nothing to stop a run for
         log.info("%s: no model card (%s)", settings.name, type(error).__name__)
         return "unknown"
@@ -103,10 +107,15 @@ def base_licence(settings: ModelSettings) -> str:
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
     try:
-        yield
+        with hub(name):
+            yield
     except Llm2CompError:
         raise
     except Exception as error:  # what libraries raise on a broken or foreign file has no common base
+        if (why := not_at_hand(name)) is not None:
+            raise BackboneError(
+                f"cannot be loaded: {why}", where=name, fix="check the name, or fetch the model first"
+            ) from error
         raise BackboneError(
             f"cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=name,

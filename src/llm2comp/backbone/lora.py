@@ -27,18 +27,14 @@ class LoraLinear(lora.Linear):
             found: Tensor = self.base_layer(x, *args, **kwargs)
             return found
         dropped = any(self.lora_dropout[name].training and getattr(self.lora_dropout[name], "p", 0.0) for name in active)
-        if dropped and len(active) > 1:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if (
-            self.merged
-            or args
-            or kwargs
-            or torch.is_autocast_enabled(x.device.type)
-            or hasattr(self.base_layer.weight, "ds_id")
-        ):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        a_RI = torch.cat([self.lora_A[name].weight.to(x.dtype) for name in active])
-        b_OR = torch.cat([(self.scaling[name] * self.lora_B[name].weight).to(x.dtype) for name in active], 1)
+        unusual = self.merged or args or kwargs or torch.is_autocast_enabled(x.device.type)
+        if unusual or hasattr(self.base_layer.weight, "ds_id") or (dropped and len(active) > 1):
+            return super().forward(x, *args, **kwargs)
+        scaling: dict[str, float] = self.scaling
+        of_a: list[Any] = [self.lora_A[name].weight for name in active]
+        of_b: list[Any] = [scaling[name] * self.lora_B[name].weight for name in active]
+        a_RI = torch.cat([weight.to(x.dtype) for weight in of_a])
+        b_OR = torch.cat([weight.to(x.dtype) for weight in of_b], 1)
         x_NI = x.flatten(0, -2)
         dropped_NI = self.lora_dropout[active[0]](x_NI) if dropped else None
         found = _Lora.apply(x_NI, dropped_NI, self.base_layer.weight, self.base_layer.bias, a_RI, b_OR)  # type: ignore[no-untyped-call]
@@ -71,7 +67,7 @@ class _Lora(torch.autograd.Function):
         gradient_NO: Tensor = incoming[0]
         of_x, of_dropped, _, _, of_a, of_b = ctx.needs_input_grad
         narrow_gradient_NR = gradient_NO @ b_OR
-        through_NI = gradient_NO @ weight_OI if of_x else None
+        through_NI: Any = gradient_NO @ weight_OI if of_x else None
         if of_x and not ctx.dropped:
             through_NI.addmm_(narrow_gradient_NR, a_RI)
         return (

@@ -35,6 +35,7 @@ def train(
         Path | None, typer.Option(help="Folder of the run; default: runs/ and the recipe's name.", metavar="DIR")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it will need; train nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --dry-run: the resolved recipe as well.")] = False,
 ) -> None:
     """Train a recipe; run again to go on where it stopped."""
     from llm2comp.data.sources import check_sources
@@ -45,7 +46,7 @@ def train(
     if dry_run:
         from llm2comp.training.plan import show_plan
 
-        show_plan(resolved)
+        show_plan(resolved, verbose)
         return
     from llm2comp.console import say
     from llm2comp.report import report as write_report

@@ -22,7 +22,7 @@ from llm2comp.compiled.runtimes import RUNTIMES, Run, Runtime
 from llm2comp.encoder import embed_texts
 from llm2comp.errors import ModelFolderError, install_extra, one_line
 from llm2comp.export import GOLDEN_TEXTS, cannot_be_loaded, load_folder
-from llm2comp.files import GRAPH, new_folder, refuse_foreign, sha256, write_text
+from llm2comp.files import GRAPH, new_folder, refuse_foreign, sha256, to_json, write_text
 
 FORMAT_VERSION = 1
 GRAPH_FILE = "llm2comp.json"
@@ -117,7 +117,7 @@ def compile_folder(folder: Path, backend: str = "openvino", precision: str = "fl
             ) from error
         files = {file.name: sha256(file) for file in sorted(target.iterdir())}
         facts = {"format_version": FORMAT_VERSION, "precision": precision, "files": files}
-        write_text(target / GRAPH_FILE, json.dumps(facts, indent=1))
+        write_text(target / GRAPH_FILE, to_json(facts, indent=1))
         module.model = _open(target, module.auto_model.config, runtime)
         lowest = torch.cosine_similarity(expected_ND, embed_texts(model, GOLDEN_TEXTS)).min().item()
         if not lowest >= MIN_COSINE[precision]:

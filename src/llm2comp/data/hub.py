@@ -9,6 +9,7 @@ from pathlib import Path
 from llm2comp.data.columns import Columns, check_columns
 from llm2comp.data.tables import Rows
 from llm2comp.errors import DataError, one_line
+from llm2comp.hub import hub, unasked
 from llm2comp.recipe import PairData, TextData
 
 _ADVICE = "check name and split; `hf auth login` for a gated set; HF_HUB_OFFLINE=1 finds only sets in the cache"
@@ -24,7 +25,8 @@ def hub_rows(spec: TextData | PairData, columns: Columns) -> Rows:
 
     streamed = {"streaming": True} if spec.limit and not datasets.config.HF_HUB_OFFLINE else {}
     with _explained(spec.source):
-        table = datasets.load_dataset(spec.source, spec.subset, split=spec.split, revision=spec.revision, **streamed)
+        with hub(spec.source):
+            table = datasets.load_dataset(spec.source, spec.subset, split=spec.split, revision=spec.revision, **streamed)
         if table.column_names is not None:  # a stream may not know them
             check_columns(spec.source, columns, table.column_names)
             table = table.select_columns(list(dict.fromkeys(columns)))
@@ -37,7 +39,7 @@ def hub_file(spec: TextData | PairData) -> Path:
     import huggingface_hub
 
     assert spec.file is not None
-    with _explained(spec.source):
+    with _explained(spec.source), hub(spec.source):
         return Path(huggingface_hub.hf_hub_download(spec.source, spec.file, repo_type="dataset", revision=spec.revision))
 
 
@@ -45,7 +47,7 @@ def hub_version(spec: TextData | PairData) -> str:
     """Configuration and commit of a set, offline those that `datasets` keeps. Raises DataError when there is no such set."""
     import datasets
 
-    with _explained(spec.source):
+    with _explained(spec.source), hub(spec.source):
         builder = datasets.load_dataset_builder(spec.source, spec.subset, revision=spec.revision)
         return f"{builder.config.name}:{builder.hash}"
 
@@ -58,5 +60,5 @@ def _explained(source: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {one_line(error)}"
+        cause = unasked() or f"{type(error).__name__}: {one_line(error)}"
         raise DataError(f"not a file, nor a loadable Hub data set: {cause}", where=source, fix=_ADVICE) from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +29,8 @@ from llm2comp.data.responses import TEACHER, folder_rows, source_digest
 from llm2comp.data.tables import Row, Rows, convert_command, file_kind, file_rows, no_such_file
 from llm2comp.data.values import UnusableError, WrittenListError, filled, one_text, stripped, vector
 from llm2comp.errors import DataError
-from llm2comp.recipe import PairData, TextData
+from llm2comp.files import to_json
+from llm2comp.recipe import PairData, TextData, missing_path
 
 T = TypeVar("T")
 Spec: TypeAlias = TextData | PairData
@@ -182,7 +182,7 @@ def _collect(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], parts
     for item in _items(spec, columns, make, loaded):
         loaded.rows.append(item)
         loaded.numbers.append(loaded.there - 1)
-        digest.update(json.dumps(parts(item)).encode() + b"\n")
+        digest.update(to_json(parts(item)).encode() + b"\n")
     loaded.fingerprint = digest.hexdigest()
     return loaded
 
@@ -235,7 +235,7 @@ def _content(spec: TextData) -> str:
     with _readable(spec):
         if spec.source.startswith("builtin:"):
             texts = [row[spec.column] for _, row in _builtin_rows(spec.source, (spec.column,)) if isinstance(row, dict)]
-            return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+            return hashlib.sha256(to_json(texts).encode()).hexdigest()
         if _is_path(spec.source):
             return source_digest(Path(spec.source).expanduser())
         if spec.file is not None:
@@ -260,7 +260,7 @@ def _readable(spec: Spec) -> Iterator[None]:
 def _is_path(source: str) -> bool:
     """Whether a source is a file or a folder, not a Hub data set. Raises DataError for what can be neither."""
     path = Path(source).expanduser()
-    if not path.exists() and (file_kind(path) or not _HUB_NAME.fullmatch(source)):
+    if not path.exists() and (file_kind(path) or not _HUB_NAME.fullmatch(source) or missing_path(source)):
         raise no_such_file(path.absolute())
     return path.exists()
 

@@ -30,7 +30,7 @@ from llm2comp.cache import cache_folder, cached, flush
 from llm2comp.data.pretext import long_enough, token_rows
 from llm2comp.data.sources import iterate_sources, source_key
 from llm2comp.errors import DataError
-from llm2comp.files import new_folder, write_text
+from llm2comp.files import new_folder, to_json, write_text
 from llm2comp.recipe import PretextStage, Section, TextData
 
 MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = "stored.json", "tokens.i32", "bounds.i64", "texts.arrow"
@@ -156,7 +156,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Hex digest of what a fast tokenizer does to a text: not of where it came from, nor of how it last cut and padded."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     state["split_special_tokens"] = tokenizer.split_special_tokens
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(state, sort_keys=True).encode()).hexdigest()
 
 
 def _stored(
@@ -169,7 +169,7 @@ def _stored(
 ) -> tuple[Path, Counter[str]]:
     """The folder that `build` fills, and its counts: one that is whole from before, else one built now."""
     everything = [ROWS_VERSION, [source_key(spec) for spec in specs], *key]
-    name = f"{kind}-{hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]}"
+    name = f"{kind}-{hashlib.sha256(to_json(everything, sort_keys=True).encode()).hexdigest()[:32]}"
     folder = (root or cache_folder()) / name
     stored = cached(folder, lambda: _read(folder), lambda: _build(folder, build))
     for line in stored.lines:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from llm2comp.console import say
 from llm2comp.data.columns import MissingColumnError, likely
 from llm2comp.data.sources import Loaded, read_pairs, read_texts
 from llm2comp.errors import DataError
+from llm2comp.files import to_json
 from llm2comp.recipe import PairData, TextData
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def pairs_task(asked: Questions) -> AbsTask:
         relevant,
         None,
     )
-    content = json.dumps([corpus, list(queries.items()), relevant]).encode()
+    content = to_json([corpus, list(queries.items()), relevant]).encode()
     return make_task("retrieval", name, SPLIT, {SPLIT: parts}, hashlib.sha256(content).hexdigest()[:12])
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llm2comp.backbone.quantized import in_float32
 from llm2comp.console import say
-from llm2comp.encoder import MemoryEncoder, embed_texts, memory_vectors
+from llm2comp.encoder import MemoryEncoder, check_prompt, embed_texts, memory_vectors
 from llm2comp.errors import ModelFolderError
 from llm2comp.export.card import write_card
 from llm2comp.export.golden import (
@@ -43,7 +43,7 @@ from llm2comp.export.golden import (
 )
 from llm2comp.export.stock import stock_model
 from llm2comp.export.weights import memory_ids, memory_names, memory_weights, set_weights, use_first, word_weights
-from llm2comp.files import EXPORTED, new_folder, refuse_foreign, write_text
+from llm2comp.files import EXPORTED, new_folder, refuse_foreign, to_json, write_text
 
 __all__ = [
     "GOLDEN_FILE",
@@ -82,12 +82,14 @@ def export(
     Raises:
         ModelFolderError: the exported folder embeds otherwise than the native encoder, or no stock folder can do what it
             does: separate memory in a bidirectional encoder, many vectors without memory tokens; no such dtype.
-        BackboneError: the tokenizer cannot carry a template.
+        BackboneError: the tokenizer cannot carry a template. RecipeError: a prompt that leaves no room for a text.
         RunError: the folder holds something else than an exported model, or cannot be written.
     """
     module = model[0]
     if not isinstance(module, MemoryEncoder):
         raise ModelFolderError("is exported already", expected="a live memory encoder", found=type(module).__name__)
+    for role, prompt in model.prompts.items():
+        check_prompt(model, prompt or "", role, where=f"prompts.{role}")
     refuse_foreign(folder, EXPORTED)
     dtype = dtype or str(module.compressor.backbone.embedding_table.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -113,7 +115,7 @@ def export(
             "texts": list(GOLDEN_TEXTS),
             "embeddings": rounded(exported),
         }
-        write_text(target / GOLDEN_FILE, json.dumps(golden))
+        write_text(target / GOLDEN_FILE, to_json(golden))
         facts = (card or {}) | {"precision": precision.told()}
         write_text(target / "README.md", write_card(module, facts, GOLDEN_FILE, multi_vector))
     if precision.computing < TOLD_BELOW:
@@ -179,4 +181,4 @@ def reweight(folder: Path, weights_K: Sequence[float]) -> None:
         if half := golden.get("precision"):
             kind, texts = type(model), golden["texts"]
             golden["precision"] = Precision.of(target, kind, vectors, texts, half["dtype"], half["weights"]).record()
-        write_text(target / GOLDEN_FILE, json.dumps(golden))
+        write_text(target / GOLDEN_FILE, to_json(golden))

@@ -11,6 +11,7 @@ from llm2comp.recipe.parts import (
     TextData,
     WatchSettings,
 )
+from llm2comp.recipe.paths import LocalName, absolute, each_path, expanded, is_local, missing_path, moved
 from llm2comp.recipe.reading import (
     change_recipe,
     checked,
@@ -31,6 +32,7 @@ __all__ = [
     "AdapterSettings",
     "ContrastiveStage",
     "EncoderSettings",
+    "LocalName",
     "MemorySettings",
     "ModelSettings",
     "PairData",
@@ -43,11 +45,17 @@ __all__ = [
     "TextData",
     "UclStage",
     "WatchSettings",
+    "absolute",
     "change_recipe",
     "checked",
+    "each_path",
+    "expanded",
     "find_recipe",
+    "is_local",
     "leaves",
     "load_recipe",
+    "missing_path",
+    "moved",
     "nearest",
     "parse_recipe",
     "read_yaml",

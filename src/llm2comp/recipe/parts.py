@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from llm2comp.recipe.paths import LocalName
+
 Steps = Annotated[int, Field(ge=1)]
 TEXT = "{text}"
 
@@ -29,7 +31,7 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """Which causal LM, and how to run it."""
 
-    name: str = Field(description="Hub id, local folder, GGUF file, `builtin:smollm2` or `builtin:tiny`")
+    name: LocalName = Field(description="Hub id, local folder, GGUF file, `builtin:smollm2` or `builtin:tiny`")
     revision: str | None = Field(
         default=None, description="Hub branch, tag or commit; a token comes from HF_TOKEN or `hf auth login`"
     )
@@ -118,7 +120,7 @@ class AdapterSettings(Section):
 class TextData(Section):
     """Texts: a builtin, a file, or a Hub data set."""
 
-    source: str = Field(
+    source: LocalName = Field(
         description="`builtin:python-docs`, a jsonl/csv/parquet/txt file (also .gz, .zst), a folder that `generate-responses` "
         "wrote, or a Hub data set"
     )
@@ -137,7 +139,7 @@ class TextData(Section):
 class PairData(Section):
     """Training pairs for SCL, with the instruction their queries carry."""
 
-    source: str = Field(description="as for texts")
+    source: LocalName = Field(description="as for texts")
     anchor: str = Field(default="anchor", description="column of the query")
     positive: str = Field(default="positive", description="column of the text to be found; a list gives a pair for each")
     negatives: tuple[str, ...] = Field(
@@ -154,7 +156,11 @@ class PairData(Section):
 class Schedule(Section):
     """Learning rate: warm-up from the floor, then decay to the floor (DeepSpeed's WarmupDecayLR in the release)."""
 
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="auto = the release's rate for the stage (1e-4, UCL 3e-5) · 4096 / hidden width of the LM, and a tenth of "
+        "that under adapter.kind full; the floor, which is meant for a width of 4096, is scaled by the same factor",
+    )
     floor_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     warmup: Literal["logarithmic", "linear"] = "logarithmic"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -163,9 +169,16 @@ class Schedule(Section):
 
     @model_validator(mode="after")
     def _floor_below_peak(self) -> Schedule:
-        if self.floor_learning_rate > self.learning_rate:
+        if self.learning_rate != "auto" and self.floor_learning_rate > self.learning_rate:
             raise ValueError(f"floor_learning_rate {self.floor_learning_rate} is above learning_rate {self.learning_rate}")
         return self
+
+    @property
+    def peak(self) -> float:
+        """The learning rate as a number. Raises ValueError where it is still `auto`."""
+        if self.learning_rate == "auto":
+            raise ValueError("learning_rate auto is a number only over a model: see Stage.at_width")
+        return self.learning_rate
 
 
 class WatchSettings(Section):
@@ -176,4 +189,4 @@ class WatchSettings(Section):
     max_tokens: Annotated[int, Field(ge=16)] = Field(default=256, description="longer texts of the sample are cut")
     data: tuple[TextData, ...] = Field(default=(), description="where the sample is drawn; empty = the first stage's texts")
     pairs: tuple[PairData, ...] = Field(default=(), description="pairs for the alignment; empty = those of scl, if any")
-    tasks: tuple[str, ...] = Field(default=(), description="folders of local evaluation sets, scored at every watch")
+    tasks: tuple[LocalName, ...] = Field(default=(), description="folders of local evaluation sets, scored at every watch")

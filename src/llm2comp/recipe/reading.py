@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import types
 import typing
 from pathlib import Path
@@ -13,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llm2comp.errors import RecipeError
+from llm2comp.files import to_json
+from llm2comp.recipe.paths import expanded
 from llm2comp.recipe.settings import Recipe
 
 
@@ -90,7 +91,7 @@ def shipped_files(place: str) -> dict[str, Path]:
 
 def find_recipe(path: str | Path) -> Path:
     """The file at `path`, or the shipped recipe of that name."""
-    file = Path(path)
+    file = expanded(path)
     if file.is_file():
         return file
     shipped = shipped_recipes()
@@ -166,7 +167,7 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] in ("missing", "value_error"):
         return f"{location}: {message}"
-    return f"{location}: {message}, found {json.dumps(item['input'], default=str)[:80]}"
+    return f"{location}: {message}, found {to_json(item['input'], default=str)[:80]}"
 
 
 def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,8 +23,11 @@ class BagPrompts(Section):
 class Stage(Section):
     """What all three stages share."""
 
+    released_rate: ClassVar[float] = 1e-4  # of the release, whose LM is 4096 wide
     steps: Steps
-    batch_size: Annotated[int, Field(ge=1)] = Field(description="samples per optimiser step and device")
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        description="samples per optimiser step and device; stages 2 and 3: no more than the data have different ones"
+    )
     schedule: Schedule
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(default=None, description="null = no clipping")
@@ -42,6 +45,17 @@ class Stage(Section):
         "of a local evaluation set of watch.tasks",
     )
     patience: Steps | None = Field(default=None, description="stop after so many watches without a better keep_best")
+
+    def at_width(self, width: int, full: bool = False) -> Self:
+        """The stage with its learning rate as a number: `auto` goes with 1 / width, as Adam's best rate does (µP)."""
+        if self.schedule.learning_rate != "auto":
+            return self
+        factor = 4096 / width * (0.1 if full else 1.0)
+        rates = {
+            "learning_rate": self.released_rate * factor,
+            "floor_learning_rate": self.schedule.floor_learning_rate * factor,
+        }
+        return self.model_copy(update={"schedule": self.schedule.model_copy(update=rates)})
 
     @model_validator(mode="after")
     def _patience_for_something(self) -> Stage:
@@ -66,9 +80,10 @@ class PretextStage(Stage):
     max_tokens_per_batch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="tokens computed at once, padding counted, but one text at least: the samples of an optimiser step "
-        "(batch_size · gradient_accumulation_steps, as ever) are sorted by length and cut into parts; null = batch_size texts",
+        "(batch_size · gradient_accumulation_steps, as ever) are sorted by length and cut into parts; null = batch_size texts, "
+        "or fewer where so many would not fit the memory",
     )
-    schedule: Schedule = Schedule(learning_rate=1e-4, warmup_steps=3200)
+    schedule: Schedule = Schedule(warmup_steps=3200)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 2.0
     min_characters: Annotated[int, Field(ge=0)] = Field(default=1000, description="shorter texts are left out")
@@ -160,17 +175,19 @@ class ContrastiveStage(Stage):
     mini_batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="the same by tokens, padding not counted, but one text at least; with it, mini_batch_size only says how "
-        "many rows of the table of scores are computed at once",
+        "many rows of the table of scores are computed at once; both null = the whole batch, or what fits the memory",
     )
 
 
 class UclStage(ContrastiveStage):
     """Stage 2, unsupervised contrastive learning (SimCSE)."""
 
+    released_rate: ClassVar[float] = 3e-5
+
     data: tuple[TextData, ...] = Field(min_length=1)
     steps: Steps = 1000
     batch_size: Annotated[int, Field(ge=2)] = 128
-    schedule: Schedule = Schedule(learning_rate=3e-5, warmup_steps=100)
+    schedule: Schedule = Schedule(warmup_steps=100)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     attention_dropout: Share = 0.2
@@ -187,7 +204,7 @@ class SclStage(ContrastiveStage):
     data: tuple[PairData, ...] = Field(min_length=1)
     steps: Steps = 200
     batch_size: Annotated[int, Field(ge=2)] = 1024
-    schedule: Schedule = Schedule(learning_rate=1e-4, warmup_steps=200, total_steps=2000)
+    schedule: Schedule = Schedule(warmup_steps=200, total_steps=2000)
     weight_decay: Annotated[float, Field(ge=0)] = 3e-4
     query_max_tokens: Annotated[int, Field(ge=4)] = Field(default=512, description="longer queries are cut")
     document_max_tokens: Annotated[int, Field(ge=4)] = Field(default=1024, description="longer documents are cut")

@@ -118,7 +118,8 @@ def _stage_row(stage: StageLog) -> tuple[str, ...]:
     batch = str(settings.batch_size)
     if isinstance(settings, PretextStage) and settings.gradient_accumulation_steps > 1:
         batch += f" × {settings.gradient_accumulation_steps}"
-    rates = f"{settings.schedule.learning_rate:g} to {settings.schedule.floor_learning_rate:g}"
+    peak = settings.schedule.learning_rate
+    rates = peak if peak == "auto" else f"{peak:g} to {settings.schedule.floor_learning_rate:g}"
     time = duration(stage.done.seconds) if stage.done else NONE
     return (stage.title, _data(settings), _steps(stage), batch, rates, time)
 

@@ -14,8 +14,9 @@ import yaml
 from llm2comp.errors import Llm2CompError, RecipeError
 from llm2comp.recipe import Recipe, Stage, change_recipe, load_recipe
 from llm2comp.study.settings import LAST, Changes, Study
-from llm2comp.training.run import CONFIG_FILE, FOLDERS, is_done, stage_keys
-from llm2comp.training.stages import check_data
+from llm2comp.training.checks import check
+from llm2comp.training.keys import stage_keys
+from llm2comp.training.run import CONFIG_FILE, FOLDERS, is_done
 
 DONE, TRAIN = "done", "train"
 
@@ -64,7 +65,7 @@ def runs_of(study: Study, where: str) -> list[Run]:
                 overrides = [line for each in (changes, *(more for *_, more in chosen)) for line in as_overrides(each)]
                 recipe = change_recipe(common, [*overrides, f"seed={seed}", f"name={system}-seed{seed}"])
                 if seed == study.seeds[0]:
-                    check_data(recipe)
+                    check(recipe)
                 runs.append(Run(system, base, {axis: value for axis, value, _ in chosen}, seed, recipe, stage_keys(recipe)))
     names = [run.name.lower() for run in runs]
     twice = next((run.name for run in runs if names.count(run.name.lower()) > 1), None)

@@ -19,7 +19,7 @@ import torch
 from llm2comp.backbone import weights_digest
 from llm2comp.errors import Llm2CompError, one_line
 from llm2comp.evaluate import Options, evaluate
-from llm2comp.files import write_text
+from llm2comp.files import to_json, write_text
 from llm2comp.report.reading import read_log
 from llm2comp.study.grid import DONE, TRAIN, Run, begun, plan, samples_of, work
 from llm2comp.study.table import MODEL, TRAINING_FREE, Failure, Row
@@ -156,7 +156,7 @@ def _row(bench: Bench, found: Outcome, run: Run, asked: str, stage: str) -> Row:
 
 def _score(bench: Bench, found: Outcome, system: str, model: str, key: Any, device: str | None = None) -> dict[str, float]:
     """Set → percent, for the sets that could be scored; `key` = all that the encoder depends on, None where not known."""
-    digest = hashlib.sha256(json.dumps([key, bench.sets], sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(to_json([key, bench.sets], sort_keys=True).encode()).hexdigest()
     kept = bench.folder / SCORES / KEPT / f"{digest}.json"
     if key is not None and (before := _read_kept(kept)) is not None:
         return before
@@ -168,7 +168,7 @@ def _score(bench: Bench, found: Outcome, system: str, model: str, key: Any, devi
     found.failures += [Failure(system=system, run=f"{model}, {task}", reason=why) for task, why in row.failed.items()]
     scores = {task: round(100 * result["score"], 4) for task, result in row.scores.items()}
     if key is not None and not row.failed:
-        write_text(kept, json.dumps(scores, indent=1))
+        write_text(kept, to_json(scores, indent=1))
     return scores
 
 

@@ -9,7 +9,6 @@ studies/NAME/results.json, table.csv, table.md, *.svg, *.png
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from llm2comp.analysis.plots import save_figure
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.console import say
 from llm2comp.errors import DataError, RunError
-from llm2comp.files import STUDY, claim, explain_disk_errors, refuse_taken, write_text
+from llm2comp.files import STUDY, claim, explain_disk_errors, refuse_taken, to_json, write_text
 from llm2comp.recipe import load_recipe
 from llm2comp.study.grid import DONE, TRAIN, Run, plan, runs_of, work
 from llm2comp.study.jobs import RUNS, Bench, floors, groups
@@ -100,7 +99,7 @@ def study(
 def write_results(results: Results, folder: Path) -> None:
     """Write the tables, results.json and plots, and show the tables; the same results give the same files."""
     content = results.model_dump(mode="json") | {"table": records(results), "pairs": comparisons(results)}
-    write_text(folder / RESULTS_FILE, json.dumps(content, indent=1))
+    write_text(folder / RESULTS_FILE, to_json(content, indent=1))
     write_text(folder / "table.csv", as_csv(records(results)))
     write_text(folder / "table.md", as_markdown(results))
     for name, figure in figures(results).items():

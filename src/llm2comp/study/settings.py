@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llm2comp.baselines.settings import NAMES
 from llm2comp.errors import RecipeError
-from llm2comp.recipe import Section, checked, nearest, read_yaml, shipped_files
+from llm2comp.recipe import LocalName, Section, checked, nearest, read_yaml, shipped_files
 
 LAST = "last"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -36,7 +36,7 @@ class Study(Section):
     after: tuple[After, ...] = Field(
         default=("pretext", "ucl", "scl"), description="stages whose encoders are scored; last = each system's last one"
     )
-    scores: tuple[str, ...] = Field(default=(), description="folders of local evaluation sets")
+    scores: tuple[LocalName, ...] = Field(default=(), description="folders of local evaluation sets")
 
     @field_validator("training_free")
     @classmethod

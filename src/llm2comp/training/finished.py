@@ -9,7 +9,7 @@ from typing import Any
 from llm2comp.backbone import Base, base_licence, check_base
 from llm2comp.console import say
 from llm2comp.errors import RunError, one_line
-from llm2comp.recipe import Recipe
+from llm2comp.recipe import Recipe, is_local
 
 
 def require_base(done: Path, recipe: Recipe) -> None:
@@ -51,7 +51,14 @@ def prompts_of(recipe: Recipe) -> dict[str, str]:
 def card_of(recipe: Recipe) -> dict[str, str]:
     """Facts for the README of its exported folder."""
     stages: dict[str, Any] = dict(recipe.stages)
-    card = {f"{name}_data": ", ".join(spec.source for spec in stage.data) for name, stage in stages.items()}
+    card = {
+        f"{name}_data": ", ".join(Path(s).name if is_local(s := spec.source) else s for spec in stage.data)
+        for name, stage in stages.items()
+    }
     if recipe.scl is not None and recipe.scl.query_suffix:
         card["note"] = f"queries were trained with {recipe.scl.query_suffix!r} behind them; append it yourself"
     return {"recipe": recipe.name, "licence": base_licence(recipe.model), **card}
+
+
+def _shown(source: str) -> str:
+    return Path(source).name if is_local(source) else source

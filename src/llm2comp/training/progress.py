@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from llm2comp.console import Bar
-from llm2comp.files import explain_disk_errors, write_text
+from llm2comp.files import explain_disk_errors, to_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -72,7 +72,7 @@ class StepLines:
     def begin(self, step: int) -> list[dict[str, Any]]:
         """Keep the lines up to the step that training goes on from (a killed run wrote some beyond it); none at 0."""
         kept = [row for row in self.read() if row["step"] <= step] if step > 0 else []
-        write_text(self.file, "".join(f"{json.dumps(row)}\n" for row in kept))
+        write_text(self.file, "".join(f"{to_json(row)}\n" for row in kept))
         return kept
 
     def read(self) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ class StepLines:
     def add(self, row: dict[str, Any]) -> None:
         """Append one line."""
         with explain_disk_errors(self.file), self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(to_json(row) + "\n")
 
 
 class MetricsCallback(TrainerCallback):

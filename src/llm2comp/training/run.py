@@ -9,7 +9,6 @@ runs/x/model/                 plain sentence-transformers folder
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -25,11 +24,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from llm2comp.backbone import Base, load_backbone, weights_digest
+from llm2comp.backbone import Base, load_backbone
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.compressor import Compressor
 from llm2comp.console import say
-from llm2comp.data.responses import source_digest
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
@@ -43,21 +41,29 @@ from llm2comp.files import (
     refuse_foreign,
     refuse_taken,
     remove_folder,
+    to_json,
     write_text,
 )
-from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
+from llm2comp.recipe import (
+    Recipe,
+    change_recipe,
+    each_path,
+    expanded,
+    load_recipe,
+    moved,
+    parse_recipe,
+)
+from llm2comp.training.checks import check
+from llm2comp.training.estimates import fitted
 from llm2comp.training.finished import card_of, limits_of, prompts_of, require_base
+from llm2comp.training.keys import FORMAT_VERSION, matters, settings_of, stage_keys
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import Watch
-from llm2comp.training.stages import RUNNERS, RunOptions, check_data
+from llm2comp.training.stages import RUNNERS, RunOptions
 
 FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
 RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = "recipe.yaml", "done.json", "config.json", "model"
-FORMAT_VERSION = 1
-# Settings that change what is written, how fast or in how much memory, not what is learned.
-NO_EFFECT = {"log_every_steps", "save_every_steps", "workers", "compile", "max_tokens_per_batch", "mini_batch_tokens"}
-# Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads, where figures go.
-NO_STAGE = {"max_tokens", "report_to", "watch"}
+ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("llm2comp", "torch", "transformers", "peft", "sentence-transformers", "datasets", "accelerate", "numpy")
 
 
@@ -80,7 +86,7 @@ def train(
     """
     quiet_libraries()
     resolved = change_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    run = Path(out) if out is not None else Path("runs") / resolved.name
+    run = expanded(out) if out is not None else Path("runs") / resolved.name
     check_launch(resolved)
     with contextlib.ExitStack() as held:
         on_main(lambda: _open(run, resolved, held), resolved.model.device)
@@ -91,7 +97,7 @@ def train(
 def _open(run: Path, recipe: Recipe, held: contextlib.ExitStack) -> None:
     """Make the directory this recipe's and this process's."""
     _refuse_foreign(run, recipe)
-    check_data(recipe)
+    check(recipe)
     with explain_disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     try:
@@ -129,15 +135,18 @@ def read_run(run: Path) -> Recipe:
     file = run / RECIPE_FILE
     if not file.is_file():
         raise RunError("not a run directory", where=str(run), expected=f"{RECIPE_FILE} in it")
-    return load_recipe(file)
+    recipe = load_recipe(file)
+    return parse_recipe(
+        each_path(recipe.model_dump(mode="json"), partial(moved, old=_home(run), new=run.absolute())), str(file)
+    )
 
 
-def stage_keys(recipe: Recipe) -> dict[str, str]:
-    """Stage → hash of all that its result depends on: stages of one key are the same training."""
-    keys: dict[str, str] = {}
-    for name, stage in recipe.stages.items():
-        keys[name] = _stage_key(recipe, name, stage, next(reversed(keys.values()), ""))
-    return keys
+def _home(run: Path) -> Path:
+    """Where a run lay when it was last trained; paths in its recipe are of then."""
+    try:
+        return Path(json.loads((run / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return run.absolute()
 
 
 def is_done(folder: Path, key: str) -> bool:
@@ -160,7 +169,8 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
             continue
         begin = time.time()
         options = options or _options(recipe, compressor)
-        kept = RUNNERS[name](compressor, stage, folder, recipe.seed + number, options)  # type: ignore[operator]
+        fit = fitted(name, stage, backbone, recipe.adapter.kind == "full")
+        kept = RUNNERS[name](compressor, fit, folder, recipe.seed + number, options)  # type: ignore[operator]
         seconds = round(time.time() - begin, 1)
         base = Base.of(recipe.model).model_dump()
         done = {"inputs": key, "steps": stage.steps, "kept_step": kept, "seconds": seconds, "base": base}
@@ -172,7 +182,7 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
     if is_main_process() and not compressor.separate and not is_done(run / MODEL_FOLDER, exported):
         model = as_sentence_transformer(compressor.eval(), *limits_of(recipe), prompts=prompts_of(recipe))
         export(model, run / MODEL_FOLDER, card_of(recipe))
-        write_text(run / MODEL_FOLDER / DONE_FILE, json.dumps({"inputs": exported}))
+        write_text(run / MODEL_FOLDER / DONE_FILE, to_json({"inputs": exported}))
 
 
 def _options(recipe: Recipe, compressor: Compressor) -> RunOptions:
@@ -211,7 +221,7 @@ def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
     names = list(recipe.stages)
     stack = names[: names.index(name) + 1]
     config = {"format_version": FORMAT_VERSION, "stage": name, "stack": stack, "inputs": key}
-    write_text(folder / CONFIG_FILE, json.dumps(config))
+    write_text(folder / CONFIG_FILE, to_json(config))
 
 
 def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Path) -> None:
@@ -222,7 +232,7 @@ def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Pat
 
 
 def _mark_done(done: dict[str, Any], folder: Path) -> None:
-    write_text(folder / DONE_FILE, json.dumps(done))
+    write_text(folder / DONE_FILE, to_json(done))
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
@@ -244,8 +254,8 @@ def _refuse_foreign(run: Path, recipe: Recipe) -> None:
     if file.exists():
         if not (any(run.glob(f"*/{DONE_FILE}")) or any(run.glob("*/checkpoint-*"))):
             return
-        before, now = _settings(load_recipe(file)), _settings(recipe)
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and _matters(key.split("."), recipe)]
+        before, now = settings_of(read_run(run)), settings_of(recipe)
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and matters(key.split("."), recipe)]
         if changed:
             lines = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked for" for key in sorted(changed)[:5]]
             raise RunError(
@@ -254,12 +264,6 @@ def _refuse_foreign(run: Path, recipe: Recipe) -> None:
                 found="; ".join(lines),
                 fix="give another --out, or delete the directory",
             )
-
-
-def _matters(path: list[str], recipe: Recipe) -> bool:
-    """Whether another value of a setting is another training; the watch is one where a stage is steered by it."""
-    steered = path[0] == "watch" and any(stage.keep_best for stage in recipe.stages.values())
-    return path[-1] not in NO_EFFECT and (path[0] not in NO_STAGE or steered)
 
 
 def _claim(run: Path, recipe: Recipe) -> None:
@@ -272,28 +276,11 @@ def _claim(run: Path, recipe: Recipe) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": {name: version(name) for name in PACKAGES},
         "command": sys.argv,
+        "folder": str(run.absolute()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     write_text(run / RECIPE_FILE, recipe.to_yaml())
-    write_text(run / "environment.json", json.dumps(environment, indent=1))
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """Dotted name → value; an empty container is as good as none."""
-    return {key: value for key, value in leaves(recipe.model_dump(mode="json")).items() if value not in ([], {})}
-
-
-def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
-    """Hash of all that a stage's result depends on: settings, model and its weights, adapter, seed, data, the stage before."""
-    settings = stage.model_dump(mode="json", exclude=NO_EFFECT)
-    steered = {"watch"} if stage.keep_best else set()
-    shared = recipe.model_dump(mode="json", include={"model", "memory", "encoder", "adapter", "seed"} | steered)
-    paths = {d["source"]: Path(d["source"]).expanduser() for d in settings["data"]}
-    files = {source: source_digest(path) for source, path in paths.items() if path.exists()}
-    python = platform.python_version() if "builtin:python-docs" in paths else ""  # its documentation is the data
-    model = weights_digest(recipe.model)
-    payload = json.dumps([FORMAT_VERSION, name, settings, shared, model, files, python, previous], sort_keys=True)
-    return hashlib.sha256(payload.encode()).hexdigest()
+    write_text(run / ENVIRONMENT_FILE, to_json(environment, indent=1))
 
 
 def _has_inputs(file: Path, key: str) -> bool:

@@ -12,7 +12,7 @@ from llm2comp.recipe import Schedule
 
 def learning_rate(schedule: Schedule, steps: int, step: int) -> float:
     """Learning rate of optimiser step `step` (0 = the first) in a stage of `steps` steps."""
-    peak, floor, warmup = schedule.learning_rate, schedule.floor_learning_rate, schedule.warmup_steps
+    peak, floor, warmup = schedule.peak, schedule.floor_learning_rate, schedule.warmup_steps
     total = schedule.total_steps or steps
     if step < warmup:
         share = math.log(step + 1) / math.log(max(2, warmup)) if schedule.warmup == "logarithmic" else step / warmup
@@ -25,4 +25,4 @@ def learning_rate(schedule: Schedule, steps: int, step: int) -> float:
 
 def scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LambdaLR:
     """The schedule over an optimizer whose own learning rate is the schedule's peak."""
-    return LambdaLR(optimizer, lambda step: learning_rate(schedule, steps, step) / schedule.learning_rate)
+    return LambdaLR(optimizer, lambda step: learning_rate(schedule, steps, step) / schedule.peak)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers
 from transformers import TrainerCallback, TrainingArguments
@@ -20,20 +18,21 @@ from llm2comp.compressor import Compressor, room_for_text
 from llm2comp.console import say
 from llm2comp.data.answers import AnswerRows, answer_rows
 from llm2comp.data.pretext import Masking, PretextCollator, PretextRows
-from llm2comp.data.sources import Answer, Pair, iterate_sources, read_answers, read_pairs, read_texts
+from llm2comp.data.sources import Answer, Pair, iterate_sources, read_answers, read_pairs
 from llm2comp.data.store import distinct, stored_rows, stored_texts
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import DataError
 from llm2comp.pretext import ALIGNMENT, FROM_MEMORY, mask_token_id
 from llm2comp.pretext.response import map_to_teacher
-from llm2comp.recipe import PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
+from llm2comp.recipe import PairData, PretextStage, SclStage, Stage, TextData, UclStage
 from llm2comp.training import progress
+from llm2comp.training.batches import clipped, most_in_a_batch, pair_datasets
 from llm2comp.training.compiling import compiled
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.ranks import sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.trainers import ContrastiveTrainer, PretextModel, PretextTrainer, last_checkpoint
-from llm2comp.training.watch import WatchCallback, check_watch, keep_best
+from llm2comp.training.watch import WatchCallback, keep_best
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
 def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
     """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout."""
     rows = stored_texts(stage.data, stage.min_characters, say)
-    enough("ucl", distinct(rows, stage.batch_size), stage.batch_size)
+    stage = clipped("ucl", stage, distinct(rows, stage.batch_size))
     say(f"stage 2: {len(rows):,} texts of {stage.min_characters} characters or more")
     compressor.learn(memory=stage.train_memory, embeddings=stage.train_embeddings)
     model = as_sentence_transformer(compressor, stage.max_tokens)
@@ -137,6 +136,7 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, op
 def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
     """Stage 3 (METHOD 2): query against positive, hard negatives and the rest of the batch."""
     pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
+    stage = clipped("scl", stage, most_in_a_batch(pairs))
     rows = pair_datasets(pairs, stage.batch_size)
     say(f"stage 3: {len(pairs):,} pairs; " + ", ".join(f"{len(part):,} {name}" for name, part in rows.items()))
     compressor.learn(memory=stage.train_memory, embeddings=stage.train_embeddings)
@@ -156,64 +156,6 @@ def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, op
 RUNNERS = {"pretext": run_pretext, "ucl": run_ucl, "scl": run_scl}
 
 
-def check_data(recipe: Recipe) -> None:
-    """Find a missing file or column of any stage before the first one trains: reads a row of each source."""
-    for stage in recipe.stages.values():
-        specs: tuple[TextData | PairData, ...] = stage.data  # type: ignore[attr-defined]
-        for spec in specs:
-            first = spec.model_copy(update={"limit": 1})
-            if isinstance(stage, PretextStage) and stage.answered:
-                read_answers(first, teacher=ALIGNMENT in stage.objectives)  # type: ignore[arg-type]
-            else:
-                read_pairs(first) if isinstance(first, PairData) else read_texts(first)
-    check_watch(recipe)
-
-
-def pair_datasets(pairs: Sequence[Pair], batch_size: int) -> dict[str, Any]:
-    """Pairs as one table per number of hard negatives (a batch needs as many for each of its queries).
-
-    Where too few for a batch have so many negatives, the last ones of these are dropped; where too few have so little, the
-    pairs are left out.
-
-    Raises:
-        DataError: too few pairs for one batch.
-    """
-    groups: dict[int, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        groups[len(pair.negatives)].append(pair)
-    for count in sorted(groups, reverse=True):
-        if _distinct(groups[count]) < batch_size and count > min(groups):
-            groups[max(fewer for fewer in groups if fewer < count)] += groups.pop(count)
-    lowest = min(groups)
-    if len(groups) == 1:
-        enough("scl", _distinct(groups[lowest]), batch_size)
-    elif _distinct(groups[lowest]) < batch_size:
-        say(f"left out: {len(groups.pop(lowest)):,} pairs with {lowest} hard negatives, too few for a batch")
-    tables = {}
-    for count, group in sorted(groups.items()):
-        columns = {"anchor": [p.anchor for p in group], "positive": [p.positive for p in group]}
-        columns |= {f"negative_{i + 1}": [p.negatives[i] for p in group] for i in range(count)}
-        tables[f"with {count} hard negatives"] = Dataset.from_dict(columns)
-    return tables
-
-
-def _distinct(pairs: Sequence[Pair]) -> int:
-    """How many pairs one batch without duplicates can hold, at most."""
-    return min(len({pair.anchor for pair in pairs}), len({pair.positive for pair in pairs}))
-
-
-def enough(stage: str, rows: int, batch_size: int) -> None:
-    """Raise DataError when no batch can be filled."""
-    if rows < batch_size:
-        raise DataError(
-            "too few distinct rows for one batch",
-            where=f"{stage}.data",
-            expected=f"batch_size = {batch_size:,} or more",
-            found=f"{rows:,}",
-            fix=f"give more data or set {stage}.batch_size",
-        )
-
-
 def _arguments(compressor: Compressor, stage: Stage, folder: Path, seed: int, report_to: Sequence[str]) -> dict[str, Any]:
     """What all stages ask of their trainer."""
     device = compressor.backbone.embedding_table.device
@@ -221,7 +163,7 @@ def _arguments(compressor: Compressor, stage: Stage, folder: Path, seed: int, re
         "output_dir": str(folder),
         "max_steps": stage.steps,
         "per_device_train_batch_size": stage.batch_size,
-        "learning_rate": stage.schedule.learning_rate,
+        "learning_rate": stage.schedule.peak,
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm or 0.0,
         "bf16": stage.precision == "bfloat16",

@@ -1,0 +1,57 @@
+"""The Hugging Face Hub: asked once and briefly before libraries ask it file by file, with retries that take minutes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+
+SECONDS, AGAIN_AFTER = 5.0, 60.0
+_silent_at: list[float] = []  # when the Hub last did not answer
+
+
+@contextlib.contextmanager
+def hub(name: str) -> Iterator[None]:
+    """For calls that may ask the Hub for `name`: unless it answers one quick question, they look into its cache alone."""
+    if Path(name).exists() or constants.HF_HUB_OFFLINE or answers():
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def answers() -> bool:
+    """Whether the Hub answers, whatever it says; when it does not, it is asked again after a minute."""
+    if _silent_at and time.monotonic() - _silent_at[0] < AGAIN_AFTER:
+        return False
+    _silent_at.clear()
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception:  # no network, no name server, a proxy that refuses: what is raised depends on the version
+        _silent_at.append(time.monotonic())
+    return not _silent_at
+
+
+def unasked() -> str | None:
+    """Why the Hub is not asked at the moment; None if it is."""
+    if _silent_at:
+        return f"{constants.ENDPOINT} does not answer"
+    return "HF_HUB_OFFLINE is set, and nothing of that name is kept here" if constants.HF_HUB_OFFLINE else None
+
+
+def not_at_hand(name: str, file: str = "config.json") -> str | None:
+    """What is wrong where the Hub was not asked and its cache has no such model; None if something else is."""
+    why = unasked()
+    if why is None or Path(name).exists():
+        return None
+    with contextlib.suppress(ValueError):  # no name of a repository
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, file), str):
+            return None
+    return f"no such folder, nor a model in the cache ({why})"
