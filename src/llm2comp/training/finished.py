@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from llm2comp.backbone import base_licence
+from llm2comp.files import EXPORTED, RUN, STAGE, refuse_foreign, refuse_taken
 from llm2comp.recipe import Recipe
 
 
@@ -35,3 +38,11 @@ def card_of(recipe: Recipe) -> dict[str, str]:
     if recipe.scl is not None and recipe.scl.query_suffix:
         card["note"] = f"queries were trained with {recipe.scl.query_suffix!r} behind them; append it yourself"
     return {"recipe": recipe.name, "licence": base_licence(recipe.model), **card}
+
+
+def refuse_others(run: Path, stages: Iterable[Path], model: Path, done_file: str) -> None:
+    """Raise RunError where a run would have to replace what is not its own, before it trains; what is done stays."""
+    refuse_taken(run, RUN)
+    for folder, kind in (dict.fromkeys(stages, STAGE) | {model: EXPORTED}).items():
+        if not (folder / done_file).is_file():
+            refuse_foreign(folder, kind)

@@ -33,20 +33,9 @@ from llm2comp.data.responses import source_digest
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
-from llm2comp.files import (
-    EXPORTED,
-    RUN,
-    STAGE,
-    claim,
-    explain_disk_errors,
-    new_folder,
-    refuse_foreign,
-    refuse_taken,
-    remove_folder,
-    write_text,
-)
+from llm2comp.files import RUN, STAGE, claim, explain_disk_errors, new_folder, remove_folder, write_text
 from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
-from llm2comp.training.finished import card_of, limits_of, prompts_of
+from llm2comp.training.finished import card_of, limits_of, prompts_of, refuse_others
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.stages import RUNNERS, RunOptions, check_data
@@ -231,11 +220,7 @@ def _push_adapter(compressor: Compressor, recipe: Recipe, name: str) -> None:
 
 def _refuse_foreign(run: Path, recipe: Recipe) -> None:
     """Raise RunError for a directory of another recipe that has trained something, or of something else."""
-    refuse_taken(run, RUN)
-    written = {run / FOLDERS[name]: STAGE for name in recipe.stages} | {run / MODEL_FOLDER: EXPORTED}
-    for folder, kind in written.items():
-        if not (folder / DONE_FILE).is_file():  # will be replaced: said before the training
-            refuse_foreign(folder, kind)
+    refuse_others(run, [run / FOLDERS[name] for name in recipe.stages], run / MODEL_FOLDER, DONE_FILE)
     file = run / RECIPE_FILE
     if file.exists():
         if not (any(run.glob(f"*/{DONE_FILE}")) or any(run.glob("*/checkpoint-*"))):
