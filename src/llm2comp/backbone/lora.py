@@ -10,7 +10,7 @@ bfloat16 LM that is a float32 copy of x for each projection. Here
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
@@ -30,11 +30,9 @@ class LoraLinear(lora.Linear):
         unusual = self.merged or args or kwargs or torch.is_autocast_enabled(x.device.type)
         if unusual or hasattr(self.base_layer.weight, "ds_id") or (dropped and len(active) > 1):
             return super().forward(x, *args, **kwargs)
-        scaling: dict[str, float] = self.scaling
-        of_a: list[Any] = [self.lora_A[name].weight for name in active]
-        of_b: list[Any] = [scaling[name] * self.lora_B[name].weight for name in active]
-        a_RI = torch.cat([weight.to(x.dtype) for weight in of_a])
-        b_OR = torch.cat([weight.to(x.dtype) for weight in of_b], 1)
+        down, up, scaling = cast(Any, self.lora_A), cast(Any, self.lora_B), self.scaling
+        a_RI = torch.cat([down[name].weight.to(x.dtype) for name in active])
+        b_OR = torch.cat([(scaling[name] * up[name].weight).to(x.dtype) for name in active], 1)
         x_NI = x.flatten(0, -2)
         dropped_NI = self.lora_dropout[active[0]](x_NI) if dropped else None
         found = _Lora.apply(x_NI, dropped_NI, self.base_layer.weight, self.base_layer.bias, a_RI, b_OR)  # type: ignore[no-untyped-call]

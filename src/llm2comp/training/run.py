@@ -31,6 +31,7 @@ from llm2comp.console import say
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
+<<<<<<< HEAD
 from llm2comp.files import (
     EXPORTED,
     RUN,
@@ -57,6 +58,11 @@ from llm2comp.training.checks import check
 from llm2comp.training.estimates import fitted
 from llm2comp.training.finished import card_of, limits_of, prompts_of, require_base
 from llm2comp.training.keys import FORMAT_VERSION, matters, settings_of, stage_keys
+=======
+from llm2comp.files import RUN, STAGE, claim, explain_disk_errors, new_folder, remove_folder, write_text
+from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
+from llm2comp.training.finished import card_of, limits_of, prompts_of, refuse_others
+>>>>>>> wt-a
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.stages import RUNNERS, RunOptions
@@ -245,11 +251,7 @@ def _push_adapter(compressor: Compressor, recipe: Recipe, name: str) -> None:
 
 def _refuse_foreign(run: Path, recipe: Recipe) -> None:
     """Raise RunError for a directory of another recipe that has trained something, or of something else."""
-    refuse_taken(run, RUN)
-    written = {run / FOLDERS[name]: STAGE for name in recipe.stages} | {run / MODEL_FOLDER: EXPORTED}
-    for folder, kind in written.items():
-        if not (folder / DONE_FILE).is_file():  # will be replaced: said before the training
-            refuse_foreign(folder, kind)
+    refuse_others(run, [run / FOLDERS[name] for name in recipe.stages], run / MODEL_FOLDER, DONE_FILE)
     file = run / RECIPE_FILE
     if file.exists():
         if not (any(run.glob(f"*/{DONE_FILE}")) or any(run.glob("*/checkpoint-*"))):

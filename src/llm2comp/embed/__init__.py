@@ -1,84 +1,38 @@
-"""Texts → embeddings in bulk: long-text policies, batches with progress, files in one step, rows that keep their places.
+"""Texts → embeddings in bulk: long-text policies, batches with progress, files in one step (writing.py).
 
 Each text is tokenised once, all of them before the first is encoded; batches are of like length, and of so many tokens.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm2comp.console import Bar
+from llm2comp.embed.writing import Embedded, Places, check_output, places_of, rows_file, write_embeddings
 from llm2comp.errors import DataError
+<<<<<<< HEAD:src/llm2comp/embed.py
 from llm2comp.files import refuse_output, to_json, write_bytes
+=======
+>>>>>>> wt-a:src/llm2comp/embed/__init__.py
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from llm2comp.data.sources import Loaded
     from llm2comp.encoder import Frame
 
+__all__ = ["Embedded", "Places", "check_output", "embed", "places_of", "rows_file", "write_embeddings"]
+
 LongTexts = Literal["truncate", "chunk-mean", "error"]
-BadRows = Literal["stop", "skip", "zero"]
-OUTPUT_FORMATS = (".npy", ".parquet", ".jsonl")
 TOKENISE_AT_ONCE = 1000
 # Measured on a CPU, where larger batches outgrow its caches; a guess for devices with thousands of cores.
 AT_ONCE_ON_CPU, AT_ONCE_ELSEWHERE = 1024, 16_384
 # Batches whose embeddings wait on the device until they are fetched together: each time, it is waited for.
 FETCH_EVERY = 64
 Ids = NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """`embeddings_ND` float32, and how many texts were longer than the model reads."""
-
-    embeddings_ND: NDArray[np.float32]
-    long_texts: int
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where texts stand in their source: `numbers` (N,) counts its rows from 0, `rows` are all of them.
-
-    `zero`: all rows are written, those without a text as zeros; otherwise the texts alone, with their numbers.
-    """
-
-    numbers: Sequence[int]
-    rows: int
-    zero: bool = False
-
-
-def places_of(loaded: Loaded[str], bad_rows: BadRows, source: str) -> Places | None:
-    """Where the texts of a source stand, as far as it is to be written.
-
-    Args:
-        loaded: what was read.
-        bad_rows: what to do where rows have no text that can be embedded: stop; leave them out and write the numbers of the
-            others; write zeros in their place.
-        source: what an error calls it.
-
-    Raises:
-        DataError: rows without a text, under `stop`; names them.
-    """
-    if bad_rows != "stop":
-        return Places(loaded.numbers, loaded.there, bad_rows == "zero")
-    if loaded.skipped:
-        raise DataError(
-            f"{loaded.there - loaded.used:,} of {loaded.there:,} rows cannot be embedded",
-            where=source,
-            found=loaded.left_out(),
-            fix="mend them; or --bad-rows skip (left out, the others keep their row numbers) or zero (zeros in their place)",
-        )
-    return None
 
 
 def embed(
@@ -142,6 +96,7 @@ def embed(
     return Embedded(embeddings, len(long))
 
 
+<<<<<<< HEAD:src/llm2comp/embed.py
 def write_embeddings(path: Path, embedded: Embedded, texts: Sequence[str], places: Places | None = None) -> None:
     """Write .npy (the matrix), .parquet or .jsonl (columns text, embedding), in one step.
 
@@ -228,6 +183,8 @@ def _holds_embeddings(file: Path) -> bool:
         return False
 
 
+=======
+>>>>>>> wt-a:src/llm2comp/embed/__init__.py
 def _too_long(long: Sequence[int], tokens: int, room: int, prompt: str) -> DataError:
     return DataError(
         f"{len(long):,} texts are longer than the model reads",
