@@ -33,7 +33,7 @@ FUSED = "encoder + BM25"
 # What a row of the table is, in one line each.
 LINES = {
     "backbone, mean-pooled": "the LM as it comes: mean of its states over the text, nothing trained",
-    TITLES["pretext"]: "the memory tokens have learned to hold what the LM needs to go on with a text; nobody asked them to tell texts apart",
+    TITLES["pretext"]: "memory tokens hold what the LM needs to go on with a text; not yet what tells it from others",
     TITLES["ucl"]: "two views of a text were pulled together, other texts pushed away",
     TITLES["scl"]: "summaries were pulled to the documentation that follows them: what the search below uses",
     "BM25": "matching of words, no model",

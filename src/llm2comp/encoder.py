@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Transformer, WordWeights
 from torch import Tensor
 
 from llm2comp.backbone import AdapterStack, Backbone
@@ -156,6 +156,18 @@ def frame_of(model: SentenceTransformer) -> Frame | None:
     tensors = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
     same = tensors.keys() == found.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
     return frame if same else None
+
+
+def to_dtype(model: SentenceTransformer, dtype: str) -> SentenceTransformer:
+    """A model's parameters in another dtype (`auto`: as they are).
+
+    Buffers stay (angles of positions need float32), and so do the weights of tokens.
+    """
+    if dtype != "auto":
+        modules: Any = [module for module in model if not isinstance(module, WordWeights)]
+        for parameter in (p for module in modules for p in module.parameters() if p.is_floating_point()):
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model
 
 
 def merge_adapters(model: SentenceTransformer) -> None:

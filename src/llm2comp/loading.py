@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from llm2comp.baselines.settings import BASELINE_FILE, NAMES
 from llm2comp.console import GENERAL
@@ -80,6 +80,7 @@ def load(
 
 def _load(path: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
     from llm2comp.backbone import resolve_device
+    from llm2comp.encoder import to_dtype
     from llm2comp.export import load_folder
     from llm2comp.training.run import read_run, stage_encoder
 
@@ -90,31 +91,19 @@ def _load(path: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
         return _baseline(kind, name, device, dtype)
     path = _packaged(path)
     if not Path(path).absolute().is_dir():
-        return _converted(_from_hub(path, device), dtype)
+        return to_dtype(_from_hub(path, device), dtype)
     folder = _live_alone(Path(path).absolute())
     if (folder / BASELINE_FILE).is_file():
         from llm2comp.baselines.encoder import load_saved
 
-        return _converted(load_saved(folder, device), dtype)
+        return to_dtype(load_saved(folder, device), dtype)
     stage = stage_of(folder)
     if stage is None:
-        return _converted(load_folder(_finished(folder, path), device), dtype)
+        return to_dtype(load_folder(_finished(folder, path), device), dtype)
     recipe = read_run(folder.parent)
     changes = ({} if device is None else {"device": device}) | ({} if dtype == "auto" else {"dtype": dtype})
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
     model: SentenceTransformer = stage_encoder(folder.parent, recipe, stage)
-    return model
-
-
-def _converted(model: SentenceTransformer, dtype: Dtype) -> SentenceTransformer:
-    """Its parameters in another dtype. Buffers stay (angles of positions need float32), and so do the weights of tokens."""
-    import torch
-    from sentence_transformers.sentence_transformer.modules import WordWeights
-
-    if dtype != "auto":
-        modules: Any = [module for module in model if not isinstance(module, WordWeights)]
-        for parameter in (p for module in modules for p in module.parameters() if p.is_floating_point()):
-            parameter.data = parameter.data.to(getattr(torch, dtype))
     return model
 
 

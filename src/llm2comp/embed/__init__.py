@@ -14,10 +14,6 @@ from numpy.typing import NDArray
 from llm2comp.console import Bar
 from llm2comp.embed.writing import Embedded, Places, check_output, places_of, rows_file, write_embeddings
 from llm2comp.errors import DataError
-<<<<<<< HEAD:src/llm2comp/embed.py
-from llm2comp.files import refuse_output, to_json, write_bytes
-=======
->>>>>>> wt-a:src/llm2comp/embed/__init__.py
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -96,95 +92,6 @@ def embed(
     return Embedded(embeddings, len(long))
 
 
-<<<<<<< HEAD:src/llm2comp/embed.py
-def write_embeddings(path: Path, embedded: Embedded, texts: Sequence[str], places: Places | None = None) -> None:
-    """Write .npy (the matrix), .parquet or .jsonl (columns text, embedding), in one step.
-
-    With `places` that are not `zero` there is a column `row` before these, beside .npy a file `.rows.npy`; with `zero` a text
-    that there is not is null.
-
-    Raises:
-        DataError: another suffix. RunError: not to be replaced, or cannot be written.
-    """
-    check_output(path)
-    if places and places.zero:
-        embedded, texts = _spread(embedded, texts, places)  # type: ignore[assignment]
-    rows = {"row": list(places.numbers)} if places and not places.zero else {}
-    buffer = io.BytesIO()
-    if path.suffix == ".npy":
-        np.save(buffer, embedded.embeddings_ND)
-    elif path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        width = embedded.embeddings_ND.shape[1]
-        column = pa.FixedSizeListArray.from_arrays(pa.array(embedded.embeddings_ND.ravel()), width)
-        pq.write_table(pa.table({**rows, "text": pa.array(texts, pa.string()), "embedding": column}), buffer)
-    else:
-        columns = {**rows, "text": texts, "embedding": embedded.embeddings_ND.tolist()}
-        lines = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        buffer.write("".join(to_json(line, ensure_ascii=False) + "\n" for line in lines).encode())
-    beside = rows_file(path)
-    if path.suffix == ".npy":  # row numbers of an earlier file would be wrong beside this one
-        beside.unlink(missing_ok=True)
-    write_bytes(path, buffer.getvalue())
-    if rows and path.suffix == ".npy":
-        buffer = io.BytesIO()
-        np.save(buffer, np.asarray(rows["row"], dtype=np.int64))
-        write_bytes(beside, buffer.getvalue())
-
-
-def rows_file(path: Path) -> Path:
-    """Where the row numbers of the embeddings in a .npy stand."""
-    return path.with_suffix(".rows.npy")
-
-
-def _spread(embedded: Embedded, texts: Sequence[str], places: Places) -> tuple[Embedded, list[str | None]]:
-    """A row for each of the source: zeros and no text where it had none."""
-    all_ND = np.zeros((places.rows, embedded.embeddings_ND.shape[1]), dtype=np.float32)
-    all_ND[list(places.numbers)] = embedded.embeddings_ND
-    all_texts: list[str | None] = [None] * places.rows
-    for number, text in zip(places.numbers, texts, strict=True):
-        all_texts[number] = text
-    return Embedded(all_ND, embedded.long_texts), all_texts
-
-
-def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
-    """See that `write_embeddings` can write, before hours are spent on embedding.
-
-    Raises:
-        DataError: another suffix, a folder, no right to write. RunError: one of the inputs, or a file of others.
-    """
-    if path.suffix not in OUTPUT_FORMATS:
-        raise DataError(
-            "unknown format", where=str(path), expected=" or ".join(OUTPUT_FORMATS), found=path.suffix or "no suffix"
-        )
-    home = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not home.is_dir() or not os.access(home, os.W_OK):
-        raise DataError("no file can be written there", where=str(path), fix="give another --out")
-    refuse_output(path, inputs, _holds_embeddings)
-    if path.suffix == ".npy":
-        refuse_output(rows_file(path), inputs, _holds_embeddings)
-
-
-def _holds_embeddings(file: Path) -> bool:
-    """Whether a file may be an earlier output."""
-    try:
-        if file.suffix == ".npy":
-            return np.load(file, mmap_mode="r", allow_pickle=False).dtype in (np.float32, np.int64)
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            return "embedding" in pq.read_schema(file).names
-        with file.open(encoding="utf-8") as lines:
-            first = json.loads(lines.readline())
-        return isinstance(first, dict) and "embedding" in first
-    except (OSError, ValueError, EOFError):  # pyarrow's for a file that is no parquet is a ValueError
-        return False
-
-
-=======
->>>>>>> wt-a:src/llm2comp/embed/__init__.py
 def _too_long(long: Sequence[int], tokens: int, room: int, prompt: str) -> DataError:
     return DataError(
         f"{len(long):,} texts are longer than the model reads",

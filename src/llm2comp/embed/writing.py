@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm2comp.errors import DataError
-from llm2comp.files import refuse_output, write_bytes
+from llm2comp.files import refuse_output, to_json, write_bytes
 
 if TYPE_CHECKING:
     from llm2comp.data.sources import Loaded
@@ -93,7 +93,7 @@ def write_embeddings(path: Path, embedded: Embedded, texts: Sequence[str], place
     else:
         columns = {**rows, "text": texts, "embedding": embedded.embeddings_ND.tolist()}
         lines = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        buffer.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        buffer.write("".join(to_json(line, ensure_ascii=False) + "\n" for line in lines).encode())
     beside = rows_file(path)
     if path.suffix == ".npy":  # row numbers of an earlier file would be wrong beside this one
         beside.unlink(missing_ok=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llm2comp.backbone import Base, base_licence, check_base
 from llm2comp.console import say
 from llm2comp.errors import RunError, one_line
+from llm2comp.files import EXPORTED, RUN, STAGE, refuse_foreign, refuse_taken
 from llm2comp.recipe import Recipe, is_local
 
 
@@ -27,15 +28,6 @@ def require_base(done: Path, recipe: Recipe) -> None:
         say(f"{done.parent}: of an earlier version, which did not note its base's digest: cannot tell whether it is the same")
     else:
         check_base(trained, recipe.model, done.parent)
-=======
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
-
-from llm2comp.backbone import base_licence
-from llm2comp.files import EXPORTED, RUN, STAGE, refuse_foreign, refuse_taken
-from llm2comp.recipe import Recipe
->>>>>>> wt-a
 
 
 def limits_of(recipe: Recipe) -> tuple[int, dict[str, int] | None]:
@@ -70,14 +62,13 @@ def card_of(recipe: Recipe) -> dict[str, str]:
     return {"recipe": recipe.name, "licence": base_licence(recipe.model), **card}
 
 
-<<<<<<< HEAD
 def _shown(source: str) -> str:
     return Path(source).name if is_local(source) else source
-=======
+
+
 def refuse_others(run: Path, stages: Iterable[Path], model: Path, done_file: str) -> None:
     """Raise RunError where a run would have to replace what is not its own, before it trains; what is done stays."""
     refuse_taken(run, RUN)
     for folder, kind in (dict.fromkeys(stages, STAGE) | {model: EXPORTED}).items():
         if not (folder / done_file).is_file():
             refuse_foreign(folder, kind)
->>>>>>> wt-a

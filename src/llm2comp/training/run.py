@@ -31,20 +31,7 @@ from llm2comp.console import say
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
 from llm2comp.export import export
-<<<<<<< HEAD
-from llm2comp.files import (
-    EXPORTED,
-    RUN,
-    STAGE,
-    claim,
-    explain_disk_errors,
-    new_folder,
-    refuse_foreign,
-    refuse_taken,
-    remove_folder,
-    to_json,
-    write_text,
-)
+from llm2comp.files import RUN, STAGE, claim, explain_disk_errors, new_folder, remove_folder, to_json, write_text
 from llm2comp.recipe import (
     Recipe,
     change_recipe,
@@ -56,13 +43,8 @@ from llm2comp.recipe import (
 )
 from llm2comp.training.checks import check
 from llm2comp.training.estimates import fitted
-from llm2comp.training.finished import card_of, limits_of, prompts_of, require_base
+from llm2comp.training.finished import card_of, limits_of, prompts_of, refuse_others, require_base
 from llm2comp.training.keys import FORMAT_VERSION, matters, settings_of, stage_keys
-=======
-from llm2comp.files import RUN, STAGE, claim, explain_disk_errors, new_folder, remove_folder, write_text
-from llm2comp.recipe import Recipe, Stage, change_recipe, leaves, load_recipe
-from llm2comp.training.finished import card_of, limits_of, prompts_of, refuse_others
->>>>>>> wt-a
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.stages import RUNNERS, RunOptions
