@@ -7,6 +7,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 # Which tests; `make test MARKERS=slow` runs the slow ones.
 MARKERS ?= not slow and not shared and not gpu and not browser
+# The demo's language model: smollm2 (135 M parameters) or tiny (5 M).
+LM ?= smollm2
 # What to measure; `make bench BENCH=--quick` runs a tiny model.
 BENCH ?=
 
@@ -21,8 +23,8 @@ UNFINISHED := $(VENV)/.unfinished
 help:  ## this list (default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(READY)  ## train a tiny encoder and search with it: the whole path, offline on a CPU
-	$(BIN)/llm2comp demo
+demo: $(READY)  ## train an encoder and search with it: the whole path on a CPU (LM=tiny: a toy LM, a quarter of the time)
+	$(BIN)/llm2comp demo --lm $(LM)
 
 test: $(READY)  ## the test suite (WORKERS=2, MARKERS='not slow and ...')
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(MARKERS)'

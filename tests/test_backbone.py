@@ -21,7 +21,7 @@ from families import (
     untouched,
 )
 from llm2comp.backbone import Backbone, load_backbone, probe
-from llm2comp.backbone.loading import load_skeleton
+from llm2comp.backbone.loading import load_skeleton, multiplies_bfloat16, resolve_dtype
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import ModelSettings
 from llm2comp.tokens import Tokens, position_ids
@@ -288,3 +288,17 @@ def test_tokens_start_with_bos_once_and_are_cut():
     for text, row in zip(TEXTS, without.tokenise(TEXTS), strict=True):
         assert without.tokenizer.decode(row) == text
     assert with_bos.tokenise([""]) == [[0]]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_fastest_dtype_is_the_one_that_the_cpu_multiplies(native, monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: native, raising=False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert multiplies_bfloat16() is native
+    assert resolve_dtype("fastest", cpu) == (torch.bfloat16 if native else torch.float32)
+    assert resolve_dtype("auto", cpu) == torch.float32
+    assert {resolve_dtype(name, gpu) for name in ("auto", "fastest")} == {torch.bfloat16}
+    assert resolve_dtype("float16", cpu) == torch.float16
+    found = load_backbone(ModelSettings(name="builtin:tiny", dtype="fastest", device="cpu"))
+    assert found.embedding_table.dtype == resolve_dtype("fastest", cpu)

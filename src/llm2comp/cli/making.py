@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,13 @@ import typer
 from llm2comp.cli.options import MAKE, DeviceOption, app, read_column
 
 REPORT_FILE = "report.html"
+
+
+class DemoLM(StrEnum):
+    """The language model that the demonstration makes an encoder of."""
+
+    smollm2 = "smollm2"
+    tiny = "tiny"
 
 
 @app.command(rich_help_panel=MAKE)
@@ -62,11 +70,17 @@ def train(
 
 
 @app.command(rich_help_panel=MAKE)
-def demo(out: Annotated[Path, typer.Option(help="Folder of the run.", metavar="DIR")] = Path("runs/demo")) -> None:
-    """See it all in minutes: train a small encoder on your Python's documentation, score it, search with it."""
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default: runs/demo, or runs/demo-tiny.", metavar="DIR")
+    ] = None,
+    lm: Annotated[DemoLM, typer.Option(help="smollm2: 135 M parameters; tiny: 5 M, some minutes.")] = DemoLM.smollm2,
+) -> None:
+    """See it all: train an encoder on your Python's documentation, score it, search with it."""
+    from llm2comp.demo import RECIPES
     from llm2comp.demo import demo as run_demo
 
-    run_demo(out)
+    run_demo(out or Path("runs") / ("demo" if lm is DemoLM.smollm2 else f"demo-{lm.value}"), RECIPES[lm.value])
 
 
 @app.command(rich_help_panel=MAKE)

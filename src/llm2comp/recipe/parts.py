@@ -35,8 +35,10 @@ class ModelSettings(Section):
     revision: str | None = Field(
         default=None, description="Hub branch, tag or commit; a token comes from HF_TOKEN or `hf auth login`"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="dtype of the frozen base; auto = float32 on a CPU, bfloat16 elsewhere"
+    dtype: Literal["auto", "fastest", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="dtype of the frozen base; auto = float32 on a CPU, bfloat16 elsewhere; fastest = bfloat16 also on a CPU "
+        "that multiplies it by instructions of its own (AVX-512 BF16, AMX), where float32 is slower",
     )
     quantization: Literal["nf4", "int8"] | None = Field(
         default=None, description="linear layers of the base in 4 or 8 bits (needs bitsandbytes); for adapters of kind lora"

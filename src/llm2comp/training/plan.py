@@ -12,7 +12,7 @@ from rich.table import Table
 from llm2comp.backbone import resolve_device
 from llm2comp.backbone.adapters import AdapterStack
 from llm2comp.backbone.frozen import Frozen
-from llm2comp.backbone.loading import load_skeleton, load_tokenizer
+from llm2comp.backbone.loading import load_skeleton, load_tokenizer, resolve_dtype
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.console import say
 from llm2comp.recipe import PretextStage, Recipe, SclStage, Stage, UclStage
@@ -63,7 +63,7 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
     adapters: Any = None if recipe.adapter.kind == "full" else kinds[recipe.adapter.kind](lm, recipe.model.name)
     layers = base_parameters - embedding_weights(lm)
     tokenizer = load_tokenizer(recipe.model)
-    full = recipe.model.dtype == "float32" or (recipe.model.dtype == "auto" and device.type == "cpu")
+    full = resolve_dtype(recipe.model.dtype, device) == torch.float32
     base = base_bytes(lm, 4 if full else 2, recipe.model.quantization)
     plans, held = [], base + (0 if adapters else 4 * (layers + lm.get_input_embeddings().weight.numel()))
     for name, asked in recipe.stages.items():
