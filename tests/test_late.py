@@ -105,11 +105,13 @@ def test_verify_recomputes_many_vectors_too(exported, variant):
     assert verify(exported[0] / variant) > 0.99999
 
 
-def test_verify_finds_a_token_too_many(exported, tmp_path):
+@pytest.mark.parametrize("scored", ["<s>", "C"])
+def test_verify_finds_a_token_too_many(exported, tmp_path, scored):
+    """In all texts, or in some."""
     folder = shutil.copytree(exported[0] / "llama", tmp_path / "model")
     (config,) = folder.glob("*MultiVectorMask/config.json")
     settings = json.loads(config.read_text())
-    settings["skiplist_words"].append("<mem_1>")
+    settings["skiplist_words"].remove(scored)
     config.write_text(json.dumps(settings))
     with pytest.raises(ModelFolderError, match="embeddings of another shape"):
         verify(folder)

@@ -68,7 +68,8 @@ def golden_vectors(model: SentenceTransformer | MultiVectorEncoder, texts: Seque
     if isinstance(model, SentenceTransformer):
         return embed_texts(model, texts)
     found = model.encode(list(texts), show_progress_bar=False)
-    return torch.stack([vectors_KD.float().cpu().flatten() for vectors_KD in found])
+    rows: list[Tensor] = [vectors_KD.float().cpu().flatten() for vectors_KD in found]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # of a damaged folder, some are longer than others
 
 
 def rounded(embeddings_ND: Tensor) -> list[list[float]]:

@@ -72,7 +72,7 @@ class Floor:
     def outcomes(self, bench: Bench) -> Iterator[Outcome]:
         """Its row."""
         found = Outcome(self.name, is_run=False)
-        key = None if self.lm is None else [self.model, self.lm]
+        key = [self.model, self.lm] if self.lm else None  # "": on the Hub, and not known which
         scores = _score(bench, found, self.name, self.model, key, self.device)
         found.told = "scored" if scores else "failed"
         found.rows.append(Row(system=self.name, stage=self.stage, base=self.name, scores={0: scores}))
