@@ -10,6 +10,7 @@ from llm2comp.console import GENERAL
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import missing_path
 
+EXPECTED = "a causal LM with safetensors weights: a Hub id, a local folder, or a builtin one"
 _ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
 
@@ -17,22 +18,25 @@ def check_name(name: str) -> None:
     """Refuse a name that stands for no causal LM.
 
     Raises:
-        BackboneError: a path that does not exist (names the nearest folder that does), an encoder (names its base), a folder
-            without safetensors weights.
+        BackboneError: a path that does not exist (names the nearest folder that does), or an encoder (names its base).
     """
-    expected = "a causal LM with safetensors weights: a Hub id, a local folder, or a builtin one"
     nearest = missing_path(name)
     if nearest is not None:
-        raise BackboneError("cannot be loaded: no such folder", where=name, expected=expected, found=f"there is {nearest}")
+        raise BackboneError("cannot be loaded: no such folder", where=name, expected=EXPECTED, found=f"there is {nearest}")
     folder = _ASSETS / "general" if name == GENERAL else Path(name)
     if not folder.is_dir():
         return
     if any((folder / part).exists() for part in ("modules.json", "recipe.yaml", "adapter")):  # exported, a run, a stage of one
         base = _base(folder) or _base(folder.parent)
         fix = f"name its base{f', model.name={base}' if base else ''}; training an encoder further is not possible yet"
-        raise BackboneError("is an encoder, no causal LM", where=name, expected=expected, fix=fix)
-    if (folder / "config.json").is_file() and not (any(folder.glob("*.safetensors")) or any(folder.glob("*.gguf"))):
-        raise BackboneError("cannot be loaded: no *.safetensors in it", where=name, expected=expected)
+        raise BackboneError("is an encoder, no causal LM", where=name, expected=EXPECTED, fix=fix)
+
+
+def require_weights(name: str) -> None:
+    """Raise BackboneError for a folder without safetensors weights."""
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise BackboneError("cannot be loaded: no *.safetensors in it", where=name, expected=EXPECTED)
 
 
 def _base(run: Path) -> str | None:

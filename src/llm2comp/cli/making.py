@@ -85,9 +85,7 @@ def demo(
 
 @app.command(rich_help_panel=MAKE)
 def generate_responses(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="Causal LM: Hub id, folder, GGUF file, builtin:smollm2.", metavar="LM")
-    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="Causal LM: Hub id, folder or GGUF file.", metavar="LM")],
     texts: Annotated[str, typer.Option(help="File of texts, or a Hub data set (its split train).", metavar="FILE")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; run again to go on.", metavar="DIR")],
     column: Annotated[str, typer.Option(help="Column that holds the text.", metavar="NAME")] = "text",

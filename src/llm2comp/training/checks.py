@@ -14,8 +14,9 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from llm2comp.backbone import resolve_device
 from llm2comp.backbone.adapters import AdapterStack
-from llm2comp.backbone.families import attention_dropouts
+from llm2comp.backbone.families import attention_dropouts, starting_token
 from llm2comp.backbone.loading import load_skeleton, load_tokenizer
+from llm2comp.backbone.naming import require_weights
 from llm2comp.backbone.quantized import quantization_config
 from llm2comp.compressor import room_for_text
 from llm2comp.data.pretext import token_rows
@@ -72,8 +73,9 @@ class _Known:
         if recipe.model.quantization:
             quantization_config(recipe.model.quantization, torch.float32)
         self.lm, self.tokenizer = load_skeleton(recipe.model), load_tokenizer(recipe.model)
+        require_weights(self.name)
         self.positions: int | None = getattr(self.lm.config, "max_position_embeddings", None)
-        self.bos_id: int | None = self.tokenizer.bos_token_id
+        self.bos_id = starting_token(self.tokenizer, recipe.model.bos, self.name)
         self.added = recipe.memory_tokens + self.tokens(recipe.encoder.prompt.replace(TEXT, ""))
         self.room(8)
         self.dropouts = bool(attention_dropouts(self.lm))
