@@ -72,6 +72,7 @@ def test_nothing_in_help_is_cut_at_80_columns(command):
     run = [sys.executable, "-m", "llm2comp", *command, "--help"]
     out = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stdout
     assert "…" not in out
+    assert not re.search(r"<\w+\|[^>\n]*$", out, re.M), "a list of values that is folded"
     assert max(map(len, out.splitlines())) <= 80
     node = get_command(app)
     for name in command:

@@ -144,7 +144,10 @@ def export(
     multi_vector: Annotated[
         bool, typer.Option("--multi-vector", help="Keep all memory states of a text, for MultiVectorEncoder.")
     ] = False,
-    dtype: Annotated[Dtype, typer.Option(help="Of the stored weights; auto: as the encoder computes.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="Of the stored weights: float32, bfloat16, float16; auto: as the encoder computes.", metavar="TYPE"),
+    ] = Dtype.auto,
     openvino: Annotated[
         Precision | None,
         typer.Option(help="Add a graph for OpenVINO: float32, bfloat16 or int8 (docs/speed.md).", metavar="TYPE"),
