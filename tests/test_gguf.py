@@ -189,7 +189,7 @@ def test_a_read_only_cache_that_has_it_is_read(tmp_path, cache, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("llm2comp.files.FileLock", refuse)
+    monkeypatch.setattr("llm2comp.cache.FileLock", refuse)
     monkeypatch.setattr("llm2comp.files.tempfile.mkdtemp", refuse)
     assert load_backbone(settings(file)).name == str(file)
     shutil.rmtree(folder)
