@@ -93,9 +93,8 @@ def embed(
     quiet_libraries()
     from llm2comp.loading import load
 
-    encoder = load(model, device, num_memory, backend.value, dtype.value, merged=True)
     result = bulk.embed(
-        encoder,
+        encoder := load(model, device, num_memory, backend.value, dtype.value, merged=True),
         loaded.rows,
         role=role.value if role else None,
         long_texts=long_texts.value,
@@ -103,7 +102,7 @@ def embed(
         normalise=normalise,
     )
     bulk.write_embeddings(out, result, loaded.rows, places)
-    notes = _cut_note(result.long_texts, encoder.max_seq_length, long_texts) if result.long_texts else ""
+    notes = _cut_note(result.long_texts, encoder.max_seq_length, long_texts)
     if places and places.zero and loaded.skipped:
         notes += f"; zeros in the place of {places.rows - loaded.used:,} rows"
     elif places and not places.zero:
@@ -192,10 +191,8 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, o
 
 def _cut_note(count: int, limit: int | None, policy: LongTexts) -> str:
     """How many texts were over which limit, and what to do about it."""
-    cut = "cut there: --long-texts chunk-mean reads them whole"
-    return (
-        f"; {count:,} over the model's limit of {limit:,} tokens, {'read in parts' if policy == LongTexts.chunk_mean else cut}"
-    )
+    done = "read in parts" if policy == LongTexts.chunk_mean else "cut there: --long-texts chunk-mean reads them whole"
+    return f"; {count:,} over the model's limit of {limit:,} tokens, {done}" if count else ""
 
 
 def _read_source(source: str, column: str) -> Loaded[str]:
