@@ -94,7 +94,7 @@ def embed(
     from llm2comp.loading import load
 
     result = bulk.embed(
-        load(model, device, num_memory, backend.value, dtype.value, merged=True),
+        encoder := load(model, device, num_memory, backend.value, dtype.value, merged=True),
         loaded.rows,
         role=role.value if role else None,
         long_texts=long_texts.value,
@@ -102,7 +102,7 @@ def embed(
         normalise=normalise,
     )
     bulk.write_embeddings(out, result, loaded.rows, places)
-    notes = f"; {result.long_texts:,} over the limit ({long_texts.value})" if result.long_texts else ""
+    notes = _cut_note(result.long_texts, encoder.max_seq_length, long_texts)
     if places and places.zero and loaded.skipped:
         notes += f"; zeros in the place of {places.rows - loaded.used:,} rows"
     elif places and not places.zero:
@@ -187,6 +187,12 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, o
 
     folder = model_folder(folder)
     say(f"{folder}: sound, lowest cosine {check(folder):.7f}")
+
+
+def _cut_note(count: int, limit: int | None, policy: LongTexts) -> str:
+    """How many texts were over which limit, and what to do about it."""
+    done = "read in parts" if policy == LongTexts.chunk_mean else "cut there: --long-texts chunk-mean reads them whole"
+    return f"; {count:,} over the model's limit of {limit:,} tokens, {done}" if count else ""
 
 
 def _read_source(source: str, column: str) -> Loaded[str]:
