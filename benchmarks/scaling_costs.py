@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from benchmarks.scaling_inputs import Assumed, Gpu, Model
 from benchmarks.settings import Shape
-from benchmarks.work import RANK, body_flops, contrastive_flops, encode_flops, pretext_flops
+from benchmarks.work import body_flops, contrastive_flops, encode_flops, pretext_flops
 from llm2comp.recipe import ContrastiveStage, PretextStage, Recipe, SclStage, Stage, UclStage
 from llm2comp.training.plan import activations, logits
 
@@ -79,8 +79,8 @@ def cached(load: Load) -> bool:
 def sample_flops(shape: Shape, load: Load, way: Way, memory: int) -> tuple[float, float]:
     """Of one sample: model FLOPs, and those that are done, with what GradCache and checkpointing compute again.
 
-    Recomputing a layer stops at the last state that the backward pass wants: before LoRA's B of the down projection in the
-    encoder, before the down projection itself in the decoder, where nothing learns.
+    Recomputing a layer stops at the last state that the backward pass wants: in the decoder, where nothing learns, before the
+    down projection. In the encoder nothing is left out: a layer with LoRA is one operation.
     """
     decoder: list[int] = []
     if isinstance(load.stage, PretextStage):
@@ -95,7 +95,7 @@ def sample_flops(shape: Shape, load: Load, way: Way, memory: int) -> tuple[float
         encoder, samples = [length + memory for length in load.columns], 1
         model = contrastive_flops(shape, load.columns, memory)
     forward = body_flops(shape, encoder, lora=True)
-    skipped = 2.0 * shape.layers * shape.hidden * (RANK * sum(encoder) + shape.intermediate * sum(decoder))
+    skipped = 2.0 * shape.layers * shape.hidden * shape.intermediate * sum(decoder)
     again = cached(load) * forward + way.checkpointing * (forward + body_flops(shape, decoder) - skipped)
     return model / samples, (model + again) / samples
 

@@ -27,11 +27,12 @@ from llm2comp.analysis.context import context_recovered, split_sample
 from llm2comp.analysis.geometry import alignment, anisotropy, uniformity
 from llm2comp.analysis.spectrum import effective_rank, participation_ratio, spectrum
 from llm2comp.analyze import NEED_MORE_TEXTS, analyze, write_analysis, write_weights
+from llm2comp.backbone import Base
 from llm2comp.data.sources import Pair
 from llm2comp.encoder import embed_texts
 from llm2comp.errors import DataError, ModelFolderError, RunError
 from llm2comp.export import verify
-from llm2comp.recipe import parse_recipe
+from llm2comp.recipe import ModelSettings, parse_recipe
 from llm2comp.tokens import Tokens
 from llm2comp.training.run import train
 from tiny_run import assert_refused, cli, finished, make_tree, no_file_over, sentences, write_rows
@@ -272,6 +273,9 @@ def test_nan_in_a_weight_stops_with_the_text_that_made_it(place, run, tmp_path):
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["model"]["name"] = str(backbone)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    spoiled = Base.of(ModelSettings(name=str(backbone))).model_dump()
+    for done in run.glob("*/done.json"):  # as if it had been trained over it
+        done.write_text(json.dumps(json.loads(done.read_text()) | {"base": spoiled}))
     path = str(run.parent / place)
     with pytest.raises(DataError, match="not finite") as caught:
         analyze(path, texts, device="cpu")

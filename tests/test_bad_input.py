@@ -140,7 +140,7 @@ def test_bad_rows_are_counted_and_kept_out(tmp_path):
 )
 def test_texts_over_the_limit(tmp_path, policy, told):
     tree = make_tree(tmp_path)
-    texts = [" ".join(["memory"] * 8)] * 10 + [" ".join(sentences(20, seed=n)) for n in range(2)]
+    texts = sentences(10, 8, seed=9) + [" ".join(sentences(20, seed=n)) for n in range(2)]
     write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     said = train(tmp_path, **only("pretext", pretext=tree["pretext"] | {"long_texts": policy, "steps": 1}))
     assert said.code == 0, said
@@ -190,7 +190,7 @@ CAUSAL = {
 def test_a_backbone_that_stays_causal(tmp_path, family):
     save_backbone(tmp_path / "causal", lm=CAUSAL[family]())
     model = {"name": str(tmp_path / "causal"), "device": "cpu"}
-    said = train(tmp_path, model=model)
+    said = train(tmp_path, model=model, adapter={"rank": 2, "targets": "all-linear"})
     assert_refused(said, f"model_type {family}", "the first state ignores the last token", "set model.attention: causal")
     targets = {"gptj": ["q_proj", "v_proj", "fc_in"]}.get(family, ["query_key_value", "dense_h_to_4h"])
     changes = only("pretext", model=model | {"attention": "causal"}, adapter={"rank": 2, "targets": targets})
@@ -403,7 +403,8 @@ def test_folders_that_are_no_model(tmp_path, what):
         what, "no such folder"
     )
     assert_refused(cli("similarity", "a", "b", "-m", place), problem, str(place))
-    assert_refused(cli("verify", place), "cannot be checked" if place.is_dir() else "no such folder", str(place))
+    unchecked = {"empty": "cannot be checked"}.get(what, problem)
+    assert_refused(cli("verify", place), unchecked, str(place))
 
 
 @pytest.mark.parametrize("stage", ["1-pretext", "2-ucl"])

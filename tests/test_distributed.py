@@ -195,7 +195,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 @pytest.mark.parametrize(
     ("environment", "changes", "expected"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, r"llm2comp\[deepspeed\]"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, r"pip install .*\[deepspeed\]"),
         (FSDP2 | {"FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
         (FSDP2, {"keep_best": "effective_rank"}, "pretext.keep_best"),
         (FSDP2, {"max_tokens_per_batch": 64}, "pretext.max_tokens_per_batch"),

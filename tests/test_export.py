@@ -277,7 +277,7 @@ def test_verify_finds_a_changed_template_and_attention(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("golden.json", "cannot be checked"),
+        ("golden.json", "is not there: nothing to hold the folder against"),
         ("modules.json", "not a sentence-transformers folder"),
         ("model.safetensors", "cannot be loaded"),
         ("config.json", "cannot be loaded"),

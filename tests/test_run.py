@@ -376,10 +376,15 @@ def test_the_lowest_group_is_left_out_if_too_small(capsys):
     assert "left out: 1 pairs with 0 hard negatives, too few for a batch" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("pairs", [make_pairs(1, 1, 1), make_pairs(1, 2, 3), make_pairs(*[1] * 9, repeat=True)])
-def test_too_few_pairs(pairs):
-    with pytest.raises(DataError, match="too few distinct rows"):
-        pair_datasets(pairs, 4)
+@pytest.mark.parametrize("pairs", [make_pairs(1, 1, 1), make_pairs(1, 2, 3)])
+def test_pairs_too_few_for_a_batch_are_one_group(pairs):
+    """Batches are then clipped to them (`batches.clipped`)."""
+    assert columns(pair_datasets(pairs, 4)) == {"with 1 hard negatives": (3, ["negative_1"])}
+
+
+def test_one_pair_many_times_is_too_few():
+    with pytest.raises(DataError, match="too few usable rows"):
+        pair_datasets(make_pairs(*[1] * 9, repeat=True), 4)
 
 
 def test_copied_run_directories_are_runs(tmp_path):

@@ -60,5 +60,5 @@ def _explained(source: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        cause = unasked() or f"{type(error).__name__}: {one_line(error)}"
+        cause = "; ".join(filter(None, (unasked(), f"{type(error).__name__}: {one_line(error)}")))
         raise DataError(f"not a file, nor a loadable Hub data set: {cause}", where=source, fix=_ADVICE) from error
