@@ -20,6 +20,7 @@ from llm2comp.compiled.runtimes import RUNTIMES, round_weights
 from llm2comp.encoder import as_sentence_transformer, embed_texts
 from llm2comp.errors import BackboneError, ModelFolderError
 from llm2comp.export import export, load_folder, memory_weights, reweight, verify
+from llm2comp.files import MARK_FILE
 from llm2comp.loading import identity
 from llm2comp.recipe import EncoderSettings
 from tiny_run import cli
@@ -212,7 +213,7 @@ def test_int8_that_embeds_otherwise_is_refused_and_the_old_graph_stays(folder, m
     assert error.value.expected == "cosine ≥ 1.0"
     assert "bfloat16" in error.value.fix
     assert {file: file.read_bytes() for file in sorted((folder / "openvino").iterdir())} == before
-    assert not [file.name for file in folder.iterdir() if file.name.startswith(".")]
+    assert [file.name for file in folder.iterdir() if file.name.startswith(".")] == [MARK_FILE]
 
 
 @needs("openvino")
