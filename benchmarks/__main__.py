@@ -61,9 +61,10 @@ def measure_row(setting: str, name: str, folder: Path) -> dict[str, Any]:
     row, begin = ROWS[name], time.monotonic()
     result: dict[str, Any] = {"about": row.about, "base": row.base, "times": {}, "peaks": {}}
     try:
-        if row.prepare is not None and not (folder / PREPARE).exists():
+        # rows that are prepared in the same way share what that wrote
+        if row.prepare is not None and not (prepared := folder / f"{PREPARE}-{row.prepare.__name__}").exists():
             measure(setting, name, folder, PREPARE)
-            (folder / PREPARE).touch()
+            prepared.touch()
         if row.timed:
             result["times"] = measure(setting, name, folder)
         result["peaks"] = measure_peaks(setting, name, folder)
