@@ -19,6 +19,7 @@ from peft.tuners import lora
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from benchmarks.contrastive import scl, ucl
@@ -42,10 +43,14 @@ TARGET_SETTING = "cpu-135m"
 
 
 def compressor_of(
-    setting: Setting, adapters: int, encoder: EncoderSettings | None = None, attention: str = "bidirectional"
+    setting: Setting,
+    adapters: int,
+    encoder: EncoderSettings | None = None,
+    attention: str = "bidirectional",
+    bos: str = "auto",
 ) -> Compressor:
     """An encoder with so many adapters, no dropout; all but the newest hold random values."""
-    backbone = Backbone(make_lm(setting, "sdpa"), make_tokenizer(setting.shape), attention, setting.name)
+    backbone = Backbone(make_lm(setting, "sdpa"), make_tokenizer(setting.shape), attention, setting.name, bos)
     generator = torch.Generator().manual_seed(SEED)
     for number in range(adapters):
         name = f"stage{number}"
@@ -141,9 +146,9 @@ def _ranking_side(setting: Setting, model: Any, objective: Any, columns: Sequenc
 
 
 def mean_pooled(setting: Setting, _: Path) -> Side:
-    """Ours with mean pooling and causal attention, as the stock side has them; no memory tokens."""
+    """Ours with mean pooling and causal attention, as the stock side has them; no memory tokens, and no BOS on either side."""
     stage, columns = scl(setting, setting.scl_triples, None)
-    compressor = compressor_of(setting, 1, EncoderSettings(pooling="mean"), "causal")
+    compressor = compressor_of(setting, 1, EncoderSettings(pooling="mean"), "causal", bos="none")
     model: Any = as_sentence_transformer(compressor, MAX_TOKENS)
     return _ranking_side(setting, model, contrastive_loss(model, stage), columns, gradients=False)
 
@@ -153,6 +158,7 @@ def write_lm(setting: Setting, folder: Path) -> None:
     make_lm(setting, "sdpa").save_pretrained(folder / "lm")
     tokenizer = make_tokenizer(setting.shape)
     tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
     tokenizer.save_pretrained(folder / "lm")
 
 
