@@ -40,6 +40,8 @@ from llm2comp.training.trainers import PretextModel
 BEFORE, STOCK = "peft's layers", "stock"
 MAX_TOKENS = 512
 TARGET_SETTING = "cpu-135m"
+# Open for the life of the process: a context that nobody holds ends at once, and the adapters would be stacked again.
+FOLDED = contextlib.ExitStack()
 
 
 def compressor_of(
@@ -116,7 +118,7 @@ def contrastive_side(setting: Setting, row: str, adapters: int, before: bool) ->
     if before:
         as_before(compressor)
     else:
-        contextlib.ExitStack().enter_context(compressor.backbone.adapters.folded())  # for the life of this process
+        FOLDED.enter_context(compressor.backbone.adapters.folded())
     model: Any = as_sentence_transformer(compressor, MAX_TOKENS)
     return in_its_way(_ranking_side(setting, model, contrastive_loss(model, stage), columns, gradients=True), before)
 
