@@ -1,4 +1,4 @@
-"""Nested memory: losses over prefixes of the memory, the mask that cuts it, and fewer states at encode time."""
+"""Nested memory: losses over its prefixes, the mask that cuts it, fewer states at encode time."""
 
 import json
 import shutil
@@ -181,7 +181,8 @@ def naive_nested(compressor, stage, columns, prefixes, dims):
     states = [torch.cat([compressor.encode(Tokens.pad([ids], "left")) for ids in column]) for column in rows]
     for first in prefixes:
         begin = 0 if compressor.order == "first" else K - first
-        anchors, *candidates = (states_BKD[:, begin : begin + first].mean(1) for states_BKD in states)
+        part = slice(begin, begin + first)
+        anchors, *candidates = (states_BKD[:, part].mean(1) for states_BKD in states)
         for dim in dims:
             cut = anchors[:, :dim], torch.cat(candidates)[:, :dim]
             total.append(naive(*cut, stage.temperature, cut[0] if both else None))
@@ -498,7 +499,7 @@ def test_evaluation_of_the_last_states():
 
 
 def test_one_state_of_an_exported_encoder_is_last_token_pooling(tmp_path):
-    """`num_memory=1`, a folder exported with it, and stock last-token pooling over the folder's token states."""
+    """So are `num_memory=1` of its folder, and a folder exported with it."""
     live = as_sentence_transformer(make_nested(), 40)
     export(live, tmp_path / "model")
     transformer = SentenceTransformer(str(tmp_path / "model"), device="cpu")[0]
@@ -524,7 +525,7 @@ def test_one_state_of_an_exported_encoder_is_last_token_pooling(tmp_path):
 
 @orders
 def test_the_order_goes_with_the_folder(order, tmp_path):
-    """Of a stage and of an export; of one that says nothing, as earlier versions wrote it, it is `first`."""
+    """Of a stage and of an export; earlier versions wrote none, which means `first`."""
     compressor = make_nested(order=order)
     compressor.save(tmp_path / "stage", "pretext")
     export(as_sentence_transformer(compressor, 40), tmp_path / "model")

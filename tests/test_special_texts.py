@@ -97,7 +97,7 @@ def test_many_vectors(tmp_path):
 
 
 def old_folder(folder):
-    """As earlier versions wrote it: memory tokens are added special tokens, prefixes begin with the first."""
+    """As earlier versions wrote it: memory tokens are added special tokens, no order is written."""
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("llm2comp_memory_order") == "last"
     (folder / "config.json").write_text(json.dumps(config))

@@ -174,7 +174,7 @@ class Compressor(nn.Module):
         return pooled if self.projection is None else self.projection(pooled)
 
     def use_prefix(self, size: int) -> None:
-        """Let the embedding be the mean of so many states. Raises ModelFolderError: more than there are."""
+        """Let the embedding be the mean of so many states. Raises ModelFolderError: too many."""
         if not 1 <= size <= self.memory.count:
             raise too_few_memory_tokens(self.memory.count, size)
         self.get_buffer("weights_K").copy_(prefix_weights(self.memory.count, size, self.order))
@@ -226,15 +226,15 @@ class Compressor(nn.Module):
         return {"memory": self.memory.vectors_KD, **projection}
 
     def load(self, folder: Path, adapter: str) -> None:
-        """Read what `save` wrote into an adapter of the stack, the memory, its order and the projection.
+        """Read what `save` wrote into an adapter of the stack, the memory and the projection.
 
         Raises:
             ModelFolderError: a file is missing, truncated or of another shape.
         """
         try:
             tensors = load_file(folder / STATE_FILE)
-            # earlier versions wrote no order
-            self.order = "last" if header_of(folder / STATE_FILE).get("order") == "last" else "first"
+            ordered = header_of(folder / STATE_FILE).get("order")  # earlier versions: none
+            self.order = "last" if ordered == "last" else "first"
             if "embeddings" in tensors:
                 self._own_embedding()
             with gathered(self._saved(adapter)):

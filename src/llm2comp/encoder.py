@@ -77,9 +77,11 @@ class MemoryEncoder(InputModule):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, D), or (B, P, D) under a nested loss."""
-        tokens, compressor = Tokens(features["input_ids"], features["attention_mask"]), self.compressor
+        compressor = self.compressor
+        tokens = Tokens(features["input_ids"], features["attention_mask"])
         if self.prefixes:
-            means_BPD = prefix_embeddings(compressor.encode(tokens), self.prefixes, compressor.order)
+            memory_BKD = compressor.encode(tokens)
+            means_BPD = prefix_embeddings(memory_BKD, self.prefixes, compressor.order)
             features["sentence_embedding"] = compressor.project(means_BPD)
         else:
             features["sentence_embedding"] = compressor(tokens)

@@ -46,7 +46,7 @@ def mean_weights(count: int) -> Tensor:
 
 
 def prefix_of(memory_BKD: Tensor, size: int, order: Order) -> Tensor:
-    """The `size` memory states that come first in an order, as they stand: memory_BKD with fewer K."""
+    """The `size` memory states that come first in an order: memory_BKD with fewer K."""
     return memory_BKD[:, :size] if order == "first" else memory_BKD[:, -size:]
 
 
@@ -62,7 +62,7 @@ def embedding_from_memory(memory_BKD: Tensor, weights_K: Tensor) -> Tensor:
 
 
 def prefix_embeddings(memory_BKD: Tensor, prefixes: Sequence[int], order: Order) -> Tensor:
-    """Mean of each prefix's memory states, P prefixes by their sizes, in float32: embeddings_BPD."""
+    """Mean over each of P prefixes, named by their sizes, in float32: embeddings_BPD."""
     count = memory_BKD.shape[1]
     weights_PK = torch.stack([prefix_weights(count, size, order) for size in prefixes])
     return torch.einsum("bkd,pk->bpd", memory_BKD.float(), weights_PK.to(memory_BKD.device))

@@ -24,7 +24,10 @@ def writes() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def save_whole(tensors: Mapping[str, Tensor], file: Path, facts: dict[str, str] | None = None) -> None:
+Facts = dict[str, str]
+
+
+def save_whole(tensors: Mapping[str, Tensor], file: Path, facts: Facts | None = None) -> None:
     """Write tensors, each whole, as safetensors; `facts` go into its header."""
     found = {name: _whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
     if writes():
@@ -33,7 +36,7 @@ def save_whole(tensors: Mapping[str, Tensor], file: Path, facts: dict[str, str] 
         open_to_others(file)
 
 
-def header_of(file: Path) -> dict[str, str]:
+def header_of(file: Path) -> Facts:
     """The `facts` that `save_whole` wrote."""
     with safe_open(file, "pt") as content:
         return content.metadata() or {}

@@ -32,7 +32,7 @@ from llm2comp.encoder import MemoryEncoder
 from llm2comp.errors import BackboneError, ModelFolderError
 
 MEMORY_NAME = re.compile(r"<(llm2comp_)*mem_\d+>")
-# Key of the folder's config.json for the order of prefixes; without it: of an earlier version, "first".
+# Key of the folder's config.json for the order of prefixes. Earlier versions wrote none: "first".
 ORDER_KEY = "llm2comp_memory_order"
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 # Gemma 3 halves its sliding window when it reads this key; `is_causal` alone suffices there.
