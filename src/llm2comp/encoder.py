@@ -42,7 +42,8 @@ class MemoryEncoder(InputModule):
         self.max_tokens = compressor.max_tokens(max_tokens)
         self.role_max_tokens = {role: compressor.max_tokens(n) for role, n in (role_max_tokens or {}).items()}
         self.tokenizer = compressor.backbone.tokenizer
-        # Set by a nested loss: embeddings are then (B, P, D), the mean of the first j memory states for each j here.
+        # Set by a nested loss: embeddings are then (B, P, D), the mean of so many memory states
+        # for each number here, in the compressor's order.
         self.prefixes: tuple[int, ...] = ()
 
     @property
@@ -76,12 +77,14 @@ class MemoryEncoder(InputModule):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, D), or (B, P, D) under a nested loss."""
+        compressor = self.compressor
         tokens = Tokens(features["input_ids"], features["attention_mask"])
-        features["sentence_embedding"] = (
-            self.compressor.project(prefix_embeddings(self.compressor.encode(tokens), self.prefixes))
-            if self.prefixes
-            else self.compressor(tokens)
-        )
+        if self.prefixes:
+            memory_BKD = compressor.encode(tokens)
+            means_BPD = prefix_embeddings(memory_BKD, self.prefixes, compressor.order)
+            features["sentence_embedding"] = compressor.project(means_BPD)
+        else:
+            features["sentence_embedding"] = compressor(tokens)
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:

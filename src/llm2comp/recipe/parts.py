@@ -61,7 +61,7 @@ class MemorySettings(Section):
     tokens: Annotated[int, Field(ge=1, le=512)] = Field(default=8, description="k, number of memory tokens")
     nested: tuple[Steps, ...] = Field(
         default=(),
-        description="every stage's loss is the mean over the first j memory tokens, for each j named here and k (Matryoshka)",
+        description="every stage's loss is the mean over the last j tokens, each j of these and k",
     )
     attention: Literal["full", "separate"] = Field(
         default="full",
@@ -71,7 +71,7 @@ class MemorySettings(Section):
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Each j whose first j memory states are trained as a representation of their own; k alone unless nested."""
+        """Each j whose last j states are a representation of their own; k alone unless nested."""
         return tuple(sorted({*self.nested, self.tokens}))
 
     @model_validator(mode="after")

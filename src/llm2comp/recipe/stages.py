@@ -179,8 +179,11 @@ class ContrastiveStage(Stage):
     )
 
 
+CropShare = Annotated[float, Field(gt=0, le=1)]
+
+
 class UclStage(ContrastiveStage):
-    """Stage 2, unsupervised contrastive learning (SimCSE)."""
+    """Stage 2, unsupervised contrastive learning: two views of each text (SimCSE, or crops)."""
 
     released_rate: ClassVar[float] = 3e-5
 
@@ -196,6 +199,21 @@ class UclStage(ContrastiveStage):
     denominator: Literal["second_views", "both_views"] = Field(
         default="second_views", description="B second views (release) or also the B first views (poster)"
     )
+    views: Literal["dropout", "crop"] = Field(
+        default="dropout",
+        description="the two views of a text differ by: dropout = nothing else (SimCSE); crop = each "
+        "is also a random span of its words (arXiv 2508.03453)",
+    )
+    crop_share: tuple[CropShare, CropShare] = Field(
+        default=(0.3, 0.7),
+        description="views: crop: least and greatest share of a text's words in a view",
+    )
+
+    @model_validator(mode="after")
+    def _shares_in_order(self) -> UclStage:
+        if self.crop_share[0] > self.crop_share[1]:
+            raise ValueError(f"crop_share {list(self.crop_share)}: the least is above the greatest")
+        return self
 
 
 class SclStage(ContrastiveStage):

@@ -59,7 +59,7 @@ def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.
     `denominator: both_views` also counts the other first views (the poster's 2B). `mini_batch_size` or `mini_batch_tokens`
     switches to GradCache, which keeps the gradient of the whole batch. `matryoshka_dims` adds the same loss on the embedding's
     first dimensions (Matryoshka representation learning, arXiv 2205.13147), summed. Nested memory makes it the mean over the
-    embeddings of the first j memory states, each text encoded once.
+    embeddings of its prefixes (means of some memory states), each text encoded once.
 
     Raises:
         RecipeError: more Matryoshka dimensions than the embedding has.

@@ -32,6 +32,7 @@ from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.ranks import sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.trainers import ContrastiveTrainer, PretextModel, PretextTrainer, last_checkpoint
+from llm2comp.training.views import CropCollator
 from llm2comp.training.watch import WatchCallback, keep_best
 
 
@@ -120,7 +121,7 @@ def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
 
 
 def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
-    """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout."""
+    """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout, or also cropped."""
     rows = stored_texts(stage.data, stage.min_characters, say)
     stage = clipped("ucl", stage, distinct(rows, stage.batch_size))
     say(f"stage 2: {len(rows):,} texts of {stage.min_characters} characters or more")
@@ -129,7 +130,14 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, op
     arguments = SentenceTransformerTrainingArguments(
         batch_sampler=BatchSamplers.NO_DUPLICATES, **_arguments(compressor, stage, folder, seed, options.report_to)
     )
-    trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=rows, loss=contrastive_loss(model, stage))
+    crops = CropCollator(model.preprocess, seed=seed, share=stage.crop_share)
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=crops if stage.views == "crop" else None,
+        loss=contrastive_loss(model, stage),
+    )
     return _train(trainer, compressor, "ucl", stage, folder, options)
 
 

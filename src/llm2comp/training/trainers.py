@@ -30,6 +30,7 @@ from llm2comp.training.memory_limits import FittingMixin, masks_of, pieces_of
 from llm2comp.training.progress import TokenCounter
 from llm2comp.training.ranks import RanksMixin, joint_batches, root_stays_whole
 from llm2comp.training.schedule import scheduler
+from llm2comp.training.views import CropCollator
 
 COMPLETE_FILE = "complete"
 
@@ -214,6 +215,13 @@ class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
     def get_train_dataloader(self) -> Any:
         """Batches of this device; of several devices' together, each has its part."""
         return joint_batches(self) if self.args.world_size > 1 else super().get_train_dataloader()
+
+    def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock sampler; crops are drawn by its epoch."""
+        sampler = super().get_batch_sampler(*args, **kwargs)
+        if isinstance(self.data_collator, CropCollator):
+            self.data_collator.sampler = sampler
+        return sampler
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the exported folder gets a card of its own."""
