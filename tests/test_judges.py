@@ -84,7 +84,7 @@ def told(name, columns):
 
 
 def formula(stage, anchors, candidates, teacher, guide):
-    """InfoNCE over what the guide leaves, plus weight · Σ_j p_j (log p_j − log q_j); mean over rows; plain loops."""
+    """InfoNCE over what the guide leaves, plus weight · Σ_j p_j (log p_j − log q_j); plain loops."""
     rows, removed = [], 0
     for i, anchor in enumerate(anchors.double()):
         cos = [cosine_similarity(anchor, candidate.double(), dim=0) for candidate in candidates]
@@ -134,19 +134,16 @@ def test_mini_batches_change_nothing_under_nested_memory(judge, other, dims):
 
 def test_guide_is_the_stock_loss_without_its_other_contrasts(other):
     model = as_sentence_transformer(make_compressor("llama"), 64)
-    stage, columns = stage_with("guide", None, other, temperature=0.2), columns_of(2)
+    stage, columns = stage_with("guide", None, other, temperature=0.2), columns_of(1)
     guide = SentenceTransformer(other, device="cpu")
-    stock = losses.GISTEmbedLoss(
-        model, guide, temperature=0.2, margin=0.02, contrast_anchors=False, contrast_positives=False
-    )
+    stock = losses.GISTEmbedLoss(model, guide, temperature=0.2, margin=0.02, contrast_anchors=False, contrast_positives=False)
     expected = stock(features_of(model, columns), None).item()
-    assert contrastive_loss(model, stage, load_judges(stage, "cpu"))(features_of(model, columns), None).item() == (
-        pytest.approx(expected, rel=1e-4)
-    )
+    loss = contrastive_loss(model, stage, load_judges(stage, "cpu"))
+    assert loss(features_of(model, columns), None).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_mask_by_hand():
-    """Query 0: document 1 is nearer than its own and goes, document 2 not. Query 1: one within the margin goes."""
+    """Query 0: document 1 is nearer than its own and goes. Query 1: one within the margin goes."""
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     documents = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     guide = torch.tensor([[0.5, 0.6, 0.1], [0.45, 0.5, 0.2]])
@@ -168,9 +165,13 @@ def test_judges_read_plain_texts_frozen_and_once(judge, monkeypatch):
     assert judges.teacher is judges.guide
     assert not judges.guide.training
     assert not any(parameter.requires_grad for parameter in judges.guide.parameters())
-    seen = []
-    encode = SentenceTransformer.encode
-    monkeypatch.setattr(SentenceTransformer, "encode", lambda self, texts, **k: seen.append(texts) or encode(self, texts, **k))
+    seen, encode = [], SentenceTransformer.encode
+
+    def watched(self, inputs, **settings):
+        seen.append(inputs)
+        return encode(self, inputs, **settings)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", watched)
     queries = ["find it:who reads\n", "find it: now:what is kept\n", "as it is"]
     targets = judges.targets([queries, ["a", "b", "c"], ["d", "e", "f"]], torch.device("cpu"))
     assert seen == [["who reads", "what is kept", "as it is"], ["a", "b", "c", "d", "e", "f"]]

@@ -65,9 +65,7 @@ class MemoryEncoder(InputModule):
         """D, or what the projection makes of it."""
         return self.compressor.width
 
-    def preprocess(
-        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any
-    ) -> dict[str, Any]:
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any) -> dict[str, Any]:
         """Texts, behind their prompt, as left-padded token ids. Raises RecipeError for a prompt that leaves them no room."""
         backbone = self.compressor.backbone
         limit = self.role_max_tokens.get(task or "", self.max_tokens)

@@ -226,12 +226,8 @@ class SclStage(ContrastiveStage):
         default="", description='put after such a query ("\\n" in the release); a stored prompt cannot carry it'
     )
 
-    teacher: TeacherSettings | None = Field(
-        default=None, description="its similarities within the batch are learned, too"
-    )
-    guide: GuideSettings | None = Field(
-        default=None, description="takes false negatives out of the batch; may be the teacher"
-    )
+    teacher: TeacherSettings | None = Field(default=None, description="its similarities within the batch are learned, too")
+    guide: GuideSettings | None = Field(default=None, description="takes false negatives out of the batch; may be the teacher")
     pretext_weight: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="of stage 1's loss, added to each step on texts of its own"
     )

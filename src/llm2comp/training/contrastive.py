@@ -54,9 +54,7 @@ class GradCache(losses.CachedMultipleNegativesRankingLoss):
         return super().embed_minibatch(_each_tensor(rows, lambda x_BT: x_BT[:, first:]), 0, end - begin, *args, **kwargs)
 
 
-def judged_loss(
-    queries_MD: Tensor, documents_ND: Tensor, first: int, targets: Targets, stage: SclStage
-) -> Tensor:
+def judged_loss(queries_MD: Tensor, documents_ND: Tensor, first: int, targets: Targets, stage: SclStage) -> Tensor:
     """Loss of queries `first` to `first` + M of a batch, summed: InfoNCE without the guide's false
     negatives, and weight · KL(teacher ‖ ours) over the documents.
 
@@ -110,13 +108,13 @@ class JudgedGradCache(GradCache):
             queries_MD = queries_BD[first : first + self.mini_batch_size]
             part = judged_loss(queries_MD, documents_ND, first, labels, self.stage) / len(queries_BD)
             if with_backward:
-                part.backward()  # type: ignore[no-untyped-call]
+                part.backward()
             parts.append(part.detach() if with_backward else part)
         return torch.stack(parts).sum()
 
 
 class Asking(nn.Module):
-    """A loss whose labels are what teacher and guide say of the batch: they are asked once for it."""
+    """A loss whose labels are what teacher and guide say of the batch: they are asked once."""
 
     def __init__(self, model: SentenceTransformer, loss: nn.Module, judges: Judges) -> None:
         super().__init__()
@@ -138,16 +136,14 @@ def _each_tensor(features: dict[str, Any], change: Callable[[Tensor], Tensor]) -
     return {name: change(value) if isinstance(value, Tensor) else value for name, value in features.items()}
 
 
-def contrastive_loss(
-    model: SentenceTransformer, stage: ContrastiveStage, judges: Judges | None = None
-) -> nn.Module:
+def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage, judges: Judges | None = None) -> nn.Module:
     """InfoNCE over cosine with in-batch (and hard) negatives of all devices, temperature from the stage (METHOD 2).
 
     `denominator: both_views` also counts the other first views (the poster's 2B). `mini_batch_size` or `mini_batch_tokens`
     switches to GradCache, which keeps the gradient of the whole batch. `matryoshka_dims` adds the same loss on the embedding's
     first dimensions (Matryoshka representation learning, arXiv 2205.13147), summed. Nested memory makes it the mean over the
-    embeddings of the first j memory states, each text encoded once. `judges` (a teacher, a guide) make it
-    `judged_loss`; features must then hold their texts, as they do from here on (`MemoryEncoder.keeps_texts`).
+    embeddings of the first j memory states, each text encoded once. `judges` (a teacher, a guide)
+    make it `judged_loss`; the model's features hold their texts from here on, which it needs.
 
     Raises:
         RecipeError: more Matryoshka dimensions than the embedding has.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -84,7 +85,7 @@ def cosines(model: SentenceTransformer, queries: list[str], documents: list[str]
 
     The model's own prompts for queries and documents are used where it has any.
     """
-    settings = {"batch_size": AT_ONCE, "convert_to_tensor": True, "show_progress_bar": False}
+    settings: dict[str, Any] = {"batch_size": AT_ONCE, "convert_to_tensor": True, "show_progress_bar": False}
     with torch.autocast(model.device.type, enabled=False), torch.no_grad():
         queries_BD = normalize(model.encode_query(queries, **settings).float(), dim=-1)
         documents_ND = normalize(model.encode_document(documents, **settings).float(), dim=-1)
@@ -103,9 +104,7 @@ def load_judges(stage: SclStage, device: torch.device | str) -> Judges | None:
     for where, judge in stage.judges.items():
         if (key := (judge.name, judge.revision)) not in loaded:
             loaded[key] = _load(judge, where, device)
-    teacher, guide = (
-        None if judge is None else loaded[judge.name, judge.revision] for judge in (stage.teacher, stage.guide)
-    )
+    teacher, guide = (None if judge is None else loaded[judge.name, judge.revision] for judge in (stage.teacher, stage.guide))
     prompts = {prompt for spec in stage.data if (prompt := stage.prompt_of(spec))}
     return Judges(teacher, guide, tuple(sorted(prompts, key=len, reverse=True)), stage.query_suffix)
 
@@ -146,9 +145,7 @@ def _load(judge: JudgeSettings, where: str, device: torch.device | str) -> Sente
         expected = f"a folder with {MODULES_FILE}, as SentenceTransformer.save_pretrained writes it"
         raise RecipeError("is no sentence-transformers model", where=where, expected=expected, found=source)
     try:
-        model = SentenceTransformer(
-            source, device=str(device), revision=judge.revision, trust_remote_code=False
-        )
+        model = SentenceTransformer(source, device=str(device), revision=judge.revision, trust_remote_code=False)
         trial_BN = cosines(model, ["a query", "another"], ["a text", "another"])
     except FOREIGN_ERRORS as error:
         raise RecipeError(f"cannot be used: {one_line(error)}", where=where, found=judge.name) from error

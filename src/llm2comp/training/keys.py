@@ -16,7 +16,7 @@ from llm2comp.training.judges import judge_digest
 FORMAT_VERSION = 1
 # Settings that change what is written, how fast or in how much memory, not what is learned.
 NO_EFFECT = {"log_every_steps", "save_every_steps", "workers", "compile", "max_tokens_per_batch", "mini_batch_tokens"}
-# Settings of SCL that are left out where they are off: they came later, and older runs keep their keys.
+# Settings of SCL that are left out where they are off: they came later; older runs keep their keys.
 NEWER = ("teacher", "guide", "pretext_weight", "pretext_batch_size")
 # Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads, where figures go.
 NO_STAGE = {"max_tokens", "report_to", "watch"}

@@ -51,7 +51,8 @@ def check_launch(recipe: Recipe) -> None:
 
     Raises:
         RunError: DeepSpeed that is not installed; the first version of FSDP; settings of a recipe that need whole weights,
-            or one process; or let ranks pass the layers different numbers of times, which would wait for each other for ever.
+            or one process; or let ranks pass the layers different numbers of times, which would wait
+            for each other for ever.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and find_spec("deepspeed") is None:
         raise RunError("DeepSpeed is not installed", where="launch", fix=f"{install_extra('deepspeed')}, or launch with FSDP2")

@@ -149,7 +149,7 @@ class PretextModel(nn.Module):
 
 @dataclass(frozen=True)
 class KeptPretext:
-    """Stage 1's loss beside another one, each step on samples of its own that its number decides."""
+    """Stage 1's loss beside another one, on samples that the number of the step decides."""
 
     model: PretextModel
     rows: PretextRows
@@ -239,7 +239,7 @@ class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The contrastive loss, and stage 1's where it is kept."""
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[arg-type]
         if self.kept is not None:
             loss = loss + self.kept.loss(self.state.global_step, loss.device)
         return (loss, {}) if return_outputs else loss
