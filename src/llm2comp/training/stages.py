@@ -93,7 +93,8 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
         say(f"stage 1: {stage.objective_name} does not train the memory tokens; encoder.pooling: mean or last_token has none")
     table_VD, to_teacher = compressor.backbone.embedding_table, None
     if ALIGNMENT in stage.objectives:
-        width = len(dataset.rows[0].teacher_D)  # type: ignore[attr-defined]
+        assert isinstance(dataset, AnswerRows), "the recipe asks for responses where it asks for alignment"
+        width = len(dataset.answers[0].teacher_D)  # type: ignore[arg-type]
         to_teacher = map_to_teacher(table_VD.shape[1], width, seed, table_VD.device, compressor.projection)
     model, collate = PretextModel(compressor, stage, to_teacher), PretextCollator(compressor.backbone.pad_id)
     trainer = PretextTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
