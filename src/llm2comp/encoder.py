@@ -45,6 +45,8 @@ class MemoryEncoder(InputModule):
         # Set by a nested loss: embeddings are then (B, P, D), the mean of so many memory states
         # for each number here, in the compressor's order.
         self.prefixes: tuple[int, ...] = ()
+        # Set by a loss that shows the texts to another encoder: features then hold `texts`, too.
+        self.keeps_texts = False
 
     @property
     def max_seq_length(self) -> int:
@@ -64,16 +66,15 @@ class MemoryEncoder(InputModule):
         """D, or what the projection makes of it."""
         return self.compressor.width
 
-    def preprocess(
-        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any
-    ) -> dict[str, Tensor]:
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any) -> dict[str, Any]:
         """Texts, behind their prompt, as left-padded token ids. Raises RecipeError for a prompt that leaves them no room."""
         backbone = self.compressor.backbone
         limit = self.role_max_tokens.get(task or "", self.max_tokens)
         if prompt:
             refuse_long_prompt(prompt, len(backbone.tokenise([prompt])[0]), limit)
         tokens = Tokens.pad(backbone.tokenise([(prompt or "") + text for text in inputs], limit), "left", backbone.pad_id)
-        return {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
+        features = {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
+        return features | {"texts": list(inputs)} if self.keeps_texts else features
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, D), or (B, P, D) under a nested loss."""

@@ -155,6 +155,37 @@ class PairData(Section):
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
+class JudgeSettings(Section):
+    """A finished sentence-transformers encoder that says which texts of a batch are alike."""
+
+    name: LocalName = Field(
+        description="Hub id, local folder (an exported encoder, too), or `package:NAME` for a model "
+        "inside an installed Python package"
+    )
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit")
+
+
+class TeacherSettings(JudgeSettings):
+    """An encoder whose similarities within each batch are learned."""
+
+    weight: Annotated[float, Field(gt=0)] = Field(default=1.0, description="beside the loss's own 1")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=0.05, description="of the softmax over the teacher's similarities"
+    )
+    student_temperature: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="of the softmax over ours; null = the stage's temperature"
+    )
+
+
+class GuideSettings(JudgeSettings):
+    """An encoder that takes false negatives out of each batch (GISTEmbed, arXiv 2402.16829)."""
+
+    margin: float = Field(
+        default=0.0,
+        description="out goes what the guide finds nearer to the query than its positive, less this",
+    )
+
+
 class Schedule(Section):
     """Learning rate: warm-up from the floor, then decay to the floor (DeepSpeed's WarmupDecayLR in the release)."""
 
