@@ -58,7 +58,7 @@ study() {
   timeout --signal=INT --kill-after=20 "$seconds" \
     $python -m llm2comp study "$study" ${SETS:---local data/eval} --out "$folder" --workers "${WORKERS:-3}" "$@" || status=$?
   echo "$commit" > "$folder/commit"
-  (cd "$folder" && tar cJf - --exclude='checkpoint-*' --exclude='model' --exclude='*.safetensors' .) > "$out/$name.tar.xz"
+  $python tools/gpu/collect.py "$folder" "$out" "$name" ${WEIGHTS:+--weights}
   return "$status"
 }
 
@@ -67,7 +67,7 @@ case $part in
   setup) ;;
   test) timeout "$seconds" $python -m pytest -q -m gpu tests "$@" ;;
   bench) timeout "$seconds" $python -m benchmarks --device cuda --out "$out" "$@" ;;
-  general) study general "$@" ;;
+  general) WEIGHTS=1 study general "$@" ;;
   objectives) study objectives "$@" ;;
   study) study "$@" ;;
   *) echo "no part $part; expected setup, test, bench, general or objectives" >&2; exit 2 ;;
