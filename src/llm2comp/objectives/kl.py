@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 Project = Callable[[Tensor], Tensor]
-ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # logits_NV, place → losses_N, gradient_NV
+# logits_NV, place → losses_N, gradient_NV
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 # Positions whose logits exist at once: on a CPU more are no faster, on a GPU fewer leave it idle.
 CHUNK, CHUNK_ON_GPU = 128, 1024
@@ -47,7 +48,8 @@ def chunked_kl(
         log_student = _log_softmax(logits_NV, temperature)
         log_teacher = _log_softmax(project(teacher_ND[place]), temperature)
         p_teacher = log_teacher.exp()
-        losses = torch.linalg.vecdot(p_teacher, log_teacher.sub_(log_student))  # in place: four such matrices, no fifth
+        # in place: four such matrices, no fifth
+        losses = torch.linalg.vecdot(p_teacher, log_teacher.sub_(log_student))
         return losses, log_student.exp_().sub_(p_teacher).div_(temperature)
 
     loss: Tensor = _Chunked.apply(student_ND, project, kl, weights_N, chunk)  # type: ignore[no-untyped-call]
@@ -55,14 +57,22 @@ def chunked_kl(
 
 
 def chunked_cross_entropy(
-    student_ND: Tensor, targets_N: Tensor, project: Project, weights_N: Tensor, chunk: int | None = None
+    student_ND: Tensor,
+    targets_N: Tensor,
+    project: Project,
+    weights_N: Tensor,
+    chunk: int | None = None,
 ) -> Tensor:
     """Σ_i −w_i log p_student,i(target_i), the NLL and RC losses (METHOD 2). Arguments as for `chunked_kl`."""
     return chunked_bag_entropy(student_ND, targets_N[:, None], project, weights_N, chunk)
 
 
 def chunked_bag_entropy(
-    student_ND: Tensor, targets_NT: Tensor, project: Project, weights_N: Tensor, chunk: int | None = None
+    student_ND: Tensor,
+    targets_NT: Tensor,
+    project: Project,
+    weights_N: Tensor,
+    chunk: int | None = None,
 ) -> Tensor:
     """Σ_i −w_i Σ_t log p_student,i(target_it): every position has a bag of targets; a negative id is none."""
 
@@ -91,10 +101,16 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states_ND: Tensor, project: Project, of_chunk: ChunkLoss, weights_N: Tensor, chunk: int | None
+        ctx: Any,
+        states_ND: Tensor,
+        project: Project,
+        of_chunk: ChunkLoss,
+        weights_N: Tensor,
+        chunk: int | None,
     ) -> Tensor:
         chunk = chunk or (CHUNK if states_ND.device.type == "cpu" else CHUNK_ON_GPU)
-        total = torch.zeros((), dtype=torch.promote_types(states_ND.dtype, torch.float32), device=states_ND.device)
+        dtype = torch.promote_types(states_ND.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=states_ND.device)
         gradient_ND = torch.empty_like(states_ND)
         for start in range(0, len(states_ND), chunk):
             place = slice(start, start + chunk)
