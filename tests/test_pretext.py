@@ -6,7 +6,9 @@ it loops over masked places, or over the set of a target's tokens, one at a time
 """
 
 import copy
+import inspect
 import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -19,7 +21,7 @@ from llm2comp.data.pretext import Masking
 from llm2comp.objectives import count_items, stage_loss
 from llm2comp.objectives.loss import objective as file_of
 from llm2comp.recipe import PretextStage
-from llm2comp.recipe.objectives import OBJECTIVES, ObjectiveName
+from llm2comp.recipe.objectives import OBJECTIVES, Need, ObjectiveName
 from llm2comp.recipe.stages import BagPrompts
 from llm2comp.tokens import SplitTexts
 from llm2comp.training.stages import RunOptions, run_pretext
@@ -189,6 +191,22 @@ def test_every_objective_of_a_recipe_is_tested():
     assert set(OBJECTIVES) - set(ON_TEXTS) == {"response", "alignment"}
     assert set(ON_TEXTS) == set(PASSES) == set(BOTH_KINDS) >= set(FROM_TEXT)
     assert file_of("response").loss is file_of("continuation").loss
+
+
+def test_an_objective_is_a_file_a_row_and_a_line_of_the_docs():
+    folder = Path(inspect.getfile(stage_loss)).parent
+    files = {file.stem for file in folder.glob("*.py")} - {"__init__", "loss", "kl"}
+    assert files == set(OBJECTIVES)
+    for name, row in OBJECTIVES.items():
+        found = [list(inspect.signature(f).parameters) for f in (file_of(name).loss, file_of(name).positions)]
+        assert found == [["decoder" if "decoder" in row.needs else "passes", "mean"], ["batch", "bos"]]
+        assert "memory" in row.needs or "decoder" not in row.needs
+    docs = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
+    told = [
+        f"| `{name}` | {', '.join(need for need in get_args(Need) if need in row.needs)} | `{row.mean}` | {row.about} |"
+        for name, row in OBJECTIVES.items()
+    ]
+    assert "\n".join(["|---|---|---|---|", *told, ""]) in docs
 
 
 @pytest.mark.parametrize(("objective", "weighting", "checkpointing"), WITH_CHECKPOINTING)

@@ -138,11 +138,14 @@ class SplitTexts:
         for row, site in zip(rows, sites, strict=True):
             if not 0 < site < len(row):
                 raise ValueError(f"expected a site within 1 and {len(row) - 1}, got {site}")
+        contexts = [row[:site] for row, site in zip(rows, sites, strict=True)]
+        continuations = [row[site:] for row, site in zip(rows, sites, strict=True)]
+        masks = None if replaced is None else Tokens.pad(replaced, "right", NOT_MASKED)
         return cls(
             text=Tokens.pad(rows, "right", pad_id),
-            context=Tokens.pad([row[:site] for row, site in zip(rows, sites, strict=True)], "left", pad_id),
-            continuation=Tokens.pad([row[site:] for row, site in zip(rows, sites, strict=True)], "right", pad_id),
-            replaced_BT=None if replaced is None else Tokens.pad(replaced, "right", NOT_MASKED).ids_BT,
+            context=Tokens.pad(contexts, "left", pad_id),
+            continuation=Tokens.pad(continuations, "right", pad_id),
+            replaced_BT=None if masks is None else masks.ids_BT,
             teacher_BD=teacher_BD,
         )
 

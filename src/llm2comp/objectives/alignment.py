@@ -84,7 +84,7 @@ def map_to_teacher(
             where="encoder.projection",
             expected=teacher_width,
             found=projection.out_features,
-            fix=f"set encoder.projection: {teacher_width}, or embed the responses by a teacher of that width",
+            fix=f"set encoder.projection: {teacher_width}, or embed by a teacher of that width",
         )
     if projection is not None or width == teacher_width:
         return None

@@ -1,4 +1,4 @@
-"""The paper's NLL (arXiv 2511.17129): the decoder behind the memory states says the continuation."""
+"""The paper's NLL (arXiv 2511.17129): the decoder goes on with the text, given memory alone."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
 """Losses over the vocabulary that never hold the logits of all positions at once.
 
-For N positions and V words the logits of teacher and student would be 2·N·V floats, the largest tensors of a step.
+For N positions and V words the logits of teacher and student would be 2·N·V floats, the largest
+tensors of a step.
 The head is frozen, so only the gradient with respect to the student's states is wanted:
 
 1. take a chunk of positions, project it to logits
-2. form the chunk's loss and its gradient with respect to the logits by formula (softmax minus target), in float32
+2. form the chunk's loss and its gradient with respect to the logits by formula (softmax minus
+   target), in float32
 3. pull that gradient through the projection to the states at once; keep only it, N·D floats
 4. in the backward pass multiply the kept gradient by the incoming one
 """
@@ -33,7 +35,7 @@ def chunked_kl(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Σ_i w_i KL(p_teacher,i ‖ p_student,i), the CTKD loss (METHOD 2; paper, eq. of CTKD).
+    """Σ_i w_i KL(p_teacher,i ‖ p_student,i), the loss of `ctkd` (paper, eq. of CTKD).
 
     Args:
         student_ND: decoder states; the gradient goes here.
@@ -52,8 +54,7 @@ def chunked_kl(
         losses = torch.linalg.vecdot(p_teacher, log_teacher.sub_(log_student))
         return losses, log_student.exp_().sub_(p_teacher).div_(temperature)
 
-    loss: Tensor = _Chunked.apply(student_ND, project, kl, weights_N, chunk)  # type: ignore[no-untyped-call]
-    return loss
+    return _in_chunks(student_ND, project, kl, weights_N, chunk)
 
 
 def chunked_cross_entropy(
@@ -63,7 +64,10 @@ def chunked_cross_entropy(
     weights_N: Tensor,
     chunk: int | None = None,
 ) -> Tensor:
-    """Σ_i −w_i log p_student,i(target_i), the NLL and RC losses (METHOD 2). Arguments as for `chunked_kl`."""
+    """Σ_i −w_i log p_student,i(target_i), the loss of `continuation` and `reconstruction`.
+
+    Arguments as for `chunked_kl`.
+    """
     return chunked_bag_entropy(student_ND, targets_N[:, None], project, weights_N, chunk)
 
 
@@ -74,7 +78,10 @@ def chunked_bag_entropy(
     weights_N: Tensor,
     chunk: int | None = None,
 ) -> Tensor:
-    """Σ_i −w_i Σ_t log p_student,i(target_it): every position has a bag of targets; a negative id is none."""
+    """Σ_i −w_i Σ_t log p_student,i(target_it): a bag of targets each; a negative id is none.
+
+    Other arguments as for `chunked_kl`.
+    """
 
     def cross_entropy(logits_NV: Tensor, place: slice) -> tuple[Tensor, Tensor]:
         log_student = _log_softmax(logits_NV, 1.0)
@@ -84,7 +91,11 @@ def chunked_bag_entropy(
         gradient = log_student.exp_().mul_(there.sum(1, keepdim=True))
         return losses, gradient.scatter_add_(1, targets, -there.to(gradient.dtype))
 
-    loss: Tensor = _Chunked.apply(student_ND, project, cross_entropy, weights_N, chunk)  # type: ignore[no-untyped-call]
+    return _in_chunks(student_ND, project, cross_entropy, weights_N, chunk)
+
+
+def _in_chunks(*given: Any) -> Tensor:
+    loss: Tensor = _Chunked.apply(*given)  # type: ignore[no-untyped-call]
     return loss
 
 

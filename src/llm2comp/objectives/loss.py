@@ -106,7 +106,7 @@ class Objective(Protocol):
     """What the file of an objective holds."""
 
     def loss(self, given: Any, mean: Mean) -> Tensor:
-        """Loss of a batch, given its `Decoder` if the objective's row asks for one, else `Passes`."""
+        """Loss of a batch, given its `Decoder` where the row needs one, else its `Passes`."""
 
     def positions(self, batch: SplitTexts, bos: bool) -> int:
         """What `token_mean` runs over in one batch; `bos`: whether each text begins with BOS."""

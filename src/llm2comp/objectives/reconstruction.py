@@ -1,4 +1,4 @@
-"""The paper's RC (arXiv 2511.17129): the decoder behind the memory states repeats the context."""
+"""The paper's RC (arXiv 2511.17129): the decoder repeats the context, given memory alone."""
 
 from __future__ import annotations
 
