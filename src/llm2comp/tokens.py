@@ -165,6 +165,7 @@ class SplitTexts:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SplitTexts:
         """Inverse of `to_tensors`."""
-        parts = ("text", "context", "continuation")
-        tokens = (Tokens(tensors[f"{name}_ids"], tensors[f"{name}_mask"]) for name in parts)
-        return cls(*tokens, tensors.get("replaced"), tensors.get("teacher"))
+        text, context, continuation = (
+            Tokens(tensors[f"{name}_ids"], tensors[f"{name}_mask"]) for name in ("text", "context", "continuation")
+        )
+        return cls(text, context, continuation, tensors.get("replaced"), tensors.get("teacher"))
