@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor
-from llm2comp.recipe import AdapterSettings
+from llm2comp.recipe import AdapterSettings, PretextStage
 
 VOCABULARY = 320
 TOKENS = 300  # of the tokenizer; the model's table has rows to spare, as real ones do
@@ -166,6 +166,13 @@ def lm_from(config, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def stage_1(objective="ctkd", weighting=None, **settings):
+    """Settings of stage 1 for a loss alone; its data are never read."""
+    data = [{"source": "unused", "response": "response"}]
+    tree = {"data": data, "objective": objective, "position_weighting": weighting}
+    return PretextStage.model_validate(tree | settings)
 
 
 def make_backbone(family="llama", attention="bidirectional", chat=False, own=False, **changes):

@@ -24,7 +24,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
         "memory",
         "backbone",
         "compressor",
-        "pretext encoder data baselines",
+        "objectives encoder data baselines",
         "analysis evaluation",
         "export training",
         "compiled",
@@ -223,7 +223,7 @@ sys.exit(code)
 PLANTED = [
     (wrong_directions, "tokens.py", "from llm2comp.backbone import Backbone", "tokens may not import backbone"),
     (wrong_directions, "recipe.py", "def f():\n    import llm2comp.cli", "recipe may not import cli"),
-    (wrong_directions, "pretext/kl.py", "from .. import encoder", "pretext may not import encoder"),
+    (wrong_directions, "objectives/kl.py", "from .. import encoder", "objectives may not import encoder"),
     (wrong_directions, "export.py", "from llm2comp.training.run import Run", "export may not import training"),
     (wrong_directions, "memory.py", "import importlib\nimportlib.import_module('llm2comp.demo')", "may not import demo"),
     (wrong_directions, "data/rows.py", "from ..memory import MemoryTokens", "data may not import memory"),

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from families import make_compressor, relative_error
+from families import make_compressor, relative_error, stage_1
 from llm2comp.errors import BackboneError, RecipeError
-from llm2comp.pretext import pretext_loss
-from llm2comp.pretext.from_text import bag_ids
-from llm2comp.pretext.kl import chunked_bag_entropy
+from llm2comp.objectives import stage_loss
+from llm2comp.objectives.ebae_ebar import bag_ids
+from llm2comp.objectives.kl import chunked_bag_entropy
 from llm2comp.recipe import EncoderSettings, PretextStage, parse_recipe
 from llm2comp.recipe.stages import BagPrompts
 from llm2comp.tokens import SplitTexts, Tokens
@@ -74,10 +74,9 @@ def test_logits_of_few_rows_exist_at_once():
 
 def loss_of(compressor, rows, sites, prompts=None):
     batch = SplitTexts.from_rows(rows, sites, compressor.backbone.pad_id)
-    names = {"ebae_ebar": 1.0}
-    items = {"ebae_ebar": len(rows)}
+    stage = stage_1("ebae_ebar", bag_prompts=prompts or BagPrompts())
     with torch.no_grad():
-        return pretext_loss(compressor, batch, names, {"ebae_ebar": "sample_mean"}, items, prompts=prompts).item()
+        return stage_loss(compressor, batch, stage).item()
 
 
 def test_both_prompts_and_both_targets_count():

@@ -227,7 +227,7 @@ def test_kl_sides_compute_the_same():
 
 
 def training_kl():
-    from llm2comp.pretext.kl import chunked_kl
+    from llm2comp.objectives.kl import chunked_kl
 
     return lambda *args: chunked_kl(*args, chunk=7)
 

@@ -15,7 +15,7 @@ from llm2comp.encoder import as_sentence_transformer, embed_texts, merge_adapter
 from llm2comp.errors import BackboneError
 from llm2comp.export import export
 from llm2comp.loading import load
-from llm2comp.pretext.objectives import decode_from_memory
+from llm2comp.objectives.loss import decode_from_memory
 from llm2comp.recipe import EncoderSettings, ModelSettings
 from llm2comp.tokens import SplitTexts, Tokens
 from tiny_run import assert_refused, cli, make_tree, save_backbone, write_recipe

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 import llm2comp
-from families import FAMILIES, SENTENCES, make_backbone, relative_error, snapshot, untouched
+from families import FAMILIES, SENTENCES, make_backbone, relative_error, snapshot, stage_1, untouched
 from llm2comp.backbone.full import FullCopy
 from llm2comp.compressor import Compressor
 from llm2comp.encoder import as_sentence_transformer, embed_texts
 from llm2comp.errors import BackboneError, RecipeError
 from llm2comp.export import export, verify
-from llm2comp.pretext import pretext_loss
+from llm2comp.objectives import stage_loss
 from llm2comp.recipe import AdapterSettings, SclStage, parse_recipe
 from llm2comp.tokens import SplitTexts, Tokens, position_ids
 from llm2comp.training.contrastive import contrastive_loss
@@ -37,7 +37,7 @@ def make_full(family, moved=True, **settings):
 
 
 def ctkd(compressor, batch):
-    return pretext_loss(compressor, batch, {"ctkd": 1.0}, {"ctkd": "sample_mean"}, {"ctkd": 2.0})
+    return stage_loss(compressor, batch, stage_1("ctkd"), {"ctkd": 2.0})
 
 
 def split_batch(compressor):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from llm2comp.pretext.kl import chunked_cross_entropy, chunked_kl
+from llm2comp.objectives.kl import chunked_cross_entropy, chunked_kl
 
 N, D, V = 7, 5, 11
 CHUNKS = [1, 2, 3, N - 1, N, N + 5, 256]

@@ -6,11 +6,11 @@ The oracles of tests/test_pretext.py, text by text and unpadded, run over packed
 import pytest
 import torch
 
-from families import FAMILIES, make_backbone, make_compressor, push_adapter, relative_error
+from families import FAMILIES, make_backbone, make_compressor, push_adapter, relative_error, stage_1
 from llm2comp.backbone import layout
 from llm2comp.compressor import Compressor
 from llm2comp.memory import mean_weights
-from llm2comp.pretext import pretext_loss
+from llm2comp.objectives import stage_loss
 from llm2comp.recipe import AdapterSettings
 from llm2comp.tokens import SplitTexts, Tokens
 
@@ -46,7 +46,7 @@ def step(compressor, objective="ctkd", checkpointing=False):
     compressor.backbone.set_checkpointing(checkpointing)
     compressor.train()
     batch = SplitTexts.from_rows(rows(lengths=(17, 9, 23, 12)), (14, 4, 5, 6))
-    loss = pretext_loss(compressor, batch, {objective: 1.0}, {objective: "sample_mean"}, {objective: 4})
+    loss = stage_loss(compressor, batch, stage_1(objective, "sample_mean"))
     loss.backward()
     learned = [p for p in compressor.parameters() if p.grad is not None]
     return loss.detach(), torch.cat([p.grad.flatten() for p in learned])

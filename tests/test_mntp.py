@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from families import FAMILIES, make_backbone, make_compressor
+from families import FAMILIES, make_backbone, make_compressor, stage_1
 from llm2comp.data.pretext import Masking, PretextCollator, PretextRows
 from llm2comp.errors import BackboneError, RecipeError
-from llm2comp.pretext import count_items, mask_token_id, pretext_loss
+from llm2comp.objectives import count_items, stage_loss
+from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import parse_recipe
 from llm2comp.tokens import NOT_MASKED, SplitTexts
 from llm2comp.training.run import train
@@ -96,35 +97,36 @@ def test_masks_go_where_the_batch_goes():
     assert split.replaced_BT.tolist() == [[-1, 8, -1], [-1, 0, -1]]
     again = SplitTexts.from_tensors(split.to("cpu").to_tensors())
     assert torch.equal(again.replaced_BT, split.replaced_BT)
-    assert count_items("mntp", "token_mean", split.to_tensors(), bos=False) == 2
+    assert count_items(stage_1("mntp"), split, bos=False) == {"mntp": 2}
     assert SplitTexts.from_tensors(SplitTexts.from_rows([[1, 2]], [1]).to_tensors()).replaced_BT is None
 
 
 def test_without_masks_there_is_no_loss():
     compressor = make_compressor()
     with pytest.raises(ValueError, match="with masks"):
-        pretext_loss(compressor, SplitTexts.from_rows([[1, 2]], [1]), {"mntp": 1.0}, {"mntp": "token_mean"}, {"mntp": 1})
+        stage_loss(compressor, SplitTexts.from_rows([[1, 2]], [1]), stage_1("mntp"), {"mntp": 1})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mask_token_of_a_family(family):
     """The tests' tokenizers have no mask token."""
-    backbone = make_backbone(family)
-    assert mask_token_id(backbone, None) == backbone.tokenizer.get_vocab()["_"]
+    tokenizer = make_backbone(family).tokenizer
+    assert mask_token_id(tokenizer, None, family) == tokenizer.get_vocab()["_"]
 
 
 def test_mask_token_asked_for():
-    backbone = make_backbone()
-    vocabulary = backbone.tokenizer.get_vocab()
-    assert mask_token_id(backbone, "</s>") == vocabulary["</s>"]
-    assert mask_token_id(backbone, "#") == vocabulary["#"]
-    with pytest.raises(BackboneError, match=r"'two tokens' is not one token(.|\n)*set pretext\.mask_token"):
-        mask_token_id(backbone, "two tokens")
+    tokenizer = make_backbone().tokenizer
+    vocabulary = tokenizer.get_vocab()
+    assert mask_token_id(tokenizer, "</s>", "here") == vocabulary["</s>"]
+    assert mask_token_id(tokenizer, "#", "here") == vocabulary["#"]
+    told = r"here: the mask token 'two tokens' is not one token(.|\n)*set pretext\.mask_token"
+    with pytest.raises(BackboneError, match=told):
+        mask_token_id(tokenizer, "two tokens", "here")
     with pytest.raises(BackboneError, match="'' is not one token"):
-        mask_token_id(backbone, "")
-    backbone.tokenizer.add_special_tokens({"mask_token": "#"})
-    assert mask_token_id(backbone, None) == vocabulary["#"]
-    assert mask_token_id(backbone, "_") == vocabulary["_"]
+        mask_token_id(tokenizer, "", "here")
+    tokenizer.add_special_tokens({"mask_token": "#"})
+    assert mask_token_id(tokenizer, None, "here") == vocabulary["#"]
+    assert mask_token_id(tokenizer, "_", "here") == vocabulary["_"]
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1])

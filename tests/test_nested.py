@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 import llm2comp
-from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, push_adapter, relative_error
+from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, push_adapter, relative_error, stage_1
 from llm2comp.analyze import write_weights
 from llm2comp.compressor import STATE_FILE, Compressor
 from llm2comp.encoder import as_sentence_transformer, embed_texts
@@ -20,7 +21,7 @@ from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
 from llm2comp.export import export, memory_weights, reweight
 from llm2comp.loading import identity
 from llm2comp.memory import MemoryTokens, maxsim, mean_weights, prefix_embeddings, prefix_of, prefix_weights, separate_sight
-from llm2comp.pretext import DEFAULT_WEIGHTING, count_items, pretext_loss
+from llm2comp.objectives import stage_loss
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, parse_recipe
 from llm2comp.tokens import SplitTexts, Tokens
 from llm2comp.training.contrastive import contrastive_loss
@@ -114,11 +115,6 @@ def batch_of(compressor):
     return SplitTexts.from_rows(rows, [len(row) // 2 for row in rows], compressor.backbone.pad_id)
 
 
-def items_of(compressor, objectives, batch):
-    bos = compressor.backbone.bos_id is not None
-    return {name: count_items(name, DEFAULT_WEIGHTING[name], batch.to_tensors(), bos) for name in objectives}
-
-
 def all_gradients(compressor):
     found = {n: p.grad.clone() for n, p in compressor.named_parameters() if p.grad is not None and p.grad.any()}
     compressor.zero_grad()
@@ -140,12 +136,14 @@ def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(order, family, objec
     """Against the same encoder cut to one prefix at a time: the decoder reads its states alone."""
     compressor = make_nested(family, order=order).train()
     compressor.learn(memory=True)
-    batch = batch_of(compressor)
-    items = items_of(compressor, objectives, batch)
-    encode, calls = compressor.encode, []
-    monkeypatch.setattr(compressor, "encode", lambda tokens: calls.append(1) or encode(tokens))
-    loss = pretext_loss(compressor, batch, objectives, DEFAULT_WEIGHTING, items)
-    assert len(calls) == 1
+    batch, stage = batch_of(compressor), stage_1(objectives)
+    encode, decode, calls = compressor.encode, compressor.backbone.decode, []
+    monkeypatch.setattr(compressor, "encode", lambda tokens: calls.append("encoder") or encode(tokens))
+    counted = lambda *given: calls.append("frozen LM") or decode(*given)  # noqa: E731
+    monkeypatch.setattr(compressor.backbone, "decode", counted)
+    loss = stage_loss(compressor, batch, stage)
+    texts = 2 if "reconstruction" in objectives else 1  # that the decoder goes on with
+    assert Counter(calls) == {"encoder": 1, "frozen LM": 1 + 3 * texts}, "one teacher for all"
     loss.backward()
     found = all_gradients(compressor)
     compressor.prefixes = (K,)
@@ -153,7 +151,7 @@ def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(order, family, objec
     for first in (1, 2, K):
         part = slice(0, first) if order == "first" else slice(K - first, K)
         monkeypatch.setattr(compressor, "encode", lambda tokens, part=part: encode(tokens)[:, part])
-        singles.append(pretext_loss(compressor, batch, objectives, DEFAULT_WEIGHTING, items))
+        singles.append(stage_loss(compressor, batch, stage))
     assert max(singles) - min(singles) > 1e-3, "vacuous: all prefixes alike"
     expected = torch.stack(singles).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -166,7 +164,7 @@ def test_any_number_of_memory_tokens_learns(tokens):
     compressor = make_nested(tokens=tokens, nested=()).train()
     compressor.learn(memory=True)
     batch = batch_of(compressor)
-    pretext_loss(compressor, batch, {"ctkd": 1.0}, DEFAULT_WEIGHTING, {"ctkd": len(TEXTS)}).backward()
+    stage_loss(compressor, batch, stage_1("ctkd"), {"ctkd": len(TEXTS)}).backward()
     assert compressor.memory.vectors_KD.shape[0] == tokens
     assert (compressor.memory.vectors_KD.grad.norm(dim=1) > 0).all()
 

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from families import stage_1
 from llm2comp.backbone import Backbone, probe
 from llm2comp.compressor import Compressor
 from llm2comp.encoder import MemoryEncoder
 from llm2comp.memory import MemoryTokens
-from llm2comp.pretext import count_items, pretext_loss
+from llm2comp.objectives import stage_loss
 from llm2comp.recipe import AdapterSettings, UclStage
 from llm2comp.tokens import SplitTexts, Tokens
 from llm2comp.training.contrastive import contrastive_loss
@@ -81,9 +82,7 @@ def test_memory_states(compressor):
 )
 def test_pretext_loss_and_gradients(compressor, objective, weighting, key, checkpointing):
     compressor.backbone.set_checkpointing(checkpointing)
-    split = batch()
-    items = {objective: count_items(objective, weighting, split.to_tensors(), bos=True)}
-    loss = pretext_loss(compressor, split, {objective: 1.0}, {objective: weighting}, items)
+    loss = stage_loss(compressor, batch(), stage_1(objective, weighting))
     assert loss.item() == pytest.approx(CASE["loss"][key], rel=1e-6)
     loss.backward()
     assert_gradients_equal(compressor, f"grad_{key}.safetensors", memory=True)

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from families import FAMILIES, make_compressor, relative_error
+from families import FAMILIES, make_compressor, relative_error, stage_1
 from llm2comp.compressor import BOS_WEIGHT, Compressor
 from llm2comp.errors import RecipeError
-from llm2comp.pretext import pretext_loss
+from llm2comp.objectives import stage_loss
 from llm2comp.recipe import EncoderSettings, parse_recipe
 from llm2comp.tokens import SplitTexts, Tokens, wrap
 
@@ -83,7 +83,7 @@ def test_any_objective_trains_them(pooling):
     compressor.learn(memory=True)
     rows = [row for row in compressor.backbone.tokenise(WORDS) if len(row) > 3]
     batch = SplitTexts.from_rows(rows, [2] * len(rows), compressor.backbone.pad_id)
-    pretext_loss(compressor, batch, {"ctkd": 1.0}, {"ctkd": "sample_mean"}, {"ctkd": len(rows)}).backward()
+    stage_loss(compressor, batch, stage_1("ctkd")).backward()
     moved = [p for p in compressor.parameters() if p.requires_grad and p.grad is not None and p.grad.any()]
     assert moved
     assert not any(p.requires_grad for p in compressor.memory.parameters())

@@ -6,28 +6,34 @@ it loops over masked places, or over the set of a target's tokens, one at a time
 """
 
 import copy
+import inspect
 import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from torch.nn import functional
 
-from families import FAMILIES, SENTENCES, make_compressor, push_adapter, relative_error, untouched
+from families import FAMILIES, SENTENCES, make_compressor, push_adapter, relative_error, stage_1, untouched
 from llm2comp.compressor import Compressor
 from llm2comp.data.pretext import Masking
-from llm2comp.pretext import DEFAULT_WEIGHTING, FROM_MEMORY, FROM_TEXT, OBJECTIVES, count_items, pretext_loss
+from llm2comp.objectives import count_items, stage_loss
+from llm2comp.objectives.loss import objective as file_of
 from llm2comp.recipe import PretextStage
-from llm2comp.recipe.stages import BagPrompts, Objective
+from llm2comp.recipe.objectives import OBJECTIVES, Need, ObjectiveName
+from llm2comp.recipe.stages import BagPrompts
 from llm2comp.tokens import SplitTexts
 from llm2comp.training.stages import RunOptions, run_pretext
 
 LENGTHS, SITES = (17, 9, 23, 12), (9, 4, 5, 11)
+FROM_MEMORY = {name for name, row in OBJECTIVES.items() if "decoder" in row.needs}
+FROM_TEXT = [name for name, row in OBJECTIVES.items() if "memory" not in row.needs]
 # Objectives on texts alone; the others need responses to them (test_response.py).
 ON_TEXTS = [name for name in OBJECTIVES if name not in ("response", "alignment")]
 CASES = [(objective, weighting) for objective in ON_TEXTS for weighting in ("sample_mean", "token_mean")]
 # Every objective with both means; with its own also under checkpointing.
-WITH_CHECKPOINTING = [*((*case, False) for case in CASES), *((name, DEFAULT_WEIGHTING[name], True) for name in ON_TEXTS)]
+WITH_CHECKPOINTING = [*((*case, False) for case in CASES), *((name, OBJECTIVES[name].mean, True) for name in ON_TEXTS)]
 MIXED = {"ctkd": 1.0, "reconstruction": 0.3, "continuation": 2.0}
 BOTH_KINDS = MIXED | {"mntp": 0.5, "ebae_ebar": 0.7}
 MASKING = Masking(rate=0.3, mask_id=290, vocabulary=300, bert=True, seed=2)
@@ -143,14 +149,8 @@ def ours(compressor, objective, weighting, temperature=1.0):
 
 def loss_of(compressor, objective, weighting, batch=None, items=None, temperature=1.0):
     batch = batch or batch_for(rows_for(compressor), pad_id=compressor.backbone.pad_id)
-    names = weights_of(objective)
-    items = items or items_of(compressor, names, weighting, batch)
-    return pretext_loss(compressor, batch, names, dict.fromkeys(names, weighting), items, temperature, PROMPTS)
-
-
-def items_of(compressor, names, weighting, batch):
-    bos = compressor.backbone.bos_id is not None
-    return {name: count_items(name, weighting, batch.to_tensors(), bos) for name in names}
+    stage = stage_1(objective, weighting, temperature=temperature, bag_prompts=PROMPTS)
+    return stage_loss(compressor, batch, stage, items)
 
 
 def assert_equal(found, expected, lora_weights):
@@ -187,9 +187,26 @@ PASSES = {"ctkd": (2, 1), "continuation": (2, 0), "reconstruction": (2, 0), "mnt
 
 
 def test_every_objective_of_a_recipe_is_tested():
-    assert set(get_args(Objective)) - set(ON_TEXTS) == {"response", "alignment"}
+    assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
+    assert set(OBJECTIVES) - set(ON_TEXTS) == {"response", "alignment"}
     assert set(ON_TEXTS) == set(PASSES) == set(BOTH_KINDS) >= set(FROM_TEXT)
-    assert FROM_MEMORY["response"] is FROM_MEMORY["continuation"]
+    assert file_of("response").loss is file_of("continuation").loss
+
+
+def test_an_objective_is_a_file_a_row_and_a_line_of_the_docs():
+    folder = Path(inspect.getfile(stage_loss)).parent
+    files = {file.stem for file in folder.glob("*.py")} - {"__init__", "loss", "kl"}
+    assert files == set(OBJECTIVES)
+    for name, row in OBJECTIVES.items():
+        found = [list(inspect.signature(f).parameters) for f in (file_of(name).loss, file_of(name).positions)]
+        assert found == [["decoder" if "decoder" in row.needs else "passes", "mean"], ["batch", "bos"]]
+        assert "memory" in row.needs or "decoder" not in row.needs
+    docs = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
+    told = [
+        f"| `{name}` | {', '.join(need for need in get_args(Need) if need in row.needs)} | `{row.mean}` | {row.about} |"
+        for name, row in OBJECTIVES.items()
+    ]
+    assert "\n".join(["|---|---|---|---|", *told, ""]) in docs
 
 
 @pytest.mark.parametrize(("objective", "weighting", "checkpointing"), WITH_CHECKPOINTING)
@@ -215,7 +232,8 @@ def test_several_objectives_share_one_encoding(family, weighting, checkpointing)
     calls = count_calls(compressor)
     found = ours(compressor, BOTH_KINDS, weighting)
     assert_equal(found, expected, len(list(compressor.backbone.adapters.parameters("ucl"))))
-    one_encoding, decoders, others = 1, 3, 3
+    one_encoding, others = 1, 3
+    decoders = 2  # of the continuation for both that need it, and of the context
     assert len(calls) == (one_encoding + decoders + others) * (2 if checkpointing else 1) + 1
 
 
@@ -298,7 +316,8 @@ def test_loss_ignores_padding_and_batch_mates():
     rows = rows_for(compressor)
     for objective, weighting in CASES:
         whole = batch_for(rows, pad_id=5)
-        items = items_of(compressor, [objective], weighting, whole)
+        bos = compressor.backbone.bos_id is not None
+        items = count_items(stage_1(objective, weighting), whole, bos)
         with torch.no_grad():
             together = loss_of(compressor, objective, weighting, whole, items).item()
             alone = [
@@ -309,16 +328,25 @@ def test_loss_ignores_padding_and_batch_mates():
 
 
 def test_count_items():
-    batch = SplitTexts.from_rows([[1, 2, 3, 4, 3], [1, 2, 2]], [2, 2], 0, [[-1, 9, -1, -1, 0], [-1, -1, 2]]).to_tensors()
-    for objective in get_args(Objective):
-        assert count_items(objective, "sample_mean", batch, bos=True) == 2
-    assert count_items("ctkd", "token_mean", batch, bos=True) == 6
-    assert count_items("continuation", "token_mean", batch, bos=True) == 4
-    assert count_items("reconstruction", "token_mean", batch, bos=True) == 2
-    assert count_items("reconstruction", "token_mean", batch, bos=False) == 4
-    assert count_items("mntp", "token_mean", batch, bos=True) == 3
-    assert count_items("ebae_ebar", "token_mean", batch, bos=True) == (1 + 2) + (1 + 1)
-    assert count_items("ebae_ebar", "token_mean", batch, bos=False) == (2 + 2) + (2 + 1)
+    masks = [[-1, 9, -1, -1, 0], [-1, -1, 2]]
+    batch = SplitTexts.from_rows([[1, 2, 3, 4, 3], [1, 2, 2]], [2, 2], 0, masks)
+
+    def counted(weighting, bos):
+        return count_items(stage_1(dict.fromkeys(OBJECTIVES, 1.0), weighting), batch, bos)
+
+    assert counted("sample_mean", bos=True) == dict.fromkeys(OBJECTIVES, 2)
+    expected = {
+        "ctkd": 6,
+        "continuation": 4,
+        "response": 4,
+        "reconstruction": 2,
+        "mntp": 3,
+        "ebae_ebar": (1 + 2) + (1 + 1),
+        "alignment": 2,
+    }
+    assert counted("token_mean", bos=True) == expected
+    without = expected | {"reconstruction": 4, "ebae_ebar": (2 + 2) + (2 + 1)}
+    assert counted("token_mean", bos=False) == without
 
 
 @pytest.fixture

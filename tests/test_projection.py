@@ -20,7 +20,7 @@ from llm2comp.errors import ModelFolderError, RecipeError
 from llm2comp.export import export, reweight, verify
 from llm2comp.generate import Options, generate_responses
 from llm2comp.memory import MemoryTokens, new_projection
-from llm2comp.pretext.response import MAP_FILE, map_to_teacher
+from llm2comp.objectives.alignment import MAP_FILE, map_to_teacher
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, load_recipe, parse_recipe
 from llm2comp.tokens import Tokens
 from llm2comp.training.contrastive import contrastive_loss

@@ -15,7 +15,7 @@ from llm2comp.compressor import Compressor
 from llm2comp.encoder import as_sentence_transformer, embed_texts
 from llm2comp.errors import BackboneError
 from llm2comp.export import export, verify
-from llm2comp.pretext.objectives import two_step
+from llm2comp.objectives.loss import two_step
 from llm2comp.recipe import AdapterSettings, ModelSettings, parse_recipe
 from llm2comp.tokens import Tokens
 from tiny_run import make_tree, save_backbone

@@ -21,7 +21,7 @@ from llm2comp.encoder import embed_texts
 from llm2comp.errors import BackboneError, DataError, RecipeError
 from llm2comp.export import verify
 from llm2comp.generate import Options, generate_responses
-from llm2comp.pretext.response import MAP_FILE, alignment_loss, map_to_teacher
+from llm2comp.objectives.alignment import MAP_FILE, alignment_loss, map_to_teacher
 from llm2comp.recipe import AdapterSettings, PretextStage, TextData, parse_recipe
 from llm2comp.tokens import SplitTexts
 from llm2comp.training.keys import stage_keys

@@ -8,7 +8,7 @@ N gathered positions.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,15 +108,18 @@ def split_site(length: int, margin: int, seed: int, row: int) -> int | None:
 
 @dataclass(frozen=True)
 class SplitTexts:
-    """A pretext batch: each text whole (right-padded) and as context (left-padded) + continuation (right-padded).
+    """A batch of stage 1: each text whole (right-padded), and as context (left-padded) and
+    continuation (right-padded).
 
-    `replaced_BT`, beside the whole texts: the id that stands in for a masked token, `NOT_MASKED` elsewhere; None: no masks.
+    `replaced_BT`, beside the whole texts: the id that stands in for a masked token, `NOT_MASKED`
+    elsewhere; None: no masks. `teacher_BD`: a teacher's embedding of each response, of any width.
     """
 
     text: Tokens
     context: Tokens
     continuation: Tokens
     replaced_BT: Tensor | None = None
+    teacher_BD: Tensor | None = None
 
     @classmethod
     def from_rows(
@@ -125,6 +128,7 @@ class SplitTexts:
         sites: Sequence[int],
         pad_id: int = 0,
         replaced: Sequence[Sequence[int]] | None = None,
+        teacher_BD: Tensor | None = None,
     ) -> SplitTexts:
         """Split row i after its first `sites[i]` tokens; `replaced[i]` is as long as the row.
 
@@ -134,30 +138,34 @@ class SplitTexts:
         for row, site in zip(rows, sites, strict=True):
             if not 0 < site < len(row):
                 raise ValueError(f"expected a site within 1 and {len(row) - 1}, got {site}")
+        contexts = [row[:site] for row, site in zip(rows, sites, strict=True)]
+        continuations = [row[site:] for row, site in zip(rows, sites, strict=True)]
+        masks = None if replaced is None else Tokens.pad(replaced, "right", NOT_MASKED)
         return cls(
             text=Tokens.pad(rows, "right", pad_id),
-            context=Tokens.pad([row[:site] for row, site in zip(rows, sites, strict=True)], "left", pad_id),
-            continuation=Tokens.pad([row[site:] for row, site in zip(rows, sites, strict=True)], "right", pad_id),
-            replaced_BT=None if replaced is None else Tokens.pad(replaced, "right", NOT_MASKED).ids_BT,
+            context=Tokens.pad(contexts, "left", pad_id),
+            continuation=Tokens.pad(continuations, "right", pad_id),
+            replaced_BT=None if masks is None else masks.ids_BT,
+            teacher_BD=teacher_BD,
         )
 
     def to(self, device: torch.device | str) -> SplitTexts:
         """The same batch on a device."""
-        replaced_BT = None if self.replaced_BT is None else self.replaced_BT.to(device)
-        return SplitTexts(self.text.to(device), self.context.to(device), self.continuation.to(device), replaced_BT)
+        moved = {name: tensor.to(device) for name, tensor in self.to_tensors().items()}
+        return SplitTexts.from_tensors(moved)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat form, as trainers move it between devices."""
-        parts = {"text": self.text, "context": self.context, "continuation": self.continuation}
-        flat = {
-            f"{name}_{kind}": tensor for name, t in parts.items() for kind, tensor in (("ids", t.ids_BT), ("mask", t.mask_BT))
-        }
-        return flat if self.replaced_BT is None else flat | {"replaced": self.replaced_BT}
+        flat: dict[str, Tensor | None] = {"replaced": self.replaced_BT, "teacher": self.teacher_BD}
+        for name in ("text", "context", "continuation"):
+            tokens: Tokens = getattr(self, name)
+            flat |= {f"{name}_ids": tokens.ids_BT, f"{name}_mask": tokens.mask_BT}
+        return {name: tensor for name, tensor in flat.items() if tensor is not None}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> SplitTexts:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SplitTexts:
         """Inverse of `to_tensors`."""
         text, context, continuation = (
             Tokens(tensors[f"{name}_ids"], tensors[f"{name}_mask"]) for name in ("text", "context", "continuation")
         )
-        return cls(text, context, continuation, tensors.get("replaced"))
+        return cls(text, context, continuation, tensors.get("replaced"), tensors.get("teacher"))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from llm2comp.compressor import Compressor
 from llm2comp.errors import DataError
-from llm2comp.pretext.kl import chunked_kl
-from llm2comp.pretext.objectives import decode_from_memory, teacher_states
+from llm2comp.objectives.kl import chunked_kl
+from llm2comp.objectives.loss import decode_from_memory, teacher_states
 from llm2comp.tokens import SplitTexts, Tokens, split_site
 
 # Texts of a sample at most, texts at once, and tokens that stay on either side of a split.

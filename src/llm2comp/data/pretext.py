@@ -181,7 +181,7 @@ class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class PretextCollator:
-    """Samples → the flat tensors of a `SplitTexts`, and `teacher` (B, D_t) where samples have a teacher's embedding."""
+    """Samples → the flat tensors of a `SplitTexts`."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -189,8 +189,8 @@ class PretextCollator:
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad and split."""
         rows, sites = [sample["ids"] for sample in samples], [sample["site"] for sample in samples]
-        replaced = [sample["replaced"] for sample in samples] if "replaced" in samples[0] else None
-        tensors = SplitTexts.from_rows(rows, sites, self.pad_id, replaced).to_tensors()
-        if "teacher" in samples[0]:
-            tensors["teacher"] = torch.from_numpy(np.stack([sample["teacher"] for sample in samples]))
-        return tensors
+        replaced, teacher = (
+            [sample[name] for sample in samples] if name in samples[0] else None for name in ("replaced", "teacher")
+        )
+        teacher_BD = None if teacher is None else torch.from_numpy(np.stack(teacher))
+        return SplitTexts.from_rows(rows, sites, self.pad_id, replaced, teacher_BD).to_tensors()

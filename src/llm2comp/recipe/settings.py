@@ -75,7 +75,7 @@ class Recipe(Section):
     def _something_learns(self) -> Recipe:
         for name, stage in self.stages.items() if self.adapter.kind == "none" else ():
             pretext = isinstance(stage, PretextStage)
-            memory = set(stage.objectives) - {"mntp", "ebae_ebar"} if pretext else stage.train_memory  # type: ignore[attr-defined]
+            memory = "memory" in stage.needs if pretext else stage.train_memory  # type: ignore[attr-defined]
             table = stage.train_embeddings in (True, "all")  # type: ignore[attr-defined]
             if not (table or (memory and self.memory_tokens)):
                 fix = "an objective from memory, encoder.pooling: memory" if pretext else f"{name}.train_memory: true"

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from llm2comp.recipe.objectives import OBJECTIVES, ObjectiveName, Weighting
 from llm2comp.recipe.parts import (
     GuideSettings,
     JudgeSettings,
@@ -18,8 +19,6 @@ from llm2comp.recipe.parts import (
     Template,
     TextData,
 )
-
-Objective = Literal["ctkd", "continuation", "reconstruction", "mntp", "ebae_ebar", "response", "alignment"]
 
 
 class BagPrompts(Section):
@@ -76,14 +75,12 @@ class Stage(Section):
 
 
 class PretextStage(Stage):
-    """Stage 1, context compression (METHOD 2)."""
+    """Stage 1, context compression."""
 
     data: tuple[TextData, ...] = Field(min_length=1)
-    objective: Objective | dict[Objective, Annotated[float, Field(gt=0)]] = Field(
+    objective: ObjectiveName | dict[ObjectiveName, Annotated[float, Field(gt=0)]] = Field(
         default="ctkd",
-        description="continuation = the paper's NLL, reconstruction = its RC (of the context); mntp = LLM2Vec's, ebae_ebar = "
-        "Llama2Vec's, which train no memory tokens; response and alignment = LLM2Vec-Gen's: NLL of the LM's own response, "
-        "distance to a teacher's embedding of it; or several with their weights",
+        description="; ".join(f"{name}: {row.about}" for name, row in OBJECTIVES.items()) + " Or several with their weights",
     )
     steps: Steps = 32_000
     batch_size: Annotated[int, Field(ge=1)] = 4
@@ -106,8 +103,9 @@ class PretextStage(Stage):
     site_margin_tokens: Annotated[int, Field(ge=1)] = Field(
         default=10, description="split site uniform in [margin, L − margin]"
     )
-    position_weighting: Literal["sample_mean", "token_mean"] | None = Field(
-        default=None, description="null = as released: sample_mean for ctkd and ebae_ebar, token_mean for the others"
+    position_weighting: Weighting | None = Field(
+        default=None,
+        description="null = as released: " + ", ".join(f"{name} {row.mean}" for name, row in OBJECTIVES.items()),
     )
     train_embeddings: Literal["memory", "all"] = Field(
         default="memory", description="all = also the encoder's own copy of the embedding table, as the release does"
@@ -140,6 +138,21 @@ class PretextStage(Stage):
         return {self.objective: 1.0} if isinstance(self.objective, str) else dict(sorted(self.objective.items()))
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What its objectives need, all together."""
+        return frozenset().union(*(OBJECTIVES[name].needs for name in self.objectives))
+
+    def weighting_of(self, objective: str) -> Weighting:
+        """The mean of one objective."""
+        return self.position_weighting or OBJECTIVES[objective].mean
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What its objectives put around a context, beside the encoder's own prompt."""
+        pair = (self.bag_prompts.itself, self.bag_prompts.next)
+        return pair if "prompts" in self.needs else ()
+
+    @property
     def answered(self) -> bool:
         """Whether the texts come with responses, which are then their continuations."""
         return self.data[0].response is not None
@@ -147,7 +160,7 @@ class PretextStage(Stage):
     @model_validator(mode="after")
     def _responses_for_all(self) -> PretextStage:
         named = [spec.response is not None for spec in self.data]
-        asking = [name for name in self.objectives if name in ("response", "alignment")]
+        asking = [name for name in self.objectives if "responses" in OBJECTIVES[name].needs]
         if any(named) != all(named):
             raise ValueError("data with a response column and data without cannot be mixed")
         if asking and not self.answered:

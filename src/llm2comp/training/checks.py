@@ -6,7 +6,6 @@ Nothing is written, and of the model only configuration and tokenizer are read; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from llm2comp.data.pretext import token_rows
 from llm2comp.data.sources import iterate_sources, read_answers, read_pairs, read_texts
 from llm2comp.encoder import refuse_long_prompt
 from llm2comp.errors import BackboneError, RecipeError
-from llm2comp.pretext import ALIGNMENT, mask_token_id
+from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import ContrastiveStage, PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
 from llm2comp.recipe.parts import TEXT
 from llm2comp.training.batches import enough, most_in_a_batch
@@ -62,7 +61,7 @@ def check_data(recipe: Recipe) -> None:
         for spec in specs:
             first = spec.model_copy(update={"limit": 1})
             if isinstance(stage, PretextStage) and stage.answered:
-                read_answers(first, teacher=ALIGNMENT in stage.objectives)  # type: ignore[arg-type]
+                read_answers(first, teacher="teacher" in stage.needs)  # type: ignore[arg-type]
             else:
                 read_pairs(first) if isinstance(first, PairData) else read_texts(first)
     check_watch(recipe)
@@ -122,8 +121,8 @@ class _Known:
             self._check_objectives(stage)
 
     def _check_objectives(self, stage: PretextStage) -> None:
-        if "mntp" in stage.objectives:
-            mask_token_id(SimpleNamespace(tokenizer=self.tokenizer, name=self.name), stage.mask_token)  # type: ignore[arg-type]
+        if "masks" in stage.needs:
+            mask_token_id(self.tokenizer, stage.mask_token, self.name)
         if self.limit(stage) < 2 * stage.site_margin_tokens and not stage.answered:
             raise RecipeError(
                 "no split site exists in the longest text that fits the model",
@@ -134,8 +133,8 @@ class _Known:
 
     def limit(self, stage: PretextStage) -> int:
         """Longest text of stage 1."""
-        prompts = (stage.bag_prompts.itself, stage.bag_prompts.next) if "ebae_ebar" in stage.objectives else ()
-        longest = max((self.tokens(prompt.replace(TEXT, "")) for prompt in prompts), default=0)
+        texts = (prompt.replace(TEXT, "") for prompt in stage.prompts)
+        longest = max((self.tokens(text) for text in texts), default=0)
         return room_for_text(self.positions, longest, self.room(stage.max_tokens))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from llm2comp.backbone import Backbone
 from llm2comp.console import say
-from llm2comp.pretext.kl import CHUNK, CHUNK_ON_GPU
+from llm2comp.objectives.kl import CHUNK, CHUNK_ON_GPU
 from llm2comp.recipe import ContrastiveStage, PretextStage, SclStage, Stage
 from llm2comp.training.ranks import ranks
 

@@ -22,8 +22,8 @@ from llm2comp.data.sources import Answer, Pair, iterate_sources, read_answers, r
 from llm2comp.data.store import distinct, stored_rows, stored_texts
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import DataError
-from llm2comp.pretext import ALIGNMENT, FROM_MEMORY, mask_token_id
-from llm2comp.pretext.response import map_to_teacher
+from llm2comp.objectives.alignment import map_to_teacher
+from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import PairData, PretextStage, SclStage, Stage, TextData, UclStage
 from llm2comp.training import progress
 from llm2comp.training.batches import clipped, most_in_a_batch, pair_datasets
@@ -61,7 +61,7 @@ def load_answers(stage: PretextStage) -> list[Answer]:
     """All texts of a stage with their responses, and the teacher's embeddings of these where the stage aligns to them."""
     answers: list[Answer] = []
     for spec in stage.data:
-        loaded = read_answers(spec, teacher=ALIGNMENT in stage.objectives)
+        loaded = read_answers(spec, teacher="teacher" in stage.needs)
         say(loaded.summary())
         answers += loaded.rows
     widths = sorted({len(answer.teacher_D) for answer in answers if answer.teacher_D is not None})
@@ -80,7 +80,7 @@ def load_queries(stage: SclStage, spec: PairData) -> list[Pair]:
 
 
 def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed: int, options: RunOptions) -> int | None:
-    """Stage 1 (METHOD 2): context compression."""
+    """Stage 1: context compression."""
     compressor.learn(memory=True, embeddings=stage.train_embeddings == "all")
     settings = _arguments(compressor, stage, folder, seed, options.report_to)
     per_step = stage.batch_size * stage.gradient_accumulation_steps
@@ -90,10 +90,10 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
         settings["per_device_train_batch_size"] = per_step  # the trainer cuts it by length
     arguments = TrainingArguments(**settings)
     dataset = pretext_samples(compressor, stage, stage.steps * per_step * arguments.world_size, seed)
-    if compressor.memory.count and not {*FROM_MEMORY, ALIGNMENT} & stage.objectives.keys():
+    if compressor.memory.count and "memory" not in stage.needs:
         say(f"stage 1: {stage.objective_name} does not train the memory tokens; encoder.pooling: mean or last_token has none")
     table_VD, to_teacher = compressor.backbone.embedding_table, None
-    if ALIGNMENT in stage.objectives:
+    if "teacher" in stage.needs:
         assert isinstance(dataset, AnswerRows), "the recipe asks for responses where it asks for alignment"
         width = len(dataset.answers[0].teacher_D)  # type: ignore[arg-type]
         to_teacher = map_to_teacher(table_VD.shape[1], width, seed, table_VD.device, compressor.projection)
@@ -108,10 +108,8 @@ def pretext_samples(compressor: Compressor, stage: PretextStage, samples: int, s
     """So many samples of stage 1 in their fixed order. Raises DataError when no text is fit."""
     backbone = compressor.backbone
     max_tokens = compressor.max_tokens(stage.max_tokens)
-    if "ebae_ebar" in stage.objectives:
-        prompts = [backbone.around(prompt) for prompt in (stage.bag_prompts.itself, stage.bag_prompts.next)]
-        longest = max(len(before) + len(behind) for before, behind in prompts)
-        max_tokens = room_for_text(backbone.max_positions, longest, max_tokens)
+    around = [sum(map(len, backbone.around(prompt))) for prompt in stage.prompts]
+    max_tokens = room_for_text(backbone.max_positions, max(around, default=0), max_tokens)
     rows: Any
     limits = (stage, backbone.tokenise, max_tokens, backbone.bos_id)
     if stage.answered:
@@ -121,7 +119,7 @@ def pretext_samples(compressor: Compressor, stage: PretextStage, samples: int, s
     reasons = "; left out: " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     say(f"stage 1: {len(rows):,} texts of up to {max_tokens} tokens{reasons}")
     together = stage.batch_size if stage.group_by_length else 1
-    masks = masking(backbone, stage, seed) if "mntp" in stage.objectives else None
+    masks = masking(backbone, stage, seed) if "masks" in stage.needs else None
     if stage.answered:
         return AnswerRows(rows, samples, seed, together, masks)
     return PretextRows(rows, samples, stage.site_margin_tokens, seed, together, masks)
@@ -129,7 +127,7 @@ def pretext_samples(compressor: Compressor, stage: PretextStage, samples: int, s
 
 def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
     """The masks of MNTP. Raises BackboneError when the mask token is not one token."""
-    mask_id = mask_token_id(backbone, stage.mask_token)
+    mask_id = mask_token_id(backbone.tokenizer, stage.mask_token, backbone.name)
     return Masking(stage.mask_rate, mask_id, len(backbone.tokenizer), stage.mask_replacement == "bert", seed)
 
 

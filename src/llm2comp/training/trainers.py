@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from llm2comp.compressor import Compressor
 from llm2comp.data.pretext import PretextCollator, PretextRows
 from llm2comp.errors import RunError
 from llm2comp.files import whole_or_gone
-from llm2comp.pretext import ALIGNMENT, DEFAULT_WEIGHTING, count_items, pretext_loss
-from llm2comp.pretext.response import MAP_FILE, alignment_loss
+from llm2comp.objectives import count_items, stage_loss
+from llm2comp.objectives.alignment import MAP_FILE
 from llm2comp.recipe import ContrastiveStage, PretextStage, Stage
 from llm2comp.tokens import SplitTexts
 from llm2comp.training.contrastive import contrastive_loss
@@ -112,28 +111,17 @@ class PretextModel(nn.Module):
         self.compressor = compressor
         self.stage = stage
         self.to_teacher = to_teacher
-        self.weightings = {name: stage.position_weighting or DEFAULT_WEIGHTING[name] for name in stage.objectives}
 
     def items(self, batch: dict[str, Tensor]) -> list[int]:
         """What the mean of each objective runs over in one batch."""
         bos = self.compressor.backbone.bos_id is not None
-        return [count_items(name, weighting, batch, bos) for name, weighting in self.weightings.items()]
+        return list(count_items(self.stage, SplitTexts.from_tensors(batch), bos).values())
 
     def forward(self, items: Sequence[float], **batch: Tensor) -> Tensor:
         """Loss of one micro-batch; `items` counts the whole optimiser step, per objective."""
-        split, by_name = SplitTexts.from_tensors(batch), dict(zip(self.weightings, items, strict=True))
-        stage, align = self.stage, None
-        if ALIGNMENT in stage.objectives:
-            align = partial(
-                alignment_loss,
-                teacher_BD=batch["teacher"],
-                items=by_name[ALIGNMENT],
-                kind=stage.alignment_loss,
-                to_teacher=self.compressor.projection or self.to_teacher,
-            )
-        return pretext_loss(
-            self.compressor, split, stage.objectives, self.weightings, by_name, stage.temperature, stage.bag_prompts, align
-        )
+        by_name = dict(zip(self.stage.objectives, items, strict=True))
+        split = SplitTexts.from_tensors(batch)
+        return stage_loss(self.compressor, split, self.stage, by_name, self.to_teacher)
 
     def save_map(self, folder: Path) -> None:
         """Write the map to the teacher, if there is one."""

@@ -1,10 +1,12 @@
 """Losses over the vocabulary that never hold the logits of all positions at once.
 
-For N positions and V words the logits of teacher and student would be 2·N·V floats, the largest tensors of a step.
+For N positions and V words the logits of teacher and student would be 2·N·V floats, the largest
+tensors of a step.
 The head is frozen, so only the gradient with respect to the student's states is wanted:
 
 1. take a chunk of positions, project it to logits
-2. form the chunk's loss and its gradient with respect to the logits by formula (softmax minus target), in float32
+2. form the chunk's loss and its gradient with respect to the logits by formula (softmax minus
+   target), in float32
 3. pull that gradient through the projection to the states at once; keep only it, N·D floats
 4. in the backward pass multiply the kept gradient by the incoming one
 """
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 
 Project = Callable[[Tensor], Tensor]
-ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # logits_NV, place → losses_N, gradient_NV
+# logits_NV, place → losses_N, gradient_NV
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 # Positions whose logits exist at once: on a CPU more are no faster, on a GPU fewer leave it idle.
 CHUNK, CHUNK_ON_GPU = 128, 1024
@@ -32,7 +35,7 @@ def chunked_kl(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Σ_i w_i KL(p_teacher,i ‖ p_student,i), the CTKD loss (METHOD 2; paper, eq. of CTKD).
+    """Σ_i w_i KL(p_teacher,i ‖ p_student,i), the loss of `ctkd` (paper, eq. of CTKD).
 
     Args:
         student_ND: decoder states; the gradient goes here.
@@ -47,24 +50,38 @@ def chunked_kl(
         log_student = _log_softmax(logits_NV, temperature)
         log_teacher = _log_softmax(project(teacher_ND[place]), temperature)
         p_teacher = log_teacher.exp()
-        losses = torch.linalg.vecdot(p_teacher, log_teacher.sub_(log_student))  # in place: four such matrices, no fifth
+        # in place: four such matrices, no fifth
+        losses = torch.linalg.vecdot(p_teacher, log_teacher.sub_(log_student))
         return losses, log_student.exp_().sub_(p_teacher).div_(temperature)
 
-    loss: Tensor = _Chunked.apply(student_ND, project, kl, weights_N, chunk)  # type: ignore[no-untyped-call]
-    return loss
+    return _in_chunks(student_ND, project, kl, weights_N, chunk)
 
 
 def chunked_cross_entropy(
-    student_ND: Tensor, targets_N: Tensor, project: Project, weights_N: Tensor, chunk: int | None = None
+    student_ND: Tensor,
+    targets_N: Tensor,
+    project: Project,
+    weights_N: Tensor,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Σ_i −w_i log p_student,i(target_i), the NLL and RC losses (METHOD 2). Arguments as for `chunked_kl`."""
+    """Σ_i −w_i log p_student,i(target_i), the loss of `continuation` and `reconstruction`.
+
+    Arguments as for `chunked_kl`.
+    """
     return chunked_bag_entropy(student_ND, targets_N[:, None], project, weights_N, chunk)
 
 
 def chunked_bag_entropy(
-    student_ND: Tensor, targets_NT: Tensor, project: Project, weights_N: Tensor, chunk: int | None = None
+    student_ND: Tensor,
+    targets_NT: Tensor,
+    project: Project,
+    weights_N: Tensor,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Σ_i −w_i Σ_t log p_student,i(target_it): every position has a bag of targets; a negative id is none."""
+    """Σ_i −w_i Σ_t log p_student,i(target_it): a bag of targets each; a negative id is none.
+
+    Other arguments as for `chunked_kl`.
+    """
 
     def cross_entropy(logits_NV: Tensor, place: slice) -> tuple[Tensor, Tensor]:
         log_student = _log_softmax(logits_NV, 1.0)
@@ -74,7 +91,11 @@ def chunked_bag_entropy(
         gradient = log_student.exp_().mul_(there.sum(1, keepdim=True))
         return losses, gradient.scatter_add_(1, targets, -there.to(gradient.dtype))
 
-    loss: Tensor = _Chunked.apply(student_ND, project, cross_entropy, weights_N, chunk)  # type: ignore[no-untyped-call]
+    return _in_chunks(student_ND, project, cross_entropy, weights_N, chunk)
+
+
+def _in_chunks(*given: Any) -> Tensor:
+    loss: Tensor = _Chunked.apply(*given)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -91,10 +112,16 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states_ND: Tensor, project: Project, of_chunk: ChunkLoss, weights_N: Tensor, chunk: int | None
+        ctx: Any,
+        states_ND: Tensor,
+        project: Project,
+        of_chunk: ChunkLoss,
+        weights_N: Tensor,
+        chunk: int | None,
     ) -> Tensor:
         chunk = chunk or (CHUNK if states_ND.device.type == "cpu" else CHUNK_ON_GPU)
-        total = torch.zeros((), dtype=torch.promote_types(states_ND.dtype, torch.float32), device=states_ND.device)
+        dtype = torch.promote_types(states_ND.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=states_ND.device)
         gradient_ND = torch.empty_like(states_ND)
         for start in range(0, len(states_ND), chunk):
             place = slice(start, start + chunk)
