@@ -11,7 +11,7 @@ import llm2comp
 from families import FAMILIES, SENTENCES, make_backbone, relative_error, snapshot, untouched
 from llm2comp.backbone.full import FullCopy
 from llm2comp.compressor import Compressor
-from llm2comp.encoder import as_sentence_transformer, embed_texts
+from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError, RecipeError
 from llm2comp.export import export, verify
 from llm2comp.pretext import pretext_loss
@@ -20,6 +20,7 @@ from llm2comp.tokens import SplitTexts, Tokens, position_ids
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.plan import plan
 from llm2comp.training.run import FOLDERS, train
+from oracles import embed_texts
 from tiny_run import make_tree
 
 FULL = AdapterSettings(kind="full")
