@@ -104,7 +104,7 @@ def test_gradient_is_that_of_two_separate_models(family, checkpointing):
     total.backward()
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
     pairs = [(compressor.memory.vectors_KD.grad, encoder.memory.vectors_KD.grad)]
-    mine, theirs = (dict(c.backbone.adapters.body.named_parameters()) for c in (compressor, encoder))
+    mine, theirs = (dict(c.backbone.adapters.copy.named_parameters()) for c in (compressor, encoder))
     pairs += [
         (mine[name].grad, theirs[name].grad) for name in mine if theirs[name].grad is not None and theirs[name].grad.any()
     ]

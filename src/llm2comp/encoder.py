@@ -13,8 +13,7 @@ from sentence_transformers.base.modules import InputModule
 from sentence_transformers.sentence_transformer.modules import Transformer, WordWeights
 from torch import Tensor
 
-from llm2comp.backbone import AdapterStack, Backbone
-from llm2comp.backbone.quantized import quantized_layers
+from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor
 from llm2comp.errors import DataError, RecipeError
 from llm2comp.memory import prefix_embeddings
@@ -134,7 +133,7 @@ def merge_adapters(model: SentenceTransformer) -> None:
     if not isinstance(module := model[0], MemoryEncoder):
         return
     backbone = module.compressor.backbone
-    if isinstance(backbone.adapters, AdapterStack) and backbone.adapters.names and not quantized_layers(backbone.lm):
+    if backbone.adapters.faster_merged:
         lm = backbone.adapters.merged()
         module.compressor.backbone = Backbone(lm, backbone.tokenizer, backbone.attention, backbone.name, backbone.bos).eval()
 
