@@ -124,7 +124,7 @@ def main() -> None:
     if asked.quick and asked.device == "cuda":
         parser.error("--quick is for the CPU")
     on_device = [name for name, setting in SETTINGS.items() if setting.device == asked.device]
-    usual = [name for name in on_device if name != "cpu-135m" and (name == "quick") == asked.quick]
+    usual = [name for name in on_device if not name.startswith("cpu-135m") and (name == "quick") == asked.quick]
     settings = [asked.setting] if asked.setting else usual
     names = [name for name in ROWS if name in (asked.only or ROWS)]
     ended_well = [run(setting, names, asked.out) for setting in settings]

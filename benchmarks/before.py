@@ -39,7 +39,7 @@ from llm2comp.training.trainers import PretextModel
 
 BEFORE, STOCK = "peft's layers", "stock"
 MAX_TOKENS = 512
-TARGET_SETTING = "cpu-135m"
+TARGET_SETTING = "cpu-135m-bf16"
 # Open for the life of the process: a context that nobody holds ends at once, and the adapters would be stacked again.
 FOLDED = contextlib.ExitStack()
 

@@ -84,6 +84,7 @@ CPU_135M = replace(
     pretext_lengths=(64, 128),
     note="the shape of SmolLM2-135M",
 )
+CPU_135M_BF16 = replace(CPU_135M, name="cpu-135m-bf16", dtype="bfloat16", note="the shape of SmolLM2-135M, bfloat16 weights")
 CUDA_7B = Setting(
     "cuda-7b",
     LLAMA2_7B,
@@ -106,4 +107,4 @@ CUDA_7B = Setting(
 )
 CUDA_06B = replace(CUDA_7B, name="cuda-0.6b", shape=QWEN3_06B, checkpointing=False, scl_mini_batch=None, scl_triples=128)
 
-SETTINGS = {setting.name: setting for setting in (CPU, QUICK, CPU_135M, CUDA_7B, CUDA_06B)}
+SETTINGS = {setting.name: setting for setting in (CPU, QUICK, CPU_135M, CPU_135M_BF16, CUDA_7B, CUDA_06B)}

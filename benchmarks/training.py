@@ -145,7 +145,9 @@ def release_pretext(setting: Setting) -> Side:
     return _pretext_side(setting, model, False, losses, setting.dtype)
 
 
-LIMITS = (1e-3, 0.15)  # of loss and gradient vector; half precision rounds every product
+# Of loss and gradient vector. In half precision every product is rounded: in a random model of 12 layers two ways to compute
+# the same gradient are each 0.25 from float32, and 0.09 from each other; deeper ones further (docs/log.md, 2026-11-27).
+LIMITS = (1e-3, 0.3)
 
 
 def _gemm_rows(setting: Setting) -> int:

@@ -237,11 +237,11 @@ def test_weights_of_memory_tokens_need_no_new_graph(folder):
     for first, want in expected.items():
         model = llm2comp.load(folder, num_memory=first, backend="openvino")
         assert close(embed_texts(model, READ), want)
-        assert identity(folder, model).name.endswith(f"openvino-float32-first-{first}")
+        assert identity(folder, model).name.endswith(f"openvino-float32-last-{first}")
     assert not close(expected[1], expected[2], 1e-2)
-    reweight(folder, [1.0, 0.0, 0.0])
+    reweight(folder, [0.0, 0.0, 1.0])
     model = llm2comp.load(folder, backend="openvino")
-    assert memory_weights(model) == [1.0] + [0.0] * (MEMORY - 1)
+    assert memory_weights(model) == [0.0] * (MEMORY - 1) + [1.0]
     assert close(embed_texts(model, READ), expected[1])
 
 

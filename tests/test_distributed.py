@@ -34,6 +34,7 @@ OTHERS = [
     ("pretext", PLAIN | {"train_embeddings": "all", "gradient_checkpointing": True}, {}),
     ("ucl", {"train_memory": True}, {}),
     ("ucl", {"train_memory": True, "denominator": "both_views", "mini_batch_size": 2}, {}),
+    ("ucl", {"train_memory": True, "views": "crop", "steps": 2}, {}),
     ("scl", {}, {}),
     ("scl", {"mini_batch_size": 2}, {}),
     ("scl", {"train_memory": True}, NESTED),

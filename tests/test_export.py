@@ -309,8 +309,8 @@ def live_states(model):
 
 WEIGHTINGS = {
     "mean": [1 / 3, 1 / 3, 1 / 3],
-    "first": prefix_weights(MEMORY, 1).tolist(),
-    "first two": prefix_weights(MEMORY, 2).tolist(),
+    "first": prefix_weights(MEMORY, 1, "first").tolist(),
+    "first two": prefix_weights(MEMORY, 2, "first").tolist(),
     "two clusters": [0.25, 0.5, 0.25],
 }
 

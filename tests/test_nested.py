@@ -1,20 +1,25 @@
-"""Nested memory: losses over the first j memory states, the mask that makes them a j-token encoder, and j at encode time."""
+"""Nested memory: losses over its prefixes, the mask that cuts it, fewer states at encode time."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 import llm2comp
 from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, push_adapter, relative_error
-from llm2comp.compressor import Compressor
+from llm2comp.analyze import write_weights
+from llm2comp.compressor import STATE_FILE, Compressor
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
-from llm2comp.export import export, reweight
+from llm2comp.export import export, memory_weights, reweight
 from llm2comp.loading import identity
-from llm2comp.memory import MemoryTokens, maxsim, mean_weights, prefix_embeddings, prefix_weights, separate_sight
+from llm2comp.memory import MemoryTokens, maxsim, mean_weights, prefix_embeddings, prefix_of, prefix_weights, separate_sight
 from llm2comp.pretext import DEFAULT_WEIGHTING, count_items, pretext_loss
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, parse_recipe
 from llm2comp.tokens import SplitTexts, Tokens
@@ -28,9 +33,14 @@ WINDOWED = {"mistral-window", "gemma2", "gemma3"}
 K = 4
 
 
-def make_nested(family="llama", nested=(1, 2), tokens=K, attention="full"):
+orders = pytest.mark.parametrize("order", ["last", "first"])
+
+
+def make_nested(family="llama", nested=(1, 2), tokens=K, attention="full", order="last"):
     memory = MemorySettings(tokens=tokens, nested=nested, attention=attention)
     compressor = Compressor.fresh(make_backbone(family), memory, 3)
+    assert compressor.order == "last"
+    compressor.order = order
     push_adapter(compressor.backbone, "pretext")
     return compressor.eval()
 
@@ -69,11 +79,15 @@ def test_nothing_nests_without_memory_tokens(memory):
 
 def test_prefix_embeddings_and_weights():
     memory = torch.randn(5, K, 7, generator=torch.Generator().manual_seed(0))
-    found = prefix_embeddings(memory, (1, 3, K))
-    for place, first in enumerate((1, 3, K)):
-        assert torch.allclose(found[:, place], memory[:, :first].mean(1), atol=1e-6)
-    assert prefix_weights(4, 2).tolist() == [0.5, 0.5, 0.0, 0.0]
-    assert torch.equal(prefix_weights(3, 3), mean_weights(3))
+    for order, begin in (("first", lambda size: 0), ("last", lambda size: K - size)):
+        found = prefix_embeddings(memory, (1, 3, K), order)
+        for place, size in enumerate((1, 3, K)):
+            part = memory[:, begin(size) : begin(size) + size]
+            assert torch.equal(prefix_of(memory, size, order), part)
+            assert torch.allclose(found[:, place], part.mean(1), atol=1e-6)
+        assert torch.equal(prefix_weights(3, 3, order), mean_weights(3))
+    assert prefix_weights(4, 2, "first").tolist() == [0.5, 0.5, 0.0, 0.0]
+    assert prefix_weights(4, 2, "last").tolist() == [0.0, 0.0, 0.5, 0.5]
 
 
 def test_maxsim_is_the_naive_double_loop():
@@ -122,9 +136,10 @@ def assert_gradients(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("objectives", [{"ctkd": 1.0}, {"ctkd": 1.0, "continuation": 0.3, "reconstruction": 0.1}])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(family, objectives, monkeypatch):
-    """Against the same encoder cut to one prefix at a time: same memory states, the decoder reads the first j."""
-    compressor = make_nested(family).train()
+@orders
+def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(order, family, objectives, monkeypatch):
+    """Against the same encoder cut to one prefix at a time: the decoder reads its states alone."""
+    compressor = make_nested(family, order=order).train()
     compressor.learn(memory=True)
     batch = batch_of(compressor)
     items = items_of(compressor, objectives, batch)
@@ -137,7 +152,8 @@ def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(family, objectives, 
     compressor.prefixes = (K,)
     singles = []
     for first in (1, 2, K):
-        monkeypatch.setattr(compressor, "encode", lambda tokens, first=first: encode(tokens)[:, :first])
+        part = slice(0, first) if order == "first" else slice(K - first, K)
+        monkeypatch.setattr(compressor, "encode", lambda tokens, part=part: encode(tokens)[:, part])
         singles.append(pretext_loss(compressor, batch, objectives, DEFAULT_WEIGHTING, items))
     assert max(singles) - min(singles) > 1e-3, "vacuous: all prefixes alike"
     expected = torch.stack(singles).mean()
@@ -165,7 +181,9 @@ def naive_nested(compressor, stage, columns, prefixes, dims):
     rows = [compressor.backbone.tokenise(column) for column in columns]
     states = [torch.cat([compressor.encode(Tokens.pad([ids], "left")) for ids in column]) for column in rows]
     for first in prefixes:
-        anchors, *candidates = (memory_BKD[:, :first].mean(1) for memory_BKD in states)
+        begin = 0 if compressor.order == "first" else K - first
+        part = slice(begin, begin + first)
+        anchors, *candidates = (states_BKD[:, part].mean(1) for states_BKD in states)
         for dim in dims:
             cut = anchors[:, :dim], torch.cat(candidates)[:, :dim]
             total.append(naive(*cut, stage.temperature, cut[0] if both else None))
@@ -178,8 +196,9 @@ def naive_nested(compressor, stage, columns, prefixes, dims):
     ("stage", "negatives"),
     [(UclStage(**DATA), 0), (UclStage(**DATA, denominator="both_views"), 0), (SclStage(**DATA), 0), (SclStage(**DATA), 2)],
 )
-def test_contrastive_loss_is_the_mean_over_prefixes(stage, negatives, mini_batch_size, dims):
-    compressor = make_nested().train()
+@orders
+def test_contrastive_loss_is_the_mean_over_prefixes(order, stage, negatives, mini_batch_size, dims):
+    compressor = make_nested(order=order).train()
     model = as_sentence_transformer(compressor, 64).train()
     stage = stage.model_copy(update={"mini_batch_size": mini_batch_size, "matryoshka_dims": dims, "temperature": 0.2})
     columns = columns_of(negatives)
@@ -343,7 +362,7 @@ def test_separate_memory_is_exported_only_if_causal(tmp_path):
     live = as_sentence_transformer(causal, 40)
     export(live, tmp_path / "model")
     assert relative_error(embed_texts(llm2comp.load(tmp_path / "model"), TEXTS), embed_texts(live, TEXTS)) < 1e-5
-    assert "first 1, 2 memory states are trained" in (tmp_path / "model" / "README.md").read_text()
+    assert "last 1, 2 memory states are trained" in (tmp_path / "model" / "README.md").read_text()
 
 
 # --- j at encode time
@@ -356,18 +375,18 @@ def folder(tmp_path_factory):
     return place
 
 
-def first_states(first, texts=TEXTS):
+def last_states(size, texts=TEXTS):
     compressor = make_compressor()
     with torch.no_grad():
-        return compressor.encode(padded(compressor, texts))[:, :first].mean(1)
+        return compressor.encode(padded(compressor, texts))[:, -size:].mean(1)
 
 
 @pytest.mark.parametrize("first", [1, 2, MEMORY])
-def test_num_memory_is_the_mean_of_the_first_states(folder, first):
+def test_num_memory_is_the_mean_of_the_last_states(folder, first):
     found = embed_texts(llm2comp.load(folder, "cpu", num_memory=first), TEXTS)
-    assert relative_error(found, first_states(first)) < 1e-5
+    assert relative_error(found, last_states(first)) < 1e-5
     plain = embed_texts(llm2comp.load(folder, "cpu"), TEXTS)
-    assert relative_error(plain, first_states(MEMORY)) < 1e-5, "nothing was written"
+    assert relative_error(plain, last_states(MEMORY)) < 1e-5, "nothing was written"
     assert (relative_error(plain, found) < 1e-5) == (first == MEMORY)
 
 
@@ -378,7 +397,7 @@ def test_num_memory_of_a_run_and_its_stages(place, first):
     live = llm2comp.load(run / ("3-scl" if place in (".", "model") else place), "cpu")
     compressor = live[0].compressor
     with torch.no_grad():
-        expected = compressor.encode(padded(compressor))[:, :first].mean(1)
+        expected = compressor.encode(padded(compressor))[:, -first:].mean(1)
     assert relative_error(embed_texts(llm2comp.load(run / place, "cpu", first), TEXTS), expected) < 1e-5
 
 
@@ -388,7 +407,7 @@ def test_num_memory_has_an_identity_of_its_own(place):
     found = {first: identity(run / place, llm2comp.load(run / place, "cpu", first)) for first in (None, 1, 2, 3)}
     assert found[None] == found[3], "all of them, by the mean, is what is stored"
     assert len({who.revision for who in found.values()}) == 3
-    assert found[2].name == f"{found[None].name}-first-2"
+    assert found[2].name == f"{found[None].name}-last-2"
     assert found[2] == identity(run / place, llm2comp.load(run / place, "cpu", 2))
 
 
@@ -468,10 +487,90 @@ def tree_with_causal(folder):
     return parse_recipe(tree | {"model": tree["model"] | {"attention": "causal"}})
 
 
-def test_evaluation_of_the_first_states():
+def test_evaluation_of_the_last_states():
     from llm2comp.evaluate import Options, _encoder
 
     run = Path(finished()[1])
     encoder = _encoder(str(run), [], {}, Options(device="cpu", num_memory=2))
-    assert encoder.mteb_model_meta.name.endswith("-first-2")
+    assert encoder.mteb_model_meta.name.endswith("-last-2")
     assert torch.equal(embed_texts(encoder.model, TEXTS), embed_texts(llm2comp.load(run, "cpu", 2), TEXTS))
+
+
+# --- the order
+
+
+def test_one_state_of_an_exported_encoder_is_last_token_pooling(tmp_path):
+    """So are `num_memory=1` of its folder, and a folder exported with it."""
+    live = as_sentence_transformer(make_nested(), 40)
+    export(live, tmp_path / "model")
+    transformer = SentenceTransformer(str(tmp_path / "model"), device="cpu")[0]
+    stock = SentenceTransformer(modules=[transformer, Pooling(32, "lasttoken")], device="cpu")
+    expected = embed_texts(stock, TEXTS)
+    one = llm2comp.load(tmp_path / "model", "cpu", num_memory=1)
+    assert relative_error(embed_texts(one, TEXTS), expected) < 1e-6
+    whole = embed_texts(llm2comp.load(tmp_path / "model", "cpu"), TEXTS)
+    assert relative_error(whole, expected) > 0.05, "vacuous: all states alike"
+    live[0].compressor.use_prefix(1)
+    assert relative_error(embed_texts(live, TEXTS), expected) < 1e-5
+    export(live, tmp_path / "one")
+    modules = json.loads((tmp_path / "one" / "modules.json").read_text())
+    assert [module["type"].split(".")[-1] for module in modules] == ["Transformer", "Pooling"]
+    assert "plain last-token pooling" in (tmp_path / "one" / "README.md").read_text()
+    again = llm2comp.load(tmp_path / "one", "cpu", num_memory=1)
+    assert relative_error(embed_texts(again, TEXTS), expected) < 1e-5
+    assert memory_weights(again) == [0.0] * (K - 1) + [1.0]
+    with pytest.raises(ModelFolderError, match="cannot give so many memory states") as caught:
+        llm2comp.load(tmp_path / "one", "cpu", num_memory=2)
+    assert "1 to 1" in str(caught.value)
+
+
+@orders
+def test_the_order_goes_with_the_folder(order, tmp_path):
+    """Of a stage and of an export; earlier versions wrote none, which means `first`."""
+    compressor = make_nested(order=order)
+    compressor.save(tmp_path / "stage", "pretext")
+    export(as_sentence_transformer(compressor, 40), tmp_path / "model")
+    with torch.no_grad():
+        states = compressor.encode(padded(compressor))
+    means = {"first": states[:, :2].mean(1), "last": states[:, -2:].mean(1)}
+    assert relative_error(means["first"], means["last"]) > 0.05, "vacuous: all states alike"
+
+    def check(said):
+        again = make_nested(order="first" if order == "last" else "last")
+        again.load(tmp_path / "stage", "pretext")
+        again.use_prefix(2)
+        assert again.order == said
+        assert relative_error(again(padded(again)).detach(), means[said]) < 1e-5
+        folder = llm2comp.load(tmp_path / "model", "cpu", num_memory=2)
+        assert relative_error(embed_texts(folder, TEXTS), means[said]) < 1e-5
+        assert identity(tmp_path / "model", folder).name.endswith(f"-{said}-2")
+
+    check(order)
+    file, config = tmp_path / "stage" / STATE_FILE, tmp_path / "model" / "config.json"
+    save_file(load_file(file), file)
+    settings = json.loads(config.read_text())
+    assert settings.pop("llm2comp_memory_order") == order
+    config.write_text(json.dumps(settings))
+    check("first")
+
+
+def test_other_weights_leave_the_order(tmp_path):
+    run = Path(shutil.copytree(finished()[1], tmp_path / "run"))
+    write_weights(str(run), [0.25, 0.5, 0.25])
+    for place in ("3-scl", "model"):
+        found = llm2comp.load(run / place, "cpu", num_memory=1)
+        assert identity(run / place, found).name.endswith("-last-1")
+
+
+def test_training_goes_on_in_the_order_of_the_stage_before(tmp_path):
+    """A run that an earlier version began: its stage 1 says nothing of an order."""
+    tree = make_tree(tmp_path, memory={"tokens": 3, "nested": [1]}, scl=None)
+    run = llm2comp.train(parse_recipe(tree), tmp_path / "run")
+    assert llm2comp.load(run / "2-ucl")[0].compressor.order == "last"
+    shutil.rmtree(run / "2-ucl")
+    shutil.rmtree(run / "model")
+    file = run / "1-pretext" / STATE_FILE
+    save_file(load_file(file), file)
+    llm2comp.train(parse_recipe(tree), run)
+    assert llm2comp.load(run / "2-ucl")[0].compressor.order == "first"
+    assert identity(run, llm2comp.load(run, num_memory=1)).name.endswith("-first-1")

@@ -125,7 +125,7 @@ def test_each_prefix_of_nested_memory_is_projected(size):
         found = model[0]({"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT})["sentence_embedding"]
         assert found.shape == (len(TEXTS), 3, SIZES[size])
         for place, first in enumerate((1, 2, 4)):
-            compressor.use_first(first)
+            compressor.use_prefix(first)
             assert torch.allclose(found[:, place], compressor(tokens), atol=1e-6)
 
 
@@ -345,7 +345,7 @@ def test_verify_finds_another_projection(exported, tmp_path):
 def test_num_memory_and_other_weights_stand_before_it(exported, first, tmp_path):
     model = make_model("narrow")
     compressor = model[0].compressor
-    compressor.use_first(first)
+    compressor.use_prefix(first)
     expected = embed_texts(model, READ)
     found = embed_texts(llm2comp.load(exported[0] / "narrow", "cpu", num_memory=first), READ)
     assert relative_error(found, expected) < 1e-5

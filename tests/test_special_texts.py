@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from families import MEMORY, TEXTS, make_compressor, relative_error
 from llm2comp.encoder import as_sentence_transformer
-from llm2comp.export import export, load_folder, memory_ids, memory_names, memory_weights, reweight, use_first
+from llm2comp.export import export, load_folder, memory_ids, memory_names, memory_weights, reweight, use_prefix
 from llm2comp.recipe import EncoderSettings
 from llm2comp.vectors import memory_vectors
 from oracles import embed_texts
@@ -99,7 +99,10 @@ def test_many_vectors(tmp_path):
 
 
 def old_folder(folder):
-    """As earlier versions wrote it: memory tokens are added special tokens, of the same names and ids."""
+    """As earlier versions wrote it: memory tokens are added special tokens, no order is written."""
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("llm2comp_memory_order") == "last"
+    (folder / "config.json").write_text(json.dumps(config))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = memory_ids(load_folder(folder))
     tokenizer.add_special_tokens({"additional_special_tokens": list(ids)})
@@ -118,8 +121,9 @@ def test_folders_of_the_older_format_are_read_and_weighted(tmp_path):
     assert memory_names(model) == list(ids) == OURS[:MEMORY]
     assert memory_weights(model) == pytest.approx([1 / 3] * 3)
     assert relative_error(embed_texts(model, TEXTS), embed_texts(live, TEXTS)) < 1e-5
-    use_first(model, 1)
-    live[0].compressor.use_first(1)
+    use_prefix(model, 1)
+    live[0].compressor.order = "first"
+    live[0].compressor.use_prefix(1)
     assert relative_error(embed_texts(model, TEXTS), embed_texts(live, TEXTS)) < 1e-5
     reweight(tmp_path / "model", [1.0, 0.0, 0.0])
     assert relative_error(embed_texts(load_folder(tmp_path / "model"), TEXTS), embed_texts(live, TEXTS)) < 1e-5

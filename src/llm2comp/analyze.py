@@ -20,6 +20,7 @@ from llm2comp.analysis.context import SITE_MARGIN, context_recovered, split_samp
 from llm2comp.analysis.geometry import alignment, random_pair_cosines, related_pair_cosines, score_summary
 from llm2comp.analysis.plots import heatmap_figure, save_figure, scores_figure, spectrum_figure
 from llm2comp.analysis.readout import Readout, read_out
+from llm2comp.backbone.sharded import header_of
 from llm2comp.compressor import STATE_FILE, Compressor
 from llm2comp.data.sources import Pair
 from llm2comp.embed import embed
@@ -179,7 +180,8 @@ def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
             raise ModelFolderError(
                 "another number of memory tokens", where=str(file), expected=len(tensors["weights"]), found=len(weights_K)
             )
-        write_bytes(file, save(tensors | {"weights": torch.tensor(weights_K, dtype=torch.float32)}))
+        tensors["weights"] = torch.tensor(weights_K, dtype=torch.float32)
+        write_bytes(file, save(tensors, header_of(file)))
         changed.append(stage)
     return changed
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from llm2comp.backbone import Backbone
 from llm2comp.backbone.probes import probe_separate
-from llm2comp.backbone.sharded import fill, gathered, save_whole
+from llm2comp.backbone.sharded import fill, gathered, header_of, save_whole
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
 from llm2comp.memory import (
     MemoryTokens,
+    Order,
     embedding_from_memory,
     mean_weights,
     new_projection,
@@ -96,6 +97,7 @@ class Compressor(nn.Module):
                 found=self.settings.pooling,
             )
         self.prefixes = tuple(sorted({*nested, self.states}))
+        self.order: Order = "last"  # of the prefixes; `load` takes it from the stage
         # Under causal attention nothing sees what comes later: no mask is needed.
         self.separate = attention == "separate" and backbone.attention == "bidirectional"
         if self.separate:
@@ -172,11 +174,17 @@ class Compressor(nn.Module):
         """Pooled states (..., D) behind the projection (..., width), if there is one."""
         return pooled if self.projection is None else self.projection(pooled)
 
-    def use_first(self, first: int) -> None:
-        """Let the embedding be the mean of the first memory states. Raises ModelFolderError: there are not so many."""
-        if not 1 <= first <= self.memory.count:
-            raise too_few_memory_tokens(self.memory.count, first)
-        self.get_buffer("weights_K").copy_(prefix_weights(self.memory.count, first))
+    def use_prefix(self, size: int) -> None:
+        """Let the embedding be the mean of so many states. Raises ModelFolderError: too many."""
+        if not 1 <= size <= self.memory.count:
+            raise too_few_memory_tokens(self.memory.count, size)
+        self.get_buffer("weights_K").copy_(prefix_weights(self.memory.count, size, self.order))
+
+    @property
+    def last_alone(self) -> bool:
+        """Whether the embedding is the last position's state: what last-token pooling gives."""
+        others = self.get_buffer("weights_K")[:-1]
+        return self.settings.pooling != "mean" and not bool(others.any())
 
     def learn(self, memory: bool, embeddings: bool = False) -> None:
         """Choose what learns beside the newest adapter: memory tokens and projection; the encoder's own embedding table."""
@@ -206,7 +214,7 @@ class Compressor(nn.Module):
             tensors = self._beside_adapters() | {"weights": self.get_buffer("weights_K")}
             if self.embedding is not None:
                 tensors["embeddings"] = next(self.embedding.parameters())
-            save_whole(tensors, folder / STATE_FILE)
+            save_whole(tensors, folder / STATE_FILE, {"order": self.order})
             self.backbone.adapters.save(adapter, folder / "adapter")
 
     def _saved(self, adapter: str) -> list[nn.Parameter]:
@@ -226,6 +234,8 @@ class Compressor(nn.Module):
         """
         try:
             tensors = load_file(folder / STATE_FILE)
+            ordered = header_of(folder / STATE_FILE).get("order")  # earlier versions: none
+            self.order = "last" if ordered == "last" else "first"
             if "embeddings" in tensors:
                 self._own_embedding()
             with gathered(self._saved(adapter)):

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 from sentence_transformers.sentence_transformer.modules import Transformer, WordWeights
-from torch import Tensor
 
 from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor
@@ -40,8 +39,11 @@ class MemoryEncoder(InputModule):
         self.max_tokens = compressor.max_tokens(max_tokens)
         self.role_max_tokens = {role: compressor.max_tokens(n) for role, n in (role_max_tokens or {}).items()}
         self.tokenizer = compressor.backbone.tokenizer
-        # Set by a nested loss: embeddings are then (B, P, D), the mean of the first j memory states for each j here.
+        # Set by a nested loss: embeddings are then (B, P, D), the mean of so many memory states
+        # for each number here, in the compressor's order.
         self.prefixes: tuple[int, ...] = ()
+        # Set by a loss that shows the texts to another encoder: features then hold `texts`, too.
+        self.keeps_texts = False
 
     @property
     def max_seq_length(self) -> int:
@@ -61,13 +63,12 @@ class MemoryEncoder(InputModule):
         """D, or what the projection makes of it."""
         return self.compressor.width
 
-    def preprocess(
-        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any
-    ) -> dict[str, Tensor]:
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any) -> dict[str, Any]:
         """Texts, after their prompt, as left-padded token ids. Errors as `rows`."""
         pad_id = self.compressor.backbone.pad_id
         tokens = Tokens.pad(self.rows(inputs, prompt, task), "left", pad_id)
-        return {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
+        features = {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
+        return features | {"texts": list(inputs)} if self.keeps_texts else features
 
     def rows(self, texts: Sequence[str], prompt: str | None = None, role: str | None = None) -> list[list[int]]:
         """Token ids of texts after their prompt, BOS first, cut to the limit of the role.
@@ -86,12 +87,14 @@ class MemoryEncoder(InputModule):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, D), or (B, P, D) under a nested loss."""
+        compressor = self.compressor
         tokens = Tokens(features["input_ids"], features["attention_mask"])
-        features["sentence_embedding"] = (
-            self.compressor.project(prefix_embeddings(self.compressor.encode(tokens), self.prefixes))
-            if self.prefixes
-            else self.compressor(tokens)
-        )
+        if self.prefixes:
+            memory_BKD = compressor.encode(tokens)
+            means_BPD = prefix_embeddings(memory_BKD, self.prefixes, compressor.order)
+            features["sentence_embedding"] = compressor.project(means_BPD)
+        else:
+            features["sentence_embedding"] = compressor(tokens)
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:

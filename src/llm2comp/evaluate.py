@@ -61,7 +61,7 @@ class Options:
         max_tokens_per_batch: tokens at once, padding included; None = by the device.
         rehearse: made-up data instead of the real.
         device: None = the best there is.
-        num_memory: j: the mean of the first j memory states; None = all, by their stored weights.
+        num_memory: j: the mean of j memory states, as `load`; None = all, by their stored weights.
     """
 
     tasks: tuple[str, ...] = ()

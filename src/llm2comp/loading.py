@@ -53,7 +53,8 @@ def load(
             causal LM NAME as a training-free encoder, one of BASELINES), the folder of a saved one, or the Hub id of a
             sentence-transformers model.
         device: `cpu`, `cuda`, `mps`; default: the best there is.
-        num_memory: j: the embedding is the mean of the first j memory states; default: all, by their stored weights.
+        num_memory: j: the embedding is the mean of the last j memory states, of an encoder that
+            an earlier version trained of the first j; default: all, by their stored weights.
         backend: `torch`; `openvino` or `onnx`: the compiled graph in an exported folder, on the CPU (docs/speed.md).
         dtype: of weights and computing under torch; default: what the folder, the recipe or the Hub model says.
         merged: put a live encoder's adapters into its weights: faster, for encoding alone (no frozen LM is left).
@@ -63,7 +64,7 @@ def load(
         BackboneError: no such device or dtype; a causal LM that cannot be loaded. RecipeError: settings of a saved baseline.
     """
     from llm2comp.encoder import merge_adapters
-    from llm2comp.export import use_first
+    from llm2comp.export import use_prefix
 
     if dtype not in get_args(Dtype):
         raise BackboneError("no such dtype", where="dtype", expected=", ".join(get_args(Dtype)), found=dtype)
@@ -74,7 +75,7 @@ def load(
     if merged:
         merge_adapters(model)
     if num_memory is not None:
-        use_first(model, num_memory)
+        use_prefix(model, num_memory)
     return model
 
 
@@ -169,15 +170,16 @@ def identity(path: str | Path, model: SentenceTransformer) -> Identity:
     """
     from llm2comp.compiled import compiled_of
     from llm2comp.export import memory_weights
-    from llm2comp.memory import mean_weights, prefix_weights
+    from llm2comp.memory import Order, mean_weights, prefix_weights
 
     who, weights = _identity(path, model), memory_weights(model)
     if graph := compiled_of(model):
         who = Identity(f"{who.name}-{graph.backend}-{graph.precision}", _short(f"{who.revision}:{graph.digest}"))
     if not weights or weights == mean_weights(len(weights)).tolist():
         return who
-    count, first = len(weights), sum(weight > 0 for weight in weights)
-    part = f"-first-{first}" if weights == prefix_weights(count, first).tolist() else ""
+    count, size = len(weights), sum(weight > 0 for weight in weights)
+    orders = [o for o in get_args(Order) if weights == prefix_weights(count, size, o).tolist()]
+    part = "".join(f"-{order}-{size}" for order in orders)
     return Identity(who.name + part, _short(f"{who.revision}:{weights}"))
 
 

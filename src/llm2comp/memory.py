@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+# Which of the memory tokens come first when some of them stand for the text: those from the last
+# on, so that one of them is plain last-token pooling. Encoders of earlier versions: from the first.
+Order = Literal["last", "first"]
 
 
 class MemoryTokens(nn.Module):
@@ -40,9 +45,15 @@ def mean_weights(count: int) -> Tensor:
     return torch.full((count,), 1.0 / count)
 
 
-def prefix_weights(count: int, first: int) -> Tensor:
-    """The mean of the first `first` of `count` memory tokens, the others 0."""
-    return torch.cat([mean_weights(first), torch.zeros(count - first)])
+def prefix_of(memory_BKD: Tensor, size: int, order: Order) -> Tensor:
+    """The `size` memory states that come first in an order: memory_BKD with fewer K."""
+    return memory_BKD[:, :size] if order == "first" else memory_BKD[:, -size:]
+
+
+def prefix_weights(count: int, size: int, order: Order) -> Tensor:
+    """Weights of `count` memory tokens for the mean of a prefix: 1 / size in it, 0 elsewhere."""
+    inside, outside = mean_weights(size), torch.zeros(count - size)
+    return torch.cat([inside, outside] if order == "first" else [outside, inside])
 
 
 def embedding_from_memory(memory_BKD: Tensor, weights_K: Tensor) -> Tensor:
@@ -50,9 +61,10 @@ def embedding_from_memory(memory_BKD: Tensor, weights_K: Tensor) -> Tensor:
     return torch.einsum("bkd,k->bd", memory_BKD.float(), weights_K.float())
 
 
-def prefix_embeddings(memory_BKD: Tensor, prefixes: Sequence[int]) -> Tensor:
-    """Mean of the first j memory states for each j of P prefixes, in float32: embeddings_BPD."""
-    weights_PK = torch.stack([prefix_weights(memory_BKD.shape[1], first) for first in prefixes])
+def prefix_embeddings(memory_BKD: Tensor, prefixes: Sequence[int], order: Order) -> Tensor:
+    """Mean over each of P prefixes, named by their sizes, in float32: embeddings_BPD."""
+    count = memory_BKD.shape[1]
+    weights_PK = torch.stack([prefix_weights(count, size, order) for size in prefixes])
     return torch.einsum("bkd,pk->bpd", memory_BKD.float(), weights_PK.to(memory_BKD.device))
 
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,13 +24,22 @@ def writes() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def save_whole(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors, each whole, as safetensors."""
+Facts = dict[str, str]
+
+
+def save_whole(tensors: Mapping[str, Tensor], file: Path, facts: Facts | None = None) -> None:
+    """Write tensors, each whole, as safetensors; `facts` go into its header."""
     found = {name: _whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
     if writes():
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(found, file)
+        save_file(found, file, facts)
         open_to_others(file)
+
+
+def header_of(file: Path) -> Facts:
+    """The `facts` that `save_whole` wrote."""
+    with safe_open(file, "pt") as content:
+        return content.metadata() or {}
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ LocalOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the best there is.", metavar="NAME")]
 MemoryOption = Annotated[
-    int | None, typer.Option(min=1, help="Use the first N memory tokens only; default: all (docs/memory.md).", metavar="N")
+    int | None, typer.Option(min=1, help="Use the last N memory tokens only; default: all (docs/memory.md).", metavar="N")
 ]
 TokensOption = Annotated[
     int | None,

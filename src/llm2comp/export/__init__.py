@@ -42,7 +42,7 @@ from llm2comp.export.golden import (
     verify,
 )
 from llm2comp.export.stock import stock_model
-from llm2comp.export.weights import memory_ids, memory_names, memory_weights, set_weights, use_first, word_weights
+from llm2comp.export.weights import memory_ids, memory_names, memory_weights, set_weights, use_prefix, word_weights
 from llm2comp.files import EXPORTED, new_folder, refuse_foreign, to_json, write_text
 from llm2comp.vectors import embed_texts, memory_vectors
 
@@ -57,7 +57,7 @@ __all__ = [
     "memory_weights",
     "reweight",
     "set_weights",
-    "use_first",
+    "use_prefix",
     "verify",
 ]
 

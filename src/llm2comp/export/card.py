@@ -19,7 +19,8 @@ MANY = (
     "A text is as many vectors as there are memory tokens, each of length 1, scored by MaxSim. All other tokens are on the\n"
     "skiplist of `MultiVectorMask`, for queries too: a server that skips nothing in queries would score all their tokens. "
 )
-NESTED = "The means of its first {} memory states are trained embeddings, too. "
+LAST = "The embedding is the state of the last memory token: plain last-token pooling. "
+NESTED = "The means of its {} {} memory states are trained embeddings, too. "
 
 
 def write_card(module: MemoryEncoder, facts: dict[str, str], golden_file: str, multi_vector: bool) -> str:
@@ -31,9 +32,11 @@ def write_card(module: MemoryEncoder, facts: dict[str, str], golden_file: str, m
     if compressor.projection is not None:
         facts = {"projection": f"linear, {compressor.projection.in_features} to {compressor.width} dimensions"} | facts
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
-    note = MANY if multi_vector else WEIGHTED if compressor.states > 1 else ""
+    note = ""
+    if compressor.states > 1:
+        note = MANY if multi_vector else LAST if compressor.last_alone else WEIGHTED
     if smaller := compressor.prefixes[:-1]:
-        note += NESTED.format(", ".join(map(str, smaller)))
+        note += NESTED.format(compressor.order, ", ".join(map(str, smaller)))
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: sentence-similarity

@@ -5,8 +5,8 @@
 3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens behind every text, cut or not. Memory
    tokens are ids of this template alone, in no vocabulary: a name in one would be found in texts that happen to hold it
 4. write `is_causal: false` (bidirectional encoders) into the config
-5. pool: memory tokens by their weight, all else 0 (WordWeights, then mean); one memory token, or a prompt's last one: by
-   last token; the text's tokens: mean, BOS as good as none
+5. pool: memory tokens by their weight, all else 0 (WordWeights, then mean); the last or only
+   memory token, or a prompt's last one: by last token; the text's tokens: mean, BOS as good as none
 6. put the projection, if there is one, behind the pooling (Dense). Where memory tokens are weighed, put it before that, on the
    token states: the map of a mean is the mean of the maps, and WordWeights gives float32, which Dense refuses in a model of
    half precision
@@ -32,6 +32,8 @@ from llm2comp.encoder import MemoryEncoder
 from llm2comp.errors import BackboneError, ModelFolderError
 
 MEMORY_NAME = re.compile(r"<(llm2comp_)*mem_\d+>")
+# Key of the folder's config.json for the order of prefixes. Earlier versions wrote none: "first".
+ORDER_KEY = "llm2comp_memory_order"
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 # Gemma 3 halves its sliding window when it reads this key; `is_causal` alone suffices there.
 NO_BIDIRECTIONAL_KEY = {"gemma3_text", "gemma3"}
@@ -87,6 +89,8 @@ def _write_transformer(module: MemoryEncoder, folder: Path) -> dict[str, int]:
         body.config.is_causal = False
         if body.config.model_type not in NO_BIDIRECTIONAL_KEY:
             body.config.use_bidirectional_attention = True
+    if ids:
+        setattr(body.config, ORDER_KEY, compressor.order)
     body.save_pretrained(folder)
     tokenizer.model_max_length = module.max_seq_length
     tokenizer.save_pretrained(folder)
@@ -137,7 +141,7 @@ def _any_token(backend: Any) -> str:
 def _pooling(compressor: Compressor, transformer: Any, memory: dict[str, int]) -> list[Any]:
     """Step 5 of the module docstring."""
     width = int(compressor.backbone.embedding_table.shape[1])
-    if compressor.settings.pooling == "last_token" or len(memory) == 1:
+    if compressor.last_alone:
         return [Pooling(width, "lasttoken")]
     if compressor.settings.pooling == "memory":
         weights, rest = dict(zip(memory, compressor.get_buffer("weights_K").tolist(), strict=True)), 0.0

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer, WordWeights
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer, WordWeights
 from tokenizers.processors import TemplateProcessing
 
 from llm2comp.compressor import too_few_memory_tokens
 from llm2comp.encoder import MemoryEncoder
-from llm2comp.export.stock import MEMORY_NAME
-from llm2comp.memory import prefix_weights
+from llm2comp.export.stock import MEMORY_NAME, ORDER_KEY
+from llm2comp.memory import Order, prefix_weights
 
 
 def memory_ids(model: SentenceTransformer) -> dict[str, int]:
@@ -53,7 +53,8 @@ def memory_weights(model: SentenceTransformer) -> list[float] | None:
     if not (ids := memory_ids(model)):
         return None
     if (words := word_weights(model)) is None:
-        return [1.0]  # one memory token is pooled as the last one
+        size = len(ids) if _last_token(model) else 1
+        return prefix_weights(size, 1, "last").tolist()
     found: list[float] = words.emb_layer.weight[list(ids.values()), 0].tolist()
     return found
 
@@ -69,17 +70,29 @@ def set_weights(model: SentenceTransformer, weights_K: Sequence[float]) -> None:
         rows[list(ids.values()), 0] = torch.tensor(weights_K, dtype=rows.dtype, device=rows.device)
 
 
-def use_first(model: SentenceTransformer, first: int) -> None:
-    """Let a model's embedding be the mean of its first memory states.
+def use_prefix(model: SentenceTransformer, size: int) -> None:
+    """Let a model's embedding be the mean of so many memory states, in the order of its own.
 
     Raises:
-        ModelFolderError: the model has not so many memory tokens, or none.
+        ModelFolderError: the model has not so many memory tokens to give, or none.
     """
     if isinstance(model[0], MemoryEncoder):
-        model[0].compressor.use_first(first)
+        model[0].compressor.use_prefix(size)
         return
-    count = len(memory_names(model) or ())
-    if not 1 <= first <= count:
-        raise too_few_memory_tokens(count, first)
-    if count > 1:
-        set_weights(model, prefix_weights(count, first).tolist())
+    count, weighed = len(memory_ids(model)), word_weights(model) is not None
+    given = count if weighed else min(count, int(_last_token(model)))
+    if not 1 <= size <= given:
+        raise too_few_memory_tokens(given, size)
+    if weighed:
+        set_weights(model, prefix_weights(count, size, memory_order(model)).tolist())
+
+
+def memory_order(model: SentenceTransformer) -> Order:
+    """From which end the prefixes of a loaded folder that `export` wrote begin."""
+    module: Any = model[0]
+    return "last" if getattr(module.auto_model.config, ORDER_KEY, "first") == "last" else "first"
+
+
+def _last_token(model: SentenceTransformer) -> bool:
+    """Whether a loaded folder pools by last token."""
+    return any(isinstance(part, Pooling) and part.pooling_mode == "lasttoken" for part in model)

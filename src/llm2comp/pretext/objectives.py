@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor
-from llm2comp.memory import embedding_from_memory
+from llm2comp.memory import embedding_from_memory, prefix_of
 from llm2comp.pretext.from_text import both_bags, ebae_ebar_from_text, mntp_from_text
 from llm2comp.pretext.kl import chunked_cross_entropy, chunked_kl
 from llm2comp.pretext.weighting import Weighting, position_weights
@@ -74,8 +74,10 @@ def pretext_loss(
     if len(terms) < len(objectives):
         memory_BKD = compressor.encode(batch.context)
         if FROM_MEMORY.keys() & objectives.keys():
-            nested = [two_step(memory_BKD[:, :first], loss_from) for first in compressor.prefixes]
-            terms.append(torch.stack(nested).mean())
+            # The decoder reads a prefix as it would the states of an encoder with so few memory
+            # tokens: they follow BOS at once, the places of those left out are not kept free.
+            parts = [prefix_of(memory_BKD, size, compressor.order) for size in compressor.prefixes]
+            terms.append(torch.stack([two_step(part, loss_from) for part in parts]).mean())
         if align is not None:
             weights_K = compressor.get_buffer("weights_K")
             terms.append(objectives[ALIGNMENT] * align(embedding_from_memory(memory_BKD, weights_K)))

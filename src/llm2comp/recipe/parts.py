@@ -61,7 +61,7 @@ class MemorySettings(Section):
     tokens: Annotated[int, Field(ge=1, le=512)] = Field(default=8, description="k, number of memory tokens")
     nested: tuple[Steps, ...] = Field(
         default=(),
-        description="every stage's loss is the mean over the first j memory tokens, for each j named here and k (Matryoshka)",
+        description="every stage's loss is the mean over the last j tokens, each j of these and k",
     )
     attention: Literal["full", "separate"] = Field(
         default="full",
@@ -71,7 +71,7 @@ class MemorySettings(Section):
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Each j whose first j memory states are trained as a representation of their own; k alone unless nested."""
+        """Each j whose last j states are a representation of their own; k alone unless nested."""
         return tuple(sorted({*self.nested, self.tokens}))
 
     @model_validator(mode="after")
@@ -153,6 +153,37 @@ class PairData(Section):
     file: str | None = None
     revision: str | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class JudgeSettings(Section):
+    """A finished sentence-transformers encoder that says which texts of a batch are alike."""
+
+    name: LocalName = Field(
+        description="Hub id, local folder (an exported encoder, too), or `package:NAME` for a model "
+        "inside an installed Python package"
+    )
+    revision: str | None = Field(default=None, description="Hub branch, tag or commit")
+
+
+class TeacherSettings(JudgeSettings):
+    """An encoder whose similarities within each batch are learned."""
+
+    weight: Annotated[float, Field(gt=0)] = Field(default=1.0, description="beside the loss's own 1")
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=0.05, description="of the softmax over the teacher's similarities"
+    )
+    student_temperature: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="of the softmax over ours; null = the stage's temperature"
+    )
+
+
+class GuideSettings(JudgeSettings):
+    """An encoder that takes false negatives out of each batch (GISTEmbed, arXiv 2402.16829)."""
+
+    margin: float = Field(
+        default=0.0,
+        description="out goes what the guide finds nearer to the query than its positive, less this",
+    )
 
 
 class Schedule(Section):

@@ -76,7 +76,7 @@ def each_path(tree: Any, change: Callable[[str], str]) -> Any:
             changed[key] = change(value)
         elif key == "tasks":
             changed[key] = [change(item) for item in value]
-        elif key == "model" and isinstance(value, dict):
+        elif key in ("model", "teacher", "guide") and isinstance(value, dict):
             changed[key] = {**changed[key], "name": change(value["name"])}
     return changed
 

@@ -96,6 +96,17 @@ class Recipe(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _stage_1_to_keep(self) -> Recipe:
+        if self.scl is None or not self.scl.pretext_weight:
+            return self
+        weight = f"scl.pretext_weight {self.scl.pretext_weight:g}"
+        if self.pretext is None:
+            raise ValueError(f"{weight} needs a pretext section: its data and its objective")
+        if "alignment" in self.pretext.objectives:
+            raise ValueError(f"{weight} does not go with pretext.objective alignment: its map to the teacher stays in stage 1")
+        return self
+
     @property
     def stages(self) -> dict[str, Stage]:
         """The stages that this recipe runs, in order."""

@@ -6,7 +6,18 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llm2comp.recipe.parts import PairData, Schedule, Section, Share, Steps, Template, TextData
+from llm2comp.recipe.parts import (
+    GuideSettings,
+    JudgeSettings,
+    PairData,
+    Schedule,
+    Section,
+    Share,
+    Steps,
+    TeacherSettings,
+    Template,
+    TextData,
+)
 
 Objective = Literal["ctkd", "continuation", "reconstruction", "mntp", "ebae_ebar", "response", "alignment"]
 
@@ -179,8 +190,11 @@ class ContrastiveStage(Stage):
     )
 
 
+CropShare = Annotated[float, Field(gt=0, le=1)]
+
+
 class UclStage(ContrastiveStage):
-    """Stage 2, unsupervised contrastive learning (SimCSE)."""
+    """Stage 2, unsupervised contrastive learning: two views of each text (SimCSE, or crops)."""
 
     released_rate: ClassVar[float] = 3e-5
 
@@ -196,6 +210,21 @@ class UclStage(ContrastiveStage):
     denominator: Literal["second_views", "both_views"] = Field(
         default="second_views", description="B second views (release) or also the B first views (poster)"
     )
+    views: Literal["dropout", "crop"] = Field(
+        default="dropout",
+        description="the two views of a text differ by: dropout = nothing else (SimCSE); crop = each "
+        "is also a random span of its words (arXiv 2508.03453)",
+    )
+    crop_share: tuple[CropShare, CropShare] = Field(
+        default=(0.3, 0.7),
+        description="views: crop: least and greatest share of a text's words in a view",
+    )
+
+    @model_validator(mode="after")
+    def _shares_in_order(self) -> UclStage:
+        if self.crop_share[0] > self.crop_share[1]:
+            raise ValueError(f"crop_share {list(self.crop_share)}: the least is above the greatest")
+        return self
 
 
 class SclStage(ContrastiveStage):
@@ -215,12 +244,27 @@ class SclStage(ContrastiveStage):
         default="", description='put after such a query ("\\n" in the release); a stored prompt cannot carry it'
     )
 
+    teacher: TeacherSettings | None = Field(default=None, description="its similarities within the batch are learned, too")
+    guide: GuideSettings | None = Field(default=None, description="takes false negatives out of the batch; may be the teacher")
+    pretext_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="of stage 1's loss, added to each step on texts of its own"
+    )
+    pretext_batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="texts per step for that; null = pretext.batch_size"
+    )
+
     @field_validator("query_prompt")
     @classmethod
     def _names_instruction(cls, value: str) -> str:
         if "{instruction}" not in value:
             raise ValueError("query_prompt must contain {instruction}")
         return value
+
+    @property
+    def judges(self) -> dict[str, JudgeSettings]:
+        """Teacher and guide, those that there are, by the name of their setting."""
+        both = {"scl.teacher": self.teacher, "scl.guide": self.guide}
+        return {name: judge for name, judge in both.items() if judge is not None}
 
     def prompt_of(self, spec: PairData) -> str:
         """What stands before the queries of one source."""

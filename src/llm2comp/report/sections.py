@@ -52,7 +52,7 @@ ABOUT = {
     "ebae_ebar": "One state must tell the tokens of the text, and one those of what comes next (Llama2Vec).",
     "response": "The model learns to put a text into its memory tokens, so that a frozen copy gives its own response to it.",
     "alignment": "The text's embedding is drawn to a teacher's embedding of the model's response.",
-    "ucl": "Each text is read twice under different dropout; its two embeddings are pulled together, others away.",
+    "ucl": "Each text is read twice, with random differences; its two embeddings are pulled together.",
     "scl": "Queries are pulled to the texts that answer them, and away from the other texts of the batch.",
 }
 LOSS = {

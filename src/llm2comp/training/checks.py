@@ -26,6 +26,7 @@ from llm2comp.pretext import ALIGNMENT, mask_token_id
 from llm2comp.recipe import ContrastiveStage, PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
 from llm2comp.recipe.parts import TEXT
 from llm2comp.training.batches import enough, most_in_a_batch
+from llm2comp.training.judges import load_judges
 from llm2comp.training.watch import check_watch
 
 LEAST_ROWS = 2  # of different ones: one text is like nothing, and tells nothing apart
@@ -35,7 +36,8 @@ def check(recipe: Recipe) -> None:
     """Find before anything trains what some stage would stumble over.
 
     Raises:
-        RecipeError: settings that the model cannot go with: dimensions, prompts without room, loggers that are not here.
+        RecipeError: settings that the model cannot go with: dimensions, prompts without room, loggers that are not here;
+            a teacher or guide that cannot be loaded or gives no embeddings.
         BackboneError: no such model or device, no causal LM; what an objective or a stage asks of it and it lacks.
         DataError: a missing file or column, too few texts or pairs.
     """
@@ -47,6 +49,8 @@ def check(recipe: Recipe) -> None:
         check_rows(name, stage, known)
     if recipe.watch is not None and recipe.watch.data:
         enough("watch", _different(iterate_sources(recipe.watch.data, lambda _: None)))
+    if recipe.scl is not None:
+        load_judges(recipe.scl, "cpu")
     _check_loggers(recipe)
 
 

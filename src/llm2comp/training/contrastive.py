@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
 
 from llm2comp.encoder import MemoryEncoder
 from llm2comp.errors import RecipeError
-from llm2comp.recipe import ContrastiveStage, UclStage
+from llm2comp.recipe import ContrastiveStage, SclStage, UclStage
+from llm2comp.training.judges import Judges, Targets
 
 
 def shifted_cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -32,13 +35,15 @@ class GradCache(losses.CachedMultipleNegativesRankingLoss):
     """The stock loss, which knows padding behind a text only, over texts that are padded in front.
 
     A batch's rows are sorted by length, the longest first (the loss does not depend on their order), and each mini-batch
-    leaves out the columns in front that are padding for all of its texts.
+    leaves out the columns in front that are padding for all of its texts. Labels are None, or
+    `Targets`, which are sorted likewise.
     """
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
         """Loss of a batch; its backward pass encodes the mini-batches again."""
         columns = list(sentence_features)
         order_B = torch.stack([column["attention_mask"].sum(1) for column in columns]).sum(0).argsort(descending=True)
+        labels = None if labels is None else labels.ordered(order_B)
         loss: Tensor = super().forward([_each_tensor(column, lambda x: x[order_B]) for column in columns], labels)
         return loss
 
@@ -49,17 +54,96 @@ class GradCache(losses.CachedMultipleNegativesRankingLoss):
         return super().embed_minibatch(_each_tensor(rows, lambda x_BT: x_BT[:, first:]), 0, end - begin, *args, **kwargs)
 
 
+def judged_loss(queries_MD: Tensor, documents_ND: Tensor, first: int, targets: Targets, stage: SclStage) -> Tensor:
+    """Loss of queries `first` to `first` + M of a batch, summed: InfoNCE without the guide's false
+    negatives, and weight · KL(teacher ‖ ours) over the documents.
+
+    As sentence-transformers' GISTEmbedLoss without its contrasts among queries and among positives,
+    which our InfoNCE has not either. That loss decodes ids, where ours stand behind an instruction.
+    """
+    rows = slice(first, first + len(queries_MD))
+    with torch.autocast(queries_MD.device.type, enabled=False):
+        wide = torch.promote_types(queries_MD.dtype, torch.float32)
+        cos_MN = shifted_cosine(queries_MD.to(wide), documents_ND.to(wide))
+        own_M = torch.arange(first, first + len(queries_MD), device=cos_MN.device)
+        scores_MN = cos_MN / stage.temperature
+        if targets.guide_BN is not None and stage.guide is not None:
+            guide_MN = targets.guide_BN[rows]
+            nearer_MN = guide_MN > guide_MN.gather(1, own_M[:, None]) - stage.guide.margin
+            scores_MN = scores_MN.masked_fill(nearer_MN.scatter(1, own_M[:, None], False), -torch.inf)
+        loss = cross_entropy(scores_MN, own_M, reduction="sum")
+        if targets.teacher_BN is not None and stage.teacher is not None:
+            ours_MN = (cos_MN / (stage.teacher.student_temperature or stage.temperature)).log_softmax(1)
+            teacher_MN = (targets.teacher_BN[rows] / stage.teacher.temperature).to(wide).log_softmax(1)
+            divergence = kl_div(ours_MN, teacher_MN, reduction="sum", log_target=True)
+            loss = loss + stage.teacher.weight * divergence
+    return loss
+
+
+class JudgedLoss(losses.MultipleNegativesRankingLoss):
+    """`judged_loss` as the mean over the batch; its labels are `Targets`."""
+
+    def __init__(self, *args: Any, stage: SclStage, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = stage
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Any) -> Tensor:
+        """Embeddings per column, queries first."""
+        queries_BD, *documents = embeddings
+        return judged_loss(queries_BD, torch.cat(documents), 0, labels, self.stage) / len(queries_BD)
+
+
+class JudgedGradCache(GradCache):
+    """`JudgedLoss` by mini-batches, its gradient that of the whole batch."""
+
+    def __init__(self, *args: Any, stage: SclStage, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = stage
+
+    def calculate_loss(self, reps: list[list[Tensor]], labels: Any = None, *, with_backward: bool = False) -> Tensor:
+        """Embeddings per column and mini-batch; `mini_batch_size` rows of scores at once."""
+        queries_BD, *documents = (torch.cat(column) for column in reps)
+        documents_ND, parts = torch.cat(documents), []
+        for first in range(0, len(queries_BD), self.mini_batch_size):
+            queries_MD = queries_BD[first : first + self.mini_batch_size]
+            part = judged_loss(queries_MD, documents_ND, first, labels, self.stage) / len(queries_BD)
+            if with_backward:
+                part.backward()
+            parts.append(part.detach() if with_backward else part)
+        return torch.stack(parts).sum()
+
+
+class Asking(nn.Module):
+    """A loss whose labels are what teacher and guide say of the batch: they are asked once."""
+
+    def __init__(self, model: SentenceTransformer, loss: nn.Module, judges: Judges) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+        self.uses_gradient_cache = uses_gradient_cache(loss)
+        # A bound method, not a module: judges are not the loss's to train, move or save.
+        self._targets = judges.targets
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
+        """Loss of a batch whose features hold their `texts`."""
+        features = [dict(column) for column in sentence_features]
+        texts = [column.pop("texts") for column in features]
+        targets = self._targets(texts, features[0]["input_ids"].device)
+        loss: Tensor = self.loss(features, targets)
+        return loss
+
+
 def _each_tensor(features: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     return {name: change(value) if isinstance(value, Tensor) else value for name, value in features.items()}
 
 
-def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.Module:
+def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage, judges: Judges | None = None) -> nn.Module:
     """InfoNCE over cosine with in-batch (and hard) negatives of all devices, temperature from the stage (METHOD 2).
 
     `denominator: both_views` also counts the other first views (the poster's 2B). `mini_batch_size` or `mini_batch_tokens`
     switches to GradCache, which keeps the gradient of the whole batch. `matryoshka_dims` adds the same loss on the embedding's
     first dimensions (Matryoshka representation learning, arXiv 2205.13147), summed. Nested memory makes it the mean over the
-    embeddings of the first j memory states, each text encoded once.
+    embeddings of its prefixes (means of some memory states), each text encoded once. `judges` (a teacher,
+    a guide) make it `judged_loss`; the model's features hold their texts from here on, which it needs.
 
     Raises:
         RecipeError: more Matryoshka dimensions than the embedding has.
@@ -72,22 +156,33 @@ def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage) -> nn.
         "gather_across_devices": torch.distributed.is_initialized(),
     }
     loss: nn.Module
+    whole: Callable[..., nn.Module] = losses.MultipleNegativesRankingLoss
+    cached: Callable[..., nn.Module] = GradCache
+    if judges is not None:
+        assert isinstance(stage, SclStage)
+        whole, cached = partial(JudgedLoss, stage=stage), partial(JudgedGradCache, stage=stage)
     if stage.mini_batch_size is None and stage.mini_batch_tokens is None:
-        loss = losses.MultipleNegativesRankingLoss(model, **settings)
+        loss = whole(model, **settings)
     else:
         size = stage.mini_batch_size or stage.batch_size
-        loss = GradCache(model, mini_batch_size=size, mini_batch_num_tokens=stage.mini_batch_tokens, **settings)
+        loss = cached(model, mini_batch_size=size, mini_batch_num_tokens=stage.mini_batch_tokens, **settings)
     module: Any = model[0]
+    module.keeps_texts = judges is not None
     if len(module.compressor.prefixes) > 1:
         nest(loss, module)
-    if not stage.matryoshka_dims:
-        return loss
+    if stage.matryoshka_dims:
+        loss = matryoshka(model, loss, stage.matryoshka_dims)
+    return loss if judges is None else Asking(model, loss, judges)
+
+
+def matryoshka(model: SentenceTransformer, loss: nn.Module, dims: Sequence[int]) -> nn.Module:
+    """The loss summed over first dimensions. Raises RecipeError: more than the embedding has."""
     width = int(model.get_embedding_dimension() or 0)
-    if too_wide := [dim for dim in stage.matryoshka_dims if dim > width]:
+    if too_wide := [dim for dim in dims if dim > width]:
         raise RecipeError(
             "more dimensions than the model has", where="matryoshka_dims", expected=f"up to {width}", found=too_wide
         )
-    return losses.MatryoshkaLoss(model, loss, matryoshka_dims=sorted({width, *stage.matryoshka_dims}, reverse=True))
+    return losses.MatryoshkaLoss(model, loss, matryoshka_dims=sorted({width, *dims}, reverse=True))
 
 
 def nest(loss: nn.Module, module: MemoryEncoder) -> None:

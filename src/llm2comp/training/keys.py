@@ -10,11 +10,14 @@ from typing import Any
 from llm2comp.backbone import weights_digest
 from llm2comp.data.responses import source_digest
 from llm2comp.files import to_json
-from llm2comp.recipe import Recipe, Stage, each_path, is_local, leaves
+from llm2comp.recipe import Recipe, SclStage, Stage, each_path, is_local, leaves
+from llm2comp.training.judges import judge_digest
 
 FORMAT_VERSION = 1
 # Settings that change what is written, how fast or in how much memory, not what is learned.
 NO_EFFECT = {"log_every_steps", "save_every_steps", "workers", "compile", "max_tokens_per_batch", "mini_batch_tokens"}
+# Settings of SCL that are left out where they are off: they came later; older runs keep their keys.
+NEWER = ("teacher", "guide", "pretext_weight", "pretext_batch_size")
 # Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads, where figures go.
 NO_STAGE = {"max_tokens", "report_to", "watch"}
 
@@ -50,6 +53,8 @@ def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     Files count by name and content, wherever they lie.
     """
     settings = stage.model_dump(mode="json", exclude=NO_EFFECT)
+    settings = {name: value for name, value in settings.items() if value or name not in NEWER}
+    judges = [judge_digest(judge) for judge in stage.judges.values()] if isinstance(stage, SclStage) else []
     steered = {"watch"} if stage.keep_best else set()
     shared = recipe.model_dump(mode="json", include={"model", "memory", "encoder", "adapter", "seed"} | steered)
     sources = [data["source"] for data in settings["data"]]
@@ -57,5 +62,5 @@ def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     python = platform.python_version() if "builtin:python-docs" in sources else ""  # its documentation is the data
     model = weights_digest(recipe.model)
     settings, shared = each_path(settings, placeless), each_path(shared, placeless)
-    payload = to_json([FORMAT_VERSION, name, settings, shared, model, files, python, previous], sort_keys=True)
+    payload = to_json([FORMAT_VERSION, name, settings, shared, model, files, python, previous, *judges], sort_keys=True)
     return hashlib.sha256(payload.encode()).hexdigest()

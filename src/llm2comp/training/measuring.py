@@ -16,7 +16,7 @@ from llm2comp.compressor import Compressor
 from llm2comp.console import console
 from llm2comp.errors import DataError
 from llm2comp.recipe import Recipe, Stage, is_local
-from llm2comp.training.estimates import fitted
+from llm2comp.training.estimates import AnyStage, fitted
 from llm2comp.training.progress import METRICS_FILE, StepLines
 from llm2comp.training.stages import RUNNERS, RunOptions
 
@@ -43,7 +43,8 @@ def times(recipe: Recipe, tokens: Mapping[str, int]) -> str:
         with _unseen():
             trial = _trial(fitted(name, stage, backbone, recipe.adapter.kind == "full"))
             try:
-                rate = _rate(compressor, name, trial)
+                pretext = recipe.pretext and _trial(recipe.pretext)
+                rate = _rate(compressor, name, trial, RunOptions(pretext=pretext))
             except DataError:  # none of the first rows is fit
                 return f"cannot be told: {name} finds no text that is fit among its first {ROWS}"
         hours[name] = tokens[name] / rate / 3600
@@ -52,7 +53,7 @@ def times(recipe: Recipe, tokens: Mapping[str, int]) -> str:
     return f"about {_said(sum(hours.values()))} on this {device} ({each}; from {STEPS} small steps each, the watch not counted)"
 
 
-def _trial(stage: Stage) -> Stage:
+def _trial(stage: AnyStage) -> AnyStage:
     """A few small steps of a stage on its first rows."""
     specs: Any = stage.data  # type: ignore[attr-defined]
     limit = getattr(stage, "max_tokens", None) or stage.document_max_tokens  # type: ignore[attr-defined]
@@ -63,10 +64,10 @@ def _trial(stage: Stage) -> Stage:
     return stage.model_copy(update={**few, **plain, **once, "data": first})
 
 
-def _rate(compressor: Compressor, name: str, stage: Stage) -> float:
+def _rate(compressor: Compressor, name: str, stage: Stage, options: RunOptions) -> float:
     """Text tokens per second."""
     with tempfile.TemporaryDirectory() as folder:
-        RUNNERS[name](compressor, stage, Path(folder), 0, RunOptions())  # type: ignore[operator]
+        RUNNERS[name](compressor, stage, Path(folder), 0, options)  # type: ignore[operator]
         return float(StepLines(Path(folder) / METRICS_FILE).read()[-1]["tokens_per_second"])
 
 

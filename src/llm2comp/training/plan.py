@@ -128,6 +128,21 @@ def mean_tokens(tokenizer: Any, texts: Sequence[str], stage: Stage) -> float:
     return sum(min(len(row) * share, limit) for row in rows) / max(1, len(rows))
 
 
+def beside(stage: SclStage | None) -> Iterable[str]:
+    """A line for each part of SCL's loss beside the contrastive one."""
+    if stage is None:
+        return
+    if (teacher := stage.teacher) is not None:
+        temperatures = f"{teacher.temperature:g}, ours {teacher.student_temperature or stage.temperature:g}"
+        yield f"scl.teacher: {teacher.name}, weight {teacher.weight:g}, temperature {temperatures}"
+    if (guide := stage.guide) is not None:
+        same = " (the teacher)" if teacher and (guide.name, guide.revision) == (teacher.name, teacher.revision) else ""
+        yield f"scl.guide: {guide.name}{same}, margin {guide.margin:g}"
+    if stage.pretext_weight:
+        size = stage.pretext_batch_size or "pretext.batch_size"
+        yield f"scl.pretext_weight: {stage.pretext_weight:g}, on {size} more texts per step"
+
+
 def show_plan(recipe: Recipe, verbose: bool = False) -> None:
     """Print a table of stages, whether it will fit the device found, and how long it will take; `verbose`: the recipe, too."""
     quiet_libraries()
@@ -136,6 +151,8 @@ def show_plan(recipe: Recipe, verbose: bool = False) -> None:
     for p in plans:
         table.add_row(p.name, f"{p.rows:,}", f"{p.samples:,}", f"{p.tokens:,}", f"{p.trainable:,}", f"{p.peak / GIB:.1f} GiB")
     say(table)
+    for line in beside(recipe.scl):
+        say(line)
     device = resolve_device(recipe.model.device)
     free = free_memory(device)
     worst = max(p.peak for p in plans) + (PROCESS if device.type == "cpu" else 0)

@@ -51,10 +51,16 @@ def check_launch(recipe: Recipe) -> None:
 
     Raises:
         RunError: DeepSpeed that is not installed; the first version of FSDP; settings of a recipe that need whole weights,
-            or let ranks pass the layers different numbers of times, which would wait for each other for ever.
+            or one process; or let ranks pass the layers different numbers of times, which would wait
+            for each other for ever.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and find_spec("deepspeed") is None:
         raise RunError("DeepSpeed is not installed", where="launch", fix=f"{install_extra('deepspeed')}, or launch with FSDP2")
+    off = {"teacher": None, "guide": None, "pretext_weight": 0.0}
+    for setting in off if ranks() > 1 and recipe.scl is not None else ():
+        if getattr(recipe.scl, setting) != off[setting]:
+            fix = "launch one process, or leave it out"
+            raise RunError("cannot be had with several processes", where=f"scl.{setting}", fix=fix)
     kind = sharding()
     if kind is None:
         return

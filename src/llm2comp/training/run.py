@@ -176,8 +176,9 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
 def _options(recipe: Recipe, compressor: Compressor) -> RunOptions:
     if recipe.watch is not None and sharding():
         say(f"no watch: rank 0 alone cannot encode while {sharding()} spreads the weights")
-        return RunOptions(recipe.report_to)
-    return RunOptions(recipe.report_to, Watch(recipe, recipe.watch, compressor) if recipe.watch else None)
+        return RunOptions(recipe.report_to, pretext=recipe.pretext)
+    watch = Watch(recipe, recipe.watch, compressor) if recipe.watch else None
+    return RunOptions(recipe.report_to, watch, recipe.pretext)
 
 
 def _done_or_begun(recipe: Recipe, name: str, key: str, folder: Path, siblings: Sequence[Path]) -> bool:

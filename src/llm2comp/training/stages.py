@@ -29,9 +29,17 @@ from llm2comp.training import progress
 from llm2comp.training.batches import clipped, most_in_a_batch, pair_datasets
 from llm2comp.training.compiling import compiled
 from llm2comp.training.contrastive import contrastive_loss
+from llm2comp.training.judges import load_judges
 from llm2comp.training.ranks import sharding
 from llm2comp.training.sample import Watch
-from llm2comp.training.trainers import ContrastiveTrainer, PretextModel, PretextTrainer, last_checkpoint
+from llm2comp.training.trainers import (
+    ContrastiveTrainer,
+    KeptPretext,
+    PretextModel,
+    PretextTrainer,
+    last_checkpoint,
+)
+from llm2comp.training.views import CropCollator
 from llm2comp.training.watch import WatchCallback, keep_best
 
 
@@ -41,6 +49,7 @@ class RunOptions:
 
     report_to: tuple[str, ...] = ()
     watch: Watch | None = None
+    pretext: PretextStage | None = None  # for scl.pretext_weight
 
 
 def load_texts(specs: Sequence[TextData]) -> Iterator[str]:
@@ -72,8 +81,32 @@ def load_queries(stage: SclStage, spec: PairData) -> list[Pair]:
 
 def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed: int, options: RunOptions) -> int | None:
     """Stage 1 (METHOD 2): context compression."""
-    backbone = compressor.backbone
     compressor.learn(memory=True, embeddings=stage.train_embeddings == "all")
+    settings = _arguments(compressor, stage, folder, seed, options.report_to)
+    per_step = stage.batch_size * stage.gradient_accumulation_steps
+    if stage.max_tokens_per_batch is None:
+        settings["gradient_accumulation_steps"] = stage.gradient_accumulation_steps
+    else:
+        settings["per_device_train_batch_size"] = per_step  # the trainer cuts it by length
+    arguments = TrainingArguments(**settings)
+    dataset = pretext_samples(compressor, stage, stage.steps * per_step * arguments.world_size, seed)
+    if compressor.memory.count and not {*FROM_MEMORY, ALIGNMENT} & stage.objectives.keys():
+        say(f"stage 1: {stage.objective_name} does not train the memory tokens; encoder.pooling: mean or last_token has none")
+    table_VD, to_teacher = compressor.backbone.embedding_table, None
+    if ALIGNMENT in stage.objectives:
+        assert isinstance(dataset, AnswerRows), "the recipe asks for responses where it asks for alignment"
+        width = len(dataset.answers[0].teacher_D)  # type: ignore[arg-type]
+        to_teacher = map_to_teacher(table_VD.shape[1], width, seed, table_VD.device, compressor.projection)
+    model, collate = PretextModel(compressor, stage, to_teacher), PretextCollator(compressor.backbone.pad_id)
+    trainer = PretextTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
+    kept = _train(trainer, compressor, "pretext", stage, folder, options)
+    model.save_map(folder)
+    return kept
+
+
+def pretext_samples(compressor: Compressor, stage: PretextStage, samples: int, seed: int) -> PretextRows:
+    """So many samples of stage 1 in their fixed order. Raises DataError when no text is fit."""
+    backbone = compressor.backbone
     max_tokens = compressor.max_tokens(stage.max_tokens)
     if "ebae_ebar" in stage.objectives:
         prompts = [backbone.around(prompt) for prompt in (stage.bag_prompts.itself, stage.bag_prompts.next)]
@@ -87,30 +120,11 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
         rows, left_out = stored_rows(*limits, backbone.tokenizer, say)
     reasons = "; left out: " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     say(f"stage 1: {len(rows):,} texts of up to {max_tokens} tokens{reasons}")
-    if compressor.memory.count and not {*FROM_MEMORY, ALIGNMENT} & stage.objectives.keys():
-        say(f"stage 1: {stage.objective_name} does not train the memory tokens; encoder.pooling: mean or last_token has none")
-    settings = _arguments(compressor, stage, folder, seed, options.report_to)
-    per_step = stage.batch_size * stage.gradient_accumulation_steps
-    if stage.max_tokens_per_batch is None:
-        settings["gradient_accumulation_steps"] = stage.gradient_accumulation_steps
-    else:
-        settings["per_device_train_batch_size"] = per_step  # the trainer cuts it by length
-    arguments = TrainingArguments(**settings)
-    samples = stage.steps * per_step * arguments.world_size
     together = stage.batch_size if stage.group_by_length else 1
     masks = masking(backbone, stage, seed) if "mntp" in stage.objectives else None
     if stage.answered:
-        dataset: PretextRows = AnswerRows(rows, samples, seed, together, masks)
-    else:
-        dataset = PretextRows(rows, samples, stage.site_margin_tokens, seed, together, masks)
-    table_VD, to_teacher = backbone.embedding_table, None
-    if ALIGNMENT in stage.objectives:
-        to_teacher = map_to_teacher(table_VD.shape[1], len(rows[0].teacher_D), seed, table_VD.device, compressor.projection)
-    model = PretextModel(compressor, stage, to_teacher)
-    trainer = PretextTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=PretextCollator(backbone.pad_id))
-    kept = _train(trainer, compressor, "pretext", stage, folder, options)
-    model.save_map(folder)
-    return kept
+        return AnswerRows(rows, samples, seed, together, masks)
+    return PretextRows(rows, samples, stage.site_margin_tokens, seed, together, masks)
 
 
 def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
@@ -120,7 +134,7 @@ def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
 
 
 def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
-    """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout."""
+    """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout, or also cropped."""
     rows = stored_texts(stage.data, stage.min_characters, say)
     stage = clipped("ucl", stage, distinct(rows, stage.batch_size))
     say(f"stage 2: {len(rows):,} texts of {stage.min_characters} characters or more")
@@ -129,7 +143,14 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, op
     arguments = SentenceTransformerTrainingArguments(
         batch_sampler=BatchSamplers.NO_DUPLICATES, **_arguments(compressor, stage, folder, seed, options.report_to)
     )
-    trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=rows, loss=contrastive_loss(model, stage))
+    crops = CropCollator(model.preprocess, seed=seed, share=stage.crop_share)
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=crops if stage.views == "crop" else None,
+        loss=contrastive_loss(model, stage),
+    )
     return _train(trainer, compressor, "ucl", stage, folder, options)
 
 
@@ -149,8 +170,23 @@ def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, op
         **_arguments(compressor, stage, folder, seed, options.report_to),
     )
     train_dataset = next(iter(rows.values())) if len(rows) == 1 else rows
-    trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=train_dataset, loss=contrastive_loss(model, stage))
+    judges = load_judges(stage, compressor.backbone.embedding_table.device)
+    loss = contrastive_loss(model, stage, judges)
+    trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=train_dataset, loss=loss)
+    trainer.judges = judges
+    if stage.pretext_weight:
+        trainer.kept = kept_pretext(compressor, stage, seed, options.pretext)
     return _train(trainer, compressor, "scl", stage, folder, options)
+
+
+def kept_pretext(compressor: Compressor, stage: SclStage, seed: int, pretext: PretextStage | None) -> KeptPretext:
+    """Stage 1's loss, to be added to that of stage 3."""
+    assert pretext is not None, "a recipe with scl.pretext_weight has a pretext section"
+    size = stage.pretext_batch_size or pretext.batch_size
+    pretext = pretext.model_copy(update={"batch_size": size})
+    rows = pretext_samples(compressor, pretext, stage.steps * size, seed)
+    model = PretextModel(compressor, pretext)
+    return KeptPretext(model, rows, PretextCollator(compressor.backbone.pad_id), size, stage.pretext_weight)
 
 
 RUNNERS = {"pretext": run_pretext, "ucl": run_ucl, "scl": run_scl}

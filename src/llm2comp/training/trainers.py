@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import Trainer
 
 from llm2comp.backbone.sharded import fill, save_whole
 from llm2comp.compressor import Compressor
+from llm2comp.data.pretext import PretextCollator, PretextRows
 from llm2comp.errors import RunError
 from llm2comp.files import whole_or_gone
 from llm2comp.pretext import ALIGNMENT, DEFAULT_WEIGHTING, count_items, pretext_loss
@@ -26,10 +28,12 @@ from llm2comp.pretext.response import MAP_FILE, alignment_loss
 from llm2comp.recipe import ContrastiveStage, PretextStage, Stage
 from llm2comp.tokens import SplitTexts
 from llm2comp.training.contrastive import contrastive_loss
+from llm2comp.training.judges import Judges
 from llm2comp.training.memory_limits import FittingMixin, masks_of, pieces_of
 from llm2comp.training.progress import TokenCounter
 from llm2comp.training.ranks import RanksMixin, joint_batches, root_stays_whole
 from llm2comp.training.schedule import scheduler
+from llm2comp.training.views import CropCollator
 
 COMPLETE_FILE = "complete"
 
@@ -144,6 +148,25 @@ class PretextModel(nn.Module):
                 fill(tensor, tensors[name])
 
 
+@dataclass(frozen=True)
+class KeptPretext:
+    """Stage 1's loss beside another one, on samples that the number of the step decides."""
+
+    model: PretextModel
+    rows: PretextRows
+    collate: PretextCollator
+    batch_size: int
+    weight: float
+
+    def loss(self, step: int, device: torch.device) -> Tensor:
+        """Weight times the loss of samples step · batch_size and following."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        batch = self.collate([self.rows[place] for place in places])
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        loss: Tensor = self.model(items=self.model.items(batch), **batch)
+        return self.weight * loss
+
+
 class PretextTrainer(StageMixin, Trainer):
     """transformers' Trainer over a PretextModel; samples in their fixed order, means over the whole optimiser step."""
 
@@ -210,10 +233,28 @@ class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
 
     stage: ContrastiveStage
     limit_name = "mini_batch_tokens"
+    judges: Judges | None = None
+    kept: KeptPretext | None = None
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The contrastive loss, and stage 1's where it is kept."""
+        loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[arg-type]
+        if self.kept is not None:
+            loss = loss + self.kept.loss(self.state.global_step, loss.device)
+        return (loss, {}) if return_outputs else loss
 
     def get_train_dataloader(self) -> Any:
         """Batches of this device; of several devices' together, each has its part."""
         return joint_batches(self) if self.args.world_size > 1 else super().get_train_dataloader()
+
+    def get_batch_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock sampler; crops are drawn by its epoch."""
+        sampler = super().get_batch_sampler(*args, **kwargs)
+        if isinstance(self.data_collator, CropCollator):
+            self.data_collator.sampler = sampler
+        return sampler
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the exported folder gets a card of its own."""
@@ -234,5 +275,5 @@ class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
     def set_limit(self, tokens: int) -> None:
         """Another loss, equal in value and gradient."""
         self.stage = self.stage.model_copy(update={self.limit_name: tokens})
-        loss: Any = self.prepare_loss(contrastive_loss(self.model, self.stage), self.model)
+        loss: Any = self.prepare_loss(contrastive_loss(self.model, self.stage, self.judges), self.model)
         self.loss = loss

@@ -1,0 +1,63 @@
+"""Pack what a study made into a few small files: `python tools/gpu/collect.py STUDY OUT NAME`.
+
+Tables, logs and recipes always; with `--weights` also each stage's adapter (in bfloat16) and memory. Checkpoints and exported
+folders stay behind. OUT/NAME.tar.xz, cut into pieces of 15 MiB where it is larger: NAME.tar.xz.00, .01 and so on;
+`cat NAME.tar.xz.* | tar xJ` puts them together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tarfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+PIECE = 15 * 2**20
+LEFT_OUT = ("checkpoint-", "model", "complete")
+
+
+def packed(study: Path, weights: bool) -> bytes:
+    """The archive's bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:xz", preset=1) as archive:
+        for file in sorted(path for path in study.rglob("*") if path.is_file()):
+            name = file.relative_to(study)
+            if any(part.startswith(LEFT_OUT) for part in name.parts[:-1]):
+                continue
+            if file.suffix != ".safetensors":
+                archive.add(file, str(name))
+            elif weights:
+                tensors = load_file(file)
+                metadata = {"format": "pt"}
+                if file.name.startswith("adapter"):
+                    data = save({key: value.to(torch.bfloat16) for key, value in tensors.items()}, metadata)
+                else:
+                    data = file.read_bytes()
+                entry = tarfile.TarInfo(str(name))
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
+    return out.getvalue()
+
+
+def main() -> None:
+    """Parse the arguments and write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--weights", action="store_true")
+    args = parser.parse_args()
+    data = packed(args.study, args.weights)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if len(data) <= PIECE:
+        (args.out / f"{args.name}.tar.xz").write_bytes(data)
+        return
+    for number, start in enumerate(range(0, len(data), PIECE)):
+        (args.out / f"{args.name}.tar.xz.{number:02d}").write_bytes(data[start : start + PIECE])
+
+
+if __name__ == "__main__":
+    main()
