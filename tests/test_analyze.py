@@ -29,12 +29,12 @@ from llm2comp.analysis.spectrum import effective_rank, participation_ratio, spec
 from llm2comp.analyze import NEED_MORE_TEXTS, analyze, write_analysis, write_weights
 from llm2comp.backbone import Base
 from llm2comp.data.sources import Pair
-from llm2comp.encoder import embed_texts
 from llm2comp.errors import DataError, ModelFolderError, RunError
 from llm2comp.export import verify
 from llm2comp.recipe import ModelSettings, parse_recipe
 from llm2comp.tokens import Tokens
 from llm2comp.training.run import train
+from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished, make_tree, no_file_over, sentences, write_rows
 
 TEXTS = sentences(60)
@@ -162,7 +162,7 @@ def assert_memory_as_in_the_run():
 
 
 def test_memory_states_of_a_folder_are_those_of_the_run(monkeypatch):
-    monkeypatch.setattr(analysis, "BATCH", 1)
+    monkeypatch.setattr("llm2comp.vectors.AT_ONCE_ON_CPU", 1)
     assert_memory_as_in_the_run()
 
 

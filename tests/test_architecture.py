@@ -25,6 +25,8 @@ RANKS: tuple[frozenset[str], ...] = tuple(
         "backbone",
         "compressor",
         "objectives encoder data baselines",
+        "inputs",
+        "vectors",
         "analysis evaluation",
         "export training",
         "compiled",

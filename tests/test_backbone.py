@@ -21,7 +21,8 @@ from families import (
     untouched,
 )
 from llm2comp.backbone import Backbone, load_backbone, probe
-from llm2comp.backbone.loading import load_skeleton, multiplies_bfloat16, resolve_dtype
+from llm2comp.backbone.loading import load_skeleton, resolve_dtype
+from llm2comp.backbone.probes import multiplies_bfloat16
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import ModelSettings
 from llm2comp.tokens import Tokens, position_ids

@@ -22,9 +22,9 @@ from llm2comp.baselines.encoder import BaselineEncoder, as_sentence, baseline, f
 from llm2comp.baselines.prompts import META_EOL
 from llm2comp.baselines.settings import NAMES, BaselineSettings, read_saved, variant
 from llm2comp.embed import embed
-from llm2comp.encoder import embed_texts
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
 from llm2comp.loading import BASELINES, identity, load
+from oracles import embed_texts
 from tiny_run import assert_refused, cli, sentences, write_rows
 
 HOSTILE = [

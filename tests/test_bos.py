@@ -11,13 +11,14 @@ from llm2comp.backbone import Backbone, load_backbone
 from llm2comp.baselines.encoder import baseline
 from llm2comp.baselines.settings import NAMES
 from llm2comp.compressor import BOS_WEIGHT, Compressor
-from llm2comp.encoder import as_sentence_transformer, embed_texts, merge_adapters
+from llm2comp.encoder import as_sentence_transformer, merge_adapters
 from llm2comp.errors import BackboneError
 from llm2comp.export import export
 from llm2comp.loading import load
 from llm2comp.objectives.loss import decode_from_memory
 from llm2comp.recipe import EncoderSettings, ModelSettings
 from llm2comp.tokens import SplitTexts, Tokens
+from oracles import embed_texts
 from tiny_run import assert_refused, cli, make_tree, save_backbone, write_recipe
 
 ASKED = {"auto": "<s>", "none": None, "</s>": "</s>"}

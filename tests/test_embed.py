@@ -16,9 +16,11 @@ from sentence_transformers import SentenceTransformer
 import llm2comp
 from families import make_compressor
 from llm2comp.embed import Embedded, Places, _pieces, check_output, embed, rows_file, write_embeddings
-from llm2comp.encoder import MemoryEncoder, as_sentence_transformer, embed_texts, frame_of, merge_adapters
+from llm2comp.encoder import MemoryEncoder, as_sentence_transformer, merge_adapters
 from llm2comp.errors import BackboneError, DataError, RunError
 from llm2comp.export import export, load_folder
+from llm2comp.inputs import frame_of
+from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished, no_file_over, sentences, write_rows
 
 TEXTS = ["one vector", "", " the fox ", "Ünicode 記憶 🧠\nsecond line", "[INST] no {markup} [/INST]", *sentences(40, words=5)]
@@ -72,7 +74,7 @@ def one(model, text):
 
 @pytest.mark.parametrize("tokens_at_once", [1, 40, 10_000])
 def test_rows_in_order_equal_encode_whatever_the_batch(model, tokens_at_once, monkeypatch):
-    monkeypatch.setattr("llm2comp.embed.FETCH_EVERY", 2)
+    monkeypatch.setattr("llm2comp.vectors.FETCH_AT", 100)
     texts = [*TEXTS, *TEXTS[:3]]
     found = embed(model, texts, max_tokens_per_batch=tokens_at_once)
     assert found.embeddings_ND.dtype == np.float32

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from families import CHAT_TEMPLATE, FAMILIES, MEMORY, TEXTS, make_compressor, make_tokenizer
-from llm2comp.encoder import MemoryEncoder, as_sentence_transformer, embed_texts
+from llm2comp.encoder import MemoryEncoder, as_sentence_transformer
 from llm2comp.tokens import Tokens
+from oracles import embed_texts
 
 LONG = "memory tokens hold what the text said; " * 60
 LIMIT = 20

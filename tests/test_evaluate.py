@@ -23,6 +23,7 @@ from llm2comp.evaluation.published import published
 from llm2comp.evaluation.running import TaskFailedError, run_task
 from llm2comp.evaluation.tasks import local_tasks, named_tasks
 from llm2comp.loading import identity
+from llm2comp.vectors import AT_ONCE_ON_CPU
 from tiny_run import assert_refused, cli, finished, save_backbone, sentences, write_rows
 
 PAIR_COUNT = 20
@@ -124,7 +125,7 @@ def test_any_model(tmp_path, sets):
 def test_texts_come_back_in_order():
     _, run = finished()
     model = llm2comp.load(run, "cpu")
-    encoder = MtebEncoder(model, "a/b", "c", batch_size=3, progress=False)
+    encoder = MtebEncoder(model, "a/b", "c", max_tokens_per_batch=40, progress=False)
     texts = [" ".join(["word"] * n) for n in (5, 1, 9, 3, 7, 2, 60)] + sentences(70, 5)
     found = encoder.encode(
         [{"text": texts[:4]}, {"text": texts[4:]}], task_metadata=metadata("STS12"), hf_split="", hf_subset=""
@@ -377,15 +378,16 @@ def test_offline_without_the_data(monkeypatch):
 
 def test_nan_embeddings_stop_with_their_text(tmp_path, sets):
     model = llm2comp.load(finished()[1], "cpu")
-    encode = model.encode
     bad = rows_of(sets / "sts" / "One")[3]["sentence2"]
+    (ids,) = model.preprocess([bad])["input_ids"].tolist()
 
-    def spoil(texts, **rest):
-        found = encode(texts, **rest)
-        found[[text == bad for text in texts]] = np.nan
+    def spoil(_, args, found):
+        rows = zip(args[0]["input_ids"], args[0]["attention_mask"], strict=True)
+        is_bad = torch.tensor([row[mask.bool()].tolist() == ids for row, mask in rows])
+        found["sentence_embedding"][is_bad] = torch.nan
         return found
 
-    model.encode = spoil
+    model.register_forward_hook(spoil)
     (task,) = local_tasks(sets / "sts" / "One")
     with pytest.raises(DataError, match="not finite") as error:
         run_task(MtebEncoder(model, "a/b", "c"), task, tmp_path)
@@ -402,37 +404,38 @@ def test_what_mteb_cannot_run_is_one_failed_task(monkeypatch):
         run_task(encoder, task)
 
 
-@pytest.mark.parametrize("batch_size", [None, 16])
-def test_batches_shrink_until_they_fit(batch_size):
-    model = llm2comp.load(finished()[1], "cpu")
-    encode, sizes = model.encode, []
+@pytest.mark.parametrize("tokens", [None, 64])
+def test_batches_shrink_until_they_fit_and_stay_small(tokens):
+    model, sizes = llm2comp.load(finished()[1], "cpu"), []
 
-    def small(texts, batch_size, **rest):
-        sizes.append(batch_size)
-        if batch_size > 5:
+    def small(_, args):
+        size = args[0]["input_ids"].numel()  # memory tokens among them
+        sizes.append(size)
+        if size > 50:
             raise torch.OutOfMemoryError("out of memory")
-        return encode(texts, batch_size=batch_size, **rest)
 
-    model.encode = small
-    encoder = MtebEncoder(model, "a/b", "c", batch_size=batch_size, progress=False)
+    encoder = MtebEncoder(model, "a/b", "c", max_tokens_per_batch=tokens, progress=False)
     texts = sentences(200, 4)
     arguments = {"task_metadata": metadata("STS12"), "hf_split": "test", "hf_subset": "default"}
-    if batch_size is not None:
-        with pytest.raises(torch.OutOfMemoryError):
-            encoder.encode([{"text": texts}], **arguments)
-        return
-    found = encoder.encode([{"text": texts}], **arguments)
-    assert sizes[:4] == [32, 16, 8, 4]
-    assert set(sizes[3:]) == {4}
-    assert np.allclose(found, encode(texts), atol=1e-5)
+    handle = model.register_forward_pre_hook(small)
+    try:
+        found = encoder.encode([{"text": texts}], **arguments)
+        first = list(sizes)
+        encoder.encode([{"text": texts[:50]}], **arguments)
+    finally:
+        handle.remove()
+    refused = [size for size in first if size > 50]
+    assert sizes[: len(refused)] == refused, "each refusal lowers the budget for good"
+    assert all(size <= 50 for size in sizes[len(refused) :])
+    assert refused[0] > 0.8 * (tokens or AT_ONCE_ON_CPU)
+    assert all(after <= before / 2 for before, after in zip(refused, refused[1:], strict=False))
+    assert np.allclose(found, model.encode(texts), atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         ([], ["nothing to evaluate", "--tasks paper14"]),
-        (["--tasks", "STS12", "--batch-size", "many"], ["--batch-size", "auto or a number"]),
-        (["--tasks", "STS12", "--batch-size", "0"], ["--batch-size"]),
         (["--tasks", "STS12", "--template", "none"], ["--template", "{instruction}"]),
         (["--tasks", "STS12", "--instructions", "no.yaml"], ["no.yaml", "auto, none, or a YAML file"]),
         (["--local", "nowhere"], ["nowhere", "no such folder"]),

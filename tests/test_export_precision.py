@@ -10,10 +10,11 @@ from sentence_transformers import SentenceTransformer
 from families import TEXTS, make_backbone, make_compressor, snapshot
 from llm2comp.backbone.quantized import in_float32
 from llm2comp.compressor import Compressor
-from llm2comp.encoder import as_sentence_transformer, embed_texts
+from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import ModelFolderError
 from llm2comp.export import GOLDEN_TEXTS, export, reweight, stock, verify
 from llm2comp.recipe import AdapterSettings, EncoderSettings
+from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished
 
 # A tiny LM in which rounding grows from layer to layer, as real ones do under an attention that they were not made for.

@@ -11,7 +11,7 @@ import llm2comp
 from families import FAMILIES, SENTENCES, make_backbone, relative_error, snapshot, stage_1, untouched
 from llm2comp.backbone.full import FullCopy
 from llm2comp.compressor import Compressor
-from llm2comp.encoder import as_sentence_transformer, embed_texts
+from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError, RecipeError
 from llm2comp.export import export, verify
 from llm2comp.objectives import stage_loss
@@ -20,6 +20,7 @@ from llm2comp.tokens import SplitTexts, Tokens, position_ids
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.plan import plan
 from llm2comp.training.run import FOLDERS, train
+from oracles import embed_texts
 from tiny_run import make_tree
 
 FULL = AdapterSettings(kind="full")
@@ -103,7 +104,7 @@ def test_gradient_is_that_of_two_separate_models(family, checkpointing):
     total.backward()
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
     pairs = [(compressor.memory.vectors_KD.grad, encoder.memory.vectors_KD.grad)]
-    mine, theirs = (dict(c.backbone.adapters.body.named_parameters()) for c in (compressor, encoder))
+    mine, theirs = (dict(c.backbone.adapters.copy.named_parameters()) for c in (compressor, encoder))
     pairs += [
         (mine[name].grad, theirs[name].grad) for name in mine if theirs[name].grad is not None and theirs[name].grad.any()
     ]

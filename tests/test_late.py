@@ -10,12 +10,13 @@ import torch
 from sentence_transformers import MultiVectorEncoder
 
 from families import MEMORY, TEXTS, make_compressor
-from llm2comp.encoder import as_sentence_transformer, memory_vectors
+from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import ModelFolderError
 from llm2comp.export import GOLDEN_TEXTS, export, load_folder, verify
 from llm2comp.memory import maxsim
 from llm2comp.recipe import EncoderSettings
 from llm2comp.tokens import Tokens
+from llm2comp.vectors import memory_vectors
 from test_export import USER
 
 LIMIT = 40
@@ -85,7 +86,7 @@ def test_a_stock_multi_vector_folder_scores_as_maxsim_of_the_memory_states(expor
     with torch.no_grad():
         states = torch.cat([compressor.encode(Tokens.pad([row], "left")) for row in rows])
     queries = states / states.norm(dim=-1, keepdim=True)
-    documents = memory_vectors(model, DOCUMENTS, "document", batch_size=2)
+    documents = memory_vectors(model, DOCUMENTS, "document", max_tokens_per_batch=40)
     assert found["queries"].shape == (len(QUERIES), compressor.memory.count, 32), "as many vectors for any text"
     assert (found["queries"] - queries).abs().max() < 1e-5
     assert (memory_vectors(model, QUERIES, "query") - queries).abs().max() < 1e-5

@@ -11,10 +11,11 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 import llm2comp
-from llm2comp.encoder import MemoryEncoder, embed_texts
+from llm2comp.encoder import MemoryEncoder
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError, RunError
 from llm2comp.recipe import load_recipe, parse_recipe
 from llm2comp.training.run import read_run, stage_encoder
+from oracles import embed_texts
 from tiny_run import finished, make_tree, write_recipe
 
 TEXTS = ["the fox reads", "memory tokens hold what the text said", "Ünicode 記憶", ""]

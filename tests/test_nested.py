@@ -16,7 +16,7 @@ import llm2comp
 from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, push_adapter, relative_error, stage_1
 from llm2comp.analyze import write_weights
 from llm2comp.compressor import STATE_FILE, Compressor
-from llm2comp.encoder import as_sentence_transformer, embed_texts
+from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
 from llm2comp.export import export, memory_weights, reweight
 from llm2comp.loading import identity
@@ -25,6 +25,7 @@ from llm2comp.objectives import stage_loss
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, parse_recipe
 from llm2comp.tokens import SplitTexts, Tokens
 from llm2comp.training.contrastive import contrastive_loss
+from oracles import embed_texts
 from test_contrastive import columns_of, features_of, lora_gradients, naive
 from tiny_run import assert_refused, cli, finished, make_tree, write_rows
 

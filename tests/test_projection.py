@@ -15,7 +15,7 @@ from llm2comp.backbone.frozen import Frozen
 from llm2comp.compiled import compile_folder, load_compiled
 from llm2comp.compiled.runtimes import RUNTIMES
 from llm2comp.compressor import STATE_FILE
-from llm2comp.encoder import as_sentence_transformer, embed_texts, memory_vectors
+from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import ModelFolderError, RecipeError
 from llm2comp.export import export, reweight, verify
 from llm2comp.generate import Options, generate_responses
@@ -26,6 +26,8 @@ from llm2comp.tokens import Tokens
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.run import FOLDERS, train
 from llm2comp.training.trainers import PretextModel
+from llm2comp.vectors import memory_vectors
+from oracles import embed_texts
 from test_contrastive import columns_of, embeddings, features_of, naive
 from test_export import LIMIT, PROMPT, PROMPTS, READ, USER
 from test_response import answers, batch_of, gradients, make_stage, response_tree

@@ -12,12 +12,13 @@ from families import MEMORY, SENTENCES, TEXTS, make_lm, make_tokenizer, push_ada
 from llm2comp.backbone import Backbone, load_backbone, quantized
 from llm2comp.backbone.quantized import plain_copy, quantized_layers
 from llm2comp.compressor import Compressor
-from llm2comp.encoder import as_sentence_transformer, embed_texts
+from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError
 from llm2comp.export import export, verify
 from llm2comp.objectives.loss import two_step
 from llm2comp.recipe import AdapterSettings, ModelSettings, parse_recipe
 from llm2comp.tokens import Tokens
+from oracles import embed_texts
 from tiny_run import make_tree, save_backbone
 
 needs_bitsandbytes = pytest.mark.skipif(

@@ -17,7 +17,6 @@ from llm2comp.compressor import Compressor
 from llm2comp.data.answers import AnswerRows, answer_rows
 from llm2comp.data.pretext import PretextCollator
 from llm2comp.data.sources import Answer, read_answers
-from llm2comp.encoder import embed_texts
 from llm2comp.errors import BackboneError, DataError, RecipeError
 from llm2comp.export import verify
 from llm2comp.generate import Options, generate_responses
@@ -28,6 +27,7 @@ from llm2comp.training.keys import stage_keys
 from llm2comp.training.plan import plan
 from llm2comp.training.run import FOLDERS, train
 from llm2comp.training.trainers import PretextModel
+from oracles import embed_texts
 from test_resume import StoppedError, train_until
 from tiny_run import assert_refused, cli, make_tree, sentences, write_recipe, write_rows
 

@@ -15,12 +15,12 @@ from llm2comp.analysis.geometry import alignment
 from llm2comp.analysis.spectrum import effective_rank, spectrum
 from llm2comp.compressor import Compressor
 from llm2comp.data.sources import read_pairs, read_texts
-from llm2comp.encoder import embed_texts
 from llm2comp.errors import DataError, RecipeError, RunError
 from llm2comp.recipe import WATCHED, PairData, TextData, parse_recipe
 from llm2comp.training.run import FOLDERS, train
 from llm2comp.training.sample import Watch, unchanged_randomness
 from llm2comp.training.watch import warnings_of
+from oracles import embed_texts
 from tiny_run import cli, finished, make_tree, sentences, write_recipe, write_rows
 
 SETTINGS = {"every_steps": 2, "texts": 24, "max_tokens": 48}

@@ -20,7 +20,6 @@ from llm2comp.analysis.context import SITE_MARGIN, context_recovered, split_samp
 from llm2comp.analysis.geometry import alignment, random_pair_cosines, related_pair_cosines, score_summary
 from llm2comp.analysis.plots import heatmap_figure, save_figure, scores_figure, spectrum_figure
 from llm2comp.analysis.readout import Readout, read_out
-from llm2comp.analysis.states import memory_states
 from llm2comp.backbone.sharded import header_of
 from llm2comp.compressor import STATE_FILE, Compressor
 from llm2comp.data.sources import Pair
@@ -29,7 +28,9 @@ from llm2comp.encoder import refuse_not_finite
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.export import memory_names, reweight
 from llm2comp.files import ANALYSIS, claim, explain_disk_errors, to_json, write_bytes, write_text
+from llm2comp.inputs import Inputs
 from llm2comp.loading import identity, live_place, load, run_of, stage_of
+from llm2comp.vectors import Budget, in_batches, memory_states
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,8 +42,8 @@ WITH_MEMORY = "a run, a stage, or a model folder of llm2comp's"
 PLOTS = ("spectrum", "scores", "memory")
 NEED_MORE_TEXTS = ("effective_rank", "participation_ratio", "above_one_percent")
 OF_EMBEDDINGS = (*NEED_MORE_TEXTS, "uniformity", "anisotropy")
-# Longest text read for the LM's own part; texts among which those for the split are looked for; texts at once.
-READ_TOKENS, SPLIT_FROM, BATCH = 512, 512, 16
+# Longest text read for the LM's own part; texts among which those for the split are looked for.
+READ_TOKENS, SPLIT_FROM = 512, 512
 
 
 @dataclass(frozen=True)
@@ -199,16 +200,16 @@ def _memory(model: SentenceTransformer, compressor: Compressor | None, texts: Se
     names = memory_names(model)
     if names is None:
         return None
-    states = []
-    with torch.no_grad():
-        for start in range(0, len(texts), BATCH):
-            features: Any = model.preprocess(list(texts[start : start + BATCH]))
-            features = {key: value.to(model.device) for key, value in features.items() if isinstance(value, Tensor)}
-            states_BTD = model[0](features)["token_embeddings"].float().cpu()
-            lengths_B = features["attention_mask"].sum(1).cpu()  # padded on the right, memory last
-            places_BK = lengths_B[:, None] - len(names) + torch.arange(len(names))
-            states.append(states_BTD.gather(1, places_BK[..., None].expand(-1, -1, states_BTD.shape[-1])))
-    return torch.cat(states)
+    count, inputs = len(names), Inputs.of(model, texts, prompt="")
+
+    def compute(places: list[int]) -> Tensor:
+        features = inputs.features(places)
+        lengths_B = features["attention_mask"].sum(1)  # padded on the right, memory last
+        states_BTD: Tensor = model[0](features)["token_embeddings"]
+        places_BK = lengths_B[:, None] - count + torch.arange(count, device=lengths_B.device)
+        return states_BTD.gather(1, places_BK[..., None].expand(-1, -1, states_BTD.shape[-1]))
+
+    return in_batches(inputs.lengths, compute, Budget.of(model.device))
 
 
 def _embeddings(

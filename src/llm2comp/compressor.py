@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm2comp.backbone import Backbone
+from llm2comp.backbone.probes import probe_separate
 from llm2comp.backbone.sharded import fill, gathered, header_of, save_whole
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
 from llm2comp.memory import (
@@ -100,7 +101,7 @@ class Compressor(nn.Module):
         # Under causal attention nothing sees what comes later: no mask is needed.
         self.separate = attention == "separate" and backbone.attention == "bidirectional"
         if self.separate:
-            probe_separate(self)
+            probe_separate(backbone)
 
     @classmethod
     def fresh(
@@ -256,44 +257,3 @@ class Compressor(nn.Module):
             raise ModelFolderError(
                 f"cannot be read: {error}", where=str(folder), fix="copy the folder again or train the stage anew"
             ) from error
-
-
-PROBED = (6, 2)  # text and memory tokens of a probe
-
-
-@torch.no_grad()
-def probe_separate(compressor: Compressor) -> None:
-    """Check on a few random tokens that the LM obeys the mask of separate memory, and that a mask that hides nothing is none.
-
-    Raises:
-        BackboneError: a sliding window (a mask of ours would replace it), or a mask that is refused or not obeyed.
-    """
-    backbone, (texts, count) = compressor.backbone, PROBED
-    where = f"{backbone.name} (model_type {backbone.config.model_type})"
-    fix = "set memory.attention: full, or model.attention: causal, which needs no such mask"
-    window, table = getattr(backbone.config, "sliding_window", None), backbone.embedding_table
-    if window is not None and window < (backbone.max_positions or window + 1):
-        problem = "cannot keep its sliding window under memory.attention: separate"
-        raise BackboneError(problem, where=where, found=f"a window of {window}", fix=fix)
-    ids_BS = torch.randint(len(table), (1, texts + count), generator=torch.Generator().manual_seed(0)).to(table.device)
-    mask_BS = torch.ones_like(ids_BS)
-
-    def states(changed: int | None, sees_BSS: Tensor | None) -> Tensor:
-        other_BS = ids_BS.clone()
-        if changed is not None:
-            other_BS[0, changed] = (ids_BS[0, changed] + len(table) // 2) % len(table)
-        return backbone.read(backbone.embed(other_BS), mask_BS, sees_BSS=sees_BSS)[0].float()
-
-    sight_BSS = separate_sight(mask_BS, count)
-    try:
-        plain_SD, open_SD = states(None, None), states(None, torch.ones_like(sight_BSS))
-        first, last_text, last_memory = 0, texts - 1, texts + count - 1
-        moved_3S = torch.stack([states(n, sight_BSS) for n in (first, last_text, last_memory)]) - states(None, sight_BSS)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise BackboneError(f"cannot be run under memory.attention: separate: {error}", where=where, fix=fix) from error
-    scale = plain_SD.abs().max().item()
-    by_text_2S, by_memory_1S = moved_3S.abs().amax(-1).div(scale).split([2, 1])
-    still = 1e-6 if table.dtype == torch.float32 else 1e-2
-    obeyed = by_text_2S.min() > 1e-6 and by_memory_1S[0, -1] > 1e-6 and by_memory_1S[0, :-1].max() < still
-    if not obeyed or (open_SD - plain_SD).abs().max().item() > 0.05 * scale:
-        raise BackboneError("does not obey the mask of memory.attention: separate", where=where, fix=fix)

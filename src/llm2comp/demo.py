@@ -16,7 +16,7 @@ from llm2comp.baselines.encoder import baseline
 from llm2comp.baselines.settings import NAMES
 from llm2comp.console import say
 from llm2comp.data import python_docs
-from llm2comp.encoder import embed_texts, merge_adapters
+from llm2comp.encoder import merge_adapters
 from llm2comp.evaluation.retrieval import Collection
 from llm2comp.files import to_json, write_text
 from llm2comp.loading import load
@@ -24,6 +24,7 @@ from llm2comp.recipe import Recipe
 from llm2comp.report import report
 from llm2comp.report.reading import SEARCHES_FILE
 from llm2comp.training.run import FOLDERS, MODEL_FOLDER, read_run, stage_encoder, train
+from llm2comp.vectors import embed_texts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

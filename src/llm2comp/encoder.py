@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,12 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 from sentence_transformers.sentence_transformer.modules import Transformer, WordWeights
-from torch import Tensor
 
-from llm2comp.backbone import AdapterStack, Backbone
-from llm2comp.backbone.quantized import quantized_layers
+from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor
-from llm2comp.errors import DataError, ModelFolderError, RecipeError
+from llm2comp.errors import DataError, RecipeError
 from llm2comp.memory import prefix_embeddings
-from llm2comp.tokens import Side, Tokens, limit_of
+from llm2comp.tokens import Tokens, limit_of
 
 ROLES = ("query", "document")
 NO_LIMIT = 10**9
@@ -67,14 +64,26 @@ class MemoryEncoder(InputModule):
         return self.compressor.width
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any) -> dict[str, Any]:
-        """Texts, behind their prompt, as left-padded token ids. Raises RecipeError for a prompt that leaves them no room."""
-        backbone = self.compressor.backbone
-        limit = self.role_max_tokens.get(task or "", self.max_tokens)
-        if prompt:
-            refuse_long_prompt(prompt, len(backbone.tokenise([prompt])[0]), limit)
-        tokens = Tokens.pad(backbone.tokenise([(prompt or "") + text for text in inputs], limit), "left", backbone.pad_id)
+        """Texts, after their prompt, as left-padded token ids. Errors as `rows`."""
+        pad_id = self.compressor.backbone.pad_id
+        tokens = Tokens.pad(self.rows(inputs, prompt, task), "left", pad_id)
         features = {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
         return features | {"texts": list(inputs)} if self.keeps_texts else features
+
+    def rows(self, texts: Sequence[str], prompt: str | None = None, role: str | None = None) -> list[list[int]]:
+        """Token ids of texts after their prompt, BOS first, cut to the limit of the role.
+
+        Raises:
+            RecipeError: the prompt leaves a text no room.
+        """
+        backbone, limit = self.compressor.backbone, self.limit(role)
+        if prompt:
+            refuse_long_prompt(prompt, len(backbone.tokenise([prompt])[0]), limit)
+        return backbone.tokenise([(prompt or "") + text for text in texts], limit)
+
+    def limit(self, role: str | None = None) -> int:
+        """Tokens of the longest text of a role, BOS and prompt included; longer ones are cut."""
+        return self.role_max_tokens.get(role or "", self.max_tokens)
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, D), or (B, P, D) under a nested loss."""
@@ -107,61 +116,6 @@ def as_sentence_transformer(
     return model
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What a model reads around the tokens of a text, so that ids that are there already need not be made again.
-
-    Args:
-        head, tail: ids before and behind the text's own.
-        room: most tokens of a text between them; the others are cut off.
-        added: positions that a text takes in the model beside its own tokens.
-        side, pad_id: how texts are padded.
-    """
-
-    head: tuple[int, ...]
-    tail: tuple[int, ...]
-    room: int
-    added: int
-    side: Side
-    pad_id: int
-
-    def features(self, rows: Sequence[NDArray[np.int32]], device: torch.device | str) -> dict[str, Tensor]:
-        """A batch of texts' ids as the model's input. On CUDA the copy does not wait for what runs there."""
-        tokens = Tokens.pad([[*self.head, *row[: self.room], *self.tail] for row in rows], self.side, self.pad_id)
-        features = {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
-        if torch.device(device).type != "cuda":
-            return {name: tensor.to(device) for name, tensor in features.items()}
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in features.items()}
-
-
-def frame_of(model: SentenceTransformer) -> Frame | None:
-    """The frame of a memory encoder, or of a stock transformer that gives on trial texts what the frame gives; else None."""
-    module, tokenizer = model[0], model.tokenizer
-    if isinstance(module, MemoryEncoder):
-        backbone = module.compressor.backbone
-        head = () if backbone.bos_id is None else (backbone.bos_id,)
-        added = len(head) + module.compressor.added
-        return Frame(head, (), module.max_tokens - len(head), added, "left", backbone.pad_id)
-    if not isinstance(module, Transformer) or not tokenizer.is_fast:
-        return None
-    bare = tokenizer("", verbose=False)["input_ids"]
-    ids, mask = (
-        tokenizer("a", return_special_tokens_mask=True, verbose=False)[key] for key in ("input_ids", "special_tokens_mask")
-    )
-    if not model.max_seq_length or 0 not in mask:
-        return None
-    start, room = mask.index(0), model.max_seq_length - len(bare)
-    end = len(bare) - start
-    pad_id = tokenizer.pad_token_id or 0
-    frame = Frame(tuple(ids[:start]), tuple(ids[len(ids) - end :]), room, len(bare), tokenizer.padding_side, pad_id)
-    trial = ["", "a", "some words of text", "a " * (room + 1)]
-    rows = [np.asarray(row, np.int32) for row in tokenizer(trial, add_special_tokens=False, verbose=False)["input_ids"]]
-    found, expected = frame.features(rows, "cpu"), model.preprocess(trial)
-    tensors = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
-    same = tensors.keys() == found.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
-    return frame if same else None
-
-
 def to_dtype(model: SentenceTransformer, dtype: str) -> SentenceTransformer:
     """A model's parameters in another dtype (`auto`: as they are).
 
@@ -182,7 +136,7 @@ def merge_adapters(model: SentenceTransformer) -> None:
     if not isinstance(module := model[0], MemoryEncoder):
         return
     backbone = module.compressor.backbone
-    if isinstance(backbone.adapters, AdapterStack) and backbone.adapters.names and not quantized_layers(backbone.lm):
+    if backbone.adapters.faster_merged:
         lm = backbone.adapters.merged()
         module.compressor.backbone = Backbone(lm, backbone.tokenizer, backbone.attention, backbone.name, backbone.bos).eval()
 
@@ -203,7 +157,7 @@ def check_prompt(model: SentenceTransformer, prompt: str, role: str | None = Non
     """`refuse_long_prompt` for any model, live or exported, whose limit is known."""
     module = model[0]
     if isinstance(module, MemoryEncoder):
-        limit: int | None = module.role_max_tokens.get(role or "", module.max_tokens)
+        limit: int | None = module.limit(role)
         tokens = len(module.compressor.backbone.tokenise([prompt])[0])
     elif isinstance(module, Transformer):
         limit, tokens = model.max_seq_length, len(model.tokenizer(prompt, verbose=False)["input_ids"])
@@ -223,40 +177,3 @@ def refuse_not_finite(embeddings_ND: NDArray[np.float32], texts: Sequence[str], 
             found=f"{texts[bad[0]][:80]!r}" + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else ""),
             fix="check the model's weights; in half precision try float32",
         )
-
-
-def embed_texts(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 32) -> Tensor:
-    """Embeddings on the CPU, float32, (B, D); no progress bar, not normalised."""
-    with torch.no_grad():
-        embeddings: Tensor = model.encode(list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False)
-    return embeddings.float().cpu()
-
-
-def memory_vectors(model: SentenceTransformer, texts: Sequence[str], role: str | None = None, batch_size: int = 32) -> Tensor:
-    """Memory states of texts, each of length 1, for late interaction (`memory.maxsim`): memory_NKD, float32, on the CPU.
-
-    Args:
-        model: a live memory encoder.
-        texts: the texts.
-        role: `query` or `document`: use the model's prompt and limit for it.
-        batch_size: texts at once.
-
-    Raises:
-        ModelFolderError: another kind of model, or one whose embeddings stand behind a projection.
-    """
-    module = model[0]
-    if not isinstance(module, MemoryEncoder) or not module.compressor.memory.count:
-        raise ModelFolderError("has no memory states to give", expected="a live encoder with memory tokens")
-    if module.compressor.projection is not None:
-        raise ModelFolderError(
-            "cannot be many vectors: the projection stands behind the mean of the memory states",
-            where="encoder.projection",
-            fix="use it as one vector per text, or train with encoder.projection: null",
-        )
-    prompt, states = (model.prompts.get(role) if role else None), []
-    with torch.no_grad():
-        for start in range(0, len(texts), batch_size):
-            features = module.preprocess(texts[start : start + batch_size], prompt, role)
-            tokens = Tokens(features["input_ids"], features["attention_mask"]).to(model.device)
-            states.append(module.compressor.encode(tokens).float().cpu())
-    return torch.nn.functional.normalize(torch.cat(states), dim=-1)

@@ -58,7 +58,7 @@ class Options:
         instructions: `auto` (the paper's 14 instructions, for models of ours that were trained with instructions), `none`,
             or a YAML file of task names and instructions, which go to any model.
         template: how an instruction stands before a text.
-        batch_size: None = what fits.
+        max_tokens_per_batch: tokens at once, padding included; None = by the device.
         rehearse: made-up data instead of the real.
         device: None = the best there is.
         num_memory: j: the mean of j memory states, as `load`; None = all, by their stored weights.
@@ -68,7 +68,7 @@ class Options:
     local: tuple[Path, ...] = ()
     instructions: str = "auto"
     template: str = "{instruction}:"
-    batch_size: int | None = None
+    max_tokens_per_batch: int | None = None
     rehearse: bool = False
     device: str | None = None
     num_memory: int | None = None
@@ -129,7 +129,8 @@ def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], o
     # One revision per setting that changes scores: results under other instructions or lengths are other results.
     settings = to_json([sorted(instructions.items()), options.template if instructions else "", model.max_seq_length])
     revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}" + "-synthetic" * options.rehearse
-    return MtebEncoder(model, who.name, revision, used, options.template, options.batch_size)
+    at_once = options.max_tokens_per_batch
+    return MtebEncoder(model, who.name, revision, used, options.template, at_once)
 
 
 def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], options: Options, folder: Path) -> ModelScores:

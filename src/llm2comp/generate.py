@@ -22,13 +22,14 @@ import torch
 from llm2comp.backbone import Backbone, load_backbone, weights_digest
 from llm2comp.console import Bar, say
 from llm2comp.data.responses import MANIFEST_FILE, Manifest, read_manifest, read_shard, shard_file, teacher_file
-from llm2comp.encoder import embed_texts, refuse_not_finite
+from llm2comp.encoder import refuse_not_finite
 from llm2comp.errors import DataError, RunError, one_line
 from llm2comp.files import RESPONSES, claim, refuse_taken, to_json, write_bytes, write_text
 from llm2comp.loading import identity, load
 from llm2comp.recipe import ModelSettings
 from llm2comp.recipe.parts import TEXT
 from llm2comp.tokens import Tokens, longest_first
+from llm2comp.vectors import embed_texts
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -221,7 +222,7 @@ def _make_shard(
             spent = max(time.monotonic() - begin, 1e-9)
             bar.advance(len(places), f"{answered / spent:,.1f} texts/s, {tokens / spent:,.0f} tokens/s")
     if teacher is not None:
-        vectors_ND = embed_texts(teacher, responses, responder.options.batch_size).numpy()
+        vectors_ND = embed_texts(teacher, responses).numpy()
         with np.errstate(over="ignore"):
             halves_ND = vectors_ND.astype(np.float16)
         refuse_not_finite(halves_ND.astype(np.float32), responses, f"{responder.options.teacher}, shard {shard}")

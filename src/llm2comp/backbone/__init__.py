@@ -5,19 +5,23 @@ One copy of the weights serves three passes:
 2. teacher pass `decode`: adapters off, causal; bit for bit the untouched LM
 3. decoder pass `decode` on memory states: the same, with gradients to its input
 
-families.py: what differs between model families, as tables · adapters.py: the stack · model.py: the passes ·
-loading.py: from a name to a probed Backbone · digest.py: which weights these are.
+families.py: what differs between model families, as tables · trainable.py: what learns in a stage · model.py: the passes ·
+probes.py: trials of a model · loading.py: from a name to a probed Backbone · digest.py: which weights these are.
 """
 
 from llm2comp.backbone.adapters import AdapterStack
 from llm2comp.backbone.digest import Base, check_base, hub_commit, weights_digest
-from llm2comp.backbone.loading import base_licence, load_backbone, probe, resolve_device
-from llm2comp.backbone.model import Backbone
+from llm2comp.backbone.loading import base_licence, load_backbone, resolve_device
+from llm2comp.backbone.model import KINDS, Backbone
+from llm2comp.backbone.probes import probe
+from llm2comp.backbone.trainable import Trainable
 
 __all__ = [
+    "KINDS",
     "AdapterStack",
     "Backbone",
     "Base",
+    "Trainable",
     "base_licence",
     "check_base",
     "hub_commit",

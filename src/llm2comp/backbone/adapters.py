@@ -21,13 +21,13 @@ import peft
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm2comp.backbone.families import lora_targets, split_targets
 from llm2comp.backbone.lora import LoraLinear, adopt
-from llm2comp.backbone.quantized import plain_copy
-from llm2comp.backbone.sharded import fill, save_whole, writes
+from llm2comp.backbone.quantized import plain_copy, quantized_layers
+from llm2comp.backbone.sharded import writes
+from llm2comp.backbone.trainable import Trainable
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import AdapterSettings
 
@@ -48,17 +48,17 @@ class Fold:
         return cls(layer.base_layer, bare, nn.Parameter((bare.float() + added).to(bare.dtype), requires_grad=False))
 
 
-class AdapterStack:
-    """Named adapters over one LM, oldest first. Not a Module: the LM owns the weights.
+class AdapterStack(Trainable):
+    """Named LoRA adapters over one LM, oldest first.
 
     Experts' fused weights (mixtures of experts) are changed as W_e + scale·B_e·A_e for each expert e, without dropout,
     which cannot act on a weight's delta; all adapters of a stack change the same experts' weights (both are peft's rules).
     """
 
+    file = "adapter_model.safetensors"
+
     def __init__(self, lm: Any, model_name: str) -> None:
-        self.lm = lm
-        self.model_name = model_name
-        self.names: list[str] = []
+        super().__init__(lm, model_name)
         self._peft: Any = None
         self._layers: list[Any] = []
         self._folds: list[Fold] = []
@@ -102,16 +102,17 @@ class AdapterStack:
         Flips the flag that peft's `disable_adapter()` flips, without its walk over the model and without touching
         `requires_grad`; a test holds the two against each other.
         """
-        before, was_off = [layer._disable_adapters for layer in self._layers], self.off
-        for layer in self._layers:
-            layer._disable_adapters = off
-        self._show(bare=off)
-        try:
-            yield
-        finally:
-            for layer, value in zip(self._layers, before, strict=True):
-                layer._disable_adapters = value
-            self._show(bare=was_off)
+        before = [layer._disable_adapters for layer in self._layers]
+        with super().switched(off):
+            for layer in self._layers:
+                layer._disable_adapters = off
+            self._show(bare=off)
+            try:
+                yield
+            finally:
+                for layer, value in zip(self._layers, before, strict=True):
+                    layer._disable_adapters = value
+        self._show(bare=self.off)
 
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:
@@ -152,32 +153,21 @@ class AdapterStack:
             parameter.requires_grad_(True)
 
     @property
-    def off(self) -> bool:
-        """Whether the adapters are switched off at this moment."""
-        return bool(self._layers) and bool(self._layers[0]._disable_adapters)
+    def faster_merged(self) -> bool:
+        """With adapters over plain weights: one product in place of three."""
+        return bool(self.names) and not quantized_layers(self.lm)
 
-    def train_dropout(self, on: bool) -> None:
-        """Dropout of the newest adapter; older ones never have any."""
-        for layer in self._layers:
-            for name, module in layer.lora_dropout.items():
-                module.train(on and name == self.names[-1])
+    def dropouts(self, name: str) -> Sequence[nn.Module]:
+        """One for each layer that an adapter changes."""
+        return [m.lora_dropout[name] for m in self._layers if name in m.lora_dropout]
 
     def save(self, name: str, folder: Path) -> None:
         """Write one adapter in peft's own format (adapter_config.json, adapter_model.safetensors)."""
-        save_whole(self._state(name), folder / "adapter_model.safetensors")
+        super().save(name, folder)
         config = copy.copy(self._peft.peft_config[name])
         config.inference_mode, config.task_type = True, peft.TaskType.CAUSAL_LM  # as AutoPeftModelForCausalLM asks for
         if writes():
             config.save_pretrained(str(folder))
-
-    def load(self, name: str, folder: Path) -> None:
-        """Fill an adapter of the stack with the weights that `save` wrote."""
-        tensors = load_file(folder / "adapter_model.safetensors")
-        state = self._state(name)
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in state.items()}:
-            raise BackboneError("adapter weights do not fit this model and these settings", where=str(folder))
-        for key, tensor in state.items():
-            fill(tensor, tensors[key])
 
     def merged(self, dtype: torch.dtype | None = None) -> Any:
         """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then in the base's dtype.
@@ -205,7 +195,7 @@ class AdapterStack:
             lm.__dict__.pop(leftover, None)
         return lm if dtype is None else lm.to(dtype)
 
-    def _state(self, name: str) -> dict[str, Tensor]:
+    def state(self, name: str) -> dict[str, Tensor]:
         """The live weights, by peft's names for them."""
         state: dict[str, Tensor] = peft.get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
         return state

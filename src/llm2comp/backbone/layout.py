@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -30,19 +29,14 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llm2comp.tokens import position_ids
-
-SAVINGS = ("packing", "last layer")
 # Below this share of padding, gathering costs more than it saves.
 WORTH = 0.1
 # Up to this length, texts are padded for the attention alone.
 SHORT = 128
 NAME = "llm2comp_packed"
-TRIED = (2, 8)  # texts and positions
 HALVES = (torch.bfloat16, torch.float16)
 # Modules of a layer that map each position for itself, by the names that families give them.
 ROW_WISE = ("q_proj", "o_proj", "out_proj", "mlp")
-log = logging.getLogger(__name__)
 _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths of the packed texts")
 
 
@@ -203,48 +197,6 @@ def _one_kernel(
     rows = [x[0].transpose(0, 1).contiguous() for x in states]
     found_NHD: Tensor = attend(*rows, ends, ends, max(lengths), max(lengths), scale=scaling, **kind)
     return found_NHD[None]
-
-
-@torch.no_grad()
-def possible_savings(run: Callable[..., Tensor], table_VD: Tensor, body: Any) -> frozenset[str]:
-    """Which of `SAVINGS` leave the states of two random texts as they are, in causal and in bidirectional passes.
-
-    Args:
-        run: inputs, positions, mask, is_causal → states, the LM's body without adapters.
-        table_VD: its input embeddings.
-        body: the LM's body.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x_BSD = table_VD[torch.randint(len(table_VD), TRIED, generator=generator).to(table_VD.device)]
-    mask_BS = torch.ones(TRIED, dtype=torch.int64, device=table_VD.device)
-    mask_BS[1, : TRIED[1] // 2] = 0
-    needed_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
-    needed_BS[:, -2:] = True
-    layouts = {"packing": Layout.of(mask_BS, True), "last layer": Layout.of(mask_BS, False, needed_BS)}
-    if body.config._attn_implementation != "sdpa":
-        del layouts["packing"]
-    return frozenset(name for name, layout in layouts.items() if _changes_nothing(layout, run, body, x_BSD, needed_BS))
-
-
-def _changes_nothing(layout: Layout, run: Callable[..., Tensor], body: Any, x_BSD: Tensor, needed_BS: Tensor) -> bool:
-    positions_BS = position_ids(layout.mask_BS)
-    for kwargs in ({}, {"is_causal": False}):
-        try:
-            padded_ND = run(x_BSD, positions_BS, layout.mask_BS, **kwargs)[needed_BS].float()
-            with layout.apply(body):
-                found_ND = layout.run(run, x_BSD, positions_BS, **kwargs)[needed_BS].float()
-        except Exception as error:  # a family's own code, whatever it may raise: it goes on without the saving
-            log.info("%s: computed in full (%s)", type(body).__name__, error)
-            return False
-        scale = padded_ND.abs().max()
-        limit = 1e-4 * scale
-        if x_BSD.dtype in HALVES:  # rounding alone may move the states far: as far as inputs rounded once more do
-            rounded_BSD = x_BSD * (1 + torch.finfo(x_BSD.dtype).eps)
-            again_ND = run(rounded_BSD, positions_BS, layout.mask_BS, **kwargs)[needed_BS].float()
-            limit = torch.maximum(5e-2 * scale, 2 * (again_ND - padded_ND).abs().max())
-        if not (found_ND - padded_ND).abs().max() <= limit:
-            return False
-    return True
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -12,21 +12,18 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from torch import Tensor
 
 from llm2comp.backbone.families import starting_token
 from llm2comp.backbone.model import Backbone
 from llm2comp.backbone.naming import check_name
+from llm2comp.backbone.probes import multiplies_bfloat16, probe
 from llm2comp.backbone.quantized import quantization_config
 from llm2comp.backbone.sources import model_source
 from llm2comp.errors import BackboneError, Llm2CompError
 from llm2comp.hub import hub, not_at_hand
 from llm2comp.recipe import ModelSettings
-from llm2comp.tokens import position_ids
 
 log = logging.getLogger(__name__)
-
-PROBE_TOKENS = 6
 
 
 def resolve_device(name: str) -> torch.device:
@@ -59,12 +56,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return dtype
     half = device.type != "cpu" or (name == "fastest" and multiplies_bfloat16())
     return torch.bfloat16 if half else torch.float32
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 matrices, as far as torch can tell."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, bool)()) for name in asked)
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
@@ -178,57 +169,3 @@ def load_backbone(settings: ModelSettings) -> Backbone:
         log.info("%s: the tokenizer has no pad token; id 0 fills masked places", settings.name)
     probe(backbone)
     return backbone
-
-
-@torch.no_grad()
-def probe(backbone: Backbone) -> None:
-    """Check on a few random tokens that attention is as asked and masked, and that `project` gives the LM's own logits.
-
-    Raises:
-        BackboneError: an LM whose first state sees the last token, a bidirectional encoder whose first state ignores it,
-            masked tokens that are not left out, or a head that does more than this package knows.
-    """
-    table = backbone.embedding_table
-    ids = torch.randint(len(table), (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(table.device)
-    other = ids.clone()
-    other[0, -1] = (ids[0, -1] + len(table) // 2) % len(table)
-    mask = torch.ones_like(ids)
-    kind = f"{backbone.name} (model_type {backbone.config.model_type})"
-    try:
-        read, decoded = ([run(backbone.embed(x), mask)[0] for x in (ids, other)] for run in (backbone.read, backbone.decode))
-    except (TypeError, AttributeError) as error:
-        raise BackboneError(
-            f"cannot be run as this method needs: {error}", where=kind, expected="a causal LM whose layers take is_causal=False"
-        ) from error
-    if not all(states.isfinite().all() for states in (*read, *decoded)):
-        fix = "set another model.dtype, or fetch the weights again: some are damaged"
-        raise BackboneError("gives states that are not finite", where=backbone.name, fix=fix)
-    # a mixture of experts groups tokens by what all of them chose, so rounding alone may move the first state a little
-    if _first_moves(decoded) > 4 * torch.finfo(decoded[0].dtype).eps:
-        raise BackboneError(
-            "is not a causal LM", where=kind, expected="a decoder-only model", found="the first state moves with the last token"
-        )
-    padded = backbone.decode(backbone.embed(torch.cat([other, ids], 1)), torch.cat([0 * mask, mask], 1))[0, PROBE_TOKENS:]
-    if torch.cosine_similarity(padded.float(), decoded[0].float(), dim=-1).mean() < 0.9:
-        raise BackboneError(
-            "does not leave out masked tokens, so texts cannot share a batch", where=kind, fix="choose another backbone"
-        )
-    if backbone.attention == "bidirectional" and _first_moves(read) <= 1e-6:
-        raise BackboneError(
-            "cannot encode with bidirectional attention",
-            where=kind,
-            found="the first state ignores the last token",
-            fix="set model.attention: causal, or choose another backbone",
-        )
-    with backbone.base_only():  # padded, as the LM's own pass is: packed attention rounds otherwise in half precision
-        states = backbone._run(backbone.embed(ids), position_ids(mask), mask)[0]
-    logits = backbone.project(states).float()
-    own = backbone.lm(input_ids=ids, use_cache=False).logits[0].float()
-    if logits.shape != own.shape or not torch.allclose(logits, own, rtol=1e-2, atol=1e-2 * own.abs().max().item()):
-        raise BackboneError("the LM's head does more than a projection that is known here", where=backbone.name)
-
-
-def _first_moves(states: list[Tensor]) -> float:
-    """How far the first state of two texts differs, relative to its largest number."""
-    first, second = (states_TD[0].float() for states_TD in states)
-    return ((first - second).abs().max() / first.abs().max()).item()

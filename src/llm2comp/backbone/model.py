@@ -15,12 +15,17 @@ from llm2comp.backbone.adapters import AdapterStack
 from llm2comp.backbone.families import attention_dropouts, scale_logits, silence_dropout, starting_token
 from llm2comp.backbone.frozen import Frozen
 from llm2comp.backbone.full import FullCopy
-from llm2comp.backbone.layout import HALVES, WORTH, Layout, possible_savings
-from llm2comp.backbone.quantized import keep_gradients, quantized_layers
+from llm2comp.backbone.layout import HALVES, WORTH, Layout
+from llm2comp.backbone.probes import possible_savings
+from llm2comp.backbone.quantized import keep_gradients
+from llm2comp.backbone.trainable import Trainable
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import AdapterSettings
 from llm2comp.recipe.parts import TEXT
 from llm2comp.tokens import position_ids
+
+# What a stage may train of the LM, by `adapter.kind` of a recipe.
+KINDS: dict[str, type[Trainable]] = {"lora": AdapterStack, "full": FullCopy, "none": Frozen}
 
 
 class Backbone(nn.Module):
@@ -51,7 +56,7 @@ class Backbone(nn.Module):
         self.name = name
         self.bos = bos
         self.bos_id = starting_token(tokenizer, bos, name)  # of every text, for encoder and teacher alike; None: none
-        self.adapters: AdapterStack | Frozen = AdapterStack(lm, name)
+        self.adapters: Trainable = AdapterStack(lm, name)
         self.copy: nn.Module | None = None
         self._dropouts = attention_dropouts(lm)
         silence_dropout(lm)
@@ -66,18 +71,13 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: LoRA targets that match no module; two kinds over one LM; a full copy of a quantised LM.
         """
-        kinds: dict[str, type[AdapterStack | Frozen]] = {"lora": AdapterStack, "full": FullCopy, "none": Frozen}
-        kind = kinds[settings.kind]
+        kind = KINDS[settings.kind]
         if self.adapters.names and type(self.adapters) is not kind:
             raise BackboneError("cannot mix kinds of adapters", where=self.name, found=settings.kind)
-        if kind is FullCopy and quantized_layers(self.lm):
-            fix = "set model.quantization: null, or adapter.kind: lora"
-            raise BackboneError("cannot be trained in full over 4 or 8 bits", where=self.name, fix=fix)
         if type(self.adapters) is not kind:
             self.adapters = kind(self.lm, self.name)
-            if isinstance(self.adapters, FullCopy):
-                self.copy = self.adapters.body
-                self._dropouts = attention_dropouts(self.adapters.body)
+            self.copy = self.adapters.copy
+            self._dropouts = attention_dropouts(self.copy or self.lm)
         self.adapters.add(name, settings, dropout, seed)
 
     @property
@@ -188,9 +188,9 @@ class Backbone(nn.Module):
         """Recompute layers in the backward pass; each recompute replays the adapter flag and layout of its forward pass."""
 
         def replay() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), self._as_now(self.adapters.off, self._layout, self._body)
+            return contextlib.nullcontext(), self._as_now(self.adapters.off, self._layout, self.adapters.body)
 
-        for model in (self.lm, *([self.adapters.body] if isinstance(self.adapters, FullCopy) else [])):
+        for model in filter(None, (self.lm, self.adapters.copy)):
             if on:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": replay})
             elif model.is_gradient_checkpointing:
@@ -227,7 +227,7 @@ class Backbone(nn.Module):
             return self._run(x_BSD, position_ids(mask_BS), mask_BS, **kwargs)
         self._layout = Layout.of(mask_BS, packed, needed_BS)
         try:
-            with self._layout.apply(self._body):
+            with self._layout.apply(self.adapters.body):
                 return self._layout.run(self._run, x_BSD, position_ids(mask_BS), **kwargs)
         finally:
             self._layout = None
@@ -249,13 +249,8 @@ class Backbone(nn.Module):
         halves = not mask_BS.is_cuda and self.embedding_table.dtype in HALVES
         return halves or tokens < (1 - WORTH) * mask_BS.numel()
 
-    @property
-    def _body(self) -> Any:
-        """What runs now: the frozen LM's body, with adapters if they are on, or its trained copy."""
-        return self.adapters.body if isinstance(self.adapters, FullCopy) and not self.adapters.off else self.lm.base_model
-
     def _run(self, x_BSD: Tensor, positions_BS: Tensor, mask: Tensor | None, layer: int | None = None, **kwargs: Any) -> Tensor:
-        body = self._body
+        body = self.adapters.body
         if body is self.copy:
             x_BSD = x_BSD.float()
         if layer is not None:

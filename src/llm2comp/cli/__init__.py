@@ -15,7 +15,7 @@ STOPPED = 130
 app.registered_commands.sort(key=lambda command: (MAKE, USE, JUDGE).index(command.rich_help_panel or JUDGE))
 OUT_OF_MEMORY = (
     "lower batch_size, or set gradient_checkpointing: true or (stages 2 and 3) mini_batch_size: 16; "
-    "`--dry-run` estimates what a recipe needs, --batch-size limits evaluation"
+    "`--dry-run` estimates what a recipe needs, --max-tokens-per-batch limits embed and evaluate"
 )
 
 

@@ -15,6 +15,7 @@ from llm2comp.cli.options import (
     DeviceOption,
     LocalOption,
     MemoryOption,
+    TokensOption,
     app,
     read_column,
     require_folder,
@@ -54,7 +55,7 @@ def evaluate(
         ),
     ] = "auto",
     template: Annotated[str, typer.Option(help="How an instruction stands before a text.", metavar="TEXT")] = "{instruction}:",
-    batch_size: Annotated[str, typer.Option(help="Texts at once; auto: as many as fit.", metavar="N")] = "auto",
+    max_tokens_per_batch: TokensOption = None,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Try it all on made-up data, without network; gives no scores.")
     ] = False,
@@ -67,18 +68,17 @@ def evaluate(
     from llm2comp.console import say
     from llm2comp.errors import DataError, RunError
 
-    if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
-        raise DataError("no batch size", where="--batch-size", expected="auto or a number above 0", found=batch_size)
     if "{instruction}" not in template:
         raise DataError("no template", where="--template", expected="a text with {instruction} in it", found=template)
     quiet_libraries()
     from llm2comp import evaluate as evaluation
     from llm2comp.evaluation.pairs import Questions
 
-    size = None if batch_size == "auto" else int(batch_size)
     chosen, folders = tuple(tasks or ()), tuple(local or ())
     asked = tuple(Questions(file, query_column, answer_column, documents, document_column) for file in pairs or ())
-    options = evaluation.Options(chosen, folders, instructions, template, size, rehearse, device, num_memory, asked)
+    options = evaluation.Options(
+        chosen, folders, instructions, template, max_tokens_per_batch, rehearse, device, num_memory, asked
+    )
     rows = evaluation.evaluate(models, options, out)
     before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models)) if compare else []
     say(evaluation.table([*before, *rows], compare))

@@ -44,6 +44,14 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or mps; defaul
 MemoryOption = Annotated[
     int | None, typer.Option(min=1, help="Use the last N memory tokens only; default: all (docs/memory.md).", metavar="N")
 ]
+TokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens at once, padding included; by default 1,024 on a CPU, else 16,384.",
+        metavar="N",
+    ),
+]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(help="Precision of weights and computing: float32, bfloat16, float16; auto: the model's own.", metavar="TYPE"),

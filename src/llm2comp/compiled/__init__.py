@@ -19,9 +19,9 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
 
 from llm2comp.compiled.runtimes import RUNTIMES, Run, Runtime
-from llm2comp.encoder import embed_texts
 from llm2comp.errors import ModelFolderError, install_extra, one_line
-from llm2comp.export import GOLDEN_TEXTS, cannot_be_loaded, load_folder
+from llm2comp.export import cannot_be_loaded, load_folder
+from llm2comp.export.golden import golden_vectors
 from llm2comp.files import GRAPH, new_folder, refuse_foreign, sha256, to_json, write_text
 
 FORMAT_VERSION = 1
@@ -104,7 +104,7 @@ def compile_folder(folder: Path, backend: str = "openvino", precision: str = "fl
         raise ModelFolderError(
             "cannot be compiled", where=str(folder), expected="a transformer as the first module", found=type(module).__name__
         )
-    expected_ND = embed_texts(model, GOLDEN_TEXTS)
+    expected_ND = golden_vectors(model)
     features = module.preprocess(["two texts,", "one of them longer than the other"])
     with new_folder(folder / backend, GRAPH) as target:
         try:
@@ -119,7 +119,7 @@ def compile_folder(folder: Path, backend: str = "openvino", precision: str = "fl
         facts = {"format_version": FORMAT_VERSION, "precision": precision, "files": files}
         write_text(target / GRAPH_FILE, to_json(facts, indent=1))
         module.model = _open(target, module.auto_model.config, runtime)
-        lowest = torch.cosine_similarity(expected_ND, embed_texts(model, GOLDEN_TEXTS)).min().item()
+        lowest = torch.cosine_similarity(expected_ND, golden_vectors(model)).min().item()
         if not lowest >= MIN_COSINE[precision]:
             raise ModelFolderError(
                 f"{backend} in {precision} does not embed as torch does",
@@ -148,7 +148,7 @@ def load_compiled(folder: Path, backend: str = "openvino") -> SentenceTransforme
         model: SentenceTransformer = SentenceTransformer._load_with_module_classes(
             str(folder), {first: CompiledTransformer}, device="cpu", local_files_only=True, backend=backend
         )
-        embed_texts(model, ["a trial: some damage shows only here"])
+        golden_vectors(model, ["a trial: some damage shows only here"])
         return model
     except ModelFolderError:
         raise

@@ -1,15 +1,14 @@
 """Texts → embeddings in bulk: long-text policies, batches with progress, files in one step (writing.py).
 
-Each text is tokenised once, all of them before the first is encoded; batches are of like length, and of so many tokens.
+All texts are tokenised before the first is encoded, each once (inputs.py); vectors.py batches them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llm2comp.console import Bar
 from llm2comp.embed.writing import Embedded, Places, check_output, places_of, rows_file, write_embeddings
@@ -18,17 +17,11 @@ from llm2comp.errors import DataError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from llm2comp.encoder import Frame
+    from llm2comp.inputs import Frame
 
 __all__ = ["Embedded", "Places", "check_output", "embed", "places_of", "rows_file", "write_embeddings"]
 
 LongTexts = Literal["truncate", "chunk-mean", "error"]
-TOKENISE_AT_ONCE = 1000
-# Measured on a CPU, where larger batches outgrow its caches; a guess for devices with thousands of cores.
-AT_ONCE_ON_CPU, AT_ONCE_ELSEWHERE = 1024, 16_384
-# Batches whose embeddings wait on the device until they are fetched together: each time, it is waited for.
-FETCH_EVERY = 64
-Ids = NDArray[np.int32]
 
 
 def embed(
@@ -56,16 +49,16 @@ def embed(
         DataError: no texts, or one that is not Unicode; a text over the limit under `error`; a prompt that leaves no room;
             an embedding that is not finite.
     """
-    from llm2comp.encoder import frame_of, refuse_not_finite
+    from llm2comp.encoder import refuse_not_finite
+    from llm2comp.inputs import Inputs, frame_of, prompt_of, tokenise
+    from llm2comp.vectors import Budget, embeddings_of
 
     _check_texts(texts)
-    named = role if role in model.prompts else model.default_prompt_name
-    prompt: str = (model.prompts.get(named) or "") if named else ""
-    frame = frame_of(model)
+    prompt, frame = prompt_of(model, role), frame_of(model)
     room = _room(model, frame, prompt)
     # A text is one part or, under chunk-mean, several: what the model is given, its tokens, its weight in the mean.
     parts = [[prompt + text] for text in texts]
-    ids = [[row] for row in _tokenise(model, [prompt + text for text in texts])]
+    ids = [[row] for row in tokenise(model, [prompt + text for text in texts])]
     weights = [[1] for _ in texts]
     long = [i for i, (row,) in enumerate(ids) if len(row) > room]
     if long and long_texts == "error":
@@ -74,12 +67,13 @@ def embed(
         for i in long:
             pieces = _pieces(model, texts[i], prompt, room)
             parts[i] = [prompt + piece for piece in pieces]
-            ids[i] = _tokenise(model, parts[i])
-            weights[i] = [len(row) for row in (_tokenise(model, pieces) if prompt else ids[i])]
-    flat_ids = [row for rows in ids for row in rows]
-    lengths = [min(len(row), room) + (frame.added if frame else 0) for row in flat_ids]
-    at_once = max_tokens_per_batch or (AT_ONCE_ON_CPU if model.device.type == "cpu" else AT_ONCE_ELSEWHERE)
-    states = _encode(model, frame, [part for group in parts for part in group], flat_ids, lengths, at_once)
+            ids[i] = tokenise(model, parts[i])
+            weights[i] = [len(row) for row in (tokenise(model, pieces) if prompt else ids[i])]
+    flat = [part for group in parts for part in group]
+    inputs = Inputs(model, flat, frame, [row for rows in ids for row in rows], prompt="")
+    with Bar("embed", len(flat)) as bar:
+        budget = Budget.of(model.device, max_tokens_per_batch)
+        states = embeddings_of(inputs, budget, bar).numpy()
     bounds = np.cumsum([0, *(len(group) for group in parts)])
     means = [
         states[a] if b == a + 1 else np.average(states[a:b], axis=0, weights=weights[i])
@@ -112,72 +106,31 @@ def _check_texts(texts: Sequence[str]) -> None:
             raise DataError("not a Unicode text", where=f"text {number}", found=ascii(text)[:80]) from None
 
 
-def _encode(
-    model: SentenceTransformer,
-    frame: Frame | None,
-    texts: Sequence[str],
-    ids: Sequence[Ids],
-    lengths: Sequence[int],
-    max_tokens: int,
-) -> NDArray[np.float32]:
-    """Longest first, as many at once as keep their padded batch within `max_tokens`; back in order."""
-    import torch
-
-    from llm2comp.tokens import longest_first
-
-    out: NDArray[np.float32] | None = None
-    waiting: list[tuple[list[int], torch.Tensor]] = []
-    batches = list(longest_first(lengths, lambda longest: max_tokens // max(1, longest)))
-    model.eval()
-    with Bar("embed", len(texts)) as bar, torch.inference_mode():
-        for number, places in enumerate(batches, 1):
-            if frame:
-                found = model(frame.features([ids[i] for i in places], model.device))["sentence_embedding"]
-            else:
-                batch: Any = [texts[i] for i in places]
-                found = model.encode(batch, batch_size=len(batch), prompt="", convert_to_tensor=True, show_progress_bar=False)
-            waiting.append((places, found[:, : model.truncate_dim].float()))
-            if number % FETCH_EVERY == 0 or number == len(batches):
-                fetched = torch.cat([rows for _, rows in waiting]).cpu().numpy()
-                out = np.empty((len(texts), fetched.shape[1]), dtype=np.float32) if out is None else out
-                out[[i for group, _ in waiting for i in group]] = fetched
-                waiting.clear()
-            bar.advance(len(places))
-    assert out is not None
-    return out
-
-
 def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
     """Tokens of prompt and text that fit into one input, beside what the model itself adds (BOS, memory)."""
+    from llm2comp.inputs import tokenise
+
     limit = model.max_seq_length or 10**9
     around = len(model.tokenizer("", verbose=False)["input_ids"])
     room = frame.room if frame else limit - around
     if room < 1:
         raise DataError("leaves no room for a text", where="max_seq_length", expected=f"{around + 1} or more", found=limit)
-    if prompt and len(_tokenise(model, [prompt])[0]) >= room:
+    if prompt and len(tokenise(model, [prompt])[0]) >= room:
         raise DataError("the prompt leaves no room for a text", expected=f"fewer than {room} tokens", found=repr(prompt[:80]))
     return room
 
 
-def _tokenise(model: SentenceTransformer, texts: Sequence[str]) -> list[Ids]:
-    """Token ids of each text, uncut; what the model adds (BOS, memory) not among them."""
-    ids: list[Ids] = []
-    for start in range(0, len(texts), TOKENISE_AT_ONCE):
-        batch = list(texts[start : start + TOKENISE_AT_ONCE])
-        found = model.tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += [np.asarray(row, dtype=np.int32) for row in found]
-    return ids
-
-
 def _pieces(model: SentenceTransformer, text: str, prompt: str, room: int) -> list[str]:
     """A text in parts that each fit behind the prompt, cut between tokens."""
+    from llm2comp.inputs import tokenise
+
     spans = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
-    free = room - (len(_tokenise(model, [prompt])[0]) if prompt else 0)
+    free = room - (len(tokenise(model, [prompt])[0]) if prompt else 0)
     parts, begin = [], 0
     while begin < len(spans):
         end = min(begin + free, len(spans))
         # a part may have more tokens than the text had there: its last character whole, its first word without a space
-        while end > begin + 1 and len(_tokenise(model, [prompt + text[spans[begin][0] : spans[end - 1][1]]])[0]) > room:
+        while end > begin + 1 and len(tokenise(model, [prompt + text[spans[begin][0] : spans[end - 1][1]]])[0]) > room:
             end -= 1
         parts.append(text[spans[begin][0] : spans[end - 1][1]])
         begin = end

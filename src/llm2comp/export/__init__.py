@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llm2comp.backbone.quantized import in_float32
 from llm2comp.console import say
-from llm2comp.encoder import MemoryEncoder, check_prompt, embed_texts, memory_vectors
+from llm2comp.encoder import MemoryEncoder, check_prompt
 from llm2comp.errors import ModelFolderError
 from llm2comp.export.card import write_card
 from llm2comp.export.golden import (
@@ -44,6 +44,7 @@ from llm2comp.export.golden import (
 from llm2comp.export.stock import stock_model
 from llm2comp.export.weights import memory_ids, memory_names, memory_weights, set_weights, use_prefix, word_weights
 from llm2comp.files import EXPORTED, new_folder, refuse_foreign, to_json, write_text
+from llm2comp.vectors import embed_texts, memory_vectors
 
 __all__ = [
     "GOLDEN_FILE",

@@ -12,7 +12,6 @@ import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from torch import Tensor
 
-from llm2comp.encoder import embed_texts
 from llm2comp.errors import ModelFolderError
 
 FORMAT_VERSION = 1
@@ -64,9 +63,14 @@ class Precision:
 
 
 def golden_vectors(model: SentenceTransformer | MultiVectorEncoder, texts: Sequence[str] = GOLDEN_TEXTS) -> Tensor:
-    """What the golden file holds of a model, a row per text: its embedding, or its vectors one behind the other."""
+    """What the golden file holds of a model, a row per text: its embedding, or its vectors in a row.
+
+    By the stock library's own `encode`: that is what is verified.
+    """
     if isinstance(model, SentenceTransformer):
-        return embed_texts(model, texts)
+        with torch.no_grad():
+            embeddings_ND = model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+        return embeddings_ND.float().cpu()
     found = model.encode(list(texts), show_progress_bar=False)
     rows: list[Tensor] = [vectors_KD.float().cpu().flatten() for vectors_KD in found]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # of a damaged folder, some are longer than others

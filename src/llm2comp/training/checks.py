@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from llm2comp.backbone import resolve_device
-from llm2comp.backbone.adapters import AdapterStack
+from llm2comp.backbone import KINDS, resolve_device
 from llm2comp.backbone.families import attention_dropouts, starting_token
 from llm2comp.backbone.loading import load_skeleton, load_tokenizer
 from llm2comp.backbone.naming import require_weights
@@ -85,9 +84,8 @@ class _Known:
         hidden = int(self.lm.get_input_embeddings().weight.shape[1])
         projection = recipe.encoder.projection
         self.width = projection if isinstance(projection, int) else hidden
-        if recipe.adapter.kind == "lora":
-            with torch.device("meta"):
-                AdapterStack(self.lm, self.name).add("check", recipe.adapter)
+        with torch.device("meta"):
+            KINDS[recipe.adapter.kind](self.lm, self.name).add("check", recipe.adapter)
 
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """As `Backbone.tokenise`."""

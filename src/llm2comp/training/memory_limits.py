@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from llm2comp.console import say
 from llm2comp.errors import RunError
 from llm2comp.tokens import longest_first
+from llm2comp.vectors import is_out_of_memory
 
 _SIDES = {"text": "right", "context": "left", "continuation": "right"}
 
@@ -142,8 +143,3 @@ def until_it_fits(
         if before is not None:
             parameter.grad = before if parameter.grad is None else parameter.grad.add_(before)
     return value
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device's memory, or the CPU's, was too small."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from llm2comp.backbone import resolve_device
-from llm2comp.backbone.adapters import AdapterStack
-from llm2comp.backbone.frozen import Frozen
+from llm2comp.backbone import KINDS, resolve_device
 from llm2comp.backbone.loading import load_skeleton, load_tokenizer, resolve_dtype
 from llm2comp.backbone.quiet import quiet_libraries
 from llm2comp.console import say
@@ -21,7 +19,6 @@ from llm2comp.training.checks import check
 from llm2comp.training.estimates import (
     activations,
     base_bytes,
-    embedding_weights,
     free_memory,
     logits,
     texts_at_once,
@@ -58,20 +55,17 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
     device = resolve_device(recipe.model.device)
     lm = load_skeleton(recipe.model)
     config = lm.config
-    base_parameters = sum(p.numel() for p in lm.parameters())
-    kinds = {"lora": AdapterStack, "none": Frozen}
-    adapters: Any = None if recipe.adapter.kind == "full" else kinds[recipe.adapter.kind](lm, recipe.model.name)
-    layers = base_parameters - embedding_weights(lm)
+    with torch.device("meta"):
+        trained = KINDS[recipe.adapter.kind](lm, recipe.model.name)
+    copied = sum(p.numel() for p in trained.copy.parameters()) if trained.copy else 0
     tokenizer = load_tokenizer(recipe.model)
     full = resolve_dtype(recipe.model.dtype, device) == torch.float32
     base = base_bytes(lm, 4 if full else 2, recipe.model.quantization)
-    plans, held = [], base + (0 if adapters else 4 * (layers + lm.get_input_embeddings().weight.numel()))
+    plans, held = [], base + 4 * copied
     for name, asked in recipe.stages.items():
-        learning = layers
-        if adapters is not None:
-            with torch.device("meta"):
-                adapters.add(name, recipe.adapter)
-            learning = sum(p.numel() for p in adapters.parameters(name))
+        with torch.device("meta"):
+            trained.add(name, recipe.adapter)
+        learning = sum(p.numel() for p in trained.parameters(name))
         texts, rows, per_sample, batch = stage_texts(asked)
         stage = planned(asked, batch, config, full, device)
         mean = mean_tokens(tokenizer, texts, stage)
@@ -82,7 +76,7 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
         kept = activations(config, stage, at_once, length, full) + logits(config, stage, at_once * length, full)
         peak = held + 16 * trainable + kept
         plans.append(StagePlan(name, rows, samples, int(samples * per_sample * mean), trainable, peak))
-        held += 4 * learning if adapters else 0
+        held += 0 if copied else 4 * learning
     return plans, base
 
 
