@@ -19,7 +19,6 @@ from llm2comp.memory import (
     mean_weights,
     new_projection,
     prefix_weights,
-    separate_sight,
 )
 from llm2comp.recipe import EncoderSettings, MemorySettings
 from llm2comp.tokens import Tokens, wrap
@@ -59,12 +58,11 @@ class Compressor(nn.Module):
         backbone: the LM with its adapter stack.
         memory: the memory tokens; none (count 0) where the text's own states are pooled.
         settings: which states are the embedding, and whether a projection stands behind them.
-        nesting: `nested` and `attention` of the memory; its number of tokens is that of `memory`.
+        nesting: `nested` of the memory; its number of tokens is that of `memory`.
         seed: of a projection to another width.
 
     Raises:
-        RecipeError: nested or separate memory, and no memory tokens.
-        BackboneError: a family that does not obey the mask of separate memory.
+        RecipeError: nested memory, and no memory tokens.
     """
 
     def __init__(
@@ -86,19 +84,15 @@ class Compressor(nn.Module):
             inside, device = backbone.embedding_table.shape[1], backbone.embedding_table.device
             self.projection = new_projection(inside, inside if size == "same" else size, seed).to(device)
         self.register_buffer("weights_K", mean_weights(self.states).to(backbone.embedding_table.device))
-        nested, attention = (nesting.nested, nesting.attention) if nesting else ((), "full")
-        if (nested or attention == "separate") and not memory.count:
+        nested = nesting.nested if nesting else ()
+        if nested and not memory.count:
             raise RecipeError(
-                f"{'nested' if nested else attention} memory without memory tokens",
+                "nested memory without memory tokens",
                 where="memory",
                 expected="encoder.pooling: memory",
                 found=self.settings.pooling,
             )
         self.prefixes = tuple(sorted({*nested, self.states}))
-        # Under causal attention nothing sees what comes later: no mask is needed.
-        self.separate = attention == "separate" and backbone.attention == "bidirectional"
-        if self.separate:
-            probe_separate(self)
 
     @classmethod
     def fresh(
@@ -135,9 +129,8 @@ class Compressor(nn.Module):
         return self.read(x_BSD, mask_BS, needed_BS)[:, -self.states :]
 
     def read(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
-        """The backbone's encoder pass on texts with the memory behind them, under the mask of separate memory if asked."""
-        sees_BSS = separate_sight(mask_BS, self.memory.count) if self.separate else None
-        return self.backbone.read(x_BSD, mask_BS, needed_BS, sees_BSS)
+        """The backbone's encoder pass on texts with the memory after them."""
+        return self.backbone.read(x_BSD, mask_BS, needed_BS)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Input embeddings of the encoder pass, x_BTD: the LM's, or the trained copy of them."""
@@ -246,44 +239,3 @@ class Compressor(nn.Module):
             raise ModelFolderError(
                 f"cannot be read: {error}", where=str(folder), fix="copy the folder again or train the stage anew"
             ) from error
-
-
-PROBED = (6, 2)  # text and memory tokens of a probe
-
-
-@torch.no_grad()
-def probe_separate(compressor: Compressor) -> None:
-    """Check on a few random tokens that the LM obeys the mask of separate memory, and that a mask that hides nothing is none.
-
-    Raises:
-        BackboneError: a sliding window (a mask of ours would replace it), or a mask that is refused or not obeyed.
-    """
-    backbone, (texts, count) = compressor.backbone, PROBED
-    where = f"{backbone.name} (model_type {backbone.config.model_type})"
-    fix = "set memory.attention: full, or model.attention: causal, which needs no such mask"
-    window, table = getattr(backbone.config, "sliding_window", None), backbone.embedding_table
-    if window is not None and window < (backbone.max_positions or window + 1):
-        problem = "cannot keep its sliding window under memory.attention: separate"
-        raise BackboneError(problem, where=where, found=f"a window of {window}", fix=fix)
-    ids_BS = torch.randint(len(table), (1, texts + count), generator=torch.Generator().manual_seed(0)).to(table.device)
-    mask_BS = torch.ones_like(ids_BS)
-
-    def states(changed: int | None, sees_BSS: Tensor | None) -> Tensor:
-        other_BS = ids_BS.clone()
-        if changed is not None:
-            other_BS[0, changed] = (ids_BS[0, changed] + len(table) // 2) % len(table)
-        return backbone.read(backbone.embed(other_BS), mask_BS, sees_BSS=sees_BSS)[0].float()
-
-    sight_BSS = separate_sight(mask_BS, count)
-    try:
-        plain_SD, open_SD = states(None, None), states(None, torch.ones_like(sight_BSS))
-        first, last_text, last_memory = 0, texts - 1, texts + count - 1
-        moved_3S = torch.stack([states(n, sight_BSS) for n in (first, last_text, last_memory)]) - states(None, sight_BSS)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise BackboneError(f"cannot be run under memory.attention: separate: {error}", where=where, fix=fix) from error
-    scale = plain_SD.abs().max().item()
-    by_text_2S, by_memory_1S = moved_3S.abs().amax(-1).div(scale).split([2, 1])
-    still = 1e-6 if table.dtype == torch.float32 else 1e-2
-    obeyed = by_text_2S.min() > 1e-6 and by_memory_1S[0, -1] > 1e-6 and by_memory_1S[0, :-1].max() < still
-    if not obeyed or (open_SD - plain_SD).abs().max().item() > 0.05 * scale:
-        raise BackboneError("does not obey the mask of memory.attention: separate", where=where, fix=fix)

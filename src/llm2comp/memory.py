@@ -71,20 +71,6 @@ def new_projection(inside: int, outside: int, seed: int) -> nn.Linear:
     return projection
 
 
-def separate_sight(mask_BS: Tensor, count: int) -> Tensor:
-    """Who sees whom under `memory.attention: separate`, sees_BSS (row: who sees), bool.
-
-    The text sees all of the text, memory token i the text and memory tokens up to itself; padding sees itself alone, so
-    that no row is empty.
-    """
-    size = mask_BS.shape[1]
-    sees_SS = torch.ones(size, size, dtype=torch.bool, device=mask_BS.device)
-    sees_SS[:, size - count :] = sees_SS[:, size - count :].tril(count - size)
-    real_BS = mask_BS.bool()
-    alone_SS = torch.eye(size, dtype=torch.bool, device=mask_BS.device)
-    return (sees_SS & real_BS[:, :, None] & real_BS[:, None, :]) | alone_SS
-
-
 def maxsim(query_BKD: Tensor, document_CKD: Tensor) -> Tensor:
     """Late interaction (ColBERT, arXiv 2004.12832): over the query's states, the sum of the best dot product, scores_BC."""
     return torch.einsum("bkd,cld->bckl", query_BKD, document_CKD).amax(-1).sum(-1)

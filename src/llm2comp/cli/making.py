@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,11 +13,8 @@ from llm2comp.cli.options import MAKE, DeviceOption, app, read_column
 REPORT_FILE = "report.html"
 
 
-class DemoLM(StrEnum):
-    """The language model that the demonstration makes an encoder of."""
-
-    smollm2 = "smollm2"
-    tiny = "tiny"
+# The language model that the demonstration makes an encoder of.
+DemoLM = Literal["smollm2", "tiny"]
 
 
 @app.command(rich_help_panel=MAKE)
@@ -64,8 +60,7 @@ def train(
 
     run = run_recipe(resolved, out)
     if is_main_process():
-        model = run / MODEL_FOLDER
-        say(f"finished: {model}" if model.is_dir() else f"finished: {run}, to be loaded live: no model/ (docs/memory.md)")
+        say(f"finished: {run / MODEL_FOLDER}")
         say(f"report: {write_report([run], run / REPORT_FILE)}")
 
 
@@ -74,13 +69,13 @@ def demo(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; default: runs/demo, or runs/demo-tiny.", metavar="DIR")
     ] = None,
-    lm: Annotated[DemoLM, typer.Option(help="smollm2: 135 M parameters; tiny: 5 M, some minutes.")] = DemoLM.smollm2,
+    lm: Annotated[DemoLM, typer.Option(help="smollm2: 135 M parameters; tiny: 5 M, some minutes.")] = "smollm2",
 ) -> None:
     """See it all: train an encoder on your Python's documentation, score it, search with it."""
     from llm2comp.demo import RECIPES
     from llm2comp.demo import demo as run_demo
 
-    run_demo(out or Path("runs") / ("demo" if lm is DemoLM.smollm2 else f"demo-{lm.value}"), RECIPES[lm.value])
+    run_demo(out or Path("runs") / ("demo" if lm == "smollm2" else f"demo-{lm}"), RECIPES[lm])
 
 
 @app.command(rich_help_panel=MAKE)

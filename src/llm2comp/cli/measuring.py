@@ -55,9 +55,6 @@ def evaluate(
     ] = "auto",
     template: Annotated[str, typer.Option(help="How an instruction stands before a text.", metavar="TEXT")] = "{instruction}:",
     batch_size: Annotated[str, typer.Option(help="Texts at once; auto: as many as fit.", metavar="N")] = "auto",
-    rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Try it all on made-up data, without network; gives no scores.")
-    ] = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
 ) -> None:
@@ -78,7 +75,7 @@ def evaluate(
     size = None if batch_size == "auto" else int(batch_size)
     chosen, folders = tuple(tasks or ()), tuple(local or ())
     asked = tuple(Questions(file, query_column, answer_column, documents, document_column) for file in pairs or ())
-    options = evaluation.Options(chosen, folders, instructions, template, size, rehearse, device, num_memory, asked)
+    options = evaluation.Options(chosen, folders, instructions, template, size, device, num_memory, asked)
     rows = evaluation.evaluate(models, options, out)
     before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models)) if compare else []
     say(evaluation.table([*before, *rows], compare))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llm2comp.console import Dtype
 
 if TYPE_CHECKING:
     from llm2comp.data.sources import Loaded
@@ -25,15 +26,6 @@ MODEL_HELP = (
     "A model folder, a run, a stage of a run, a Hub id, builtin:general (comes with the package), or an untrained encoder "
     "such as mean:LM (docs/baselines.md)."
 )
-
-
-class Dtype(StrEnum):
-    """Of weights and computing."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, metavar="MODEL")]

@@ -6,12 +6,12 @@ Each text is tokenised once, all of them before the first is encoded; batches ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llm2comp.console import Bar
+from llm2comp.console import Bar, LongTexts, Role
 from llm2comp.embed.writing import Embedded, Places, check_output, places_of, rows_file, write_embeddings
 from llm2comp.errors import DataError
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Embedded", "Places", "check_output", "embed", "places_of", "rows_file", "write_embeddings"]
 
-LongTexts = Literal["truncate", "chunk-mean", "error"]
 TOKENISE_AT_ONCE = 1000
 # Measured on a CPU, where larger batches outgrow its caches; a guess for devices with thousands of cores.
 AT_ONCE_ON_CPU, AT_ONCE_ELSEWHERE = 1024, 16_384
@@ -35,7 +34,7 @@ def embed(
     model: SentenceTransformer,
     texts: Sequence[str],
     *,
-    role: Literal["query", "document"] | None = None,
+    role: Role | None = None,
     long_texts: LongTexts = "truncate",
     max_tokens_per_batch: int | None = None,
     normalise: bool = False,

@@ -81,7 +81,7 @@ def export(
 
     Raises:
         ModelFolderError: the exported folder embeds otherwise than the native encoder, or no stock folder can do what it
-            does: separate memory in a bidirectional encoder, many vectors without memory tokens; no such dtype.
+            does (many vectors without memory tokens); no such dtype.
         BackboneError: the tokenizer cannot carry a template. RecipeError: a prompt that leaves no room for a text.
         RunError: the folder holds something else than an exported model, or cannot be written.
     """

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2comp.compressor import BOS_WEIGHT, Compressor
 from llm2comp.encoder import MemoryEncoder
-from llm2comp.errors import BackboneError, ModelFolderError
+from llm2comp.errors import BackboneError
 
 MEMORY_NAME = re.compile(r"<(llm2comp_)*mem_\d+>")
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -44,14 +44,6 @@ def stock_model(module: MemoryEncoder, folder: Path, multi_vector: bool = False)
         BackboneError: no fast tokenizer. ModelFolderError: no stock module can do what this encoder does.
     """
     compressor = module.compressor
-    if compressor.separate:
-        raise ModelFolderError(
-            "cannot be exported: a stock folder knows bidirectional and causal attention, not a mask of its own",
-            where="memory.attention",
-            expected="full, or model.attention: causal",
-            found="separate, with bidirectional attention",
-            fix="load the stage itself with llm2comp.load, or train with model.attention: causal",
-        )
     ids = _write_transformer(module, folder)
     transformer = Transformer(
         str(folder),

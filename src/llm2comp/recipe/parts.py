@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -63,16 +63,24 @@ class MemorySettings(Section):
         default=(),
         description="every stage's loss is the mean over the first j memory tokens, for each j named here and k (Matryoshka)",
     )
-    attention: Literal["full", "separate"] = Field(
-        default="full",
-        description="separate = the text does not see the memory, memory token i only itself and those before; full = all "
-        "see all. Under model.attention causal both are the same",
-    )
 
     @property
     def prefixes(self) -> tuple[int, ...]:
         """Each j whose first j memory states are trained as a representation of their own; k alone unless nested."""
         return tuple(sorted({*self.nested, self.tokens}))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_attention(cls, data: Any) -> Any:
+        """`attention` was a setting once. Runs of that time hold its default, `full`, which is what everybody gets now."""
+        if not isinstance(data, dict) or "attention" not in data:
+            return data
+        if data["attention"] == "separate":
+            raise ValueError(
+                "attention: separate is gone, as no exported folder could hold it; "
+                "set model.attention: causal, under which prefixes of the memory nest by nature"
+            )
+        return {key: value for key, value in data.items() if (key, value) != ("attention", "full")}
 
     @model_validator(mode="after")
     def _nested_within(self) -> MemorySettings:

@@ -116,7 +116,6 @@ class Evaluation(Line):
     revision: str | None = None
     scores: dict[str, TaskScore]
     failed: dict[str, str] = {}
-    synthetic: bool = False
 
 
 @dataclass(frozen=True)

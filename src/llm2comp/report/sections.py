@@ -172,8 +172,7 @@ def evaluation_table(entries: dict[str, Evaluation]) -> Table:
     if len(tasks) > 1 and all(len(entry.scores) == len(tasks) for entry in entries.values()):
         means = [sum(score.score for score in entry.scores.values()) / len(tasks) for entry in entries.values()]
         rows.append((f"mean of {len(tasks)}", *map(percent, means), NONE))
-    names = [f"{name} (synthetic)" if entry.synthetic else name for name, entry in entries.items()]
-    return Table("Evaluation, main score of each task times 100", ("task", *names, "metric"), tuple(rows))
+    return Table("Evaluation, main score of each task times 100", ("task", *entries, "metric"), tuple(rows))
 
 
 def _course(run: RunLog, ident: str) -> list[Section]:

@@ -63,7 +63,7 @@ def courses(run: RunLog) -> list[Course]:
 def _evaluated(run: RunLog) -> list[Course]:
     """The mean over the sets on which the encoder, its stages and word matching all have a score."""
     name = run.folder.resolve().name
-    entries = {entry.model: entry for entry in run.evaluations if not entry.synthetic and entry.scores}
+    entries = {entry.model: entry for entry in run.evaluations if entry.scores}
     lexical = {LEXICAL_TITLES[e.name]: e for e in entries.values() if e.name in LEXICAL_TITLES}
     ours: dict[str, Evaluation] = {}
     since: list[str] = []  # stages since the last one that has scores
