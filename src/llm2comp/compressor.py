@@ -52,7 +52,7 @@ def too_few_memory_tokens(count: int, asked: int) -> ModelFolderError:
 
 
 class Compressor(nn.Module):
-    """Encoder f_θ = frozen LM + adapters + memory tokens (METHOD 1); or, without these, one state pooled from the text's.
+    """Encoder f_θ = frozen LM + adapters + memory tokens; or, without these, one state pooled from the text's.
 
     Args:
         backbone: the LM with its adapter stack.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class MemoryTokens(nn.Module):
-    """`vectors_KD`, float32, as input embeddings (METHOD 1: m_1..m_k). Texts are left-padded, so memory stands at the end."""
+    """`vectors_KD`, float32, as input embeddings, the paper's m_1..m_k. Texts are left-padded, so memory stands at the end."""
 
     def __init__(self, vectors_KD: Tensor) -> None:
         super().__init__()

@@ -40,17 +40,32 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it will need; train nothing.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="With --dry-run: the resolved recipe as well.")] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="With --dry-run: predict hours, memory and price on one rtx4090, l40s, a100, h100 or h200.",
+            metavar="NAME",
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="With --gpu: its price per hour.", metavar="X")
+    ] = None,
 ) -> None:
     """Train a recipe; run again to go on where it stopped."""
     from llm2comp.data.sources import check_sources
+    from llm2comp.errors import RecipeError
     from llm2comp.recipe import load_recipe
 
+    if gpu and not dry_run or price is not None and not gpu:
+        alone, missing = ("--gpu", "--dry-run") if gpu else ("--price", "--dry-run --gpu NAME")
+        raise RecipeError("says nothing by itself", where=alone, expected=f"{missing} beside it")
     resolved = load_recipe(recipe, overrides or [])
     check_sources(spec for stage in resolved.stages.values() for spec in stage.data)  # type: ignore[attr-defined]
     if dry_run:
+        from llm2comp.training.cost import gpu_named
         from llm2comp.training.plan import show_plan
 
-        show_plan(resolved, verbose)
+        show_plan(resolved, verbose, gpu_named(gpu, price) if gpu else None)
         return
     from llm2comp.console import say
     from llm2comp.report import report as write_report

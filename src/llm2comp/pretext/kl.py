@@ -32,7 +32,7 @@ def chunked_kl(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Σ_i w_i KL(p_teacher,i ‖ p_student,i), the CTKD loss (METHOD 2; paper, eq. of CTKD).
+    """Σ_i w_i KL(p_teacher,i ‖ p_student,i), the paper's CTKD loss.
 
     Args:
         student_ND: decoder states; the gradient goes here.
@@ -57,7 +57,7 @@ def chunked_kl(
 def chunked_cross_entropy(
     student_ND: Tensor, targets_N: Tensor, project: Project, weights_N: Tensor, chunk: int | None = None
 ) -> Tensor:
-    """Σ_i −w_i log p_student,i(target_i), the NLL and RC losses (METHOD 2). Arguments as for `chunked_kl`."""
+    """Σ_i −w_i log p_student,i(target_i), the NLL and RC losses. Arguments as for `chunked_kl`."""
     return chunked_bag_entropy(student_ND, targets_N[:, None], project, weights_N, chunk)
 
 

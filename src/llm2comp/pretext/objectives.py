@@ -1,6 +1,6 @@
 """Stage 1's loss, a weighted sum of objectives of two kinds; and the compression objectives, the first kind.
 
-From memory: memory states in, decoder's loss out. What every such objective does (METHOD 1 and 2, DESIGN 1.3), on one
+From memory: memory states in, decoder's loss out. What every such objective does on one
 copy of the weights:
 1. encode the contexts to memory states, adapters on
 2. detach them into a leaf; the frozen decoder works from BOS, the leaf and the continuation, adapters off

@@ -1,6 +1,6 @@
 """LLM2Vec-Gen (arXiv 2603.10913): memory that stands for the LM's response to a text, and for a teacher's embedding of it.
 
-The response itself is learned by `continuation` or `ctkd` on rows whose continuation is the response (METHOD 3). Here is the
+The response itself is learned by `continuation` or `ctkd` on rows whose continuation is the response. Here is the
 second loss. The paper's embedding runs through a linear map first: `encoder.projection`, a part of the encoder. Without it the
 embedding is the plain mean of the memory states, and where the teacher's width is another a map stands between them, which
 belongs to the training alone.

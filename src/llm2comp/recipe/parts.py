@@ -192,7 +192,7 @@ class Schedule(Section):
 
 
 class WatchSettings(Section):
-    """Collapse watch: figures of a fixed sample of texts while a stage trains (METHOD 4). Changes nothing that is learned."""
+    """Collapse watch: figures of a fixed sample of texts while a stage trains. Changes nothing that is learned."""
 
     every_steps: Steps | None = Field(default=None, description="steps from one watch to the next; null = five per stage")
     texts: Annotated[int, Field(ge=8)] = Field(default=256, description="texts in the sample, and pairs for the alignment")

@@ -1,6 +1,6 @@
 """A recipe as one frozen model that knows its limits.
 
-Defaults are the release's settings (METHOD: stage 1, UCL, SCL) except where docs/method.md lists a deviation.
+Defaults are the release's settings except where docs/method.md lists a deviation.
 Every `*_tokens` counts text tokens with BOS and without memory tokens, every `*_steps` optimiser steps.
 """
 

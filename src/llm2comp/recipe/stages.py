@@ -65,7 +65,7 @@ class Stage(Section):
 
 
 class PretextStage(Stage):
-    """Stage 1, context compression (METHOD 2)."""
+    """Stage 1, context compression."""
 
     data: tuple[TextData, ...] = Field(min_length=1)
     objective: Objective | dict[Objective, Annotated[float, Field(gt=0)]] = Field(

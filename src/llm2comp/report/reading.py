@@ -39,7 +39,7 @@ class Metrics(Line):
 
 
 class Watch(Line):
-    """A line of watch.jsonl: the figures of collapse at one step (METHOD 4); tasks in 0 to 1."""
+    """A line of watch.jsonl: the figures of collapse at one step; tasks in 0 to 1."""
 
     step: int
     loss: float | None = None

@@ -71,7 +71,7 @@ def load_queries(stage: SclStage, spec: PairData) -> list[Pair]:
 
 
 def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed: int, options: RunOptions) -> int | None:
-    """Stage 1 (METHOD 2): context compression."""
+    """Stage 1: context compression."""
     backbone = compressor.backbone
     compressor.learn(memory=True, embeddings=stage.train_embeddings == "all")
     max_tokens = compressor.max_tokens(stage.max_tokens)
@@ -120,7 +120,7 @@ def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
 
 
 def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
-    """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout."""
+    """Stage 2: SimCSE; each text twice under different dropout."""
     rows = stored_texts(stage.data, stage.min_characters, say)
     stage = clipped("ucl", stage, distinct(rows, stage.batch_size))
     say(f"stage 2: {len(rows):,} texts of {stage.min_characters} characters or more")
@@ -134,7 +134,7 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, op
 
 
 def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
-    """Stage 3 (METHOD 2): query against positive, hard negatives and the rest of the batch."""
+    """Stage 3: query against positive, hard negatives and the rest of the batch."""
     pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
     stage = clipped("scl", stage, most_in_a_batch(pairs))
     rows = pair_datasets(pairs, stage.batch_size)
