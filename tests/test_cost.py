@@ -142,6 +142,6 @@ ALONE = [["--gpu", "h100"], ["--dry-run", "--price", "2"], ["--dry-run", "--gpu"
 TOLD = ["--dry-run beside it", "--dry-run --gpu NAME beside it", "did you mean 'h100'?"]
 
 
-@pytest.mark.parametrize(("arguments", "told"), zip(ALONE, TOLD, strict=True))
+@pytest.mark.parametrize(("arguments", "told"), [*zip(ALONE, TOLD, strict=True)])
 def test_options_that_say_nothing_are_refused(tmp_path, arguments, told):
     assert_refused(cli("train", write_recipe(tmp_path), *arguments), told)
