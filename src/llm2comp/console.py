@@ -1,4 +1,4 @@
-"""What a person sees: one console on standard error, progress with rate and time left; what a command lets one choose."""
+"""What a person sees: the console on standard error, progress bars, and the choices of command options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Bar:
     with Bar("embed", total=1000) as bar:
         bar.advance(32, "1,234 tokens/s")
 
-    `stays=False`: part of a longer task, gone when done; `shown=False`: nothing at all.
+    `stays=False` removes the bar at the end (part of a longer task). `shown=False` shows nothing.
     """
 
     def __init__(self, name: str, total: int, done: int = 0, stays: bool = True, shown: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""How alike the memory tokens are, and the weights that merge those that say the same."""
+"""Similarity of the memory tokens, and weights that merge redundant ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def memory_correlation(memory_NKD: ArrayLike) -> NDArray[np.float64]:
 
 
 def clusters(correlation_KK: ArrayLike, threshold: float = 0.9) -> NDArray[np.int64]:
-    """Which cluster each memory token is in, (K,), numbered from 0 in order of first appearance.
+    """Cluster of each memory token, (K,), numbered from 0 in order of first appearance.
 
     The paper clusters memory tokens by correlation and names neither algorithm nor threshold. Ours: average-linkage
     agglomerative clustering on 1 − correlation; two clusters become one while their mean correlation is at least `threshold`.

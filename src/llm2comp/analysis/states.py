@@ -1,4 +1,4 @@
-"""Texts → memory states in bulk, as the measures want them."""
+"""Memory states of many texts, as the measures need them."""
 
 from __future__ import annotations
 

@@ -56,11 +56,11 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
     ] = False,
 ) -> None:
-    """Options of no command."""
+    """Options of `llm2comp` itself."""
 
 
 def read_column(source: str, column: str = "text", limit: int | None = None) -> Loaded[str]:
-    """Texts of a file or a Hub data set for a command with --column; says what was left out. Imports nothing heavy.
+    """Read texts of a file or Hub data set for a command with --column, and say what was left out. No heavy imports.
 
     Raises:
         DataError: cannot be read; for a column that is not there, with the option to give.
@@ -82,7 +82,7 @@ def read_column(source: str, column: str = "text", limit: int | None = None) -> 
 
 
 def require_folder(folder: Path) -> None:
-    """Raise RunError where there is no such folder: said before anything heavy is imported."""
+    """Raise RunError if there is no such folder, before heavy imports."""
     import difflib
 
     from llm2comp.errors import RunError

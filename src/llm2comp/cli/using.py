@@ -53,7 +53,7 @@ def embed(
     bad_rows: Annotated[
         BadRows,
         typer.Option(
-            help="Rows without a text: stop; skip: leave out, number the others (docs/data.md); zero: zeros there.",
+            help="Rows without a text: stop; skip them (and write row numbers, docs/data.md); or write zero vectors (zero).",
             metavar="HOW",
         ),
     ] = "stop",
@@ -69,7 +69,7 @@ def embed(
         Backend, typer.Option(help="What runs the model: torch, openvino or onnx (docs/speed.md).", metavar="NAME")
     ] = "torch",
 ) -> None:
-    """Turn a file's texts into embeddings, in order."""
+    """Embed the texts of a file, in order."""
     from llm2comp import embed as bulk
     from llm2comp.console import say
 
@@ -105,7 +105,7 @@ def similarity(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Print how alike texts are: the cosine, each with each."""
+    """Print the cosine similarity of every pair of texts."""
     from llm2comp.errors import DataError
 
     if len(texts) < 2:
@@ -125,7 +125,7 @@ def similarity(
 @app.command(rich_help_panel=USE)
 def export(
     out: Annotated[
-        Path, typer.Argument(help="Folder to write; an earlier export there is replaced, nothing else is.", metavar="DIR")
+        Path, typer.Argument(help="Folder to write; only an earlier export is replaced.", metavar="DIR")
     ],
     model: ModelOption = GENERAL,
     num_memory: MemoryOption = None,
@@ -134,7 +134,7 @@ def export(
     ] = False,
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Of the stored weights: float32, bfloat16, float16; auto: as the encoder computes.", metavar="TYPE"),
+        typer.Option(help="Type of the stored weights: float32, bfloat16, float16; auto: that of the encoder.", metavar="TYPE"),
     ] = "auto",
     openvino: Annotated[
         GraphPrecision | None,
@@ -164,7 +164,7 @@ def export(
 
 @app.command(rich_help_panel=USE)
 def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, or a finished run.", metavar="DIR")]) -> None:
-    """Check that a model folder still gives the embeddings that it gave."""
+    """Check that a model folder still gives the same embeddings as when it was written."""
     require_folder(folder)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
@@ -178,7 +178,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, o
 
 
 def _cut_note(count: int, limit: int | None, policy: LongTexts) -> str:
-    """How many texts were over which limit, and what to do about it."""
+    """Note on texts over the model's limit, and what was done with them."""
     done = "read in parts" if policy == "chunk-mean" else "cut there: --long-texts chunk-mean reads them whole"
     return f"; {count:,} over the model's limit of {limit:,} tokens, {done}" if count else ""
 

@@ -51,7 +51,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, what an LM says to it, and (D_t,) float32, a teacher's embedding of that, where one was asked for."""
+    """A text, an LM's response to it and, if asked for, a teacher's embedding of the response, (D_t,) float32."""
 
     text: str
     response: str
@@ -60,7 +60,7 @@ class Answer:
 
 @dataclass
 class Tally:
-    """What was read of a source so far: rows there are, rows used, rows left out by reason and the first places of each."""
+    """Counts of what was read: all rows, used rows, and left-out rows by reason with their first line numbers."""
 
     source: str
     there: int = 0
@@ -89,7 +89,7 @@ class Tally:
 
 @dataclass
 class Loaded(Tally, Generic[T]):
-    """All that a source gave, in memory.
+    """Everything read from a source, in memory.
 
     `numbers`: the row of the source, from 0, that each of `rows` comes from. `fingerprint`: sha256 (hex) over their content.
     """
@@ -169,7 +169,7 @@ def read_pairs(spec: PairData) -> Loaded[Pair]:
 
 
 def check_sources(specs: Iterable[Spec]) -> None:
-    """Raise DataError for a source that names no file and can be no Hub data set; reads nothing."""
+    """Raise DataError if a source is neither an existing file nor a possible Hub id. Reads nothing."""
     for spec in specs:
         if not spec.source.startswith("builtin:"):
             _is_path(spec.source)
@@ -188,7 +188,7 @@ def _collect(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], parts
 
 
 def _items(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: Tally) -> Iterator[T]:
-    """Make items of each row until the limit; count the rows that give none."""
+    """Turn rows into items up to the limit; count rows without one."""
     columns_seen: dict[str, None] = {}
     for place, row in _rows(spec, columns):
         tally.there += 1
@@ -217,7 +217,7 @@ def _items(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: 
 
 
 def _rows(spec: Spec, columns: Columns) -> Rows:
-    """Rows behind a source name, whatever it stands for."""
+    """Rows of any source: builtin, file, folder or Hub data set."""
     path = Path(spec.source).expanduser()
     with _readable(spec):
         if spec.source.startswith("builtin:"):
@@ -245,7 +245,7 @@ def _content(spec: TextData) -> str:
 
 @contextlib.contextmanager
 def _readable(spec: Spec) -> Iterator[None]:
-    """What a disk or an archive throws becomes a DataError; of a missing column it is told what the recipe should say."""
+    """Turn errors of disk and archive into a DataError. For a missing column, say what the recipe should be."""
     try:
         yield
     except MissingColumnError as error:

@@ -1,4 +1,4 @@
-"""Evaluation sets in a folder → tasks that mteb evaluates with its own evaluators. No network, nothing else than files.
+"""Evaluation sets in a folder → mteb tasks. Needs only files, no network.
 
     folder/<kind>/<set>/...        <split> is test, or dev if there is no test
     sts, pair_classification       <split>.jsonl  {"sentence1", "sentence2", "score" or "label" (0 or 1)}
@@ -55,7 +55,7 @@ class _Classification(AbsTaskClassification):
 
 
 class _Clustering(AbsTaskClustering):
-    """All texts are embedded, and one task draws the same ones each time that it is evaluated."""
+    """mteb's clustering on all texts, with the same random draws each time."""
 
     max_fraction_of_documents_to_embed = None
 
@@ -66,7 +66,7 @@ class _Clustering(AbsTaskClustering):
 
 @dataclass(frozen=True)
 class _Kind:
-    """How mteb evaluates a kind: its name for it, its task class, the figure that counts."""
+    """How mteb evaluates a kind of set: mteb's name, the task class, the main metric."""
 
     name: str
     base: type[AbsTask]
@@ -169,7 +169,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _advice(names: list[str]) -> dict[str, Any]:
-    """What a message adds about kinds: which there are, and the one that the first of the names resembles."""
+    """Help for an error message: the known kinds, and the one nearest to the first name."""
     likely = ((name, kind) for name in names for kind in difflib.get_close_matches(name.lower(), KINDS, n=1, cutoff=0.7))
     fix = next((f"did you mean {kind!r} instead of {name!r}?" for name, kind in likely if name != kind), None)
     return {"expected": f"<kind>/<set>/<files>, where <kind> is one of {', '.join(KINDS)}", "fix": fix}

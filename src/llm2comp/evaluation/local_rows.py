@@ -30,7 +30,7 @@ _QRELS = ("query-id", "corpus-id", "score")
 
 @dataclass(frozen=True)
 class Row:
-    """One row and its place; every method gives a checked value or raises DataError."""
+    """One row and its line number. Every method returns a checked value or raises DataError."""
 
     where: str
     values: dict[str, Any]
@@ -97,7 +97,7 @@ class Row:
 
 
 class SetFiles:
-    """The files of one set; what is read from them counts for the revision."""
+    """The files of one set. Everything read from them is part of the revision."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -223,7 +223,7 @@ def read_retrieval(files: SetFiles, split: str) -> Parts:
 
 
 def read_reranking(files: SetFiles, split: str) -> Parts:
-    """Queries with their candidates. Wrong candidates get the larger ids, which rank first on equal scores: no gain by ties."""
+    """Queries with their candidates. Wrong candidates get larger ids, which rank first on ties: ties give no advantage."""
     corpus: list[dict[str, str]] = []
     queries: list[dict[str, str]] = []
     relevant: dict[str, dict[str, int]] = {}
@@ -262,6 +262,6 @@ def _by_id(rows: list[Row]) -> dict[str, Row]:
 
 
 def _must_differ(values: Iterable[object], key: str, rows: list[Row]) -> None:
-    """Raise DataError if all rows have one value, for then any encoder would get the same figure, or none."""
+    """Raise DataError if all rows have the same value: every encoder would get the same score, or none."""
     if len(set(values)) < 2:
         raise DataError(f"every row has the same {key!r}", where=rows[0].where, expected="two or more different ones")

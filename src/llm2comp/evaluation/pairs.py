@@ -26,7 +26,7 @@ SPLIT = "test"
 
 @dataclass(frozen=True)
 class Questions:
-    """Which file holds questions and answers, and which other texts the answers are to be found among.
+    """A file of questions and answers, and other texts that the search runs over.
 
     Args:
         file: any source of pairs (docs/data.md); `query` and `answer` are its columns.

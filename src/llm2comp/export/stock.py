@@ -1,13 +1,13 @@
 """A live encoder as stock sentence-transformers modules, so that its folder needs no flag, no code and not this package.
 
 1. merge the adapters into a float32 copy of the LM; keep the model without its LM head
-2. append the memory vectors to the embedding table, behind the last token's row (row ÷ the family's embedding scale)
-3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens behind every text, cut or not. Memory
+2. append the memory vectors to the embedding table, after the last token's row (row ÷ the family's embedding scale)
+3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens after every text, cut or not. Memory
    tokens are ids of this template alone, in no vocabulary: a name in one would be found in texts that happen to hold it
 4. write `is_causal: false` (bidirectional encoders) into the config
 5. pool: memory tokens by their weight, all else 0 (WordWeights, then mean); one memory token, or a prompt's last one: by
    last token; the text's tokens: mean, BOS as good as none
-6. put the projection, if there is one, behind the pooling (Dense). Where memory tokens are weighed, put it before that, on the
+6. put the projection, if there is one, after the pooling (Dense). Where memory tokens are weighed, put it before that, on the
    token states: the map of a mean is the mean of the maps, and WordWeights gives float32, which Dense refuses in a model of
    half precision
 """

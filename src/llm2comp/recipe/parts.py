@@ -1,4 +1,4 @@
-"""The parts that recipes are made of: model, memory, adapter, data, schedule, watch. Each knows its limits."""
+"""Sections of a recipe: model, memory, adapter, data, schedule, watch. Each checks its own values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, and closed to unknown keys."""
+    """A section of a recipe: immutable; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -72,7 +72,7 @@ class MemorySettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_attention(cls, data: Any) -> Any:
-        """`attention` was a setting once. Runs of that time hold its default, `full`, which is what everybody gets now."""
+        """Accept `attention: full` of earlier versions' runs: it was the default, and is the only behaviour now."""
         if not isinstance(data, dict) or "attention" not in data:
             return data
         if data["attention"] == "separate":
@@ -90,7 +90,7 @@ class MemorySettings(Section):
 
 
 class EncoderSettings(Section):
-    """Which states of the encoder pass become the embedding."""
+    """Which states of the encoder become the embedding."""
 
     pooling: Literal["memory", "mean", "last_token"] = Field(
         default="memory",
@@ -192,7 +192,7 @@ class Schedule(Section):
 
 
 class WatchSettings(Section):
-    """Collapse watch: figures of a fixed sample of texts while a stage trains. Changes nothing that is learned."""
+    """Collapse watch: measures on a fixed sample of texts during training. It does not influence what is learned."""
 
     every_steps: Steps | None = Field(default=None, description="steps from one watch to the next; null = five per stage")
     texts: Annotated[int, Field(ge=8)] = Field(default=256, description="texts in the sample, and pairs for the alignment")

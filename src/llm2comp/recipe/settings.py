@@ -1,4 +1,4 @@
-"""A recipe as one frozen model that knows its limits.
+"""A recipe as one frozen, validated model.
 
 Defaults are the release's settings except where docs/method.md lists a deviation.
 Every `*_tokens` counts text tokens with BOS and without memory tokens, every `*_steps` optimiser steps.

@@ -72,7 +72,7 @@ SPECTRUM = (
 
 
 def run_part(run: RunLog, ident: str) -> Part:
-    """All that one run's folder tells."""
+    """The sections of one run."""
     sections = [short_section(run, ident), *use_section(run, ident), *searches_section(run, ident)]
     sections += [*warnings_section(run, ident), overview(run, ident), *_scores(run, ident), *_course(run, ident)]
     sections += [section for stage in run.stages for section in _stage(run, stage, ident)]
@@ -81,7 +81,7 @@ def run_part(run: RunLog, ident: str) -> Part:
 
 
 def sentence(run: RunLog) -> str:
-    """What was made of what, in words."""
+    """One sentence: which model was trained on which data."""
     stages = ", then ".join(stage.title for stage in run.stages)
     tokens = run.recipe.memory.tokens
     return f"{run.recipe.model.name} as a text encoder with {tokens} memory token{'s'[: tokens != 1]}, trained by {stages}."
@@ -96,7 +96,7 @@ def adapter_of(recipe: Recipe) -> str:
 
 
 def overview(run: RunLog, ident: str) -> Section:
-    """What was trained on what, with which settings, how far it came."""
+    """Table of model, data, settings and progress."""
     recipe = run.recipe
     facts = {
         "Recipe": recipe.name,
