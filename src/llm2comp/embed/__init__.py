@@ -169,7 +169,7 @@ def _tokenise(model: SentenceTransformer, texts: Sequence[str]) -> list[Ids]:
 
 
 def _pieces(model: SentenceTransformer, text: str, prompt: str, room: int) -> list[str]:
-    """A text in parts that each fit behind the prompt, cut between tokens."""
+    """A text in parts that each fit after the prompt, cut between tokens."""
     spans = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
     free = room - (len(_tokenise(model, [prompt])[0]) if prompt else 0)
     parts, begin = [], 0

@@ -100,7 +100,7 @@ class EncoderSettings(Section):
     prompt: Template = Field(default=TEXT, description="what stands around a text when last_token is read; holds {text}")
     projection: Annotated[int, Field(ge=1, strict=True)] | Literal["same"] | None = Field(
         default=None,
-        description="a linear map (with bias) behind the pooled state, to so many dimensions, or to the LM's width (same); it "
+        description="a linear map (with bias) after the pooled state, to so many dimensions, or to the LM's width (same); it "
         "learns where the memory tokens do: in stage 1, and later under train_memory",
     )
 

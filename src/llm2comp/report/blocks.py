@@ -52,7 +52,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
     code: str = ""
-    folded: bool = False  # its tables wait behind a click
+    folded: bool = False  # its tables are folded at first
     lead: str = ""  # one sentence that stands out, before the text
 
 
