@@ -103,9 +103,11 @@ As part of the data is CC-BY-SA, the weights are offered under CC-BY-SA 4.0. Lef
 
 ## Evaluation
 Development sets, in percent: Spearman of cosines (STS), average precision (MRPC), accuracy
-(CLINC150, TREC: 16 texts a class), V-measure (StackOverflowTitles), nDCG@10 (CISI, Cranfield), MAP (TrecQA).
+(CLINC150, TREC: 16 texts a class), V-measure (StackOverflowTitles), nDCG@10 (CISI, Cranfield),
+MAP (TrecQA).
 
-    llm2comp evaluate builtin:general tfidf mean:builtin:tiny input_embeddings:builtin:tiny --local DIR
+    llm2comp evaluate builtin:general tfidf mean:builtin:tiny \\
+      input_embeddings:builtin:tiny --local DIR
 
 {score_table(rows)}
 """
