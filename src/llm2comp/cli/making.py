@@ -53,12 +53,9 @@ def train(
 ) -> None:
     """Train a recipe. Run it again to resume."""
     from llm2comp.data.sources import check_sources
-    from llm2comp.errors import RecipeError
     from llm2comp.recipe import load_recipe
 
-    if gpu and not dry_run or price is not None and not gpu:
-        alone, missing = ("--gpu", "--dry-run") if gpu else ("--price", "--dry-run --gpu NAME")
-        raise RecipeError("says nothing by itself", where=alone, expected=f"{missing} beside it")
+    _check_gpu(gpu, price, dry_run)
     resolved = load_recipe(recipe, overrides or [])
     check_sources(spec for stage in resolved.stages.values() for spec in stage.data)  # type: ignore[attr-defined]
     if dry_run:
@@ -77,6 +74,15 @@ def train(
     if is_main_process():
         say(f"finished: {run / MODEL_FOLDER}")
         say(f"report: {write_report([run], run / REPORT_FILE)}")
+
+
+def _check_gpu(gpu: str | None, price: float | None, dry_run: bool) -> None:
+    """Refuse --gpu and --price where they have no effect."""
+    from llm2comp.errors import RecipeError
+
+    if gpu and not dry_run or price is not None and not gpu:
+        alone, missing = ("--gpu", "--dry-run") if gpu else ("--price", "--dry-run --gpu NAME")
+        raise RecipeError("has no effect alone", where=alone, expected=f"{missing} beside it")
 
 
 @app.command(rich_help_panel=MAKE)
