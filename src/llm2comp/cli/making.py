@@ -47,9 +47,7 @@ def train(
             metavar="NAME",
         ),
     ] = None,
-    price: Annotated[
-        float | None, typer.Option(min=0, help="With --gpu: its price per hour.", metavar="X")
-    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="With --gpu: its price per hour.", metavar="X")] = None,
 ) -> None:
     """Train a recipe. Run it again to resume."""
     from llm2comp.data.sources import check_sources
@@ -115,9 +113,7 @@ def generate_responses(
         bool | None,
         typer.Option("--chat-template/--no-chat-template", help="Use the tokenizer's chat template; default: if it has one."),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0: greedy decoding; above 0: sampling.", metavar="X")
-    ] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy decoding; above 0: sampling.", metavar="X")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.", metavar="N")] = 0,
     teacher: Annotated[
         str | None, typer.Option(help="Encoder; its embeddings of the responses are stored, too.", metavar="MODEL")

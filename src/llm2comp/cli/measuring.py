@@ -38,7 +38,9 @@ def evaluate(
     ] = None,
     query_column: Annotated[str, typer.Option(help="With --pairs: column of the questions.", metavar="NAME")] = "anchor",
     answer_column: Annotated[str, typer.Option(help="With --pairs: column of the answers.", metavar="NAME")] = "positive",
-    documents: Annotated[str | None, typer.Option(help="With --pairs: file of more texts to search in.", metavar="FILE")] = None,
+    documents: Annotated[
+        str | None, typer.Option(help="With --pairs: file of more texts to search in.", metavar="FILE")
+    ] = None,
     document_column: Annotated[str, typer.Option(help="With --documents: column of the texts.", metavar="NAME")] = "text",
     out: Annotated[
         Path | None,
@@ -98,7 +100,9 @@ def _check_sources(local: list[Path], pairs: list[str], documents: str | None) -
 
 @app.command(rich_help_panel=JUDGE)
 def analyze(
-    texts: Annotated[str, typer.Option(help="File of texts; use more texts than the embedding has dimensions.", metavar="FILE")],
+    texts: Annotated[
+        str, typer.Option(help="File of texts; use more texts than the embedding has dimensions.", metavar="FILE")
+    ],
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = GENERAL,
     pairs: Annotated[
         str | None, typer.Option(help="File of related texts, columns anchor and positive.", metavar="FILE")
@@ -112,9 +116,7 @@ def analyze(
     threshold: Annotated[
         float, typer.Option(min=-1, max=1, help="Merge memory tokens above this mean cosine.", metavar="X")
     ] = 0.9,
-    write_weights: Annotated[
-        bool, typer.Option("--write-weights", help="Write the merged weights into the model.")
-    ] = False,
+    write_weights: Annotated[bool, typer.Option("--write-weights", help="Write the merged weights into the model.")] = False,
     device: DeviceOption = None,
 ) -> None:
     """Show why a model is good or bad: collapse, similarity threshold, contents of its memory tokens."""

@@ -10,7 +10,7 @@ import typer
 from llm2comp.console import Dtype
 
 if TYPE_CHECKING:
-    from llm2comp.data.sources import Loaded
+    from llm2comp.data.loaded import Loaded
 
 app = typer.Typer(
     help="Turn a causal language model into a text encoder by context compression (LLM2Comp).",

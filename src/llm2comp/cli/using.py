@@ -23,7 +23,7 @@ from llm2comp.cli.options import (
 from llm2comp.console import GENERAL, BadRows, Dtype, LongTexts, Role
 
 if TYPE_CHECKING:
-    from llm2comp.data.sources import Loaded
+    from llm2comp.data.loaded import Loaded
 
 STDIN = "-"
 STDIN_NAME = "standard-input.txt"
@@ -124,9 +124,7 @@ def similarity(
 
 @app.command(rich_help_panel=USE)
 def export(
-    out: Annotated[
-        Path, typer.Argument(help="Folder to write; only an earlier export is replaced.", metavar="DIR")
-    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; only an earlier export is replaced.", metavar="DIR")],
     model: ModelOption = GENERAL,
     num_memory: MemoryOption = None,
     multi_vector: Annotated[

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llm2comp.data.loaded import Answer
 from llm2comp.data.pretext import Masking, PretextRows, long_enough, no_text_is_fit
-from llm2comp.data.sources import Answer
 from llm2comp.recipe import PretextStage
 
 

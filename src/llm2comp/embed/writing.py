@@ -18,7 +18,7 @@ from llm2comp.errors import DataError
 from llm2comp.files import refuse_output, to_json, write_bytes
 
 if TYPE_CHECKING:
-    from llm2comp.data.sources import Loaded
+    from llm2comp.data.loaded import Loaded
 
 OUTPUT_FORMATS = (".npy", ".parquet", ".jsonl")
 

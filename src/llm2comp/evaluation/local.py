@@ -35,6 +35,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from llm2comp.errors import DataError
 from llm2comp.evaluation import local_rows as rows
+from llm2comp.evaluation.set_files import Parts, SetFiles
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class _Kind:
     name: str
     base: type[AbsTask]
     main_score: str
-    read: Callable[[rows.SetFiles, str], rows.Parts]
+    read: Callable[[SetFiles, str], Parts]
     split_file: str = "{}.jsonl"
 
 
@@ -135,14 +136,14 @@ def as_mteb(local: LocalSet) -> AbsTask:
     if local.kind not in _KINDS:
         raise DataError(f"no kind of evaluation is named {local.kind!r}", where=str(local.folder), **_advice([local.kind]))
     kind = _KINDS[local.kind]
-    files = rows.SetFiles(local.folder)
+    files = SetFiles(local.folder)
     split = files.evaluated_split(kind.split_file)
     parts = kind.read(files, split)
     revision = files.revision()
     return make_task(local.kind, f"Local-{local.name}", split, parts, revision)
 
 
-def make_task(kind_name: str, name: str, split: str, parts: rows.Parts, revision: str) -> AbsTask:
+def make_task(kind_name: str, name: str, split: str, parts: Parts, revision: str) -> AbsTask:
     """An mteb task of a kind with its data in memory. `revision`: what the data are told by; see `as_mteb`."""
     kind = _KINDS[kind_name]
     metadata = TaskMetadata(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llm2comp.console import say
 from llm2comp.data.columns import MissingColumnError, likely
-from llm2comp.data.sources import Loaded, read_pairs, read_texts
+from llm2comp.data.loaded import Loaded
+from llm2comp.data.sources import read_pairs, read_texts
 from llm2comp.errors import DataError
 from llm2comp.files import to_json
 from llm2comp.recipe import PairData, TextData

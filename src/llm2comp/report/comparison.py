@@ -8,8 +8,9 @@ from llm2comp.evaluation.published import SOURCE, published
 from llm2comp.recipe import leaves
 from llm2comp.report.blocks import NONE, Part, Plot, Points, Section, Table, curves, duration, number, percent
 from llm2comp.report.reading import RunLog
-from llm2comp.report.sections import FIGURES, LOSS, evaluation_table, spectrum_plots
+from llm2comp.report.sections import evaluation_table, spectrum_plots
 from llm2comp.report.verdict import measured_states
+from llm2comp.report.words import FIGURES, LOSS
 
 ALIKE = "The recipes of these runs are the same."
 IDENT = "compare"

@@ -47,9 +47,7 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def tokens_at_once(
-    stage: Stage, config: Any, full: bool, device: torch.device, free: int | None = None
-) -> int | None:
+def tokens_at_once(stage: Stage, config: Any, full: bool, device: torch.device, free: int | None = None) -> int | None:
     """Tokens that fit into what is free, a power of two.
 
     `free` says how many bytes that are; None: as many as the device has free now. The result is

@@ -35,13 +35,8 @@ from llm2comp.training.stages import load_answers, load_queries, load_texts
 SAMPLE = 1000
 GIB = 2**30
 FITS = "will fit"
-FITS_NOT = (
-    "will probably NOT fit: lower batch_size, or set gradient_checkpointing, "
-    "max_tokens_per_batch or mini_batch_tokens"
-)
-PROCESS = (
-    3 * GIB // 2
-)  # interpreter, libraries and texts, as the demo's process holds them between its stages
+FITS_NOT = "will probably NOT fit: lower batch_size, or set gradient_checkpointing, max_tokens_per_batch or mini_batch_tokens"
+PROCESS = 3 * GIB // 2  # interpreter, libraries and texts, as the demo's process holds them between its stages
 
 
 @dataclass(frozen=True)
@@ -75,9 +70,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None) -> tuple[list[StagePlan], int]:
     config, size = lm.config, replace(Size.of(lm), whole=recipe.adapter.kind == "full")
     base_parameters = sum(p.numel() for p in lm.parameters())
     kinds = {"lora": AdapterStack, "none": Frozen}
-    adapters: Any = (
-        None if recipe.adapter.kind == "full" else kinds[recipe.adapter.kind](lm, recipe.model.name)
-    )
+    adapters: Any = None if recipe.adapter.kind == "full" else kinds[recipe.adapter.kind](lm, recipe.model.name)
     layers = base_parameters - embedding_weights(lm)
     tokenizer = load_tokenizer(recipe.model)
     full = resolve_dtype(recipe.model.dtype, device) == torch.float32
@@ -96,14 +89,10 @@ def plan(recipe: Recipe, gpu: Gpu | None = None) -> tuple[list[StagePlan], int]:
         stage = planned(asked, batch, config, full, device, free)
         mean = mean_tokens(tokenizer, texts, stage)
         samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
-        trainable = learning + trained_embeddings(
-            stage, lm, recipe.memory_tokens, recipe.encoder.projection
-        )
+        trainable = learning + trained_embeddings(stage, lm, recipe.memory_tokens, recipe.encoder.projection)
         at_once = texts_at_once(stage, per_sample, mean)
         length = mean + recipe.memory_tokens
-        kept = activations(config, stage, at_once, length, full) + logits(
-            config, stage, at_once * length, full
-        )
+        kept = activations(config, stage, at_once, length, full) + logits(config, stage, at_once * length, full)
         peak = held + 16 * trainable + kept
         own = size if size.whole else replace(size, adapter=learning)
         flops = samples * sample_flops(stage, own, mean, per_sample, recipe.memory_tokens)
@@ -114,9 +103,7 @@ def plan(recipe: Recipe, gpu: Gpu | None = None) -> tuple[list[StagePlan], int]:
     return plans, base
 
 
-def planned(
-    stage: Stage, batch: int, config: Any, full: bool, device: torch.device, free: int
-) -> Stage:
+def planned(stage: Stage, batch: int, config: Any, full: bool, device: torch.device, free: int) -> Stage:
     """The stage with the batch and the tokens at once that it will be trained with."""
     stage = stage.model_copy(update={"batch_size": batch})
     limit = "max_tokens_per_batch" if isinstance(stage, PretextStage) else "mini_batch_tokens"
@@ -142,15 +129,9 @@ def stage_texts(stage: Stage) -> tuple[list[str], int, int, int]:
             stage.batch_size,
         )
     assert isinstance(stage, PretextStage | UclStage)
-    texts: Iterable[str] = (
-        load_texts(stage.data) if isinstance(stage, UclStage) or not stage.answered else ()
-    )
+    texts: Iterable[str] = load_texts(stage.data) if isinstance(stage, UclStage) or not stage.answered else ()
     if isinstance(stage, PretextStage) and stage.answered:
-        texts = [
-            f"{a.text} {a.response}"
-            for a in load_answers(stage)
-            if len(a.text) >= stage.min_characters
-        ]
+        texts = [f"{a.text} {a.response}" for a in load_answers(stage) if len(a.text) >= stage.min_characters]
     first: list[str] = []
     distinct: set[str] = set()
     most, count = stage.batch_size if isinstance(stage, UclStage) else 0, 0
@@ -197,11 +178,7 @@ def show_plan(recipe: Recipe, verbose: bool = False, gpu: Gpu | None = None) -> 
     worst = max(p.peak for p in plans) + (PROCESS if on_cpu else 0)
     fits = worst < 0.9 * free
     need = f"base model {base / GIB:.1f} GiB, needs about {worst / GIB:.1f} GiB"
-    has = (
-        f"{gpu.name}: {free / GIB:.1f} GiB in all"
-        if gpu
-        else f"{device}: {free / GIB:.1f} GiB free"
-    )
+    has = f"{gpu.name}: {free / GIB:.1f} GiB in all" if gpu else f"{device}: {free / GIB:.1f} GiB free"
     say(f"{has}, {need}: {FITS if fits else FITS_NOT}")
     if gpu:
         say(predicted(plans, gpu))

@@ -20,7 +20,8 @@ from llm2comp.analysis.context import context_recovered, split_sample
 from llm2comp.analysis.geometry import alignment
 from llm2comp.analysis.states import memory_states
 from llm2comp.compressor import Compressor
-from llm2comp.data.sources import Pair, read_pairs, read_texts
+from llm2comp.data.loaded import Pair
+from llm2comp.data.sources import read_pairs, read_texts
 from llm2comp.recipe import PretextStage, Recipe, TextData, UclStage, WatchSettings
 
 # Rows read to draw the sample from.

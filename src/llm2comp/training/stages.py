@@ -17,8 +17,9 @@ from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor, room_for_text
 from llm2comp.console import say
 from llm2comp.data.answers import AnswerRows, answer_rows
+from llm2comp.data.loaded import Answer, Pair
 from llm2comp.data.pretext import Masking, PretextCollator, PretextRows
-from llm2comp.data.sources import Answer, Pair, iterate_sources, read_answers, read_pairs
+from llm2comp.data.sources import iterate_sources, read_answers, read_pairs
 from llm2comp.data.store import distinct, stored_rows, stored_texts
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import DataError
