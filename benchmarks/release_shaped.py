@@ -1,6 +1,6 @@
 """The release's cost structure in our own words, with the same loss and gradients as ours: the baseline of the training rows.
 
-What it does on purpose (METHOD 5), and what we do instead:
+What it does on purpose, and what we do instead:
 1. two full copies of the LM, one under peft for the encoder, one frozen for teacher and decoder   | one copy
 2. eager attention                                                                                 | sdpa
 3. logits of every position in all three passes, kept until the step ends                          | chunks of needed ones

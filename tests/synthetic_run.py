@@ -89,7 +89,6 @@ def write_scores(folder, rng):
             "revision": "ab12",
             "scores": {t: {"score": round(float(rng.random()), 4), "metric": m, "split": "test"} for t, m in tasks.items()},
             "failed": {},
-            "synthetic": False,
         }
         for model in ("mean-pooled", "demo")
     ]

@@ -28,7 +28,7 @@ from llm2comp.analysis.geometry import alignment, anisotropy, uniformity
 from llm2comp.analysis.spectrum import effective_rank, participation_ratio, spectrum
 from llm2comp.analyze import NEED_MORE_TEXTS, analyze, write_analysis, write_weights
 from llm2comp.backbone import Base
-from llm2comp.data.sources import Pair
+from llm2comp.data.loaded import Pair
 from llm2comp.errors import DataError, ModelFolderError, RunError
 from llm2comp.export import verify
 from llm2comp.recipe import ModelSettings, parse_recipe

@@ -92,7 +92,8 @@ for arguments in [["--help"], *([command, "--help"] for command in {COMMANDS!r})
         app(arguments)
     except SystemExit as stop:
         assert stop.code == 0
-heavy = {{"torch", "transformers", "sentence_transformers", "datasets", "numpy", "pyarrow", "yaml"}} & set(sys.modules)
+names = "torch transformers sentence_transformers datasets numpy pyarrow yaml"
+heavy = set(names.split()) & set(sys.modules)
 assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -116,7 +117,8 @@ import sys
 import llm2comp
 assert {"load", "train", "__version__"} <= set(dir(llm2comp)), dir(llm2comp)
 assert not any(name in dir(llm2comp) for name in ("TYPE_CHECKING", "annotations", "Any"))
-heavy = {"torch", "transformers", "sentence_transformers", "datasets", "numpy", "pyarrow", "yaml", "typer"} & set(sys.modules)
+names = "torch transformers sentence_transformers datasets numpy pyarrow yaml typer"
+heavy = set(names.split()) & set(sys.modules)
 assert not heavy, heavy
 assert all(callable(getattr(llm2comp, name)) for name in ("load", "train"))
 """

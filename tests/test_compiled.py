@@ -257,7 +257,8 @@ import torch
 torch.set_num_threads(1)
 import llm2comp
 texts = json.load(sys.stdin)
-found = [llm2comp.load(name, backend=name).encode(texts, batch_size=3).tolist() for name in sys.argv[1:]]
+models = [llm2comp.load(name, backend=name) for name in sys.argv[1:]]
+found = [model.encode(texts, batch_size=3).tolist() for model in models]
 json.dump(found, sys.stdout)
 """
     command = [sys.executable, "-c", program, *RUNTIMES]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from families import FAMILIES, SENTENCES, TEXTS, make_compressor, relative_error, untouched
-from llm2comp.data.sources import Pair
+from llm2comp.data.loaded import Pair
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import SclStage, UclStage

@@ -24,6 +24,7 @@ from llm2comp.evaluation.running import TaskFailedError, run_task
 from llm2comp.evaluation.tasks import local_tasks, named_tasks
 from llm2comp.loading import identity
 from llm2comp.vectors import AT_ONCE_ON_CPU
+from rehearsal import rehearse
 from tiny_run import assert_refused, cli, finished, save_backbone, sentences, write_rows
 
 PAIR_COUNT = 20
@@ -183,17 +184,19 @@ def room(monkeypatch):
     monkeypatch.setattr("llm2comp.evaluate.load", load)
 
 
-def test_an_instruction_that_leaves_no_room_is_refused(tmp_path):
-    options = Options(tasks=("STSBenchmark",), rehearse=True, device="cpu")
+def test_an_instruction_that_leaves_no_room_is_refused(tmp_path, monkeypatch):
+    rehearse(monkeypatch)
+    options = Options(tasks=("STSBenchmark",), device="cpu")
     with pytest.raises(RecipeError, match="instruction of STSBenchmark: the prompt leaves no room"):
         evaluate([str(finished()[1] / "3-scl")], options, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_instructions_are_for_models_that_know_them(tmp_path, room):
+def test_instructions_are_for_models_that_know_them(tmp_path, monkeypatch, room):
+    rehearse(monkeypatch)
     _, run = finished()
-    options = Options(tasks=("STSBenchmark",), rehearse=True, device="cpu")
-    none = Options(tasks=("STSBenchmark",), rehearse=True, device="cpu", instructions="none")
+    options = Options(tasks=("STSBenchmark",), device="cpu")
+    none = Options(tasks=("STSBenchmark",), device="cpu", instructions="none")
 
     def revision(place, chosen):
         return evaluate([str(run / place)], chosen, tmp_path / "out")[0].revision
@@ -276,29 +279,26 @@ def test_results_of_a_run_go_into_it(tmp_path, sets):
 # ---- the paper's 14
 
 
-def test_rehearsal_of_the_paper_s_tasks(tmp_path, monkeypatch, room):
-    """End to end on made-up data in all 14 task objects: no network, no scores."""
+def test_the_paper_s_tasks_run_on_made_up_data(tmp_path, monkeypatch, room):
+    """End to end on made-up data in all 14 task objects, without network."""
+    rehearse(monkeypatch)
 
     def no_network(*_, **__):
         raise AssertionError("a data set was asked for")
 
     monkeypatch.setattr("datasets.load_dataset", no_network)
-    said = cli("evaluate", finished()[1], "--tasks", "paper14", "--rehearse", "--compare", "--out", tmp_path, "--device", "cpu")
+    said = cli("evaluate", finished()[1], "--tasks", "paper14", "--compare", "--out", tmp_path, "--device", "cpu")
     assert said.code == 0, said
-    assert "rehearsal on made-up data: no scores" in said.err
-    lines = [line for line in said.err.splitlines() if "│" in line]
-    assert [next(task for task in PAPER14 if task in line) for line in lines if " ran " in line] == list(PAPER14)
-    assert not any(character.isdigit() for line in lines for character in line.split("│")[-2])
-    assert "66.78" not in said.err
-    assert not (tmp_path / "summary.json").exists()
+    lines = [line.split() for line in said.err.splitlines() if "/14 " in line]
+    assert [words[1] for words in lines] == [f"{task}:" for task in PAPER14]
+    (row,) = read_summary(tmp_path / "summary.json")
+    assert list(row.scores) == list(PAPER14)
     results = list(tmp_path.rglob("SciFact.json"))
     assert len(results) == 1
-    assert "rehearsal" in results[0].parts
-    assert results[0].parent.name.endswith("-synthetic")
     assert {path.stem for path in results[0].parent.glob("*.json")} >= set(PAPER14)
 
 
-def test_the_paper_s_tasks_are_the_versions_and_figures_it_used(tmp_path, room):
+def test_the_paper_s_tasks_are_the_versions_and_figures_it_used(tmp_path, monkeypatch, room):
     tasks = {task.metadata.name: task for task in named_tasks(["paper14"])}
     assert list(tasks) == list(PAPER14)
     assert set(PAPER14) == set(published()[0].scores)
@@ -306,18 +306,14 @@ def test_the_paper_s_tasks_are_the_versions_and_figures_it_used(tmp_path, room):
     assert all(task.eval_splits == ["test"] for task in tasks.values())
     renamed = {name for name, task in tasks.items() if task.metadata.main_score != PAPER14[name].metric}
     assert renamed == {"SprintDuplicateQuestions"}, "mteb 2 takes the best of five similarities there"
-    row = evaluate([str(finished()[1])], Options(tasks=("paper14",), rehearse=True, device="cpu"), tmp_path)[0]
+    rehearse(monkeypatch)
+    row = evaluate([str(finished()[1])], Options(tasks=("paper14",), device="cpu"), tmp_path)[0]
     assert {task: found["metric"] for task, found in row.scores.items()} == {
         name: task.metric for name, task in PAPER14.items()
     }
     (file,) = tmp_path.rglob("SprintDuplicateQuestions.json")
     stored = json.loads(file.read_text())["scores"]["test"][0]
     assert row.scores["SprintDuplicateQuestions"]["score"] == pytest.approx(stored["cosine_ap"], abs=1e-5)
-
-
-def test_rehearsals_say_what_they_cannot(tmp_path):
-    with pytest.raises(DataError, match="are not rehearsed"):
-        evaluate([str(finished()[1])], Options(tasks=("BornholmBitextMining",), rehearse=True), tmp_path)
 
 
 def test_a_task_s_name_in_a_benchmark_and_by_itself_is_one():

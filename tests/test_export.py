@@ -79,7 +79,8 @@ texts, found = json.load(sys.stdin), {}
 for folder in sys.argv[1:]:
     model = SentenceTransformer(folder)
     roles = {"plain": model.encode, "query": model.encode_query, "document": model.encode_document}
-    found[folder] = {role: encode(texts, batch_size=3).astype(float).tolist() for role, encode in roles.items()}
+    rows = {role: encode(texts, batch_size=3) for role, encode in roles.items()}
+    found[folder] = {role: row.astype(float).tolist() for role, row in rows.items()}
 assert not any(name.split(".")[0] == "llm2comp" for name in sys.modules)
 json.dump(found, sys.stdout)
 """

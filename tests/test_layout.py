@@ -6,7 +6,7 @@ The oracles of tests/test_pretext.py, text by text and unpadded, run over packed
 import pytest
 import torch
 
-from families import FAMILIES, make_backbone, make_compressor, push_adapter, relative_error, stage_1
+from families import FAMILIES, make_backbone, make_compressor, relative_error, stage_1
 from llm2comp.backbone import layout
 from llm2comp.compressor import Compressor
 from llm2comp.memory import mean_weights
@@ -138,19 +138,6 @@ def test_eager_attention_and_equal_lengths_stay_padded(packed_passes):
     packed_passes.clear()
     compressor.encode(Tokens.pad(rows(lengths=(9, 9, 9)), "left"))
     assert packed_passes == [None]
-
-
-def test_separate_memory_stays_padded(packed_passes):
-    from llm2comp.recipe import MemorySettings
-
-    backbone = make_backbone("llama")
-    push_adapter(backbone, "pretext")
-    compressor = Compressor.fresh(backbone, MemorySettings(tokens=3, attention="separate"), seed=3)
-    packed_passes.clear()
-    states = compressor.encode(Tokens.pad(rows(), "left"))
-    assert packed_passes == []
-    alone = torch.cat([compressor.encode(Tokens.pad([row], "left")) for row in rows()])
-    assert relative_error(states, alone) < 1e-5
 
 
 def test_attention_that_changes_scores_in_a_way_not_known_here_is_refused():

@@ -17,10 +17,10 @@ from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, pu
 from llm2comp.analyze import write_weights
 from llm2comp.compressor import STATE_FILE, Compressor
 from llm2comp.encoder import as_sentence_transformer
-from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
+from llm2comp.errors import ModelFolderError, RecipeError
 from llm2comp.export import export, memory_weights, reweight
 from llm2comp.loading import identity
-from llm2comp.memory import MemoryTokens, maxsim, mean_weights, prefix_embeddings, prefix_of, prefix_weights, separate_sight
+from llm2comp.memory import MemoryTokens, maxsim, mean_weights, prefix_embeddings, prefix_of, prefix_weights
 from llm2comp.objectives import stage_loss
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, parse_recipe
 from llm2comp.tokens import SplitTexts, Tokens
@@ -30,15 +30,14 @@ from test_contrastive import columns_of, features_of, lora_gradients, naive
 from tiny_run import assert_refused, cli, finished, make_tree, write_rows
 
 DATA = {"data": [{"source": "unused"}]}
-WINDOWED = {"mistral-window", "gemma2", "gemma3"}
 K = 4
 
 
 orders = pytest.mark.parametrize("order", ["last", "first"])
 
 
-def make_nested(family="llama", nested=(1, 2), tokens=K, attention="full", order="last"):
-    memory = MemorySettings(tokens=tokens, nested=nested, attention=attention)
+def make_nested(family="llama", nested=(1, 2), tokens=K, order="last"):
+    memory = MemorySettings(tokens=tokens, nested=nested)
     compressor = Compressor.fresh(make_backbone(family), memory, 3)
     assert compressor.order == "last"
     compressor.order = order
@@ -61,17 +60,19 @@ def test_settings():
     for memory, told in [
         ({"tokens": 4, "nested": [1, 8]}, "nested [8] is more than the 4 memory tokens"),
         ({"nested": [0]}, "greater than or equal to 1"),
-        ({"attention": "causal"}, "'separate'"),
+        ({"attention": "causal"}, "unknown key"),
+        ({"attention": "separate"}, "attention: separate is gone"),
     ]:
         with pytest.raises(RecipeError, match="memory") as caught:
             parse_recipe(tree | {"memory": memory})
         assert told in str(caught.value)
+    of_before = parse_recipe(tree | {"memory": {"tokens": 4, "attention": "full"}})
+    assert of_before == parse_recipe(tree | {"memory": {"tokens": 4}}), "recipes of earlier runs are read"
 
 
-@pytest.mark.parametrize("memory", [{"nested": (1,)}, {"attention": "separate"}])
-def test_nothing_nests_without_memory_tokens(memory):
+def test_nothing_nests_without_memory_tokens():
     with pytest.raises(RecipeError, match="without memory tokens") as caught:
-        Compressor.fresh(make_backbone(), MemorySettings(**memory), 0, EncoderSettings(pooling="mean"))
+        Compressor.fresh(make_backbone(), MemorySettings(nested=(1,)), 0, EncoderSettings(pooling="mean"))
     assert "encoder.pooling: memory" in str(caught.value)
 
 
@@ -99,13 +100,6 @@ def test_maxsim_is_the_naive_double_loop():
     for b, query in enumerate(queries):
         for c, document in enumerate(documents):
             assert found[b, c].item() == pytest.approx(sum(max((q @ d).item() for d in document) for q in query), rel=1e-5)
-
-
-def test_who_sees_whom_written_out():
-    """One text of three tokens, one of two with padding before it; two memory tokens."""
-    sees = separate_sight(torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]), 2).int().tolist()
-    assert sees[0] == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert sees[1] == [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]
 
 
 # --- stage 1
@@ -237,18 +231,18 @@ def test_gradcache_gives_a_loss_without_gradients_too():
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
-# --- the mask
+# --- prefixes
 
 
-def prefix_gap(family, memory_attention, **settings):
+def prefix_gap(family, **settings):
     """How far the first j states of a K-token encoder are from those of a j-token encoder with the same vectors."""
     backbone = make_backbone(family, **settings)
     push_adapter(backbone, "pretext")
-    whole = Compressor.fresh(backbone, MemorySettings(tokens=K, attention=memory_attention), 3).eval()
+    whole = Compressor.fresh(backbone, K, 3).eval()
     gaps = []
     for first in (1, 2, K):
         memory = MemoryTokens(whole.memory.vectors_KD[:first])
-        part = Compressor(backbone, memory, nesting=MemorySettings(tokens=first, attention=memory_attention)).eval()
+        part = Compressor(backbone, memory).eval()
         with torch.no_grad():
             states, expected = whole.encode(padded(whole)), part.encode(padded(whole))
         gaps.append((states[:, :first] - expected).abs().max().item())
@@ -257,107 +251,16 @@ def prefix_gap(family, memory_attention, **settings):
     return max(gaps)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WINDOWED])
-def test_separate_memory_nests_and_full_memory_does_not(family, implementation):
-    assert prefix_gap(family, "separate", attn_implementation=implementation) < 1e-5
-    assert prefix_gap(family, "full", attn_implementation=implementation) > 0.05
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_causal_attention_nests_by_nature(family):
-    assert prefix_gap(family, "full", attention="causal") < 1e-5
-    assert prefix_gap(family, "separate", attention="causal") < 1e-5, "windows, too: no mask is needed"
+def test_prefixes_nest_under_causal_attention_alone(family):
+    assert prefix_gap(family, attention="causal") < 1e-5
+    assert prefix_gap(family) > 0.05
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_separate_memory_by_an_oracle(family):
-    """The text as if there were no memory; each memory token read with the text and those before it, nothing behind."""
-    compressor = make_nested(family, attention="separate")
-    rows = compressor.backbone.tokenise(TEXTS)
-    with torch.no_grad():
-        found = compressor.encode(padded(compressor))
-        later = compressor.encode(Tokens.pad([*rows, list(range(2, 90))], "left"))[:-1]
-        assert (later - found).abs().max() < 1e-5, "padding has no effect"
-        for row, states in zip(rows, found, strict=True):
-            alone = compressor.encode(Tokens.pad([row], "left"))[0]
-            assert (alone - states).abs().max() < 1e-5
-        tokens = Tokens.pad([rows[1]], "left")
-        x, mask = compressor.memory.append(compressor.embed(tokens.ids_BT), tokens.mask_BT)
-        text_only = compressor.backbone.read(x[:, :-K], mask[:, :-K])
-        whole = compressor.read(x, mask)
-        assert (whole[:, :-K] - text_only).abs().max() < 1e-5
-        assert (compressor.backbone.read(x, mask)[:, :-K] - text_only).abs().max() > 0.05, "under full attention it does"
-        assert compressor.backbone.lm.base_model._forward_pre_hooks == {}
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_separate_memory_learns(checkpointing):
-    """Under checkpointing, which runs layers again outside of the pass, the gradients are the same."""
-    compressor = make_nested(attention="separate").train()
-    compressor.learn(memory=True)
-    compressor.backbone.set_checkpointing(checkpointing)
-    readout_KD = torch.randn(K, 32, generator=torch.Generator().manual_seed(0))
-    (compressor.encode(padded(compressor)) * readout_KD).sum().backward()
-    found = all_gradients(compressor)
-    compressor.backbone.set_checkpointing(False)
-    again = make_nested(attention="separate").train()
-    again.learn(memory=True)
-    rows = again.backbone.tokenise(TEXTS)
-    torch.stack([(again.encode(Tokens.pad([row], "left")) * readout_KD).sum() for row in rows]).sum().backward()
-    assert_gradients(found, all_gradients(again))
-
-
-def test_a_trained_copy_gets_the_mask_too():
-    from llm2comp.recipe import AdapterSettings
-
-    compressor = Compressor.fresh(make_backbone(), MemorySettings(tokens=K, attention="separate"), 3).eval()
-    with torch.no_grad():
-        expected = compressor.encode(padded(compressor))
-        compressor.backbone.add_adapter("pretext", AdapterSettings(kind="full"))
-        assert relative_error(compressor.encode(padded(compressor)), expected) < 1e-5
-
-
-@pytest.mark.parametrize("family", sorted(WINDOWED))
-def test_a_sliding_window_is_refused(family):
-    with pytest.raises(BackboneError, match="cannot keep its sliding window") as caught:
-        make_nested(family, attention="separate")
-    assert "model.attention: causal" in str(caught.value)
-
-
-def test_a_window_as_wide_as_the_model_is_none():
-    assert prefix_gap("mistral", "separate", sliding_window=160) < 1e-5
-
-
-@pytest.mark.parametrize("deaf", ["ignores", "refuses", "stays causal"])
-def test_a_family_that_does_not_obey_the_mask_is_refused(deaf):
-    backbone = make_backbone()
-    read = backbone._run
-
-    def run(x, positions, mask, layer=None, **kwargs):
-        if mask.ndim == 2:
-            return read(x, positions, mask, layer, **kwargs)
-        if deaf == "refuses":
-            raise ValueError("expected a mask of 2 dimensions")
-        return read(x, positions, torch.ones_like(positions), layer, **(kwargs if deaf == "ignores" else {}))
-
-    backbone._run = run
-    with pytest.raises(BackboneError, match="cannot be run under" if deaf == "refuses" else "does not obey the mask"):
-        Compressor.fresh(backbone, MemorySettings(attention="separate"), 0)
-
-
-def test_separate_memory_is_exported_only_if_causal(tmp_path):
-    model = as_sentence_transformer(make_nested(attention="separate"), 40)
-    export(as_sentence_transformer(make_nested(), 40), tmp_path / "model")
-    before = (tmp_path / "model" / "golden.json").read_bytes()
-    with pytest.raises(ModelFolderError, match="cannot be exported") as caught:
-        export(model, tmp_path / "model")
-    assert "train with model.attention: causal" in str(caught.value)
-    assert (tmp_path / "model" / "golden.json").read_bytes() == before
+def test_the_card_names_the_prefixes(tmp_path):
     backbone = make_backbone(attention="causal")
     push_adapter(backbone, "pretext")
-    causal = Compressor.fresh(backbone, MemorySettings(tokens=K, attention="separate", nested=(1, 2)), 3).eval()
-    live = as_sentence_transformer(causal, 40)
+    live = as_sentence_transformer(Compressor.fresh(backbone, MemorySettings(tokens=K, nested=(1, 2)), 3).eval(), 40)
     export(live, tmp_path / "model")
     assert relative_error(embed_texts(llm2comp.load(tmp_path / "model"), TEXTS), embed_texts(live, TEXTS)) < 1e-5
     assert "last 1, 2 memory states are trained" in (tmp_path / "model" / "README.md").read_text()
@@ -463,26 +366,6 @@ def test_a_nested_run_learns_otherwise_and_is_exported(tmp_path):
     for stage in ("1-pretext", "2-ucl", "3-scl"):
         plain, nested = (embed_texts(llm2comp.load(run / stage), TEXTS) for run in runs.values())
         assert relative_error(nested, plain) > 1e-3, stage
-
-
-def test_a_separate_run_is_loaded_live(tmp_path):
-    recipe = parse_recipe(make_tree(tmp_path, memory={"tokens": 3, "attention": "separate"}, scl=None))
-    run = llm2comp.train(recipe, tmp_path / "run")
-    assert not (run / "model").exists()
-    model = llm2comp.load(run, "cpu")
-    assert model[0].compressor.separate
-    assert torch.equal(embed_texts(model, TEXTS), embed_texts(llm2comp.load(run / "2-ucl", "cpu"), TEXTS))
-    assert identity(run, model) == identity(run / "2-ucl", model)
-    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.suffix == ".safetensors"}
-    llm2comp.train(recipe, run)
-    assert {file: file.stat().st_mtime_ns for file in before} == before, "running again trains nothing"
-    causal = tree_with_causal(tmp_path)
-    assert (llm2comp.train(causal, tmp_path / "causal") / "model").is_dir()
-
-
-def tree_with_causal(folder):
-    tree = make_tree(folder, memory={"tokens": 3, "attention": "separate"}, scl=None, pretext=None)
-    return parse_recipe(tree | {"model": tree["model"] | {"attention": "causal"}})
 
 
 def test_evaluation_of_the_last_states():

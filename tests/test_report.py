@@ -190,13 +190,12 @@ def test_scores_tables_hold_the_files(run, text):
     assert not [row for row in evaluation if row[0].startswith("mean of")], "not over different tasks"
 
 
-def test_mean_and_synthetic_mark(light):
+def test_mean(light):
     file = light / "scores" / "summary.json"
     summary = json.loads(file.read_text())[1:]
-    summary[0]["synthetic"] = True
     file.write_text(json.dumps(summary))
     table = Page(page([light])).table("Evaluation")
-    assert table[0][1] == "demo (synthetic)"
+    assert table[0][1] == "demo"
     scores = [score["score"] for score in summary[0]["scores"].values()]
     assert table[-1][:2] == ["mean of 3", f"{100 * sum(scores) / 3:.2f}"]
 

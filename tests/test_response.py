@@ -15,8 +15,9 @@ from families import SENTENCES, make_backbone, make_compressor, relative_error, 
 from llm2comp.backbone.frozen import Frozen
 from llm2comp.compressor import Compressor
 from llm2comp.data.answers import AnswerRows, answer_rows
+from llm2comp.data.loaded import Answer
 from llm2comp.data.pretext import PretextCollator
-from llm2comp.data.sources import Answer, read_answers
+from llm2comp.data.sources import read_answers
 from llm2comp.errors import BackboneError, DataError, RecipeError
 from llm2comp.export import verify
 from llm2comp.generate import Options, generate_responses

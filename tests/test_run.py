@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import llm2comp
-from llm2comp.data.sources import Pair
+from llm2comp.data.loaded import Pair
 from llm2comp.errors import DataError, RunError
 from llm2comp.recipe import load_recipe, parse_recipe
 from llm2comp.training import run as run_module

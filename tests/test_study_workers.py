@@ -155,7 +155,8 @@ from pathlib import Path
 from test_study_workers import Waits, bench
 from llm2comp.study.workers import outcomes
 if __name__ == "__main__":
-    list(outcomes([Waits(Path({str(tmp_path)!r}) / str(n)) for n in range(2)], bench(Path({str(tmp_path)!r})), 2))
+    here = Path({str(tmp_path)!r})
+    list(outcomes([Waits(here / str(n)) for n in range(2)], bench(here), 2))
 """
     file = tmp_path / "first.py"
     file.write_text(code)

@@ -63,14 +63,17 @@ library_name: transformers
 ---
 # llm2comp tiny backbone
 
-A Llama-architecture causal language model with {parameters:.1f} M parameters and its own byte-level BPE tokenizer
-({about["vocab"]:,} tokens), made to try LLM2Comp without a download. It is no chat model and knows little.
+A Llama-architecture causal language model with {parameters:.1f} M parameters and its own
+byte-level BPE tokenizer ({about["vocab"]:,} tokens), made to try LLM2Comp without a download.
+It is no chat model and knows little.
 
-Hidden {settings["hidden_size"]}, intermediate {settings["intermediate_size"]}, {settings["num_hidden_layers"]} layers,
-{settings["num_attention_heads"]} heads, context {settings["context"]};
-weights stored in bfloat16, {figures["mebibytes"]:.1f} MiB.
-Trained on {figures["tokens"]:,} tokens in {figures["steps"]:,} steps, {figures["epochs"]:.2f} epochs, seed {settings["seed"]};
-{figures["cpu_minutes"]} CPU minutes, {figures["wall_minutes"]} minutes of wall time on {figures["device"]};
+Hidden {settings["hidden_size"]}, intermediate {settings["intermediate_size"]},
+{settings["num_hidden_layers"]} layers, {settings["num_attention_heads"]} heads,
+context {settings["context"]}; weights stored in bfloat16, {figures["mebibytes"]:.1f} MiB.
+Trained on {figures["tokens"]:,} tokens in {figures["steps"]:,} steps,
+{figures["epochs"]:.2f} epochs, seed {settings["seed"]};
+{figures["cpu_minutes"]} CPU minutes, {figures["wall_minutes"]} minutes of wall time on
+{figures["device"]};
 final loss {figures["final_loss"]}.
 
     {about["command"]}

@@ -152,9 +152,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--corpus", type=Path, required=True, help="folder with the jsonl.zst corpora and heldout.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="data folder to write")
     parser.add_argument("--characters", type=positive_int, default=60_000_000, help="characters to draw in all")
-    parser.add_argument("--shares", type=share, nargs="+", default=list(SHARES.items()), metavar="NAME=SHARE",
-                        help="corpora to read, and the part of --characters that each may fill; 1 each and many "
-                        "--characters take all")  # fmt: skip
+    about = "corpora to read, and the part of --characters that each may fill; 1 each and many "
+    parser.add_argument(
+        "--shares",
+        type=share,
+        nargs="+",
+        default=list(SHARES.items()),
+        metavar="NAME=SHARE",
+        help=f"{about}--characters take all",
+    )
     parser.add_argument("--exclude", type=Path, nargs="+", default=[], metavar="FILE", help="files of evaluation sets")
     parser.add_argument("--vocab", type=positive_int, default=8192, help="tokens of the tokenizer, 259 to 65536")
     parser.add_argument("--pack", type=positive, metavar="MIB", help="also write compressed shards of at most so many MiB")

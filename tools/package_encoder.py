@@ -81,9 +81,11 @@ pipeline_tag: sentence-similarity
 ---
 # llm2comp general encoder
 
-An English text encoder on the packaged backbone (`builtin:tiny`), trained by recipe `{recipe.name}` (seed {recipe.seed}):
-{recipe.memory_tokens} memory tokens, {recipe.model.attention} attention, LoRA of rank {recipe.adapter.rank}.
-`llm2comp.load()` gives it. It shows what the method does on a very small LM; it is no match for encoders made from large ones.
+An English text encoder on the packaged backbone (`builtin:tiny`), trained by recipe
+`{recipe.name}` (seed {recipe.seed}): {recipe.memory_tokens} memory tokens,
+{recipe.model.attention} attention, LoRA of rank {recipe.adapter.rank}.
+`llm2comp.load()` gives it. It shows what the method does on a very small LM; it is no match for
+encoders made from large ones.
 
 | stage | steps | batch | learning rate |
 |---|---|---|---|
@@ -94,15 +96,18 @@ An English text encoder on the packaged backbone (`builtin:tiny`), trained by re
 |---|---|
 {data}
 
-As part of the data is CC-BY-SA, the weights are offered under CC-BY-SA 4.0. Left out of the data (`tools/general_data.py`):
+As part of the data is CC-BY-SA, the weights are offered under CC-BY-SA 4.0. Left out of the data
+(`tools/general_data.py`):
 
 {dropped}
 
 ## Evaluation
-Development sets, in percent: Spearman of cosines (STS), average precision (MRPC), accuracy (CLINC150, TREC: 16 texts a class),
-V-measure (StackOverflowTitles), nDCG@10 (CISI, Cranfield), MAP (TrecQA).
+Development sets, in percent: Spearman of cosines (STS), average precision (MRPC), accuracy
+(CLINC150, TREC: 16 texts a class), V-measure (StackOverflowTitles), nDCG@10 (CISI, Cranfield),
+MAP (TrecQA).
 
-    llm2comp evaluate builtin:general tfidf mean:builtin:tiny input_embeddings:builtin:tiny --local DIR
+    llm2comp evaluate builtin:general tfidf mean:builtin:tiny \\
+      input_embeddings:builtin:tiny --local DIR
 
 {score_table(rows)}
 """

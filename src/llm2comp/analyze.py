@@ -22,7 +22,7 @@ from llm2comp.analysis.plots import heatmap_figure, save_figure, scores_figure, 
 from llm2comp.analysis.readout import Readout, read_out
 from llm2comp.backbone.sharded import header_of
 from llm2comp.compressor import STATE_FILE, Compressor
-from llm2comp.data.sources import Pair
+from llm2comp.data.loaded import Pair
 from llm2comp.embed import embed
 from llm2comp.encoder import refuse_not_finite
 from llm2comp.errors import DataError, ModelFolderError

@@ -1,4 +1,4 @@
-"""The user's cache: corpora as rows of token ids, converted models, digests. Made once, by one process at a time."""
+"""The user's cache: corpora as token ids, converted models, digests. One process at a time writes an entry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def cached(folder: Path, read: Callable[[], Held | None], build: Callable[[], Held]) -> Held:
-    """What a folder of the cache holds: `read` if it is whole, else `build`, by one process at a time; others wait for it.
+    """Return `read(folder)` if the cache entry is complete. Otherwise one process runs `build`, and others wait.
 
     Raises:
         RunError: the cache cannot be written; names the variable that moves it.
@@ -45,6 +45,6 @@ def cached(folder: Path, read: Callable[[], Held | None], build: Callable[[], He
 
 
 def flush(file: Path) -> None:
-    """Bring a file to the disk, so that a crash of the machine leaves no hole in it."""
+    """Flush a file to disk, so that it survives a crash of the machine."""
     with file.open("rb+") as stream:
         os.fsync(stream.fileno())

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llm2comp.backbone import Backbone
-from llm2comp.backbone.probes import probe_separate
 from llm2comp.backbone.sharded import fill, gathered, header_of, save_whole
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
 from llm2comp.memory import (
@@ -21,7 +20,6 @@ from llm2comp.memory import (
     mean_weights,
     new_projection,
     prefix_weights,
-    separate_sight,
 )
 from llm2comp.recipe import EncoderSettings, MemorySettings
 from llm2comp.tokens import Tokens, wrap
@@ -55,18 +53,17 @@ def too_few_memory_tokens(count: int, asked: int) -> ModelFolderError:
 
 
 class Compressor(nn.Module):
-    """Encoder f_θ = frozen LM + adapters + memory tokens (METHOD 1); or, without these, one state pooled from the text's.
+    """Encoder f_θ = frozen LM + adapters + memory tokens; or, without these, one state pooled from the text's.
 
     Args:
         backbone: the LM with its adapter stack.
         memory: the memory tokens; none (count 0) where the text's own states are pooled.
         settings: which states are the embedding, and whether a projection stands behind them.
-        nesting: `nested` and `attention` of the memory; its number of tokens is that of `memory`.
+        nesting: `nested` of the memory; its number of tokens is that of `memory`.
         seed: of a projection to another width.
 
     Raises:
-        RecipeError: nested or separate memory, and no memory tokens.
-        BackboneError: a family that does not obey the mask of separate memory.
+        RecipeError: nested memory, and no memory tokens.
     """
 
     def __init__(
@@ -88,20 +85,16 @@ class Compressor(nn.Module):
             inside, device = backbone.embedding_table.shape[1], backbone.embedding_table.device
             self.projection = new_projection(inside, inside if size == "same" else size, seed).to(device)
         self.register_buffer("weights_K", mean_weights(self.states).to(backbone.embedding_table.device))
-        nested, attention = (nesting.nested, nesting.attention) if nesting else ((), "full")
-        if (nested or attention == "separate") and not memory.count:
+        nested = nesting.nested if nesting else ()
+        if nested and not memory.count:
             raise RecipeError(
-                f"{'nested' if nested else attention} memory without memory tokens",
+                "nested memory without memory tokens",
                 where="memory",
                 expected="encoder.pooling: memory",
                 found=self.settings.pooling,
             )
         self.prefixes = tuple(sorted({*nested, self.states}))
         self.order: Order = "last"  # of the prefixes; `load` takes it from the stage
-        # Under causal attention nothing sees what comes later: no mask is needed.
-        self.separate = attention == "separate" and backbone.attention == "bidirectional"
-        if self.separate:
-            probe_separate(backbone)
 
     @classmethod
     def fresh(
@@ -138,9 +131,8 @@ class Compressor(nn.Module):
         return self.read(x_BSD, mask_BS, needed_BS)[:, -self.states :]
 
     def read(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
-        """The backbone's encoder pass on texts with the memory behind them, under the mask of separate memory if asked."""
-        sees_BSS = separate_sight(mask_BS, self.memory.count) if self.separate else None
-        return self.backbone.read(x_BSD, mask_BS, needed_BS, sees_BSS)
+        """The backbone's encoder pass on texts with the memory after them."""
+        return self.backbone.read(x_BSD, mask_BS, needed_BS)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Input embeddings of the encoder pass, x_BTD: the LM's, or the trained copy of them."""

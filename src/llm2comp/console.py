@@ -1,11 +1,11 @@
-"""What a person sees: one console on standard error, progress with rate and time left; what a command lets one choose."""
+"""What a person sees: the console on standard error, progress bars, and the choices of command options."""
 
 from __future__ import annotations
 
 import os
 import time
-from enum import StrEnum
 from types import TracebackType
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,27 +18,14 @@ LINE_EVERY_SECONDS = 10.0
 GENERAL = "builtin:general"
 
 
-class LongTexts(StrEnum):
-    """What to do with texts over the model's limit."""
-
-    truncate = "truncate"
-    chunk_mean = "chunk-mean"
-    error = "error"
-
-
-class BadRows(StrEnum):
-    """What to do with rows that have no text."""
-
-    stop = "stop"
-    skip = "skip"
-    zero = "zero"
-
-
-class Role(StrEnum):
-    """Which stored prompt to use."""
-
-    query = "query"
-    document = "document"
+# What to do with texts over the model's limit.
+LongTexts = Literal["truncate", "chunk-mean", "error"]
+# What to do with rows that have no text.
+BadRows = Literal["stop", "skip", "zero"]
+# Which of the model's stored prompts to use.
+Role = Literal["query", "document"]
+# The type of weights and of the computation.
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Bar:
@@ -47,7 +34,7 @@ class Bar:
     with Bar("embed", total=1000) as bar:
         bar.advance(32, "1,234 tokens/s")
 
-    `stays=False`: part of a longer task, gone when done; `shown=False`: nothing at all.
+    `stays=False` removes the bar at the end (part of a longer task). `shown=False` shows nothing.
     """
 
     def __init__(self, name: str, total: int, done: int = 0, stays: bool = True, shown: bool = True) -> None:

@@ -50,9 +50,9 @@ QUESTIONS = (
 
 
 SEARCHED_MODULES = frozenset(
-    """bisect collections copy csv datetime difflib fnmatch fractions functools glob gzip hashlib heapq itertools json math
-    operator os pathlib random re shlex shutil statistics string subprocess tempfile textwrap threading time urllib
-    zipfile""".split()  # noqa: SIM905
+    """bisect collections copy csv datetime difflib fnmatch fractions functools glob gzip hashlib
+    heapq itertools json math operator os pathlib random re shlex shutil statistics string
+    subprocess tempfile textwrap threading time urllib zipfile""".split()  # noqa: SIM905
 )
 
 

@@ -1,4 +1,4 @@
-"""The one error family: each message says what was wrong and, where known, where, expected, found, and what to do."""
+"""All our errors. A message says what is wrong and, if known, where, what was expected, what was found, what to do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from urllib.parse import unquote, urlsplit
 
 
 def one_line(what: object, most: int = 300) -> str:
-    """What a foreign error says, as one line of at most so many characters."""
+    """Another library's error message as one line, cut to a maximum length."""
     return " ".join(str(what).split())[:most]
 
 
 def install_extra(name: str) -> str:
-    """The command that adds an extra (`eval`, `openvino`, ...) to the package, from where it was installed."""
+    """The pip command that installs an extra (`eval`, `openvino`, ...) from the package's own source."""
     origin = json.loads(distribution("llm2comp").read_text("direct_url.json") or "{}")  # PEP 610; none: from an index
     url, editable = origin.get("url", ""), origin.get("dir_info", {}).get("editable", False)
     if url.startswith("file:"):
@@ -23,7 +23,7 @@ def install_extra(name: str) -> str:
 
 
 class Llm2CompError(Exception):
-    """Base of all errors that a user can cause or mend; the command line prints it without a traceback."""
+    """Base of all errors that a user can cause or fix. The command line prints them without a traceback."""
 
     def __init__(
         self,

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 SCORES_FOLDER, SUMMARY_FILE = "scores", "summary.json"
 # Where results go when no model is of a run, below the working directory.
 RESULTS_FOLDER = Path("llm2comp-scores")
-# Where a rehearsal's results go: apart from all others.
-REHEARSAL_FOLDER = "rehearsal"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,6 @@ class ModelScores:
     revision: str
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    synthetic: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,6 @@ class Options:
             or a YAML file of task names and instructions, which go to any model.
         template: how an instruction stands before a text.
         max_tokens_per_batch: tokens at once, padding included; None = by the device.
-        rehearse: made-up data instead of the real.
         device: None = the best there is.
         num_memory: j: the mean of j memory states, as `load`; None = all, by their stored weights.
     """
@@ -69,7 +65,6 @@ class Options:
     instructions: str = "auto"
     template: str = "{instruction}:"
     max_tokens_per_batch: int | None = None
-    rehearse: bool = False
     device: str | None = None
     num_memory: int | None = None
     pairs: tuple[Questions, ...] = ()
@@ -94,12 +89,11 @@ def evaluate(models: Sequence[str], options: Options, out: Path | None = None) -
         folder = results_folder(path, out, models)
         read_summary(folder / SUMMARY_FILE)  # one that is not ours is said before the work
         encoder = _encoder(str(path), tasks, instructions, options)
-        row = _evaluate_one(str(path), encoder, tasks, options, folder)
-        if not options.rehearse:
-            _keep(folder / SUMMARY_FILE, row)
+        row = _evaluate_one(str(path), encoder, tasks, folder)
+        _keep(folder / SUMMARY_FILE, row)
         rows.append(row)
     for folder in dict.fromkeys(results_folder(path, out, models) for path in models):
-        say(f"results: {folder / REHEARSAL_FOLDER if options.rehearse else folder / SUMMARY_FILE}")
+        say(f"results: {folder / SUMMARY_FILE}")
     return rows
 
 
@@ -128,28 +122,27 @@ def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], o
         check_prompt(model, options.template.replace("{instruction}", instruction), "query", where=f"instruction of {task}")
     # One revision per setting that changes scores: results under other instructions or lengths are other results.
     settings = to_json([sorted(instructions.items()), options.template if instructions else "", model.max_seq_length])
-    revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}" + "-synthetic" * options.rehearse
+    revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
     at_once = options.max_tokens_per_batch
     return MtebEncoder(model, who.name, revision, used, options.template, at_once)
 
 
-def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], options: Options, folder: Path) -> ModelScores:
+def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], folder: Path) -> ModelScores:
     from llm2comp.evaluation.running import run_tasks
 
     meta = encoder.mteb_model_meta
     name, revision = str(meta and meta.name), str(meta and meta.revision)
-    row = ModelScores(_label(path), name, revision, synthetic=options.rehearse)
+    row = ModelScores(_label(path), name, revision)
     told = len(getattr(encoder, "instructions", {}))
     say(f"{path}: {name}, revision {revision}, {len(tasks)} tasks" + f", {told} of them with an instruction" * bool(told))
     begin = time.monotonic()
-    results = folder / REHEARSAL_FOLDER if options.rehearse else folder
-    for number, outcome in enumerate(run_tasks(encoder, tasks, results), 1):
+    for number, outcome in enumerate(run_tasks(encoder, tasks, folder), 1):
         if outcome.score is None:
             row.failed[outcome.task] = outcome.why
             result = f"left out: {outcome.why}"
         else:
             row.scores[outcome.task] = {key: getattr(outcome.score, key) for key in ("score", "metric", "split")}
-            result = "ran" if row.synthetic else f"{100 * outcome.score.score:.2f} {outcome.score.metric}"
+            result = f"{100 * outcome.score.score:.2f} {outcome.score.metric}"
         spent = time.monotonic() - begin
         left = f", about {spent / number * (len(tasks) - number):.0f} s left" if number < len(tasks) else ""
         say(f"  {number}/{len(tasks)} {outcome.task}: {result} ({outcome.seconds:.0f} s{left})")
@@ -159,15 +152,14 @@ def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], options: Op
 def table(rows: Sequence[ModelScores], compare: bool = False) -> Table:
     """Tasks down, models across, in percent; `compare` adds the published rows of the paper's tasks."""
     tasks = list(dict.fromkeys(task for row in rows for task in (*row.scores, *row.failed)))
-    synthetic = any(row.synthetic for row in rows)
-    shown = Table("task", "figure", title="rehearsal on made-up data: no scores" if synthetic else None)
+    shown = Table("task", "figure")
     columns: list[dict[str, str]] = []
     for row in rows:
         shown.add_column(f"{row.model}\n{row.revision}", justify="right")
         cells = dict.fromkeys(row.failed, "failed")
-        cells |= {task: "ran" if row.synthetic else f"{100 * found['score']:.2f}" for task, found in row.scores.items()}
-        columns.append(cells | {"average": "" if row.synthetic else _average(row, tasks)})
-    if compare and not synthetic and any(task in PAPER14 for task in tasks):
+        cells |= {task: f"{100 * found['score']:.2f}" for task, found in row.scores.items()}
+        columns.append(cells | {"average": _average(row, tasks)})
+    if compare and any(task in PAPER14 for task in tasks):
         for known in published():
             shown.add_column(f"{known.model}\n{known.stage}, paper", justify="right")
             cells = {task: f"{value:.2f}" for task, value in known.scores.items()}
@@ -189,8 +181,11 @@ def _average(row: ModelScores, tasks: Sequence[str]) -> str:
 def read_summary(file: Path) -> list[ModelScores]:
     """Rows of a summary file, none where there is no such file. Raises RunError when it is damaged."""
     try:
-        return [ModelScores(**row) for row in json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
-    except (ValueError, TypeError) as error:
+        rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        for row in rows:
+            row.pop("synthetic", None)  # earlier versions wrote it
+        return [ModelScores(**row) for row in rows]
+    except (ValueError, TypeError, AttributeError) as error:
         fix = "give another --out, or move it away; results beside it remain"
         raise RunError(f"is damaged, or another's: {error}", where=str(file), fix=fix) from None
 
@@ -229,12 +224,6 @@ def _tasks(options: Options) -> list[Any]:
     name, count = Counter(task.metadata.name for task in tasks).most_common(1)[0]
     if count > 1:
         raise DataError(f"{count} sets are named {name!r}", fix="rename one of them: results are kept by this name")
-    if options.rehearse:
-        from llm2comp.evaluation.rehearsal import inject
-
-        for task in tasks:
-            if not task.data_loaded:
-                inject(task)
     return tasks
 
 

@@ -1,8 +1,6 @@
-"""Writing so that a reader, a kill or a full disk never meets half a file or half a folder, and nothing of others is lost.
+"""Safe writing: a file or folder appears whole or not at all, and files of others are never lost.
 
-A folder that we write carries a mark, `.llm2comp.json`: which kind of folder it is and, where it was written as a whole, its
-files. A folder is replaced only if it carries the mark of the same kind and holds nothing else; one that is filled bit by bit
-is written into only if it carries the mark or holds nothing by the names that would be written.
+Every folder that we write holds a mark, `.llm2comp.json`. The mark says which kind of folder it is, and lists its files if the folder was written in one step. A folder is replaced only if it has the mark of the same kind and no other files. A folder that is filled step by step is used only if it has the mark, or if none of the names to be written is taken.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ class Kind:
     Args:
         name: what messages call it.
         writes: patterns of the paths below it that the command writes; a `*` stands for any part, over / too.
-        older: files that together are the mark of one from before there were marks.
+        older: files that identify a folder written before marks existed.
     """
 
     name: str
@@ -69,12 +67,12 @@ ANALYSIS = Kind("an analysis", ("analysis.json", "spectrum.*", "scores.*", "memo
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step. Raises RunError when it cannot be written; what stood there stays."""
+    """Write a text file in one step. Raises RunError on failure; the old file is then unchanged."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one step. Raises RunError when it cannot be written; what stood there stays."""
+    """Write a file in one step. Raises RunError on failure; the old file is then unchanged."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,12 +88,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, kind: Kind | None) -> Iterator[Path]:
-    """A folder to fill; on leaving without error it takes the place of `path`, otherwise nothing changes there.
+    """Give a temporary folder to fill. It replaces `path` at the end; after an error `path` is unchanged.
 
     Args:
         path: where to.
-        kind: what it is to be: a folder of another kind, or with files of others, is not replaced. None: the caller carries
-            over what stands there, or the place is ours by its name (the cache).
+        kind: the kind of folder. A folder of another kind, or with other files, is not replaced. None: do not check (the caller keeps the old files, or the place belongs to us, as the cache does).
 
     Raises:
         RunError: not to be replaced (`refuse_foreign`), or cannot be written.
@@ -132,7 +129,7 @@ def _take_place(new: Path, path: Path, old: Path) -> None:
 
 
 def refuse_foreign(folder: Path, kind: Kind) -> None:
-    """Raise RunError for a folder that may not be replaced: it lacks the mark of its kind, or holds files of others."""
+    """Raise RunError if a folder may not be replaced: it has no mark of this kind, or holds other files."""
     marked = _mark(folder, kind)
     if marked is None:
         _refuse(folder, f"a new or empty folder, or {kind.name}", _entries(folder))
@@ -150,14 +147,14 @@ def remove_folder(folder: Path, kind: Kind) -> None:
 
 
 def refuse_taken(folder: Path, kind: Kind) -> None:
-    """Raise RunError for a folder without the mark of its kind where something has a name that would be written."""
+    """Raise RunError if a folder has no mark of this kind and a name to be written is already taken."""
     if _mark(folder, kind) is None:
         taken = [name for name in _entries(folder) if not name.startswith(".") and _matches(name, kind.writes)]
         _refuse(folder, f"a new or empty folder, or {kind.name}", taken)
 
 
 def claim(folder: Path, kind: Kind) -> None:
-    """Mark a folder that is to be filled bit by bit. Raises RunError as `refuse_taken`, or when it cannot be written."""
+    """Mark a folder that will be filled step by step. Raises RunError as `refuse_taken` does, or if writing fails."""
     refuse_taken(folder, kind)
     marks = _marks(folder)
     if kind.name not in marks:
@@ -165,7 +162,7 @@ def claim(folder: Path, kind: Kind) -> None:
 
 
 def refuse_output(file: Path, inputs: Iterable[Path] = (), ours: Callable[[Path], bool] | None = None) -> None:
-    """Raise RunError for a file that may not be written: a folder, one of the inputs, or another's, as `ours` finds."""
+    """Raise RunError if a file may not be written: it is a folder, an input, or `ours` says it is not ours."""
     if not file.exists():
         return
     fix = "give another --out"
@@ -187,12 +184,12 @@ def _refuse(folder: Path, expected: str, foreign: list[str]) -> None:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Names of what stands in a folder, but for what is nobody's; of none, or of a file, nothing."""
+    """Names in a folder, without files that belong to nobody (such as .DS_Store). Empty if there is no folder."""
     return sorted({path.name for path in folder.iterdir()}.difference(_NOBODYS)) if folder.is_dir() else []
 
 
 def _files(folder: Path) -> list[str]:
-    """Paths of all files (and links) below a folder, relative to it, but for what is nobody's."""
+    """Relative paths of all files and links below a folder, without files that belong to nobody."""
     found = []
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if Path(place, name).is_symlink()]
@@ -201,7 +198,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _marks(folder: Path) -> dict[str, list[str]]:
-    """What a folder's mark says: kind → files; nothing where there is none, or a damaged one."""
+    """Contents of a folder's mark: kind → files. Empty if the mark is missing or damaged."""
     try:
         found = json.loads((folder / MARK_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -220,7 +217,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def open_to_others(path: Path) -> None:
-    """Give a file, or a folder and all in it, the access that the umask says; libraries make some for their owner alone."""
+    """Give a file or folder the access that the umask allows. Libraries write some for the owner alone."""
     mask = os.umask(0o077)
     os.umask(mask)
     for place in (path, *path.rglob("*")):
@@ -231,7 +228,7 @@ def open_to_others(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_or_gone(path: Path) -> Iterator[None]:
-    """For a folder that others fill in place: an error inside removes it. Raises RunError when it cannot be written."""
+    """Remove a folder again if filling it fails. Raises RunError if it cannot be written."""
     with explain_disk_errors(path):
         try:
             yield
@@ -269,7 +266,7 @@ def sha256(path: Path) -> str:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """`json.dumps` for all that we write; what is not finite becomes null, as JSON has no NaN: there is no such figure."""
+    """`json.dumps` for everything we write. NaN and infinity become null, as JSON has neither."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:

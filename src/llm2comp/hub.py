@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: asked once and briefly before libraries ask it file by file, with retries that take minutes."""
+"""The Hugging Face Hub. We ask it one quick question first, because libraries retry each file for minutes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _silent_at: list[float] = []  # when the Hub last did not answer
 
 @contextlib.contextmanager
 def hub(name: str) -> Iterator[None]:
-    """For calls that may ask the Hub for `name`: unless it answers one quick question, they look into its cache alone."""
+    """Wrap calls that may ask the Hub for `name`. If the Hub does not answer quickly, only its cache is used."""
     if Path(name).exists() or constants.HF_HUB_OFFLINE or answers():
         yield
         return
@@ -28,7 +28,7 @@ def hub(name: str) -> Iterator[None]:
 
 
 def answers() -> bool:
-    """Whether the Hub answers, whatever it says; when it does not, it is asked again after a minute."""
+    """Whether the Hub answers at all. After a failure it is asked again one minute later."""
     if _silent_at and time.monotonic() - _silent_at[0] < AGAIN_AFTER:
         return False
     _silent_at.clear()
@@ -47,7 +47,7 @@ def unasked() -> str | None:
 
 
 def not_at_hand(name: str, file: str = "config.json") -> str | None:
-    """What is wrong where the Hub was not asked and its cache has no such model; None if something else is."""
+    """Message for a model that is not in the cache while the Hub is not asked. None if that is not the reason."""
     why = unasked()
     if why is None or Path(name).exists():
         return None

@@ -6,10 +6,10 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from llm2comp.baselines.settings import BASELINE_FILE, NAMES
-from llm2comp.console import GENERAL
+from llm2comp.console import GENERAL, Dtype
 from llm2comp.errors import BackboneError, ModelFolderError, one_line
 from llm2comp.files import sha256
 from llm2comp.hub import hub, not_at_hand
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 BUILTIN_ENCODERS = {GENERAL: Path(__file__).parent / "assets" / "general"}
 # Encoders that need no training: `kind:NAME` is one over the causal LM NAME.
 BASELINES = tuple(NAMES)
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Files and folders of a model folder that change nothing in what torch makes of it.
 _NO_EFFECT = ("README.md", "done.json", "golden.json")
@@ -93,7 +92,7 @@ def _load(path: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
     path = _packaged(path)
     if not Path(path).absolute().is_dir():
         return to_dtype(_from_hub(path, device), dtype)
-    folder = _live_alone(Path(path).absolute())
+    folder = Path(path).absolute()
     if (folder / BASELINE_FILE).is_file():
         from llm2comp.baselines.encoder import load_saved
 
@@ -196,7 +195,6 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
         return Identity(label, _short(f"{saved.to_yaml()}:{prompts}:{weights_digest(saved.model.settings())}"))
     if not folder.is_dir():
         return Identity(str(path), hub_commit(str(path)) or "unknown")
-    folder = _live_alone(folder)
     run, stage = run_of(folder), stage_of(folder)
     if run is None:
         return Identity(f"local/{_plain(folder.name)}", _short(_content(folder)))
@@ -207,18 +205,6 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
     parts = [_content(run / FOLDERS[earlier]) for earlier in names[: names.index(stage) + 1]]
     label = f"llm2comp/{_plain(run.name)}-{folder.name}"
     return Identity(label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *parts])))
-
-
-def _live_alone(folder: Path) -> Path:
-    """The last stage of a run whose encoder no stock folder can hold (separate memory, bidirectional); else the folder."""
-    from llm2comp.training.run import MODEL_FOLDER, RECIPE_FILE, read_run
-
-    if not (folder / RECIPE_FILE).is_file() or (folder / MODEL_FOLDER).is_dir():
-        return folder
-    recipe = read_run(folder)
-    if recipe.memory.attention != "separate" or recipe.model.attention != "bidirectional":
-        return folder
-    return _last_stage(folder)
 
 
 def model_folder(folder: Path) -> Path:

@@ -14,7 +14,7 @@ Order = Literal["last", "first"]
 
 
 class MemoryTokens(nn.Module):
-    """`vectors_KD`, float32, as input embeddings (METHOD 1: m_1..m_k). Texts are left-padded, so memory stands at the end."""
+    """`vectors_KD`, float32, as input embeddings, the paper's m_1..m_k. Texts are left-padded, so memory stands at the end."""
 
     def __init__(self, vectors_KD: Tensor) -> None:
         super().__init__()
@@ -81,20 +81,6 @@ def new_projection(inside: int, outside: int, seed: int) -> nn.Linear:
     else:
         nn.init.orthogonal_(projection.weight, generator=torch.Generator().manual_seed(seed))
     return projection
-
-
-def separate_sight(mask_BS: Tensor, count: int) -> Tensor:
-    """Who sees whom under `memory.attention: separate`, sees_BSS (row: who sees), bool.
-
-    The text sees all of the text, memory token i the text and memory tokens up to itself; padding sees itself alone, so
-    that no row is empty.
-    """
-    size = mask_BS.shape[1]
-    sees_SS = torch.ones(size, size, dtype=torch.bool, device=mask_BS.device)
-    sees_SS[:, size - count :] = sees_SS[:, size - count :].tril(count - size)
-    real_BS = mask_BS.bool()
-    alone_SS = torch.eye(size, dtype=torch.bool, device=mask_BS.device)
-    return (sees_SS & real_BS[:, :, None] & real_BS[:, None, :]) | alone_SS
 
 
 def maxsim(query_BKD: Tensor, document_CKD: Tensor) -> Tensor:

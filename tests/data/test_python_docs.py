@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from llm2comp.data import python_docs
-from llm2comp.data.python_docs import Entry, normalise
+from llm2comp.data import docstrings, python_docs
+from llm2comp.data.docstrings import Entry, normalise
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ except ImportError:
     def slow():
         """Only here."""
 '''
-    found = [(name, doc) for name, _, doc in python_docs._docs_in(ast.parse(source), "m") if doc]
+    found = [(name, doc) for name, _, doc in docstrings._docs_in(ast.parse(source), "m") if doc]
     assert found == [("m.A", "A class."), ("m.A.run", "Run it."), ("m.A.B", "Nested."), ("m.slow", "Only here.")]
 
 
@@ -87,7 +87,7 @@ except ImportError:
     ],
 )
 def test_entry_cleans_a_doc(doc, entry):
-    assert python_docs._entry("n", "member", doc) == entry
+    assert docstrings._entry("n", "member", doc) == entry
 
 
 def test_pairs_have_a_sentence_and_some_prose():

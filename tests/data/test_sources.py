@@ -13,7 +13,8 @@ import yaml
 import zstandard
 
 from llm2comp.data import python_docs
-from llm2comp.data.sources import Pair, check_sources, iterate_sources, read_answers, read_pairs, read_texts, source_key
+from llm2comp.data.loaded import Pair
+from llm2comp.data.sources import check_sources, iterate_sources, read_answers, read_pairs, read_texts, source_key
 from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, TextData
 

@@ -1,4 +1,4 @@
-"""How alike the memory tokens are, and the weights that merge those that say the same (METHOD 2 and 4)."""
+"""Similarity of the memory tokens, and weights that merge redundant ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm2comp.errors import DataError
 
 
 def memory_correlation(memory_NKD: ArrayLike) -> NDArray[np.float64]:
-    """Mean over N texts of the cosine between memory states i and j of the same text, (K, K), diagonal 1 (METHOD 4).
+    """Mean over N texts of the cosine between memory states i and j of the same text, (K, K), diagonal 1.
 
     Raises:
         DataError: no texts, or a state that is zero or not finite; names text (row) and memory token.
@@ -24,7 +24,7 @@ def memory_correlation(memory_NKD: ArrayLike) -> NDArray[np.float64]:
 
 
 def clusters(correlation_KK: ArrayLike, threshold: float = 0.9) -> NDArray[np.int64]:
-    """Which cluster each memory token is in, (K,), numbered from 0 in order of first appearance.
+    """Cluster of each memory token, (K,), numbered from 0 in order of first appearance.
 
     The paper clusters memory tokens by correlation and names neither algorithm nor threshold. Ours: average-linkage
     agglomerative clustering on 1 − correlation; two clusters become one while their mean correlation is at least `threshold`.
@@ -44,7 +44,7 @@ def clusters(correlation_KK: ArrayLike, threshold: float = 0.9) -> NDArray[np.in
 def merge_weights(labels_K: ArrayLike) -> NDArray[np.float64]:
     """Cluster-then-merge as one weighted mean, (K,): w_i = 1 / (clusters × size of i's cluster); sums to 1.
 
-    The mean within each cluster, then across clusters (METHOD 2). The partition is ours, see `clusters`.
+    The mean within each cluster, then across clusters. The partition is ours, see `clusters`.
 
     Raises:
         DataError: no labels.

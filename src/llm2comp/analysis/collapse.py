@@ -1,4 +1,4 @@
-"""All measures of collapse of one sample of texts at once (METHOD 4)."""
+"""All measures of collapse of one sample of texts at once."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def split_sample(rows: Sequence[Sequence[int]], pad_id: int, seed: int = 0) -> l
 def context_recovered(compressor: Compressor, batches: Sequence[SplitTexts]) -> float | None:
     """1 − KL(teacher ‖ decoder with memory) / KL(teacher ‖ decoder without context); None without a batch.
 
-    1: the memory says all that the context said; 0: no better than no context; below 0: it misleads.
+    1: the memory is as good as the context; 0: no better than no context; below 0: it misleads.
 
     Raises:
         DataError: the context has no effect on the LM at all (both are the same).

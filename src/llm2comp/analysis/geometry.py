@@ -1,4 +1,4 @@
-"""How embeddings lie on the unit sphere, and what a cosine means there (METHOD 4).
+"""How embeddings lie on the unit sphere, and what a cosine means there.
 
 Embeddings come raw, (N, D), and are scaled to length 1 here. Every function raises a DataError that names the row for a zero
 vector or one that is not finite.

@@ -1,4 +1,4 @@
-"""What the frozen LM makes of memory states: their nearest words, and what it goes on to say from them alone."""
+"""Memory states seen through the frozen LM: the nearest words, and its continuation from them alone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Readout:
     Attributes:
         text: what was read (cut to the model's limit).
         words: per memory token the vocabulary entries that the LM head ranks first for its state, best first.
-        from_text: how the frozen LM goes on behind the text itself.
-        from_memory: how it goes on behind the memory states alone, in place of the text.
-        from_nothing: how it goes on without any context; empty where the tokenizer has no BOS to start from.
+        from_text: the frozen LM's continuation of the text itself.
+        from_memory: its continuation after the memory states, without the text.
+        from_nothing: its continuation of BOS alone; empty if there is no BOS.
     """
 
     text: str
@@ -41,7 +41,7 @@ def read_out(compressor: Compressor, text: str, max_tokens: int, words: int = 5,
         text: any text.
         max_tokens: longer ones are cut, BOS included.
         words: vocabulary entries per memory token.
-        continuation_tokens: how far the LM goes on.
+        continuation_tokens: length of each continuation.
     """
     backbone = compressor.backbone
     (row,) = backbone.tokenise([text], compressor.max_tokens(max_tokens))
@@ -64,7 +64,7 @@ def read_out(compressor: Compressor, text: str, max_tokens: int, words: int = 5,
 
 @torch.no_grad()
 def continue_greedily(backbone: Backbone, x_BTD: Tensor, tokens: int) -> list[int]:
-    """Token ids that the frozen LM puts behind one row of input embeddings (1, T, D), until its EOS or its last position."""
+    """Greedy continuation of input embeddings (1, T, D) as token ids, until EOS or the last position."""
     room = tokens if backbone.max_positions is None else min(tokens, backbone.max_positions - x_BTD.shape[1])
     found: list[int] = []
     for _ in range(room):

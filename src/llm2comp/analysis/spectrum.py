@@ -1,4 +1,4 @@
-"""The spectrum of a set of embeddings, and what is read off it (METHOD 4)."""
+"""The spectrum of a set of embeddings, and what is read off it."""
 
 from __future__ import annotations
 

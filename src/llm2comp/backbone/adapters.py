@@ -1,7 +1,7 @@
 """The stack of LoRA adapters over a frozen LM.
 
 Each stage adds one adapter; older ones stay active but frozen and without dropout. LoRA deltas add, so the stack equals
-the release's merge-and-renew while the base itself is never modified (DESIGN 1.2).
+the release's merge-and-renew while the base itself is never modified.
 
 While a stage trains, the older adapters need no operations of their own: `folded` puts them into a second copy of the
 weights that they change. The encoder pass reads that copy, teacher and decoder go on reading the bare weights.

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -131,20 +130,16 @@ class Backbone(nn.Module):
         x: Tensor = self.lm.get_input_embeddings()(ids_BT)
         return x
 
-    def read(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None, sees_BSS: Tensor | None = None) -> Tensor:
+    def read(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
         """Encoder pass: adapters on; states_BSD after the final norm.
 
         Args:
             x_BSD: input embeddings.
             mask_BS: 1 = token, 0 = padding.
             needed_BS: bool, the states that will be used; the others may hold anything. None: all but padding's.
-            sees_BSS: bool, who (row) sees whom, in place of the padding mask; None: all see all.
         """
         kwargs: dict[str, Any] = {"is_causal": False} if self.attention == "bidirectional" else {}
-        if sees_BSS is None:
-            return self._lay_out(x_BSD, mask_BS, needed_BS, **kwargs)
-        mask_B1SS = torch.zeros_like(sees_BSS, dtype=x_BSD.dtype).masked_fill(~sees_BSS, torch.finfo(x_BSD.dtype).min)[:, None]
-        return self._run(x_BSD, position_ids(mask_BS), mask_B1SS, **kwargs)
+        return self._lay_out(x_BSD, mask_BS, needed_BS, **kwargs)
 
     def decode(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
         """Teacher and decoder pass: adapters off, causal, no dropout; states_BSD after the final norm, arguments as `read`."""

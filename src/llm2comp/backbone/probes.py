@@ -1,7 +1,6 @@
 """Trials of a model on a few random tokens: what it must be able to do, and what it need not.
 
 probe              at load: attention as asked, masked tokens left out, the head as it is known here
-probe_separate     memory that the text does not see: the family obeys the mask of it
 possible_savings   on first use: which parts of a pass can be left out without changing a state
 """
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from llm2comp.backbone.layout import HALVES, Layout
 from llm2comp.errors import BackboneError
-from llm2comp.memory import separate_sight
 from llm2comp.tokens import position_ids
 
 if TYPE_CHECKING:
@@ -81,44 +79,6 @@ def _first_moves(states: list[Tensor]) -> float:
     """How far the first state of two texts differs, relative to its largest number."""
     first, second = (states_TD[0].float() for states_TD in states)
     return ((first - second).abs().max() / first.abs().max()).item()
-
-
-@torch.no_grad()
-def probe_separate(backbone: Backbone) -> None:
-    """Check on a few random tokens that the LM obeys the mask of separate memory, and that a mask that hides nothing is none.
-
-    Raises:
-        BackboneError: a sliding window (a mask of ours would replace it), or a mask that is refused or not obeyed.
-    """
-    texts, count = PROBED
-    where = f"{backbone.name} (model_type {backbone.config.model_type})"
-    fix = "set memory.attention: full, or model.attention: causal, which needs no such mask"
-    window, table = getattr(backbone.config, "sliding_window", None), backbone.embedding_table
-    if window is not None and window < (backbone.max_positions or window + 1):
-        problem = "cannot keep its sliding window under memory.attention: separate"
-        raise BackboneError(problem, where=where, found=f"a window of {window}", fix=fix)
-    ids_BS = torch.randint(len(table), (1, texts + count), generator=torch.Generator().manual_seed(0)).to(table.device)
-    mask_BS = torch.ones_like(ids_BS)
-
-    def states(changed: int | None, sees_BSS: Tensor | None) -> Tensor:
-        other_BS = ids_BS.clone()
-        if changed is not None:
-            other_BS[0, changed] = (ids_BS[0, changed] + len(table) // 2) % len(table)
-        return backbone.read(backbone.embed(other_BS), mask_BS, sees_BSS=sees_BSS)[0].float()
-
-    sight_BSS = separate_sight(mask_BS, count)
-    try:
-        plain_SD, open_SD = states(None, None), states(None, torch.ones_like(sight_BSS))
-        first, last_text, last_memory = 0, texts - 1, texts + count - 1
-        moved_3S = torch.stack([states(n, sight_BSS) for n in (first, last_text, last_memory)]) - states(None, sight_BSS)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise BackboneError(f"cannot be run under memory.attention: separate: {error}", where=where, fix=fix) from error
-    scale = plain_SD.abs().max().item()
-    by_text_2S, by_memory_1S = moved_3S.abs().amax(-1).div(scale).split([2, 1])
-    still = 1e-6 if table.dtype == torch.float32 else 1e-2
-    obeyed = by_text_2S.min() > 1e-6 and by_memory_1S[0, -1] > 1e-6 and by_memory_1S[0, :-1].max() < still
-    if not obeyed or (open_SD - plain_SD).abs().max().item() > 0.05 * scale:
-        raise BackboneError("does not obey the mask of memory.attention: separate", where=where, fix=fix)
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class BaselineEncoder(InputModule):
         return int(self.backbone.embedding_table.shape[1])
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
-        """Texts, each behind `prompt`, as right-padded ids and spans: all texts in the first template, then in the next."""
+        """Texts, each after `prompt`, as right-padded ids and spans: all texts in the first template, then in the next."""
         texts = [self._within_limit((prompt or "") + text) for text in inputs]
         rows = [row for template in self.settings.templates for row in self._rows(template, texts)]
         tokens = Tokens.pad([row.ids for row in rows], "right", self.backbone.pad_id)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, StrictBool, StrictInt, field_validator
 
 from llm2comp.baselines.prompts import ECHO, META_EOL, PROMPT_EOL, TEXT
+from llm2comp.console import Dtype
 from llm2comp.errors import RecipeError
 from llm2comp.recipe import ModelSettings, Section, checked, nearest, read_yaml
 
@@ -63,7 +64,7 @@ class SavedModel(Section):
 
     name: str
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     bos: str = "auto"
 
     def settings(self, device: str = "auto") -> ModelSettings:

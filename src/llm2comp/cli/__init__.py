@@ -1,4 +1,4 @@
-"""Command line: argument names are recipe field names; heavy imports wait until a command needs them."""
+"""The command line. Arguments are named as recipe fields; heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands that look at encoders: evaluate, analyze, report, study."""
+"""Commands that judge encoders: evaluate, analyze, report, study."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ def evaluate(
     local: LocalOption = None,
     pairs: Annotated[
         list[str] | None,
-        typer.Option(help="File of questions and answers: each must find its own; repeatable.", metavar="FILE"),
+        typer.Option(help="File of questions and answers: each question must find its answer; repeatable.", metavar="FILE"),
     ] = None,
-    query_column: Annotated[str, typer.Option(help="Column of questions in it.", metavar="NAME")] = "anchor",
-    answer_column: Annotated[str, typer.Option(help="Column of answers in it.", metavar="NAME")] = "positive",
-    documents: Annotated[str | None, typer.Option(help="File of more texts to find the answers among.", metavar="FILE")] = None,
-    document_column: Annotated[str, typer.Option(help="Column of texts in it.", metavar="NAME")] = "text",
+    query_column: Annotated[str, typer.Option(help="With --pairs: column of the questions.", metavar="NAME")] = "anchor",
+    answer_column: Annotated[str, typer.Option(help="With --pairs: column of the answers.", metavar="NAME")] = "positive",
+    documents: Annotated[
+        str | None, typer.Option(help="With --pairs: file of more texts to search in.", metavar="FILE")
+    ] = None,
+    document_column: Annotated[str, typer.Option(help="With --documents: column of the texts.", metavar="NAME")] = "text",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of results; default: scores/ in the model's run, else llm2comp-scores/.", metavar="DIR"),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Show models evaluated before and the published figures beside.")
+        bool, typer.Option("--compare", help="Also show models evaluated before, and the published figures.")
     ] = False,
     instructions: Annotated[
         str,
@@ -54,11 +56,8 @@ def evaluate(
             help="auto: the paper's, for models that know instructions; none; or a YAML file of task: text.", metavar="WHICH"
         ),
     ] = "auto",
-    template: Annotated[str, typer.Option(help="How an instruction stands before a text.", metavar="TEXT")] = "{instruction}:",
+    template: Annotated[str, typer.Option(help="How an instruction is put before a text.", metavar="TEXT")] = "{instruction}:",
     max_tokens_per_batch: TokensOption = None,
-    rehearse: Annotated[
-        bool, typer.Option("--rehearse", help="Try it all on made-up data, without network; gives no scores.")
-    ] = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
 ) -> None:
@@ -76,9 +75,7 @@ def evaluate(
 
     chosen, folders = tuple(tasks or ()), tuple(local or ())
     asked = tuple(Questions(file, query_column, answer_column, documents, document_column) for file in pairs or ())
-    options = evaluation.Options(
-        chosen, folders, instructions, template, max_tokens_per_batch, rehearse, device, num_memory, asked
-    )
+    options = evaluation.Options(chosen, folders, instructions, template, max_tokens_per_batch, device, num_memory, asked)
     rows = evaluation.evaluate(models, options, out)
     before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models)) if compare else []
     say(evaluation.table([*before, *rows], compare))
@@ -87,7 +84,7 @@ def evaluate(
 
 
 def _check_sources(local: list[Path], pairs: list[str], documents: str | None) -> None:
-    """What `evaluate` is to read is there: said before anything heavy is imported."""
+    """Check that the files `evaluate` will read exist, before heavy imports."""
     from llm2comp.data.sources import check_sources
     from llm2comp.errors import DataError
     from llm2comp.recipe import TextData
@@ -101,7 +98,9 @@ def _check_sources(local: list[Path], pairs: list[str], documents: str | None) -
 
 @app.command(rich_help_panel=JUDGE)
 def analyze(
-    texts: Annotated[str, typer.Option(help="File of texts, more of them than the embedding has dimensions.", metavar="FILE")],
+    texts: Annotated[
+        str, typer.Option(help="File of texts; use more texts than the embedding has dimensions.", metavar="FILE")
+    ],
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = GENERAL,
     pairs: Annotated[
         str | None, typer.Option(help="File of related texts, columns anchor and positive.", metavar="FILE")
@@ -113,14 +112,12 @@ def analyze(
         typer.Option(help="Folder to write; default: analysis/ in the model's run, else llm2comp-analysis/.", metavar="DIR"),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=-1, max=1, help="Mean cosine from which memory tokens are merged.", metavar="X")
+        float, typer.Option(min=-1, max=1, help="Merge memory tokens above this mean cosine.", metavar="X")
     ] = 0.9,
-    write_weights: Annotated[
-        bool, typer.Option("--write-weights", help="Merge memory tokens that say the same, in the model itself.")
-    ] = False,
+    write_weights: Annotated[bool, typer.Option("--write-weights", help="Write the merged weights into the model.")] = False,
     device: DeviceOption = None,
 ) -> None:
-    """See why a model is good: collapse, what counts as similar, what its memory tokens hold."""
+    """Show why a model is good or bad: collapse, similarity threshold, contents of its memory tokens."""
     from llm2comp.console import say
     from llm2comp.data.columns import MissingColumnError
     from llm2comp.data.sources import read_pairs
@@ -158,7 +155,7 @@ def report(
         Path | None, typer.Option(help="Page to write; default: report.html in the first run.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Write one HTML page about runs: is it good, what helped, curves, scores, settings."""
+    """Write one HTML page about runs: verdict, curves, scores, settings."""
     for run in runs:
         require_folder(run)
     from llm2comp.backbone.quiet import quiet_libraries
@@ -183,12 +180,12 @@ def study(
     ] = None,
     local: LocalOption = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Change to all its recipes; repeatable.", metavar="KEY=VALUE")
+        list[str] | None, typer.Option("--set", help="Change to all recipes; repeatable.", metavar="KEY=VALUE")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List runs, stages to train and to share; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list runs and stages.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes at once; with CUDA each sees one device.", metavar="N")] = 1,
 ) -> None:
-    """Train several recipes over several seeds and compare them in one table; run again to go on."""
+    """Train several recipes with several seeds and compare them in one table. Run again to resume."""
     from llm2comp.study.settings import find_study
 
     find_study(file)

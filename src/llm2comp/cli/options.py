@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm2comp.console import Dtype
+
 if TYPE_CHECKING:
-    from llm2comp.data.sources import Loaded
+    from llm2comp.data.loaded import Loaded
 
 app = typer.Typer(
     help="Turn a causal language model into a text encoder by context compression (LLM2Comp).",
@@ -25,15 +26,6 @@ MODEL_HELP = (
     "A model folder, a run, a stage of a run, a Hub id, builtin:general (comes with the package), or an untrained encoder "
     "such as mean:LM (docs/baselines.md)."
 )
-
-
-class Dtype(StrEnum):
-    """Of weights and computing."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, metavar="MODEL")]
@@ -72,11 +64,11 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
     ] = False,
 ) -> None:
-    """Options of no command."""
+    """Options of `llm2comp` itself."""
 
 
 def read_column(source: str, column: str = "text", limit: int | None = None) -> Loaded[str]:
-    """Texts of a file or a Hub data set for a command with --column; says what was left out. Imports nothing heavy.
+    """Read texts of a file or Hub data set for a command with --column, and say what was left out. No heavy imports.
 
     Raises:
         DataError: cannot be read; for a column that is not there, with the option to give.
@@ -98,7 +90,7 @@ def read_column(source: str, column: str = "text", limit: int | None = None) -> 
 
 
 def require_folder(folder: Path) -> None:
-    """Raise RunError where there is no such folder: said before anything heavy is imported."""
+    """Raise RunError if there is no such folder, before heavy imports."""
     import difflib
 
     from llm2comp.errors import RunError

@@ -5,16 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from llm2comp.cli.options import (
     USE,
     DeviceOption,
-    Dtype,
     DtypeOption,
     MemoryOption,
     ModelOption,
@@ -23,29 +21,19 @@ from llm2comp.cli.options import (
     read_column,
     require_folder,
 )
-from llm2comp.console import GENERAL, BadRows, LongTexts, Role
+from llm2comp.console import GENERAL, BadRows, Dtype, LongTexts, Role
 
 if TYPE_CHECKING:
-    from llm2comp.data.sources import Loaded
+    from llm2comp.data.loaded import Loaded
 
 STDIN = "-"
 STDIN_NAME = "standard-input.txt"
 
 
-class Backend(StrEnum):
-    """What runs the model."""
-
-    torch = "torch"
-    openvino = "openvino"
-    onnx = "onnx"
-
-
-class Precision(StrEnum):
-    """What an OpenVINO graph computes in; int8: its weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
+# What runs the model.
+Backend = Literal["torch", "openvino", "onnx"]
+# What an OpenVINO graph computes in; int8: its weights.
+GraphPrecision = Literal["float32", "bfloat16", "int8"]
 
 
 @app.command(rich_help_panel=USE)
@@ -62,40 +50,40 @@ def embed(
     ] = None,
     long_texts: Annotated[
         LongTexts, typer.Option(help="Texts over the model's limit: truncate, chunk-mean or error.", metavar="HOW")
-    ] = LongTexts.truncate,
+    ] = "truncate",
     bad_rows: Annotated[
         BadRows,
         typer.Option(
-            help="Rows without a text: stop; skip: leave out, number the others (docs/data.md); zero: zeros there.",
+            help="Rows without a text: stop; skip them (and write row numbers, docs/data.md); or write zero vectors (zero).",
             metavar="HOW",
         ),
-    ] = BadRows.stop,
+    ] = "stop",
     max_tokens_per_batch: TokensOption = None,
     normalise: Annotated[bool, typer.Option("--normalise", help="Scale embeddings to length 1.")] = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     backend: Annotated[
         Backend, typer.Option(help="What runs the model: torch, openvino or onnx (docs/speed.md).", metavar="NAME")
-    ] = Backend.torch,
+    ] = "torch",
 ) -> None:
-    """Turn a file's texts into embeddings, in order."""
+    """Embed the texts of a file, in order."""
     from llm2comp import embed as bulk
     from llm2comp.console import say
 
     bulk.check_output(out, [] if source == STDIN else [Path(source).expanduser()])
     loaded = _read_source(source, column)
-    places = bulk.places_of(loaded, bad_rows.value, "standard input" if source == STDIN else source)
+    places = bulk.places_of(loaded, bad_rows, "standard input" if source == STDIN else source)
     from llm2comp.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.loading import load
 
     result = bulk.embed(
-        encoder := load(model, device, num_memory, backend.value, dtype.value, merged=True),
+        encoder := load(model, device, num_memory, backend, dtype, merged=True),
         loaded.rows,
-        role=role.value if role else None,
-        long_texts=long_texts.value,
+        role=role,
+        long_texts=long_texts,
         max_tokens_per_batch=max_tokens_per_batch,
         normalise=normalise,
     )
@@ -113,9 +101,9 @@ def similarity(
     texts: Annotated[list[str], typer.Argument(help="Two texts or more.", metavar="TEXT")],
     model: ModelOption = GENERAL,
     device: DeviceOption = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
 ) -> None:
-    """Print how alike texts are: the cosine, each with each."""
+    """Print the cosine similarity of every pair of texts."""
     from llm2comp.errors import DataError
 
     if len(texts) < 2:
@@ -126,7 +114,7 @@ def similarity(
     from llm2comp.embed import embed as embed_texts
     from llm2comp.loading import load
 
-    vectors = embed_texts(load(model, device, dtype=dtype.value, merged=True), texts, normalise=True).embeddings_ND
+    vectors = embed_texts(load(model, device, dtype=dtype, merged=True), texts, normalise=True).embeddings_ND
     for text, row in zip(texts, vectors @ vectors.T, strict=True):
         line = " ".join(text.split())
         print(" ".join(f"{cosine:6.3f}" for cosine in row), "", line if len(line) <= 60 else line[:57] + "...")
@@ -134,9 +122,7 @@ def similarity(
 
 @app.command(rich_help_panel=USE)
 def export(
-    out: Annotated[
-        Path, typer.Argument(help="Folder to write; an earlier export there is replaced, nothing else is.", metavar="DIR")
-    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; only an earlier export is replaced.", metavar="DIR")],
     model: ModelOption = GENERAL,
     num_memory: MemoryOption = None,
     multi_vector: Annotated[
@@ -144,10 +130,10 @@ def export(
     ] = False,
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Of the stored weights: float32, bfloat16, float16; auto: as the encoder computes.", metavar="TYPE"),
-    ] = Dtype.auto,
+        typer.Option(help="Type of the stored weights: float32, bfloat16, float16; auto: that of the encoder.", metavar="TYPE"),
+    ] = "auto",
     openvino: Annotated[
-        Precision | None,
+        GraphPrecision | None,
         typer.Option(help="Add a graph for OpenVINO: float32, bfloat16 or int8 (docs/speed.md).", metavar="TYPE"),
     ] = None,
 ) -> None:
@@ -164,17 +150,17 @@ def export(
     from llm2comp.loading import card_facts, live_place, load
 
     if openvino:
-        runtime_of("openvino", openvino.value)  # not installed: said before the work
-    stored = None if dtype == Dtype.auto else dtype.value
+        runtime_of("openvino", openvino)  # not installed: said before the work
+    stored = None if dtype == "auto" else dtype
     write_folder(load(live_place(model), "cpu", num_memory), out, card_facts(model), multi_vector, stored)
     say(f"{out}: load it with {'MultiVectorEncoder' if multi_vector else 'SentenceTransformer'}({str(out)!r})")
     if openvino:
-        say(f"{out / 'openvino'}: {openvino.value}, lowest cosine {compile_folder(out, 'openvino', openvino.value):.7f}")
+        say(f"{out / 'openvino'}: {openvino}, lowest cosine {compile_folder(out, 'openvino', openvino):.7f}")
 
 
 @app.command(rich_help_panel=USE)
 def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, or a finished run.", metavar="DIR")]) -> None:
-    """Check that a model folder still gives the embeddings that it gave."""
+    """Check that a model folder still gives the same embeddings as when it was written."""
     require_folder(folder)
     from llm2comp.backbone.quiet import quiet_libraries
     from llm2comp.console import say
@@ -188,8 +174,8 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, o
 
 
 def _cut_note(count: int, limit: int | None, policy: LongTexts) -> str:
-    """How many texts were over which limit, and what to do about it."""
-    done = "read in parts" if policy == LongTexts.chunk_mean else "cut there: --long-texts chunk-mean reads them whole"
+    """Note on texts over the model's limit, and what was done with them."""
+    done = "read in parts" if policy == "chunk-mean" else "cut there: --long-texts chunk-mean reads them whole"
     return f"; {count:,} over the model's limit of {limit:,} tokens, {done}" if count else ""
 
 

@@ -1,4 +1,4 @@
-"""Stage 1's rows where texts come with the LM's responses: the text is the context, the response all of the continuation."""
+"""Rows of stage 1 for texts with responses: the text is the context, its response is the continuation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llm2comp.data.loaded import Answer
 from llm2comp.data.pretext import Masking, PretextRows, long_enough, no_text_is_fit
-from llm2comp.data.sources import Answer
 from llm2comp.recipe import PretextStage
 
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """Token ids of a text and its response behind it, the text's length (the site), the teacher's embedding if there is one."""
+    """Token ids of a text followed by its response, the length of the text, and the teacher's embedding, if any."""
 
     ids: NDArray[np.int32]
     site: int

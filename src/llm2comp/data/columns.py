@@ -1,4 +1,4 @@
-"""Columns of a table: are those that are wanted there, once each; and if not, which of the file's own may be meant."""
+"""Columns of a table: check that the wanted ones exist exactly once; if not, guess which ones were meant."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _NO_TEXT = (
 
 
 class MissingColumnError(DataError):
-    """A column that is not there; `names` are those that are."""
+    """A missing column; `names` are the columns that exist."""
 
     def __init__(self, column: str, source: str, names: Sequence[str], fix: str | None = None) -> None:
         self.column, self.source, self.names = column, source, tuple(names)
@@ -52,7 +52,7 @@ class MissingColumnError(DataError):
 
 
 def check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
-    """Raise DataError unless all wanted columns are found, each once; MissingColumnError where one is not."""
+    """Raise DataError unless every wanted column exists exactly once (MissingColumnError if one is missing)."""
     names = [str(name) for name in found]
     for column in wanted:
         places = [str(place) for place, name in enumerate(names, 1) if name == column]
@@ -69,7 +69,7 @@ def check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
 
 
 def likely(role: str, names: Sequence[str], asked: str = "") -> str | None:
-    """The column that is most likely meant: by its spelling, by what such columns are called, or the first that may do."""
+    """The column that was most likely meant: by spelling, by usual names, else the first suitable one."""
     if near := difflib.get_close_matches(asked, names, n=1, cutoff=0.75):
         return near[0]
     by_name = {name.strip().lower(): name for name in reversed(names)}
@@ -79,7 +79,7 @@ def likely(role: str, names: Sequence[str], asked: str = "") -> str | None:
 
 
 def settings_for(asked: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """A source as a recipe writes it, with the file's own columns in place of those it lacks.
+    """A source as a recipe line, with missing columns replaced by columns that the file has.
 
     `asked`: `source`, and role → column (of negatives: columns). None where the file has too few columns.
     """

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub: their rows, one file of theirs, which version it is."""
+"""Data sets on the Hugging Face Hub: their rows, single files, their version."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ADVICE = "check name and split; `hf auth login` for a gated set; HF_HUB_OFFLINE
 
 
 def hub_rows(spec: TextData | PairData, columns: Columns) -> Rows:
-    """Rows of a set: all of it, kept on disk by `datasets`; streamed where `limit` says that it need not be whole.
+    """Rows of a data set. `datasets` downloads all of it, or streams it if there is a `limit`.
 
     Raises:
         DataError: no such set, split or column, or none that can be had offline.
@@ -35,7 +35,7 @@ def hub_rows(spec: TextData | PairData, columns: Columns) -> Rows:
 
 
 def hub_file(spec: TextData | PairData) -> Path:
-    """One file of a set's repository, in the Hub's cache. Raises DataError when it cannot be had."""
+    """Download one file of a data set's repository. Raises DataError if that fails."""
     import huggingface_hub
 
     assert spec.file is not None
@@ -54,7 +54,7 @@ def hub_version(spec: TextData | PairData) -> str:
 
 @contextlib.contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """What the Hub's libraries throw, some twenty kinds, becomes a DataError."""
+    """Turn any error of the Hub's libraries (some twenty kinds) into a DataError."""
     try:
         yield
     except DataError:

@@ -1,4 +1,4 @@
-"""Stage 1's rows: texts as token ids, drawn in a fixed order and split at a fixed site, whatever the workers."""
+"""Rows of stage 1: texts as token ids in a fixed order, each split at a fixed site, with any number of workers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _fit_rows(
 def long_enough(
     items: Iterable[Item], characters: Callable[[Item], int], least: int, left_out: Counter[str]
 ) -> Iterator[list[Item]]:
-    """Items of at least so many characters, as many as are tokenised at once; the others are counted."""
+    """Yield batches of items with enough characters; count the others."""
     rest = iter(items)
     while some := list(itertools.islice(rest, TOKENISE_AT_ONCE)):
         kept = [item for item in some if characters(item) >= least]
@@ -88,7 +88,7 @@ def long_enough(
 
 
 def no_text_is_fit(left_out: Counter[str], expected: str, fix: str) -> DataError:
-    """What a stage gets that is left without texts."""
+    """The error for a stage without usable texts."""
     found = ", ".join(f"{count:,} {reason}" for reason, count in (+left_out).items())
     return DataError("no text is fit for stage 1", where="pretext.data", expected=expected, found=found, fix=fix)
 
@@ -103,10 +103,10 @@ def _pieces(ids: list[int], max_tokens: int, chunk: bool, bos_id: int | None) ->
 
 @dataclass(frozen=True)
 class Masking:
-    """Which tokens of a text are masked, and what stands in for them: fixed by (seed, number of the sample).
+    """Which tokens are masked and what replaces them; fixed by (seed, sample number).
 
-    The first token never is: it is BOS, or no state stands before it. Of the others a share of `rate` is, one at least.
-    Each becomes `mask_id`; or, if `bert`, that in 80 % of the cases, a random id below `vocabulary` in 10 %, itself in 10 %.
+    The first token is never masked: it is BOS, or has no state before it. Of the others the share `rate` is masked, at least one.
+    A masked token becomes `mask_id`. With `bert`: `mask_id` in 80 % of cases, a random id in 10 %, unchanged in 10 %.
     """
 
     rate: float
@@ -116,7 +116,7 @@ class Masking:
     seed: int
 
     def __call__(self, ids: Sequence[int], sample: int) -> list[int]:
-        """The stand-in at each masked place, `NOT_MASKED` at the others."""
+        """The replacement id at each masked position, `NOT_MASKED` at the others."""
         draw = random.Random(f"mask:{self.seed}:{sample}")
         replaced = [NOT_MASKED] * len(ids)
         for place in draw.sample(range(1, len(ids)), max(1, round(self.rate * (len(ids) - 1)))):

@@ -30,7 +30,7 @@ TEACHER = "teacher"
 
 
 class Manifest(Section):
-    """All that responses depend on; the batch size also is of effect where they are drawn at random."""
+    """Everything the responses depend on. The batch size matters only if they are sampled."""
 
     format_version: Literal[1] = 1
     model: str
@@ -59,7 +59,7 @@ class Manifest(Section):
 
 
 def shard_file(folder: Path, shard: int) -> Path:
-    """Texts and responses of one shard. It is written last: once it is there, the shard is whole."""
+    """File of texts and responses of one shard. It is written last, so its presence means a complete shard."""
     return folder / f"responses-{shard:05d}.jsonl"
 
 
@@ -124,7 +124,7 @@ def source_digest(source: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _digest_once(file: Path, size: int, modified_ns: int) -> str:
-    """A study asks for the same large files once per run and stage: a file is read again once it was written again."""
+    """Digest of a file, remembered until the file changes: a study asks for the same large files many times."""
     return sha256(file)
 
 

@@ -12,19 +12,16 @@ import contextlib
 import functools
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from llm2comp.data import python_docs
 from llm2comp.data.columns import Columns, MissingColumnError, check_columns, settings_for
 from llm2comp.data.hub import hub_file, hub_rows, hub_version
+from llm2comp.data.loaded import Answer, Loaded, Pair, T, Tally, _shown
 from llm2comp.data.responses import TEACHER, folder_rows, source_digest
 from llm2comp.data.tables import Row, Rows, convert_command, file_kind, file_rows, no_such_file
 from llm2comp.data.values import UnusableError, WrittenListError, filled, one_text, stripped, vector
@@ -32,76 +29,9 @@ from llm2comp.errors import DataError
 from llm2comp.files import to_json
 from llm2comp.recipe import PairData, TextData, missing_path
 
-T = TypeVar("T")
 Spec: TypeAlias = TextData | PairData
 
-# How many of the rows left out for one reason are named.
-_NAMED = 5
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A query, the text to be found, and texts that look right but are not."""
-
-    anchor: str
-    positive: str
-    negatives: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A text, what an LM says to it, and (D_t,) float32, a teacher's embedding of that, where one was asked for."""
-
-    text: str
-    response: str
-    teacher_D: NDArray[np.float32] | None = None
-
-
-@dataclass
-class Tally:
-    """What was read of a source so far: rows there are, rows used, rows left out by reason and the first places of each."""
-
-    source: str
-    there: int = 0
-    used: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """One line: how many rows, how many left out and why."""
-        return f"{_shown(self.source)}: {self.used:,} rows" + (f"; left out: {self.left_out()}" if self.skipped else "")
-
-    def left_out(self) -> str:
-        """`12 empty (line 3, line 9, ...), 1 malformed JSON (line 17)`."""
-        return ", ".join(
-            f"{count:,} {reason} ({', '.join(self.places[reason])}{', ...' * (count > _NAMED)})"
-            for reason, count in self.skipped.items()
-        )
-
-    def leave_out(self, reason: str, place: str) -> None:
-        """Count a row that is not used."""
-        self.skipped[reason] += 1
-        named = self.places.setdefault(reason, [])
-        if len(named) < _NAMED:
-            named.append(place)
-
-
-@dataclass
-class Loaded(Tally, Generic[T]):
-    """All that a source gave, in memory.
-
-    `numbers`: the row of the source, from 0, that each of `rows` comes from. `fingerprint`: sha256 (hex) over their content.
-    """
-
-    rows: list[T] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    fingerprint: str = ""
-
-    def summary(self) -> str:
-        """As of any tally; and how many items, where a row may give several."""
-        told = super().summary()
-        return told if len(self.rows) == self.used else f"{told}; {len(self.rows):,} pairs"
 
 
 def read_texts(spec: TextData) -> Loaded[str]:
@@ -169,7 +99,7 @@ def read_pairs(spec: PairData) -> Loaded[Pair]:
 
 
 def check_sources(specs: Iterable[Spec]) -> None:
-    """Raise DataError for a source that names no file and can be no Hub data set; reads nothing."""
+    """Raise DataError if a source is neither an existing file nor a possible Hub id. Reads nothing."""
     for spec in specs:
         if not spec.source.startswith("builtin:"):
             _is_path(spec.source)
@@ -188,7 +118,7 @@ def _collect(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], parts
 
 
 def _items(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: Tally) -> Iterator[T]:
-    """Make items of each row until the limit; count the rows that give none."""
+    """Turn rows into items up to the limit; count rows without one."""
     columns_seen: dict[str, None] = {}
     for place, row in _rows(spec, columns):
         tally.there += 1
@@ -217,7 +147,7 @@ def _items(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: 
 
 
 def _rows(spec: Spec, columns: Columns) -> Rows:
-    """Rows behind a source name, whatever it stands for."""
+    """Rows of any source: builtin, file, folder or Hub data set."""
     path = Path(spec.source).expanduser()
     with _readable(spec):
         if spec.source.startswith("builtin:"):
@@ -245,7 +175,7 @@ def _content(spec: TextData) -> str:
 
 @contextlib.contextmanager
 def _readable(spec: Spec) -> Iterator[None]:
-    """What a disk or an archive throws becomes a DataError; of a missing column it is told what the recipe should say."""
+    """Turn errors of disk and archive into a DataError. For a missing column, say what the recipe should be."""
     try:
         yield
     except MissingColumnError as error:
@@ -263,11 +193,6 @@ def _is_path(source: str) -> bool:
     if not path.exists() and (file_kind(path) or not _HUB_NAME.fullmatch(source) or missing_path(source)):
         raise no_such_file(path.absolute())
     return path.exists()
-
-
-def _shown(source: str) -> str:
-    """A source's name in messages: of a file without its folders."""
-    return Path(source).name if file_kind(Path(source)) else source
 
 
 def _builtin_rows(source: str, columns: Columns) -> Rows:

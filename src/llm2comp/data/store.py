@@ -1,6 +1,6 @@
-"""Corpora on disk: what a source gives is read and tokenised once, kept in a cache, and read row by row from there.
+"""Corpora on disk: a source is read and tokenised once, kept in a cache, and read from there row by row.
 
-CACHE/tokens-<key>/tokens.i32   token ids of all rows, one behind the other (little-endian int32)
+CACHE/tokens-<key>/tokens.i32   token ids of all rows, one after the other (little-endian int32)
                    bounds.i64   where each row begins, and where the last one ends
 CACHE/texts-<key>/texts.arrow   texts as an Arrow stream of one column, `anchor`
 CACHE/<kind>-<key>/stored.json  written last: `Stored`
@@ -41,7 +41,7 @@ PARTS, PART_BYTES = 64, 2**16
 
 
 class Stored(Section):
-    """What a folder of the cache holds, and what there was to tell when it was made."""
+    """Manifest of a cache entry: its files, and the messages from when it was made."""
 
     format_version: Literal[1] = 1
     files: dict[str, tuple[int, str]]  # name → bytes, digest of parts
@@ -153,7 +153,7 @@ def distinct(texts: Any, most: int) -> int:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Hex digest of what a fast tokenizer does to a text: not of where it came from, nor of how it last cut and padded."""
+    """Hex digest of how a fast tokenizer treats a text, without its origin and its current padding or truncation."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     state["split_special_tokens"] = tokenizer.split_special_tokens
     return hashlib.sha256(to_json(state, sort_keys=True).encode()).hexdigest()
@@ -187,7 +187,7 @@ def _build(folder: Path, build: Callable[[Path, Callable[[str], None]], Counter[
 
 
 def _read(folder: Path) -> Stored | None:
-    """The manifest of a folder whose files are all there and as it says; None for any other."""
+    """The manifest of a folder if all its files are complete, else None."""
     try:
         stored = Stored.model_validate_json((folder / MANIFEST_FILE).read_bytes())
         return stored if all(_known(folder / name) == known for name, known in stored.files.items()) else None

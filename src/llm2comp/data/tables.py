@@ -77,7 +77,7 @@ def _json_line(line: str, columns: Columns) -> Row | str:
 
 
 class _Twice(dict[str, Any]):
-    """An object that has a key more than once."""
+    """Marks a JSON object with a repeated key."""
 
     keys_twice: tuple[str, ...] = ()
 
@@ -126,7 +126,7 @@ def _table_rows(path: Path, columns: Columns) -> Rows:
 
 
 def _refuse_separator(path: Path, columns: Columns, header: list[str]) -> None:
-    """Raise DataError for a table whose cells are parted by something else than its name says."""
+    """Raise DataError if a table's separator is not the one its name implies."""
     other = next((mark for mark in ("\t", ";", "|", ",") if mark in header[0]), None)
     if len(header) == 1 and other and header[0] not in columns:
         fix = (

@@ -1,4 +1,4 @@
-"""What a row holds: its texts and numbers, or the reason why it is of no use."""
+"""Values of a row: its texts and numbers, or the reason why the row is unusable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class UnusableError(Exception):
 
 
 class WrittenListError(Exception):
-    """A column holds a list that was written as a string; no row of the source can be trusted to be one text."""
+    """A column holds lists written as strings, so no row of the source can be taken as one text."""
 
 
 def filled(row: Row, column: str) -> str:
@@ -62,7 +62,7 @@ def one_text(row: Row, column: str) -> list[str]:
 
 
 def stripped(row: Row, column: str) -> list[str]:
-    """Different texts in a column of pairs, without white space around them; empty ones are none."""
+    """The distinct texts in a column, stripped; empty ones are dropped."""
     texts = [text.strip() for text in _texts(row, column)]
     if written := next((text for text in texts if _is_written_list(text)), None):
         raise WrittenListError(f"{column}: {written}")

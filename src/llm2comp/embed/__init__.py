@@ -6,11 +6,11 @@ All texts are tokenised before the first is encoded, each once (inputs.py); vect
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llm2comp.console import Bar
+from llm2comp.console import Bar, LongTexts, Role
 from llm2comp.embed.writing import Embedded, Places, check_output, places_of, rows_file, write_embeddings
 from llm2comp.errors import DataError
 
@@ -21,14 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Embedded", "Places", "check_output", "embed", "places_of", "rows_file", "write_embeddings"]
 
-LongTexts = Literal["truncate", "chunk-mean", "error"]
-
 
 def embed(
     model: SentenceTransformer,
     texts: Sequence[str],
     *,
-    role: Literal["query", "document"] | None = None,
+    role: Role | None = None,
     long_texts: LongTexts = "truncate",
     max_tokens_per_batch: int | None = None,
     normalise: bool = False,
@@ -121,7 +119,7 @@ def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
 
 
 def _pieces(model: SentenceTransformer, text: str, prompt: str, room: int) -> list[str]:
-    """A text in parts that each fit behind the prompt, cut between tokens."""
+    """A text in parts that each fit after the prompt, cut between tokens."""
     from llm2comp.inputs import tokenise
 
     spans = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]

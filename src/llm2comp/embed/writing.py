@@ -8,18 +8,18 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llm2comp.console import BadRows
 from llm2comp.errors import DataError
 from llm2comp.files import refuse_output, to_json, write_bytes
 
 if TYPE_CHECKING:
-    from llm2comp.data.sources import Loaded
+    from llm2comp.data.loaded import Loaded
 
-BadRows = Literal["stop", "skip", "zero"]
 OUTPUT_FORMATS = (".npy", ".parquet", ".jsonl")
 
 

@@ -1,1 +1,1 @@
-"""How good an encoder is."""
+"""Evaluating encoders with mteb, local sets and BM25."""

@@ -22,7 +22,7 @@ DEFAULT_TEMPLATE = "{instruction}:"
 
 
 class MtebEncoder(AbsEncoder):
-    """A model under a name and a revision of its own, so that no other one's results are taken for its own.
+    """A model with its own name and revision, so that its results are never mixed with another's.
 
     Args:
         model: the model.
@@ -73,7 +73,7 @@ class MtebEncoder(AbsEncoder):
         return out
 
     def _prompt(self, task: Any, prompt_type: PromptType | None) -> str | None:
-        """What to put before a text; None: as the model does by itself."""
+        """The prompt for a text; None: the model's own rule."""
         if task.name in self.instructions:
             instruction = self.template.replace("{instruction}", self.instructions[task.name])
             return "" if prompt_type == PromptType.document else instruction

@@ -1,4 +1,4 @@
-"""TF-IDF and BM25 as encoders of mteb's: the lexical floor that any learned encoder has to rise above."""
+"""TF-IDF and BM25 as mteb encoders: the word-matching baseline that an encoder should beat."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUERIES_AT_ONCE = 256
 
 
 class LexicalEncoder(AbsEncoder, abc.ABC):
-    """Words as they stand: nothing is learned but, from each task's own texts, which words there are and how rare they are."""
+    """Vectors of word weights. Only the vocabulary and word rarity are fitted, on each task's own texts."""
 
     batch_size = 1024
     name: str
@@ -31,7 +31,7 @@ class LexicalEncoder(AbsEncoder, abc.ABC):
         self.mteb_model_meta = ModelMeta.create_empty({"name": f"llm2comp/{self.name}", "revision": self.revision})
 
     def fit_task(self, task: Any) -> None:
-        """Take vocabulary and rarities from all texts of a loaded task. Raises DataError when it has no word that counts."""
+        """Fit vocabulary and word rarity on all texts of a loaded task. Raises DataError if no word is usable."""
         self._fit_words(texts_of(task), task.metadata.name)
 
     def encode(self, inputs: Any, **_: Any) -> NDArray[np.float32]:
@@ -90,7 +90,7 @@ class Bm25Encoder(LexicalEncoder):
         return counts
 
     def index(self, corpus: Dataset, *, task_metadata: Any, **_: Any) -> None:
-        """Take the documents of a retrieval task, title and text; rarities come from these alone."""
+        """Index the documents (title and text) of a retrieval task; word rarity comes from these alone."""
         texts = [f"{row.get('title') or ''} {row['text']}" for row in corpus]
         self._fit_words(texts, task_metadata.name)
         self._ids, self._weights = list(corpus["id"]), self._weigh(texts)

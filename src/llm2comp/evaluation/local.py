@@ -1,4 +1,4 @@
-"""Evaluation sets in a folder → tasks that mteb evaluates with its own evaluators. No network, nothing else than files.
+"""Evaluation sets in a folder → mteb tasks. Needs only files, no network.
 
     folder/<kind>/<set>/...        <split> is test, or dev if there is no test
     sts, pair_classification       <split>.jsonl  {"sentence1", "sentence2", "score" or "label" (0 or 1)}
@@ -35,6 +35,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from llm2comp.errors import DataError
 from llm2comp.evaluation import local_rows as rows
+from llm2comp.evaluation.set_files import Parts, SetFiles
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class _Classification(AbsTaskClassification):
 
 
 class _Clustering(AbsTaskClustering):
-    """All texts are embedded, and one task draws the same ones each time that it is evaluated."""
+    """mteb's clustering on all texts, with the same random draws each time."""
 
     max_fraction_of_documents_to_embed = None
 
@@ -66,12 +67,12 @@ class _Clustering(AbsTaskClustering):
 
 @dataclass(frozen=True)
 class _Kind:
-    """How mteb evaluates a kind: its name for it, its task class, the figure that counts."""
+    """How mteb evaluates a kind of set: mteb's name, the task class, the main metric."""
 
     name: str
     base: type[AbsTask]
     main_score: str
-    read: Callable[[rows.SetFiles, str], rows.Parts]
+    read: Callable[[SetFiles, str], Parts]
     split_file: str = "{}.jsonl"
 
 
@@ -135,14 +136,14 @@ def as_mteb(local: LocalSet) -> AbsTask:
     if local.kind not in _KINDS:
         raise DataError(f"no kind of evaluation is named {local.kind!r}", where=str(local.folder), **_advice([local.kind]))
     kind = _KINDS[local.kind]
-    files = rows.SetFiles(local.folder)
+    files = SetFiles(local.folder)
     split = files.evaluated_split(kind.split_file)
     parts = kind.read(files, split)
     revision = files.revision()
     return make_task(local.kind, f"Local-{local.name}", split, parts, revision)
 
 
-def make_task(kind_name: str, name: str, split: str, parts: rows.Parts, revision: str) -> AbsTask:
+def make_task(kind_name: str, name: str, split: str, parts: Parts, revision: str) -> AbsTask:
     """An mteb task of a kind with its data in memory. `revision`: what the data are told by; see `as_mteb`."""
     kind = _KINDS[kind_name]
     metadata = TaskMetadata(
@@ -169,7 +170,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _advice(names: list[str]) -> dict[str, Any]:
-    """What a message adds about kinds: which there are, and the one that the first of the names resembles."""
+    """Help for an error message: the known kinds, and the one nearest to the first name."""
     likely = ((name, kind) for name in names for kind in difflib.get_close_matches(name.lower(), KINDS, n=1, cutoff=0.7))
     fix = next((f"did you mean {kind!r} instead of {name!r}?" for name, kind in likely if name != kind), None)
     return {"expected": f"<kind>/<set>/<files>, where <kind> is one of {', '.join(KINDS)}", "fix": fix}

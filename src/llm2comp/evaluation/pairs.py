@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llm2comp.console import say
 from llm2comp.data.columns import MissingColumnError, likely
-from llm2comp.data.sources import Loaded, read_pairs, read_texts
+from llm2comp.data.loaded import Loaded
+from llm2comp.data.sources import read_pairs, read_texts
 from llm2comp.errors import DataError
 from llm2comp.files import to_json
 from llm2comp.recipe import PairData, TextData
@@ -26,7 +27,7 @@ SPLIT = "test"
 
 @dataclass(frozen=True)
 class Questions:
-    """Which file holds questions and answers, and which other texts the answers are to be found among.
+    """A file of questions and answers, and other texts that the search runs over.
 
     Args:
         file: any source of pairs (docs/data.md); `query` and `answer` are its columns.

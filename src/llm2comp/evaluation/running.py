@@ -1,4 +1,4 @@
-"""Tasks → scores, one after the other, results kept in mteb's format; what is there already is not run again."""
+"""Tasks → scores. Results are kept in mteb's format; finished tasks are not run again."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Score:
 
 
 class TaskFailedError(DataError):
-    """A task that could not be run: its data cannot be had, or it asks for what the model is not (images, ...)."""
+    """A task that cannot be run: its data cannot be fetched, or it needs more than texts (images, ...)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one task: its score, or why there is none; `seconds` 0 for a result that was there before."""
+    """Result of one task: its score, or why there is none. `seconds` is 0 if the result existed before."""
 
     task: str
     score: Score | None
@@ -58,7 +58,7 @@ class Outcome:
 
 
 def run_tasks(encoder: Encoder, tasks: Sequence[Any], results: Path | None) -> Iterator[Outcome]:
-    """Every task in turn; where one fails, the rest goes on.
+    """Run every task; if one fails, go on with the others.
 
     Raises:
         DataError: an embedding is not finite. RunError: a result cannot be written.
@@ -112,7 +112,7 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
 
 @contextmanager
 def _explained(task: Any, problem: str, fix: str | None) -> Iterator[None]:
-    """What goes wrong inside mteb as a TaskFailedError; errors of ours and of the disk pass."""
+    """Turn errors inside mteb into TaskFailedError; our own errors and disk errors pass through."""
     try:
         yield
     except Llm2CompError:
@@ -147,7 +147,7 @@ def _score(task: Any, result: Any) -> Score:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the warnings of mteb and its libraries, and their seeding of everything, inside."""
+    """Silence warnings of mteb and restore the random state that it seeds."""
     logger = logging.getLogger("mteb")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A trained encoder as a plain sentence-transformers folder, and the check that a folder still gives what it gave.
+"""Write a trained encoder as a plain sentence-transformers folder, and check later that it still gives the same embeddings.
 
 `export`, so that `SentenceTransformer(folder)` needs no flag, no code and not this package:
 1. make transformer, tokenizer and pooling as stock parts in float32 (`stock.py`), and hold their embeddings against those of
@@ -82,7 +82,7 @@ def export(
 
     Raises:
         ModelFolderError: the exported folder embeds otherwise than the native encoder, or no stock folder can do what it
-            does: separate memory in a bidirectional encoder, many vectors without memory tokens; no such dtype.
+            does (many vectors without memory tokens); no such dtype.
         BackboneError: the tokenizer cannot carry a template. RecipeError: a prompt that leaves no room for a text.
         RunError: the folder holds something else than an exported model, or cannot be written.
     """
@@ -127,7 +127,7 @@ def export(
 
 
 def _keep_settings(model: SentenceTransformer, stock: Any) -> None:
-    """Give the stock model what users set on a live one."""
+    """Copy settings that users made on the live model (prompts, truncate_dim, ...)."""
     stock.prompts = dict(model.prompts)
     if isinstance(stock, SentenceTransformer):
         stock.default_prompt_name, stock.truncate_dim = model.default_prompt_name, model.truncate_dim
@@ -156,7 +156,7 @@ def _refuse_unlike(expected: Tensor, found: Tensor, folder: Path) -> None:
 
 
 def reweight(folder: Path, weights_K: Sequence[float]) -> None:
-    """Give the memory tokens of an exported folder other weights in the mean, and renew its golden vectors.
+    """Set new weights for the memory tokens of an exported folder, and renew its golden vectors.
 
     Raises:
         ModelFolderError: not a folder that `export` wrote, or another number of memory tokens. RunError: cannot be written.

@@ -24,7 +24,7 @@ NESTED = "The means of its {} {} memory states are trained embeddings, too. "
 
 
 def write_card(module: MemoryEncoder, facts: dict[str, str], golden_file: str, multi_vector: bool) -> str:
-    """How to use the folder, and what it was made of."""
+    """Write the README: how to use the folder, and what it was made from."""
     compressor = module.compressor
     of = {"memory": f"memory tokens | {compressor.states}", "mean": "pooling | mean over the text's tokens"}.get(
         compressor.settings.pooling, f"pooling | last token of the prompt {compressor.settings.prompt!r}"

@@ -1,4 +1,4 @@
-"""What a folder that `export` wrote is held against: golden.json, a few texts with their embeddings; and how folders load."""
+"""golden.json: a few texts with their embeddings, which an exported folder must reproduce; and how folders are loaded."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def rounded(embeddings_ND: Tensor) -> list[list[float]]:
 def verify(folder: Path) -> float:
     """Recompute the golden embeddings of an exported folder in float32. Returns the lowest cosine to the stored ones.
 
-    What the folder gives in its own half precision is held against the figure that `export` found for it.
+    In half precision the folder must reach the cosine that `export` measured.
 
     Raises:
         ModelFolderError: no such folder, no golden.json, a file missing or truncated, or embeddings that differ.
@@ -126,7 +126,7 @@ def _held(folder: Path, dtype: str, expected: Tensor, found: Tensor, minimum: fl
 
 
 def _no_golden(folder: Path, error: Exception) -> ModelFolderError:
-    """What a folder without a readable golden.json gets: the one it was saved from, or trained on, may have one."""
+    """The error for a folder without a readable golden.json."""
     expected, where = "a model/ folder written by llm2comp", str(folder / GOLDEN_FILE)
     if isinstance(error, FileNotFoundError) and (folder / "modules.json").is_file():
         fix = "sentence-transformers saved it, which keeps no golden.json; `verify` checks what `export` wrote"
@@ -161,7 +161,7 @@ def load_folder(folder: Path, device: str | None = None) -> SentenceTransformer:
 
 
 def is_multi_vector(folder: Path) -> bool:
-    """Whether a folder holds many vectors per text."""
+    """Whether a folder's model gives several vectors per text."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         return bool(config["model_type"] == MultiVectorEncoder.model_type)
@@ -183,6 +183,6 @@ def load_as(folder: Path, device: str | None, kind: type[Any], dtype: str = "aut
 
 
 def cannot_be_loaded(folder: Path, reason: str) -> ModelFolderError:
-    """What a folder gets that some library stumbled over."""
+    """The error for a folder that a library could not load."""
     fix = "a file is missing or damaged: copy the folder again or export anew"
     return ModelFolderError(f"cannot be loaded: {reason}", where=str(folder), fix=fix)

@@ -1,13 +1,13 @@
 """A live encoder as stock sentence-transformers modules, so that its folder needs no flag, no code and not this package.
 
 1. merge the adapters into a float32 copy of the LM; keep the model without its LM head
-2. append the memory vectors to the embedding table, behind the last token's row (row ÷ the family's embedding scale)
-3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens behind every text, cut or not. Memory
+2. append the memory vectors to the embedding table, after the last token's row (row ÷ the family's embedding scale)
+3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens after every text, cut or not. Memory
    tokens are ids of this template alone, in no vocabulary: a name in one would be found in texts that happen to hold it
 4. write `is_causal: false` (bidirectional encoders) into the config
 5. pool: memory tokens by their weight, all else 0 (WordWeights, then mean); the last or only
    memory token, or a prompt's last one: by last token; the text's tokens: mean, BOS as good as none
-6. put the projection, if there is one, behind the pooling (Dense). Where memory tokens are weighed, put it before that, on the
+6. put the projection, if there is one, after the pooling (Dense). Where memory tokens are weighed, put it before that, on the
    token states: the map of a mean is the mean of the maps, and WordWeights gives float32, which Dense refuses in a model of
    half precision
 """
@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2comp.compressor import BOS_WEIGHT, Compressor
 from llm2comp.encoder import MemoryEncoder
-from llm2comp.errors import BackboneError, ModelFolderError
+from llm2comp.errors import BackboneError
 
 MEMORY_NAME = re.compile(r"<(llm2comp_)*mem_\d+>")
 # Key of the folder's config.json for the order of prefixes. Earlier versions wrote none: "first".
@@ -46,14 +46,6 @@ def stock_model(module: MemoryEncoder, folder: Path, multi_vector: bool = False)
         BackboneError: no fast tokenizer. ModelFolderError: no stock module can do what this encoder does.
     """
     compressor = module.compressor
-    if compressor.separate:
-        raise ModelFolderError(
-            "cannot be exported: a stock folder knows bidirectional and causal attention, not a mask of its own",
-            where="memory.attention",
-            expected="full, or model.attention: causal",
-            found="separate, with bidirectional attention",
-            fix="load the stage itself with llm2comp.load, or train with model.attention: causal",
-        )
     ids = _write_transformer(module, folder)
     transformer = Transformer(
         str(folder),

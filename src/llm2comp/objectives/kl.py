@@ -35,7 +35,7 @@ def chunked_kl(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Σ_i w_i KL(p_teacher,i ‖ p_student,i), the loss of `ctkd` (paper, eq. of CTKD).
+    """Σ_i w_i KL(p_teacher,i ‖ p_student,i), the loss of `ctkd`.
 
     Args:
         student_ND: decoder states; the gradient goes here.

@@ -1,8 +1,8 @@
-"""The parts that recipes are made of: model, memory, adapter, data, schedule, watch. Each knows its limits."""
+"""Sections of a recipe: model, memory, adapter, data, schedule, watch. Each checks its own values."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -23,7 +23,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: immutable, and closed to unknown keys."""
+    """A section of a recipe: immutable; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -63,16 +63,24 @@ class MemorySettings(Section):
         default=(),
         description="every stage's loss is the mean over the last j tokens, each j of these and k",
     )
-    attention: Literal["full", "separate"] = Field(
-        default="full",
-        description="separate = the text does not see the memory, memory token i only itself and those before; full = all "
-        "see all. Under model.attention causal both are the same",
-    )
 
     @property
     def prefixes(self) -> tuple[int, ...]:
         """Each j whose last j states are a representation of their own; k alone unless nested."""
         return tuple(sorted({*self.nested, self.tokens}))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_attention(cls, data: Any) -> Any:
+        """Accept `attention: full` of earlier versions' runs: it was the default, and is the only behaviour now."""
+        if not isinstance(data, dict) or "attention" not in data:
+            return data
+        if data["attention"] == "separate":
+            raise ValueError(
+                "attention: separate is gone, as no exported folder could hold it; "
+                "set model.attention: causal, under which prefixes of the memory nest by nature"
+            )
+        return {key: value for key, value in data.items() if (key, value) != ("attention", "full")}
 
     @model_validator(mode="after")
     def _nested_within(self) -> MemorySettings:
@@ -82,7 +90,7 @@ class MemorySettings(Section):
 
 
 class EncoderSettings(Section):
-    """Which states of the encoder pass become the embedding."""
+    """Which states of the encoder become the embedding."""
 
     pooling: Literal["memory", "mean", "last_token"] = Field(
         default="memory",
@@ -92,7 +100,7 @@ class EncoderSettings(Section):
     prompt: Template = Field(default=TEXT, description="what stands around a text when last_token is read; holds {text}")
     projection: Annotated[int, Field(ge=1, strict=True)] | Literal["same"] | None = Field(
         default=None,
-        description="a linear map (with bias) behind the pooled state, to so many dimensions, or to the LM's width (same); it "
+        description="a linear map (with bias) after the pooled state, to so many dimensions, or to the LM's width (same); it "
         "learns where the memory tokens do: in stage 1, and later under train_memory",
     )
 
@@ -215,7 +223,7 @@ class Schedule(Section):
 
 
 class WatchSettings(Section):
-    """Collapse watch: figures of a fixed sample of texts while a stage trains (METHOD 4). Changes nothing that is learned."""
+    """Collapse watch: measures on a fixed sample of texts during training. It does not influence what is learned."""
 
     every_steps: Steps | None = Field(default=None, description="steps from one watch to the next; null = five per stage")
     texts: Annotated[int, Field(ge=8)] = Field(default=256, description="texts in the sample, and pairs for the alignment")

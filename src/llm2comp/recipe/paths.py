@@ -1,4 +1,4 @@
-"""Names that may be local paths: made absolute when they are read, told apart from Hub ids, found again in a moved run."""
+"""Names that may be local paths: make them absolute, tell them from Hub ids, find them in a moved run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def absolute(name: str) -> str:
-    """What exists here, or cannot be anything but a path, as an absolute one; any other name (Hub id, builtin) as it is.
+    """The absolute path if the name exists here or can only be a path; any other name (Hub id, builtin) unchanged.
 
-    `~` is expanded. A name that is no path stays, so that applying this twice changes nothing.
+    `~` is expanded. Applying this twice changes nothing.
     """
     path = expanded(name)
     return str(path.absolute()) if _exists(path) and name or _only_a_path(name) else name
@@ -40,12 +40,12 @@ LocalName = Annotated[str, AfterValidator(absolute)]
 
 
 def is_local(name: str) -> bool:
-    """Whether a name stands for something on this disk."""
+    """Whether a name is an existing file or folder here."""
     return Path(name).is_absolute()
 
 
 def missing_path(name: str) -> str | None:
-    """None, unless a name that exists nowhere here looks like a path: then the existing folder that is nearest to it.
+    """The nearest existing folder if a missing name looks like a path, else None.
 
     A name looks like one if it cannot be a Hub id, or lies below a folder that is here (`runs/dmeo`).
     """
@@ -65,7 +65,7 @@ def _only_a_path(name: str) -> bool:
 
 
 def each_path(tree: Any, change: Callable[[str], str]) -> Any:
-    """Plain settings with `change` applied to each name that may be a path: models, sources of data, folders of sets."""
+    """Settings with `change` applied to every name that may be a path (models, data, folders of sets)."""
     if isinstance(tree, list | tuple):
         return [each_path(item, change) for item in tree]
     if not isinstance(tree, dict):
@@ -82,7 +82,7 @@ def each_path(tree: Any, change: Callable[[str], str]) -> Any:
 
 
 def moved(name: str, old: Path, new: Path) -> str:
-    """A path of a run that has moved from `old` to `new`: what lies there as seen from the run, else the path as it was."""
+    """A path in a run that moved from `old` to `new`: the same file relative to the run if it exists, else the old path."""
     if not is_local(name) or old == new:
         return name
     beside = Path(os.path.normpath(new / os.path.relpath(name, old)))

@@ -153,7 +153,7 @@ def _index(node: list[Any], part: str, override: str) -> int:
 
 
 def nearest(name: str, valid: typing.Iterable[str]) -> str | None:
-    """The valid name that a mistyped one is nearest to, as a question; None if all are far."""
+    """The nearest valid name as "did you mean ...?"; None if no name is near."""
     match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else None
 

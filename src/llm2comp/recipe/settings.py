@@ -1,6 +1,6 @@
-"""A recipe as one frozen model that knows its limits.
+"""A recipe as one frozen, validated model.
 
-Defaults are the release's settings (METHOD: stage 1, UCL, SCL) except where docs/method.md lists a deviation.
+Defaults are the release's settings except where docs/method.md lists a deviation.
 Every `*_tokens` counts text tokens with BOS and without memory tokens, every `*_steps` optimiser steps.
 """
 
@@ -59,10 +59,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _memory_is_there(self) -> Recipe:
-        for name in ("nested", "attention"):
-            default = type(self.memory).model_fields[name].default
-            if not self.memory_tokens and getattr(self.memory, name) != default:
-                raise ValueError(f"memory.{name} is for encoder.pooling memory, found {self.encoder.pooling}")
+        if not self.memory_tokens and self.memory.nested:
+            raise ValueError(f"memory.nested is for encoder.pooling memory, found {self.encoder.pooling}")
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from llm2comp.recipe.parts import (
 
 
 class BagPrompts(Section):
-    """The two prompts of Llama2Vec (arXiv 2312.15503), without the `</s>` that it puts behind them for Llama."""
+    """The two prompts of Llama2Vec (arXiv 2312.15503), without the `</s>` that it appends for Llama."""
 
     itself: Template = Field(
         default="{text} The original sentence:", description="EBAE: its last state predicts the text's tokens"
@@ -57,7 +57,7 @@ class Stage(Section):
     patience: Steps | None = Field(default=None, description="stop after so many watches without a better keep_best")
 
     def at_width(self, width: int, full: bool = False) -> Self:
-        """The stage with its learning rate as a number: `auto` goes with 1 / width, as Adam's best rate does (µP)."""
+        """The stage with a numeric learning rate: `auto` scales with 1 / width, as the best rate for Adam does (µP)."""
         if self.schedule.learning_rate != "auto":
             return self
         factor = 4096 / width * (0.1 if full else 1.0)
@@ -280,5 +280,5 @@ class SclStage(ContrastiveStage):
         return {name: judge for name, judge in both.items() if judge is not None}
 
     def prompt_of(self, spec: PairData) -> str:
-        """What stands before the queries of one source."""
+        """The prompt of a source's queries."""
         return self.query_prompt.replace("{instruction}", spec.instruction) if spec.instruction else ""

@@ -1,4 +1,4 @@
-"""What the page is made of: tables, plots with their numbers, sections; and how a number is written."""
+"""Parts of the page: tables, plots with their numbers, sections, and number formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as shown; the first column names the rows. `numeric`: the others are numbers, set to the right."""
+    """Cells as text; the first column names the rows. `numeric`: the other columns are right-aligned numbers."""
 
     caption: str
     header: tuple[str, ...]
@@ -27,7 +27,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing, one sentence that says how to read it, and its numbers, which stand alone where there is nothing to draw.
+    """A plot, a sentence on how to read it, and its numbers. Without a plot the numbers are shown alone.
 
     `ident` is unique in the page.
     """
@@ -41,7 +41,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a place in its contents; what is empty is not shown."""
+    """A section of the page, listed in its contents; an empty one is not shown."""
 
     ident: str
     title: str
@@ -52,13 +52,13 @@ class Section:
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
     code: str = ""
-    folded: bool = False  # its tables wait behind a click
+    folded: bool = False  # its tables are folded at first
     lead: str = ""  # one sentence that stands out, before the text
 
 
 @dataclass(frozen=True)
 class Part:
-    """One run, or what several have in common."""
+    """One run, or the comparison of several."""
 
     ident: str
     title: str
@@ -67,7 +67,7 @@ class Part:
 
 
 def number(x: float | None) -> str:
-    """With as many places as its size needs."""
+    """Format a number with decimals that fit its size."""
     if x is None:
         return NONE
     size = abs(x)
@@ -82,7 +82,7 @@ def percent(x: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the units that a person would say."""
+    """Format seconds in readable units."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -90,7 +90,7 @@ def duration(seconds: float) -> str:
 
 
 def drawn(ident: str, title: str, of: str, figure: Figure, reading: str, table: Table) -> Plot:
-    """A figure as a plot of the page; `of` says whose it is to those who cannot see it."""
+    """A matplotlib figure as a plot of the page; `of` is the label for screen readers."""
     label = f"{of}: {title}. Its numbers are in the table below it."
     return Plot(ident, title, Markup(inline_svg(figure, label, ident)), reading, table)
 

@@ -8,15 +8,16 @@ from llm2comp.evaluation.published import SOURCE, published
 from llm2comp.recipe import leaves
 from llm2comp.report.blocks import NONE, Part, Plot, Points, Section, Table, curves, duration, number, percent
 from llm2comp.report.reading import RunLog
-from llm2comp.report.sections import FIGURES, LOSS, evaluation_table, spectrum_plots
+from llm2comp.report.sections import evaluation_table, spectrum_plots
 from llm2comp.report.verdict import measured_states
+from llm2comp.report.words import FIGURES, LOSS
 
 ALIKE = "The recipes of these runs are the same."
 IDENT = "compare"
 
 
 def comparison_part(runs: Sequence[RunLog]) -> Part:
-    """Final figures, what was set differently, loss and spectrum in one drawing each."""
+    """Final figures, settings that differ, and joint plots of loss and spectrum."""
     final = _side_by_side("Where each run ended", "figure", {run.label: final_figures(run) for run in runs})
     settings = {run.label: settings_of(run) for run in runs}
     changed = _side_by_side("Settings that differ", "setting", settings, differing=True)
@@ -59,7 +60,7 @@ def settings_of(run: RunLog) -> dict[str, str]:
 
 
 def _side_by_side(caption: str, first: str, columns: dict[str, dict[str, str]], differing: bool = False) -> Table:
-    """One row per name that any column knows, or where they differ."""
+    """One row per name that appears in any column, or only the rows that differ."""
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [(name, *(column.get(name, NONE) for column in columns.values())) for name in names]
     shown = [row for row in rows if len(set(row[1:])) > 1] if differing else [row for row in rows if set(row[1:]) != {NONE}]
@@ -82,7 +83,7 @@ def _plots(runs: Sequence[RunLog]) -> list[Plot]:
 
 
 def published_section() -> Section:
-    """The paper's table, behind a click."""
+    """The paper's table, folded."""
     rows = published()
     tasks = dict.fromkeys(task for row in rows for task in row.scores)
     cells = tuple(

@@ -1,4 +1,4 @@
-"""What a run folder holds, read and checked; parts that a run does not have (yet) are empty."""
+"""Read and check a run folder; parts that do not exist (yet) are empty."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _square(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], .
 
 
 class Line(BaseModel):
-    """One line or entry of a file of a run; what newer versions may add is not looked at."""
+    """One line or entry of a run's file; unknown keys of newer versions are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -39,7 +39,7 @@ class Metrics(Line):
 
 
 class Watch(Line):
-    """A line of watch.jsonl: the figures of collapse at one step (METHOD 4); tasks in 0 to 1."""
+    """A line of watch.jsonl: the figures of collapse at one step; tasks in 0 to 1."""
 
     step: int
     loss: float | None = None
@@ -116,12 +116,11 @@ class Evaluation(Line):
     revision: str | None = None
     scores: dict[str, TaskScore]
     failed: dict[str, str] = {}
-    synthetic: bool = False
 
 
 @dataclass(frozen=True)
 class StageLog:
-    """One stage of a run: what it was told to do, and what it wrote."""
+    """One stage of a run: its settings and the files it wrote."""
 
     name: str
     number: int
@@ -139,7 +138,7 @@ class StageLog:
 
     @property
     def reached(self) -> int:
-        """The step at which training ended, or the last one that a file tells of."""
+        """The last step of training, or the last one that is logged."""
         if self.done:
             return self.watch[-1].step if self.watch else self.done.steps
         return max([line.step for line in self.metrics] + [line.step for line in self.watch], default=0)

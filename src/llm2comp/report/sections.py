@@ -3,71 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 
 from llm2comp.analysis.plots import heatmap_figure, spectrum_figure
-from llm2comp.recipe import PretextStage, Recipe, Stage
-from llm2comp.recipe.objectives import OBJECTIVES
+from llm2comp.recipe import PretextStage, Stage
 from llm2comp.report.blocks import NONE, Part, Plot, Points, Section, Table, curves, drawn, duration, number, percent
-from llm2comp.report.reading import Evaluation, RunLog, StageLog, Watch
+from llm2comp.report.reading import Evaluation, RunLog, StageLog
 from llm2comp.report.verdict import measured_states, searches_section, short_section, use_section, warnings_section
-
-# Figures of the watch as a table's columns: title → value.
-FIGURES: dict[str, Callable[[Watch], float | None]] = {
-    "effective rank": lambda w: w.effective_rank,
-    "participation ratio": lambda w: w.participation_ratio,
-    "context recovered": lambda w: w.context_recovered,
-    "uniformity": lambda w: w.uniformity,
-    "alignment": lambda w: w.alignment,
-    "anisotropy": lambda w: w.anisotropy,
-}
-# Plots of the watch: title, which figures share it, how to read it.
-WATCH_PLOTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    (
-        "Effective rank",
-        ("effective rank", "participation ratio"),
-        "About how many independent directions the embeddings use: higher is richer, a fall towards 1 is collapse.",
-    ),
-    (
-        "Context recovered",
-        ("context recovered",),
-        "How much of a text's effect on the language model survives in the memory tokens: 1 is all of it, 0 is none; below 0: "
-        "the memory misleads the LM, as memory does that is not trained.",
-    ),
-    (
-        "Uniformity and alignment",
-        ("uniformity", "alignment"),
-        "Lower is better for both: uniformity falls as texts spread out, alignment as texts that belong together come closer.",
-    ),
-    (
-        "Anisotropy",
-        ("anisotropy",),
-        "The mean cosine of texts that have nothing to do with each other: near 0 is good, near 1 all embeddings look alike.",
-    ),
-)
-ABOUT = {
-    **{name: row.about for name, row in OBJECTIVES.items()},
-    "ucl": "Each text is read twice, with random differences; its two embeddings are pulled together.",
-    "scl": "Queries are pulled to the texts that answer them, and away from the other texts of the batch.",
-}
-LOSS = {
-    "pretext": "Lower is better: how far the language model is from the right continuation with the memory tokens alone.",
-    "ucl": "Lower is better: how hard it still is to tell a text's second view from the other texts of the batch.",
-    "scl": "Lower is better: how hard it still is to tell a query's text from the other texts of the batch.",
-}
-TASKS = "Scores on evaluation sets while the stage trained, times 100: higher is better."
-RANKS = (
-    "The effective rank in the first table is that of all held-out documents; elsewhere on this page it is that of the watch's "
-    "few texts. More texts fill more directions, so compare it within a table only."
-)
-HEATMAP = "Mean cosine of each two memory tokens: bright squares off the diagonal are tokens that carry the same."
-SPECTRUM = (
-    "How much the embeddings spread along each direction: a slow decline uses many, a cliff means that the rest collapsed."
-)
+from llm2comp.report.words import ABOUT, FIGURES, HEATMAP, LOSS, RANKS, SPECTRUM, TASKS, WATCH_PLOTS, adapter_of, sentence
 
 
 def run_part(run: RunLog, ident: str) -> Part:
-    """All that one run's folder tells."""
+    """The sections of one run."""
     sections = [short_section(run, ident), *use_section(run, ident), *searches_section(run, ident)]
     sections += [*warnings_section(run, ident), overview(run, ident), *_scores(run, ident), *_course(run, ident)]
     sections += [section for stage in run.stages for section in _stage(run, stage, ident)]
@@ -75,23 +21,8 @@ def run_part(run: RunLog, ident: str) -> Part:
     return Part(ident, run.label, sentence(run), sections)
 
 
-def sentence(run: RunLog) -> str:
-    """What was made of what, in words."""
-    stages = ", then ".join(stage.title for stage in run.stages)
-    tokens = run.recipe.memory.tokens
-    return f"{run.recipe.model.name} as a text encoder with {tokens} memory token{'s'[: tokens != 1]}, trained by {stages}."
-
-
-def adapter_of(recipe: Recipe) -> str:
-    """What learned beside the memory tokens."""
-    settings = recipe.adapter
-    if settings.kind == "none":
-        return "nothing"
-    return "all layers of a copy" if settings.kind == "full" else f"LoRA, rank {settings.rank}, alpha {settings.alpha:g}"
-
-
 def overview(run: RunLog, ident: str) -> Section:
-    """What was trained on what, with which settings, how far it came."""
+    """Table of model, data, settings and progress."""
     recipe = run.recipe
     facts = {
         "Recipe": recipe.name,
@@ -167,8 +98,7 @@ def evaluation_table(entries: dict[str, Evaluation]) -> Table:
     if len(tasks) > 1 and all(len(entry.scores) == len(tasks) for entry in entries.values()):
         means = [sum(score.score for score in entry.scores.values()) / len(tasks) for entry in entries.values()]
         rows.append((f"mean of {len(tasks)}", *map(percent, means), NONE))
-    names = [f"{name} (synthetic)" if entry.synthetic else name for name, entry in entries.items()]
-    return Table("Evaluation, main score of each task times 100", ("task", *names, "metric"), tuple(rows))
+    return Table("Evaluation, main score of each task times 100", ("task", *entries, "metric"), tuple(rows))
 
 
 def _course(run: RunLog, ident: str) -> list[Section]:

@@ -1,4 +1,4 @@
-"""What a report says first: is the encoder better than word matching, which stage helped, what got worse, how to use it."""
+"""The head of a report: is the encoder better than word matching, which stage helped, what got worse, how to use it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_SCORED = (
 
 @dataclass(frozen=True)
 class Course:
-    """One score in percent: of the encoder as it went through the stages, and of what needs no training."""
+    """One score in percent: the encoder after each stage, and baselines without training."""
 
     of: str
     states: tuple[tuple[str, float], ...]
@@ -45,7 +45,7 @@ def short_section(run: RunLog, ident: str) -> Section:
 
 
 def warnings_section(run: RunLog, ident: str) -> list[Section]:
-    """What got worse, where something did."""
+    """The section on what got worse, if anything did."""
     spoken = tuple(warnings(run))
     return [Section(f"{ident}-warnings", "Warnings", warnings=spoken)] if spoken else []
 
@@ -63,7 +63,7 @@ def courses(run: RunLog) -> list[Course]:
 def _evaluated(run: RunLog) -> list[Course]:
     """The mean over the sets on which the encoder, its stages and word matching all have a score."""
     name = run.folder.resolve().name
-    entries = {entry.model: entry for entry in run.evaluations if not entry.synthetic and entry.scores}
+    entries = {entry.model: entry for entry in run.evaluations if entry.scores}
     lexical = {LEXICAL_TITLES[e.name]: e for e in entries.values() if e.name in LEXICAL_TITLES}
     ours: dict[str, Evaluation] = {}
     since: list[str] = []  # stages since the last one that has scores
@@ -101,7 +101,7 @@ def verdict(course: Course) -> str:
 
 
 def stages_sentence(course: Course) -> str:
-    """Which stage helped and which hurt; nothing where only one state is scored."""
+    """Which stage helped and which hurt; empty if only one state has a score."""
     parts = []
     for stage, before, after in course.changes():
         word = "changed little" if abs(after - before) < ALIKE else "helped" if after > before else "hurt"
@@ -110,7 +110,7 @@ def stages_sentence(course: Course) -> str:
 
 
 def warnings(run: RunLog) -> Iterator[str]:
-    """What got worse: as the watch said it, each kind once per stage; stages that lowered a score; memory that misleads."""
+    """What got worse: warnings of the watch (each kind once per stage), stages that lowered a score, memory that misleads."""
     misleading = []
     for stage in run.stages:
         given = [(line.step, text) for line in stage.watch for text in line.warnings]
@@ -133,7 +133,7 @@ def warnings(run: RunLog) -> Iterator[str]:
 
 
 def measured_states(run: RunLog) -> list[tuple[str, Watch]]:
-    """The encoder before training and after each stage (or where an unfinished one stands), as the watch saw it."""
+    """Measures of the watch before training and after each stage (of an unfinished one: the last)."""
     states = []
     for stage in run.stages:
         if stage.number == run.stages[0].number and stage.watch and stage.watch[0].step == 0:
@@ -144,7 +144,7 @@ def measured_states(run: RunLog) -> list[tuple[str, Watch]]:
 
 
 def _cards(run: RunLog, found: list[Course], warned: int) -> tuple[tuple[str, str, str], ...]:
-    """The run in a few figures, as far as they are known."""
+    """Tiles with the run's main figures."""
     cards = []
     for course in found:
         beside = "".join(f"; {name} {value:.1f}" for name, value in course.beside)
@@ -168,7 +168,7 @@ def _cards(run: RunLog, found: list[Course], warned: int) -> tuple[tuple[str, st
 
 
 def use_section(run: RunLog, ident: str) -> list[Section]:
-    """Three lines that use the model, or the last stage that is finished."""
+    """Three lines of Python that use the model (or the last finished stage)."""
     compare = 'print(model.similarity(model.encode_query(["a question"]), model.encode_document(["a text", "another text"])))'
     done = [stage for stage in run.stages if stage.done]
     if (run.folder / MODEL_FOLDER).is_dir():

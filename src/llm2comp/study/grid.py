@@ -1,4 +1,4 @@
-"""Study → runs: every system with every combination of the grid and every seed; which stages they have in common."""
+"""Study → runs: every system × grid point × seed; and which stages the runs share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DONE, TRAIN = "done", "train"
 
 @dataclass(frozen=True)
 class Run:
-    """One recipe of a study: `system` is `base` with the values of the grid's `axes` behind it; `keys` as `stage_keys`."""
+    """One recipe of a study. `system` is `base` followed by its grid values; `keys` are those of `stage_keys`."""
 
     system: str
     base: str
@@ -50,7 +50,7 @@ class Run:
 def runs_of(study: Study, where: str) -> list[Run]:
     """All runs, checked; seed by seed, so that early results compare all systems.
 
-    Any order shares as much: a stage is trained by the first run that has it.
+    The order does not matter for sharing: the first run that has a stage trains it.
 
     Raises:
         Llm2CompError: a recipe is invalid or its data or model cannot be had; names the system. Two names are the same.
@@ -81,7 +81,7 @@ def as_overrides(changes: Changes) -> list[str]:
 
 @contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Errors inside say where they come from."""
+    """Add the name of the system to errors raised inside."""
     try:
         yield
     except Llm2CompError as error:
@@ -111,7 +111,7 @@ def samples_of(stage: Stage, steps: int) -> int:
 
 
 def begun(folder: Path, key: str) -> bool:
-    """Whether a stage's training on these inputs got as far as its folder."""
+    """Whether training of this stage with these inputs has begun."""
     file = folder / CONFIG_FILE
     return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["inputs"] == key)
 

@@ -1,7 +1,6 @@
-"""The parts of a study that depend on nothing of each other, and what each one gives.
+"""Independent jobs of a study, and their results.
 
-A job is one encoder that is not trained here, or the runs of one group, one after the other: runs that share a stage share the
-first one too, as the inputs of a stage are those of the stage before and more. So no job waits for another.
+A job is one encoder without training, or all runs of a group in sequence. Runs that share any stage also share the first one, so grouping by the first stage keeps them together, and no job waits for another.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ RUNS, SCORES, KEPT = "runs", "scores", "kept"
 
 @dataclass(frozen=True)
 class Bench:
-    """Where a study works and what it scores on: `sets` is the name of each set → its revision, `folders` where they are."""
+    """Folder and evaluation sets of a study. `sets`: name → revision; `folders`: where the sets lie."""
 
     folder: Path
     after: tuple[str, ...]
@@ -45,7 +44,7 @@ class Bench:
 
 @dataclass
 class Outcome:
-    """What came of a run, or of an encoder that is not trained: rows of one seed; `samples` that it trained on just now."""
+    """Result of one run or untrained encoder: table rows of one seed; `samples` trained on in this call."""
 
     name: str
     told: str = ""  # what was done
@@ -57,7 +56,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Floor:
-    """An encoder that this study does not train; a training-free one has the digest of its `lm`, and its device."""
+    """An encoder that the study scores but does not train."""
 
     name: str
     model: str
@@ -86,7 +85,7 @@ class Group:
     runs: tuple[Run, ...]
 
     def outcomes(self, bench: Bench) -> Iterator[Outcome]:
-        """Train what each run lacks, score its encoders; a stage that failed once is not tried again for another run."""
+        """Train the missing stages of each run and score its encoders. A stage that failed is not tried again."""
         states = plan(self.runs, bench.runs)
         dead: dict[str, str] = {}  # key of a stage that could not be trained → why
         for run in self.runs:
@@ -106,7 +105,7 @@ class Group:
             yield found
 
     def _train(self, run: Run, bench: Bench) -> str | None:
-        """Train what a run lacks; why it failed."""
+        """Train the missing stages of a run. Returns why it failed, or None."""
         folder = bench.runs / run.name
         if _is_finished(run, folder):
             return None
@@ -121,7 +120,7 @@ Job = Floor | Group
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """Runs that may share stages together, in the order of their first ones."""
+    """Group runs by their first stage, in order of appearance."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(next(iter(run.keys.values())), []).append(run)
@@ -129,7 +128,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def floors(training_free: Sequence[str], models: Sequence[str], lm: Any) -> list[Floor]:
-    """Encoders to score beside: training-free ones over the recipes' `model`, and any others."""
+    """Encoders to compare with: training-free ones over the recipes' `model`, and others that the study names."""
     device = None if lm.device == "auto" else lm.device
     digest = weights_digest(lm) if training_free else None
     free = [Floor(name, f"{name}:{lm.name}", digest, device) for name in training_free]
@@ -137,7 +136,7 @@ def floors(training_free: Sequence[str], models: Sequence[str], lm: Any) -> list
 
 
 def _row(bench: Bench, found: Outcome, run: Run, asked: str, stage: str) -> Row:
-    """What one run's encoder after a stage got."""
+    """Table row of one run's encoder after a stage."""
     logs = read_log(bench.runs / run.name, run.name).stages
     trained = logs[: [log.name for log in logs].index(stage) + 1]
     result = trained[-1].result
@@ -173,7 +172,7 @@ def _score(bench: Bench, found: Outcome, system: str, model: str, key: Any, devi
 
 
 def _read_kept(file: Path) -> dict[str, float] | None:
-    """Scores of an earlier call; None where there are none, or a damaged file: scored anew."""
+    """Scores of an earlier call; None if missing or damaged (then they are computed again)."""
     try:
         found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
         return found

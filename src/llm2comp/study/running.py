@@ -1,4 +1,4 @@
-"""`llm2comp study`: train every run that is missing, score its encoders, write the tables; run again to go on.
+"""`llm2comp study`: train every missing run, score its encoders, write the tables; run again to resume.
 
 studies/NAME/study.yaml         the study as it was read
 studies/NAME/runs/SYSTEM-seedN/    run directories as those of `train`; equal stages are copied from one to the other
@@ -61,7 +61,7 @@ def study(
         file: study file, or the name of a shipped study.
         out: its folder; default `studies/<name>`.
         local: further folders of local sets.
-        changes: further `key.sub=value` overrides of the common ground.
+        changes: further `key.sub=value` overrides for all recipes.
         dry_run: list runs and stages, and return None.
         workers: processes that train and score at once.
 

@@ -1,4 +1,4 @@
-"""A study as settings: which recipes, over which seeds, scored on what. No torch here."""
+"""Settings of a study: recipes, seeds, evaluation sets. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ After = Literal["pretext", "ucl", "scl", "last"]
 
 
 class Study(Section):
-    """Several recipes with a common ground, and what they are scored on."""
+    """Several recipes with common settings, and the sets they are scored on."""
 
     format_version: Literal[1]
     name: Name
@@ -72,7 +72,7 @@ def load_study(path: str | Path, changes: Sequence[str] = (), local: Sequence[Pa
 
     Args:
         path: file or name.
-        changes: further `key.sub=value` overrides of the common ground.
+        changes: further `key.sub=value` overrides for all recipes.
         local: further folders of local sets.
 
     Raises:

@@ -39,13 +39,13 @@ class Row(Section):
 
 
 def merged(row: Row, more: Row) -> Row:
-    """One row of the seeds of both, in their order, whichever came first."""
+    """One row with the seeds of both, sorted."""
     both = {name: dict(sorted((getattr(row, name) | getattr(more, name)).items())) for name in ("scores", "ranks", "samples")}
     return row.model_copy(update=both)
 
 
 class Failure(Section):
-    """What could not be trained or scored, and why; `run` is a run, a stage of one, or a model."""
+    """A run, stage or model that could not be trained or scored, and why."""
 
     system: str
     run: str
@@ -53,7 +53,7 @@ class Failure(Section):
 
 
 class Results(Section):
-    """All that the tables are made of."""
+    """All results of a study."""
 
     format_version: Literal[1] = 1
     name: str

@@ -1,6 +1,6 @@
-"""Jobs of a study in several processes at once: each takes the next one, and says what it does in a file of its own.
+"""Run the jobs of a study in several processes. Each takes the next job and logs to its own file.
 
-With CUDA devices each process sees one of them, in turn. On a CPU they share the cores: so many threads each.
+Each process gets one CUDA device, in turn. On a CPU they share the cores evenly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def outcomes(jobs: Sequence[Job], bench: Bench, workers: int) -> Iterator[Outcome]:
-    """What comes of all jobs: in their order for one worker, which is this process; else as they end.
+    """Results of all jobs: in order with one worker (this process), otherwise as they finish.
 
     Raises:
         RunError: a worker died. Llm2CompError: what a job raises.
@@ -56,7 +56,7 @@ def outcomes(jobs: Sequence[Job], bench: Bench, workers: int) -> Iterator[Outcom
 
 
 def threads_of(workers: int) -> int:
-    """Threads of each worker's computing: its part of those that this process may use."""
+    """Threads per worker: an equal share of this process's threads."""
     return max(1, torch.get_num_threads() // workers)
 
 
@@ -74,7 +74,7 @@ def _all_of(job: Job, bench: Bench) -> list[Outcome]:
 
 
 def _sit_down(seats: Any, threads: int) -> None:
-    """Make this process a worker, before it computes anything."""
+    """Set up this process as a worker, before it computes anything."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the first process speaks, and ends the others
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     number, device, log = seats.get()
@@ -86,6 +86,6 @@ def _sit_down(seats: Any, threads: int) -> None:
 
 
 def _end_with(parent: Any) -> None:
-    """A worker whose first process is gone would work on, and hold the locks of its run."""
+    """End this worker when its parent process dies; otherwise it would keep the locks of its run."""
     wait([parent.sentinel])
     os._exit(1)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from datasets import Dataset
 
 from llm2comp.console import say
-from llm2comp.data.sources import Pair
+from llm2comp.data.loaded import Pair
 from llm2comp.errors import DataError
 from llm2comp.recipe import ContrastiveStage
 

@@ -137,7 +137,7 @@ def _each_tensor(features: dict[str, Any], change: Callable[[Tensor], Tensor]) -
 
 
 def contrastive_loss(model: SentenceTransformer, stage: ContrastiveStage, judges: Judges | None = None) -> nn.Module:
-    """InfoNCE over cosine with in-batch (and hard) negatives of all devices, temperature from the stage (METHOD 2).
+    """InfoNCE over cosine with in-batch (and hard) negatives of all devices, temperature from the stage.
 
     `denominator: both_views` also counts the other first views (the poster's 2B). `mini_batch_size` or `mini_batch_tokens`
     switches to GradCache, which keeps the gradient of the whole batch. `matryoshka_dims` adds the same loss on the embedding's

@@ -47,8 +47,12 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def tokens_at_once(stage: Stage, config: Any, full: bool, device: torch.device) -> int | None:
-    """Tokens that fit into what is free, a power of two; None: whole batches fit, or the recipe says itself how many."""
+def tokens_at_once(stage: Stage, config: Any, full: bool, device: torch.device, free: int | None = None) -> int | None:
+    """Tokens that fit into what is free, a power of two.
+
+    `free` says how many bytes that are; None: as many as the device has free now. The result is
+    None where whole batches fit, or where the recipe says itself how many tokens.
+    """
     if isinstance(stage, ContrastiveStage):
         if stage.mini_batch_size is not None or stage.mini_batch_tokens is not None:
             return None
@@ -61,7 +65,7 @@ def tokens_at_once(stage: Stage, config: Any, full: bool, device: torch.device) 
             return None
         texts, longest = 1, stage.max_tokens
     longest = min(longest, getattr(config, "max_position_embeddings", None) or longest)
-    room = SHARE * free_memory(device) - logits(config, stage, stage.batch_size * longest, full)
+    room = SHARE * (free_memory(device) if free is None else free) - logits(config, stage, stage.batch_size * longest, full)
     fit = max(1.0, room / activations(config, stage, 1, 1, full))
     most = MOST.get(device.type, MOST_ON_GPU)
     return None if stage.batch_size * texts * longest <= fit else min(most, 2 ** int(math.log2(fit)))

@@ -48,9 +48,9 @@ def times(recipe: Recipe, tokens: Mapping[str, int]) -> str:
             except DataError:  # none of the first rows is fit
                 return f"cannot be told: {name} finds no text that is fit among its first {ROWS}"
         hours[name] = tokens[name] / rate / 3600
-    each = ", ".join(f"{name} {_said(value)}" for name, value in hours.items())
+    each = ", ".join(f"{name} {said(value)}" for name, value in hours.items())
     device = backbone.embedding_table.device
-    return f"about {_said(sum(hours.values()))} on this {device} ({each}; from {STEPS} small steps each, the watch not counted)"
+    return f"about {said(sum(hours.values()))} on this {device} ({each}; from {STEPS} small steps each, the watch not counted)"
 
 
 def _trial(stage: AnyStage) -> AnyStage:
@@ -86,5 +86,6 @@ def _unseen() -> Iterator[None]:
                 os.environ[CACHE_VARIABLE] = chosen
 
 
-def _said(hours: float) -> str:
+def said(hours: float) -> str:
+    """Hours for people."""
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours >= 1 / 60 else "under a minute"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from llm2comp.console import say
 from llm2comp.recipe import PretextStage, Recipe, SclStage, Stage, UclStage
 from llm2comp.training.batches import clipped, most_in_a_batch, pair_datasets
 from llm2comp.training.checks import check
+from llm2comp.training.cost import Gpu, Size, hours, layer_passes, sample_flops
 from llm2comp.training.estimates import (
     activations,
     base_bytes,
@@ -25,17 +26,23 @@ from llm2comp.training.estimates import (
     tokens_at_once,
     trained_embeddings,
 )
-from llm2comp.training.measuring import times
+from llm2comp.training.measuring import said, times
 from llm2comp.training.stages import load_answers, load_queries, load_texts
 
 SAMPLE = 1000
 GIB = 2**30
+FITS = "will fit"
+FITS_NOT = "will probably NOT fit: lower batch_size, or set gradient_checkpointing, max_tokens_per_batch or mini_batch_tokens"
 PROCESS = 3 * GIB // 2  # interpreter, libraries and texts, as the demo's process holds them between its stages
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage will read and hold. Lengths in tokens, sizes in bytes; `peak` is an estimate."""
+    """What one stage will read, hold and compute.
+
+    Lengths are in tokens, sizes in bytes. `peak`, `flops` and `launches` (how often a layer has
+    something to compute) are estimates.
+    """
 
     name: str
     rows: int
@@ -43,18 +50,21 @@ class StagePlan:
     tokens: int
     trainable: int
     peak: int
+    flops: float
+    launches: int
 
 
-def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
-    """Plans of all stages, and the bytes of the frozen base.
+def plan(recipe: Recipe, gpu: Gpu | None = None) -> tuple[list[StagePlan], int]:
+    """Plans of all stages, here or on some GPU, and the bytes of the frozen base.
 
     Raises:
         BackboneError, DataError, RecipeError: as the run itself would.
     """
     check(recipe)
-    device = resolve_device(recipe.model.device)
+    device = torch.device("cuda") if gpu else resolve_device(recipe.model.device)
+    free = int(1e9 * gpu.memory) if gpu else free_memory(device)
     lm = load_skeleton(recipe.model)
-    config = lm.config
+    config, size = lm.config, replace(Size.of(lm), whole=recipe.adapter.kind == "full")
     with torch.device("meta"):
         trained = KINDS[recipe.adapter.kind](lm, recipe.model.name)
     copied = sum(p.numel() for p in trained.copy.parameters()) if trained.copy else 0
@@ -67,7 +77,7 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
             trained.add(name, recipe.adapter)
         learning = sum(p.numel() for p in trained.parameters(name))
         texts, rows, per_sample, batch = stage_texts(asked)
-        stage = planned(asked, batch, config, full, device)
+        stage = planned(asked, batch, config, full, device, free)
         mean = mean_tokens(tokenizer, texts, stage)
         samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
         trainable = learning + trained_embeddings(stage, lm, recipe.memory_tokens, recipe.encoder.projection)
@@ -75,16 +85,20 @@ def plan(recipe: Recipe) -> tuple[list[StagePlan], int]:
         length = mean + recipe.memory_tokens
         kept = activations(config, stage, at_once, length, full) + logits(config, stage, at_once * length, full)
         peak = held + 16 * trainable + kept
-        plans.append(StagePlan(name, rows, samples, int(samples * per_sample * mean), trainable, peak))
+        own = size if size.whole else replace(size, adapter=learning)
+        flops = samples * sample_flops(stage, own, mean, per_sample, recipe.memory_tokens)
+        launches = layer_passes(stage, size.layers, per_sample, at_once)
+        tokens = int(samples * per_sample * mean)
+        plans.append(StagePlan(name, rows, samples, tokens, trainable, peak, flops, launches))
         held += 0 if copied else 4 * learning
     return plans, base
 
 
-def planned(stage: Stage, batch: int, config: Any, full: bool, device: torch.device) -> Stage:
+def planned(stage: Stage, batch: int, config: Any, full: bool, device: torch.device, free: int) -> Stage:
     """The stage with the batch and the tokens at once that it will be trained with."""
     stage = stage.model_copy(update={"batch_size": batch})
     limit = "max_tokens_per_batch" if isinstance(stage, PretextStage) else "mini_batch_tokens"
-    tokens = tokens_at_once(stage, config, full, device)
+    tokens = tokens_at_once(stage, config, full, device, free)
     return stage if tokens is None else stage.model_copy(update={limit: tokens})
 
 
@@ -99,7 +113,12 @@ def stage_texts(stage: Stage) -> tuple[list[str], int, int, int]:
         stage = clipped("scl", stage, most_in_a_batch(pairs))
         pair_datasets(pairs, stage.batch_size)
         columns = 2 + max((len(p.negatives) for p in pairs), default=0)
-        return [f"{p.anchor} {p.positive}" for p in pairs[:SAMPLE]], len(pairs), columns, stage.batch_size
+        return (
+            [f"{p.anchor} {p.positive}" for p in pairs[:SAMPLE]],
+            len(pairs),
+            columns,
+            stage.batch_size,
+        )
     assert isinstance(stage, PretextStage | UclStage)
     texts: Iterable[str] = load_texts(stage.data) if isinstance(stage, UclStage) or not stage.answered else ()
     if isinstance(stage, PretextStage) and stage.answered:
@@ -143,25 +162,44 @@ def beside(stage: SclStage | None) -> Iterable[str]:
         yield f"scl.pretext_weight: {stage.pretext_weight:g}, on {size} more texts per step"
 
 
-def show_plan(recipe: Recipe, verbose: bool = False) -> None:
-    """Print a table of stages, whether it will fit the device found, and how long it will take; `verbose`: the recipe, too."""
+def show_plan(recipe: Recipe, verbose: bool = False, gpu: Gpu | None = None) -> None:
+    """Print a table of stages, whether they will fit the device, and how long they will take.
+
+    Args:
+        recipe: what to plan.
+        verbose: print the resolved recipe, too.
+        gpu: plan for this card, by arithmetic; None: for the device that is here, by a trial.
+    """
     quiet_libraries()
-    plans, base = plan(recipe)
-    table = Table("stage", "rows", "samples", "text tokens", "trainable parameters", "peak memory, about")
+    plans, base = plan(recipe, gpu)
+    columns = ("stage", "rows", "samples", "text tokens", "trainable parameters")
+    table = Table(*columns, "peak memory, about")
     for p in plans:
-        table.add_row(p.name, f"{p.rows:,}", f"{p.samples:,}", f"{p.tokens:,}", f"{p.trainable:,}", f"{p.peak / GIB:.1f} GiB")
+        counts = (p.rows, p.samples, p.tokens, p.trainable)
+        table.add_row(p.name, *(f"{n:,}" for n in counts), f"{p.peak / GIB:.1f} GiB")
     say(table)
     for line in beside(recipe.scl):
         say(line)
-    device = resolve_device(recipe.model.device)
-    free = free_memory(device)
-    worst = max(p.peak for p in plans) + (PROCESS if device.type == "cpu" else 0)
+    device = None if gpu else resolve_device(recipe.model.device)
+    free = int(1e9 * gpu.memory) if gpu else free_memory(device)  # type: ignore[arg-type]
+    on_cpu = device is not None and device.type == "cpu"
+    worst = max(p.peak for p in plans) + (PROCESS if on_cpu else 0)
     fits = worst < 0.9 * free
-    verdict = (
-        "will fit"
-        if fits
-        else "will probably NOT fit: lower batch_size, or set gradient_checkpointing, max_tokens_per_batch or mini_batch_tokens"
-    )
-    say(f"{device}: {free / GIB:.1f} GiB free, base model {base / GIB:.1f} GiB, needs about {worst / GIB:.1f} GiB: {verdict}")
-    say(f"time: {times(recipe, {p.name: p.tokens for p in plans}) if fits else 'not measured, as it may not fit'}")
+    need = f"base model {base / GIB:.1f} GiB, needs about {worst / GIB:.1f} GiB"
+    has = f"{gpu.name}: {free / GIB:.1f} GiB in all" if gpu else f"{device}: {free / GIB:.1f} GiB free"
+    say(f"{has}, {need}: {FITS if fits else FITS_NOT}")
+    if gpu:
+        say(predicted(plans, gpu))
+    else:
+        tokens = {p.name: p.tokens for p in plans}
+        say(f"time: {times(recipe, tokens) if fits else 'not measured, as it may not fit'}")
     say(recipe.to_yaml() if verbose else "the whole recipe, every default written out: --verbose")
+
+
+def predicted(plans: Sequence[StagePlan], gpu: Gpu) -> str:
+    """For people: hours of each stage on one such card, and their price."""
+    found = {p.name: hours(p.flops, p.launches, gpu) for p in plans}
+    each = ", ".join(f"{name} {said(value)}" for name, value in found.items())
+    price = sum(found.values()) * gpu.price
+    time = f"{said(sum(found.values()))} on one {gpu.name} ({each})"
+    return f"time: about {time}, price {price:,.2f} at {gpu.price:g} an hour; predicted, see docs/scaling.md"

@@ -167,7 +167,7 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
             del compressor
             compressor = restore(run, recipe, name)
     exported = f"{key}:{recipe.max_tokens}"
-    if is_main_process() and not compressor.separate and not is_done(run / MODEL_FOLDER, exported):
+    if is_main_process() and not is_done(run / MODEL_FOLDER, exported):
         model = as_sentence_transformer(compressor.eval(), *limits_of(recipe), prompts=prompts_of(recipe))
         export(model, run / MODEL_FOLDER, card_of(recipe))
         write_text(run / MODEL_FOLDER / DONE_FILE, to_json({"inputs": exported}))

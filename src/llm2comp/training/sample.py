@@ -19,7 +19,8 @@ from llm2comp.analysis.collapse import collapse
 from llm2comp.analysis.context import context_recovered, split_sample
 from llm2comp.analysis.geometry import alignment
 from llm2comp.compressor import Compressor
-from llm2comp.data.sources import Pair, read_pairs, read_texts
+from llm2comp.data.loaded import Pair
+from llm2comp.data.sources import read_pairs, read_texts
 from llm2comp.recipe import PretextStage, Recipe, TextData, UclStage, WatchSettings
 from llm2comp.vectors import memory_states
 

@@ -17,8 +17,9 @@ from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor, room_for_text
 from llm2comp.console import say
 from llm2comp.data.answers import AnswerRows, answer_rows
+from llm2comp.data.loaded import Answer, Pair
 from llm2comp.data.pretext import Masking, PretextCollator, PretextRows
-from llm2comp.data.sources import Answer, Pair, iterate_sources, read_answers, read_pairs
+from llm2comp.data.sources import iterate_sources, read_answers, read_pairs
 from llm2comp.data.store import distinct, stored_rows, stored_texts
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import DataError
@@ -132,7 +133,7 @@ def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
 
 
 def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
-    """Stage 2 (METHOD 2): SimCSE; each text twice under different dropout, or also cropped."""
+    """Stage 2: SimCSE; each text twice under different dropout, or also cropped."""
     rows = stored_texts(stage.data, stage.min_characters, say)
     stage = clipped("ucl", stage, distinct(rows, stage.batch_size))
     say(f"stage 2: {len(rows):,} texts of {stage.min_characters} characters or more")
@@ -153,7 +154,7 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, op
 
 
 def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
-    """Stage 3 (METHOD 2): query against positive, hard negatives and the rest of the batch."""
+    """Stage 3: query against positive, hard negatives and the rest of the batch."""
     pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
     stage = clipped("scl", stage, most_in_a_batch(pairs))
     rows = pair_datasets(pairs, stage.batch_size)
