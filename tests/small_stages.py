@@ -44,7 +44,7 @@ def run_stage(name, stage, folder, monkeypatch, dropout=0.0, before_encoding=Non
     """Run a stage on a fresh encoder; `before_encoding(compressor, mask_BT)` may raise."""
     compressor, seen = make_compressor("llama", stages=(name,), dropout=dropout), Seen()
     compressor.learn(memory=True)
-    encode, step = compressor.encode, trainers.StageMixin.training_step
+    encode, step = compressor.memory_states, trainers.StageMixin.training_step
 
     def watched_encode(tokens):
         if compressor.training and torch.is_grad_enabled():
@@ -62,7 +62,7 @@ def run_stage(name, stage, folder, monkeypatch, dropout=0.0, before_encoding=Non
         seen.gradients.append({key: p.grad.clone() for key, p in named if p.grad is not None})
 
     with monkeypatch.context() as patch:
-        patch.setattr(compressor, "encode", watched_encode)
+        patch.setattr(compressor, "memory_states", watched_encode)
         patch.setattr(trainers.StageMixin, "training_step", watched_step)
         patch.setattr(memory_limits, "say", seen.said.append)
         patch.setattr(ProgressCallback, "on_pre_optimizer_step", before_optimizer)

@@ -23,7 +23,7 @@ def tokens_of(backbone):
 @torch.no_grad()
 def states(backbone):
     tokens = tokens_of(backbone)
-    return backbone.read(backbone.embed(tokens.ids_BT), tokens.mask_BT)
+    return backbone.encoder_pass(backbone.embed(tokens.ids_BT), tokens.mask_BT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,7 +53,7 @@ def test_switch_is_put_back_after_an_error():
         raise KeyError
     assert not backbone.adapters.off
     with pytest.raises(RuntimeError):
-        backbone.decode(torch.zeros(1, 2, 5), torch.ones(1, 2, dtype=torch.int64))
+        backbone.decoder_pass(torch.zeros(1, 2, 5), torch.ones(1, 2, dtype=torch.int64))
     assert not backbone.adapters.off
 
 
@@ -221,7 +221,7 @@ def test_saved_stage_is_peft_s_own_format_and_loads_again(tmp_path):
 
 def test_adapters_of_a_bfloat16_base_are_float32():
     backbone = make_compressor("llama", stages=["pretext", "ucl"], dtype=torch.bfloat16).backbone
-    assert backbone.embedding_table.dtype == torch.bfloat16
+    assert backbone.input_table.dtype == torch.bfloat16
     for name in ("pretext", "ucl"):
         assert {p.dtype for p in backbone.adapters.parameters(name)} == {torch.float32}
     assert states(backbone).dtype == torch.bfloat16
@@ -243,7 +243,7 @@ def test_stage_of_another_shape_is_refused(tmp_path):
 
 
 def test_memory_vectors_are_drawn_like_the_table_and_fixed_by_the_seed():
-    table = make_backbone().embedding_table
+    table = make_backbone().input_table
     table[:, 0] += 3.0
     vectors = MemoryTokens.like(table, 4000, seed=1).vectors_KD.detach()
     assert (vectors.mean(0) - table.mean(0)).abs().max() < 0.05
@@ -267,7 +267,7 @@ def test_peft_alone_reads_what_was_saved(family, tmp_path):
         hidden = found.base_model.model.base_model(
             input_ids=tokens.ids_BT, attention_mask=tokens.mask_BT, position_ids=position_ids(tokens.mask_BT)
         ).last_hidden_state
-        plain = backbone.decode(backbone.embed(tokens.ids_BT), tokens.mask_BT)
+        plain = backbone.decoder_pass(backbone.embed(tokens.ids_BT), tokens.mask_BT)
     mask = tokens.mask_BT.bool()
     assert relative_error(hidden[mask], states(backbone)[mask]) < 1e-5
     assert relative_error(plain[mask], states(backbone)[mask]) > 1e-3, "vacuous: the adapter does nothing"

@@ -96,7 +96,7 @@ def memory_by_hand(stage="3-scl"):
     """Memory states of a stage, text by text, (N, K, D)."""
     compressor = llm2comp.load(path_of(f"run/{stage}"), "cpu")[0].compressor
     rows = compressor.backbone.tokenise(TEXTS, 40)
-    return torch.cat([compressor.encode(Tokens.pad([row], "left")) for row in rows])
+    return torch.cat([compressor.memory_states(Tokens.pad([row], "left")) for row in rows])
 
 
 # ---- figures

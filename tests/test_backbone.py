@@ -47,7 +47,7 @@ def test_adapters_off_is_the_untouched_lm_bit_for_bit(family, training):
     tokens = padded(backbone)
     x_BTD = backbone.embed(tokens.ids_BT)
     with torch.no_grad():
-        found = backbone.decode(x_BTD, tokens.mask_BT)
+        found = backbone.decoder_pass(x_BTD, tokens.mask_BT)
         embedded = reference.get_input_embeddings()(tokens.ids_BT)
         places = position_ids(tokens.mask_BT)
         expected = reference.base_model(inputs_embeds=embedded, attention_mask=tokens.mask_BT, position_ids=places)
@@ -57,7 +57,7 @@ def test_adapters_off_is_the_untouched_lm_bit_for_bit(family, training):
             assert not torch.allclose(adapted, found, atol=1e-2), "vacuous: adapters do nothing"
         ids = tokens.ids_BT[1:2]
         assert tokens.mask_BT[1].all(), "the longest text has no padding"
-        logits = backbone.project(backbone.decode(backbone.embed(ids), torch.ones_like(ids)))
+        logits = backbone.project(backbone.decoder_pass(backbone.embed(ids), torch.ones_like(ids)))
         assert torch.equal(logits, reference(input_ids=ids).logits)
         with backbone.base_only():
             assert torch.equal(backbone.lm(input_ids=ids).logits, reference(input_ids=ids).logits)
@@ -91,15 +91,15 @@ def test_dropout_of_the_base_itself_never_acts(family):
         assert not torch.equal(reference.train().base_model(**arguments)[0], reference.base_model(**arguments)[0]), (
             "vacuous: this base has no dropout"
         )
-        quiet = backbone.eval().read(x, tokens.mask_BT)
+        quiet = backbone.eval().encoder_pass(x, tokens.mask_BT)
         expected = reference.eval().base_model(**arguments)[0]
         backbone.train()
-        assert torch.equal(backbone.read(x, tokens.mask_BT), quiet)
-        assert torch.equal(backbone.decode(x, tokens.mask_BT), expected)
+        assert torch.equal(backbone.encoder_pass(x, tokens.mask_BT), quiet)
+        assert torch.equal(backbone.decoder_pass(x, tokens.mask_BT), expected)
         backbone.set_checkpointing(True)
     x.requires_grad_()
-    assert torch.equal(backbone.read(x, tokens.mask_BT), quiet)
-    assert torch.equal(backbone.decode(x, tokens.mask_BT), expected)
+    assert torch.equal(backbone.encoder_pass(x, tokens.mask_BT), quiet)
+    assert torch.equal(backbone.decoder_pass(x, tokens.mask_BT), expected)
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
@@ -111,8 +111,8 @@ def test_first_state_sees_the_last_token_if_and_only_if_bidirectional(family, at
     other[0, -1] += 7
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        first, second = (backbone.read(backbone.embed(x), mask)[0, 0] for x in (ids, other))
-        decoded = [backbone.decode(backbone.embed(x), mask)[0] for x in (ids, other)]
+        first, second = (backbone.encoder_pass(backbone.embed(x), mask)[0, 0] for x in (ids, other))
+        decoded = [backbone.decoder_pass(backbone.embed(x), mask)[0] for x in (ids, other)]
     assert ((first - second).abs().max() > 1e-2) == (attention == "bidirectional")
     assert attention == "bidirectional" or torch.equal(first, second)
     # tokens of one expert are multiplied together, so elsewhere rounding depends on what the last token chose
@@ -143,7 +143,7 @@ def test_project_knows_heads_with_a_scale_or_a_cap(config):
     backbone.savings = frozenset()
     probe(backbone)
     tokens = padded(backbone)
-    states = backbone.decode(backbone.embed(tokens.ids_BT), tokens.mask_BT)
+    states = backbone.decoder_pass(backbone.embed(tokens.ids_BT), tokens.mask_BT)
     expected = lm_from(config)(tokens.ids_BT, attention_mask=tokens.mask_BT, position_ids=position_ids(tokens.mask_BT)).logits
     assert torch.equal(backbone.project(states), expected)
     plain = backbone.lm.get_output_embeddings()(states)
@@ -231,7 +231,7 @@ def test_a_sliding_window_bounds_what_one_layer_sees(family):
     ids = torch.arange(10, 10 + 3 * width)[None]
     middle, mask = ids.shape[1] // 2, torch.ones_like(ids)
     with torch.no_grad():
-        for run, reach in ((backbone.decode, (width - 1, 0)), (backbone.read, (width, width))):
+        for run, reach in ((backbone.decoder_pass, (width - 1, 0)), (backbone.encoder_pass, (width, width))):
             moved = []
             for place in range(ids.shape[1]):
                 other = ids.clone()
@@ -265,7 +265,7 @@ def test_padding_side_moves_no_state(family):
     """Both passes, either side: each text's states are those that it has alone."""
     backbone = make_compressor(family).backbone
     rows = backbone.tokenise(TEXTS)
-    for run in (backbone.read, backbone.decode):
+    for run in (backbone.encoder_pass, backbone.decoder_pass):
         for side in ("left", "right"):
             tokens = Tokens.pad(rows, side, backbone.pad_id)
             with torch.no_grad():
@@ -302,4 +302,4 @@ def test_the_fastest_dtype_is_the_one_that_the_cpu_multiplies(native, monkeypatc
     assert {resolve_dtype(name, gpu) for name in ("auto", "fastest")} == {torch.bfloat16}
     assert resolve_dtype("float16", cpu) == torch.float16
     found = load_backbone(ModelSettings(name="builtin:tiny", dtype="fastest", device="cpu"))
-    assert found.embedding_table.dtype == resolve_dtype("fastest", cpu)
+    assert found.input_table.dtype == resolve_dtype("fastest", cpu)

@@ -157,11 +157,11 @@ def test_a_layer_within_is_before_the_final_norm_and_the_last_one_behind_it():
     mask = torch.ones(1, 3, dtype=torch.int64)
     backbone = lms("llama")[0]
     with torch.no_grad():
-        assert torch.equal(backbone.decode_layer(x_BTD, mask, 0), x_BTD)
-        last = backbone.decode_layer(x_BTD, mask, 2)
-        assert torch.equal(last, backbone.decode(x_BTD, mask))
+        assert torch.equal(backbone.decoder_layer(x_BTD, mask, 0), x_BTD)
+        last = backbone.decoder_layer(x_BTD, mask, 2)
+        assert torch.equal(last, backbone.decoder_pass(x_BTD, mask))
         assert last.pow(2).mean(-1).sub(1).abs().max() < 1e-2, "root mean square 1"
-        assert backbone.decode_layer(x_BTD, mask, 1).pow(2).mean(-1).sub(1).abs().min() > 0.05
+        assert backbone.decoder_layer(x_BTD, mask, 1).pow(2).mean(-1).sub(1).abs().min() > 0.05
 
 
 def test_adapters_are_off_and_attention_is_causal():
@@ -172,7 +172,9 @@ def test_adapters_are_off_and_attention_is_causal():
         assert (embed_texts(model, ALL) - embed_texts(make("weighted_mean", **changes), ALL)).abs().max() < 1e-6
     x_BTD = backbone.embed(torch.tensor([backbone.tokenise(TEXTS[:1])[0]]))
     mask = torch.ones(x_BTD.shape[:2], dtype=torch.int64)
-    assert (backbone.read(x_BTD, mask) - backbone.decode(x_BTD, mask)).abs().max() > 0.05, "vacuous: the adapter does nothing"
+    assert (backbone.encoder_pass(x_BTD, mask) - backbone.decoder_pass(x_BTD, mask)).abs().max() > 0.05, (
+        "vacuous: the adapter does nothing"
+    )
 
 
 def test_pooling_weights():

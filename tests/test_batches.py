@@ -91,10 +91,10 @@ def test_gradcache_by_tokens_equals_the_formula(stage, settings, monkeypatch):
     """Texts of several lengths, padded in front; the formula encodes each alone."""
     compressor = make_compressor("llama").train()
     model = as_sentence_transformer(compressor, 64).train()
-    columns, seen, encode = columns_of(0 if isinstance(stage, UclStage) else 2), [], compressor.encode
+    columns, seen, encode = columns_of(0 if isinstance(stage, UclStage) else 2), [], compressor.memory_states
     features = features_of(model, columns)
     assert any((f["attention_mask"][:, 0] == 0).any() for f in features)
-    monkeypatch.setattr(compressor, "encode", lambda tokens: seen.append(tokens.mask_BT) or encode(tokens))
+    monkeypatch.setattr(compressor, "memory_states", lambda tokens: seen.append(tokens.mask_BT) or encode(tokens))
     loss = contrastive_loss(model, stage.model_copy(update=settings | {"temperature": 0.3}))(features, None)
     for mask_BT in seen:
         assert mask_BT[:, 0].any(), "a column of padding alone"

@@ -74,7 +74,7 @@ def test_teacher_decoder_and_encoder_begin_alike(bos):
     (row,) = backbone.tokenise([TEXTS[1]])
     assert row == start + own
     batch = SplitTexts.from_rows([row], [len(row) // 2])
-    memory_BKD = compressor.encode(batch.context)
+    memory_BKD = compressor.memory_states(batch.context)
     states, _ = decode_from_memory(compressor, memory_BKD, batch.continuation)
     with torch.no_grad():
         table = lm.get_input_embeddings()

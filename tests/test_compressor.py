@@ -33,14 +33,14 @@ def test_memory_states_do_not_depend_on_padding_mates_or_order(family, attention
     assert expected.abs().max() > 0.5
     assert (expected[0] - expected[1]).abs().max() > 0.1, "vacuous: all texts are the same to this encoder"
     with torch.no_grad():
-        together = compressor.encode(Tokens.pad(rows, "left", pad_id=7))
+        together = compressor.memory_states(Tokens.pad(rows, "left", pad_id=7))
         assert (together - expected).abs().max() < 1e-5
-        backwards = compressor.encode(Tokens.pad(rows[::-1], "left"))
+        backwards = compressor.memory_states(Tokens.pad(rows[::-1], "left"))
         assert (backwards.flip(0) - expected).abs().max() < 1e-5
         longer = [*rows, list(range(2, 90))]
-        assert (compressor.encode(Tokens.pad(longer, "left"))[:-1] - expected).abs().max() < 1e-5
+        assert (compressor.memory_states(Tokens.pad(longer, "left"))[:-1] - expected).abs().max() < 1e-5
         if family not in WINDOWED:  # padding in the middle pushes the text out of a window that counts places
-            right = compressor.encode(Tokens.pad(rows, "right", pad_id=7))
+            right = compressor.memory_states(Tokens.pad(rows, "right", pad_id=7))
             assert (right - expected).abs().max() < 1e-5
         means = compressor(Tokens.pad(rows, "left"))
         assert (means - expected.mean(1)).abs().max() < 1e-5
@@ -62,9 +62,9 @@ def test_text_states_see_the_memory_only_if_bidirectional(attention):
     tokens = Tokens.pad([ids_of(compressor)[0]], "left")
     with torch.no_grad():
         x, mask = compressor.memory.append(compressor.backbone.embed(tokens.ids_BT), tokens.mask_BT)
-        first = compressor.backbone.read(x, mask)
+        first = compressor.backbone.encoder_pass(x, mask)
         x[:, -1] += 1.0
-        second = compressor.backbone.read(x, mask)
+        second = compressor.backbone.encoder_pass(x, mask)
     assert ((first[0, 0] - second[0, 0]).abs().max() > 1e-3) == (attention == "bidirectional")
     assert (first[0, -1] - second[0, -1]).abs().max() > 1e-3
 
@@ -103,7 +103,7 @@ def test_weighted_mean():
 def test_what_learns(memory):
     compressor = make_compressor(stages=["pretext", "ucl"]).train()
     compressor.learn(memory=memory)
-    assert compressor.embedding is None
+    assert compressor.input_table is None
     compressor(Tokens.pad(ids_of(compressor), "left")).square().sum().backward()
     learned = {name for name, parameter in compressor.named_parameters() if parameter.grad is not None and parameter.grad.any()}
     assert learned == {name for name, parameter in compressor.named_parameters() if parameter.requires_grad}
@@ -116,15 +116,15 @@ def test_own_embeddings_rest_in_later_stages_but_are_still_used():
     compressor = make_compressor()
     tokens = Tokens.pad(ids_of(compressor), "left")
     compressor.learn(memory=True, embeddings=True)
-    assert compressor.embedding.weight.dtype == torch.float32
-    assert compressor.embedding.weight.requires_grad
+    assert compressor.input_table.weight.dtype == torch.float32
+    assert compressor.input_table.weight.requires_grad
     with torch.no_grad():
         plain = compressor(tokens)
-        compressor.embedding.weight += 0.1
+        compressor.input_table.weight += 0.1
         moved = compressor(tokens)
     assert (plain - moved).abs().max() > 1e-2
     compressor.learn(memory=False)
-    assert not compressor.embedding.weight.requires_grad
+    assert not compressor.input_table.weight.requires_grad
     with torch.no_grad():
         assert torch.equal(compressor(tokens), moved)
 
@@ -138,7 +138,7 @@ def test_saved_stage_gives_the_same_states(family, embeddings, tmp_path):
         compressor.memory.vectors_KD += 0.2
         compressor.get_buffer("weights_K").copy_(torch.tensor([0.2, 0.3, 0.5]))
         if embeddings:
-            compressor.embedding.weight += 0.05
+            compressor.input_table.weight += 0.05
     for name in ("pretext", "ucl"):
         compressor.save(tmp_path / name, name)
     other = Compressor.fresh(make_backbone(family), MEMORY, seed=99)
@@ -147,9 +147,9 @@ def test_saved_stage_gives_the_same_states(family, embeddings, tmp_path):
         other.load(tmp_path / name, name)
     tokens = Tokens.pad(ids_of(compressor), "left")
     with torch.no_grad():
-        assert torch.equal(other.eval().encode(tokens), compressor.eval().encode(tokens))
+        assert torch.equal(other.eval().memory_states(tokens), compressor.eval().memory_states(tokens))
         assert torch.equal(other(tokens), compressor(tokens))
-    assert (other.embedding is not None) == embeddings
+    assert (other.input_table is not None) == embeddings
 
 
 def make_settings():
@@ -181,7 +181,7 @@ def test_bfloat16_base_with_float32_memory():
     reference = make_compressor("llama").train()
     tokens = Tokens.pad(ids_of(compressor), "left")
     compressor.learn(memory=True)
-    states = compressor.encode(tokens)
+    states = compressor.memory_states(tokens)
     assert states.dtype == torch.bfloat16
     states.float().square().sum().backward()
     assert compressor.memory.vectors_KD.grad.dtype == torch.float32

@@ -93,11 +93,11 @@ def test_recovered_is_over_the_sums_of_all_batches(family):
 def test_the_encoder_is_left_as_it_was():
     compressor = compressor_of("llama")
     batch = batch_of(compressor, rows_of(compressor))
-    before = compressor.encode(batch.context)
+    before = compressor.memory_states(batch.context)
     context_kl(compressor, batch)
-    assert torch.equal(compressor.encode(batch.context), before), "adapters are on again"
+    assert torch.equal(compressor.memory_states(batch.context), before), "adapters are on again"
     with compressor.backbone.base_only():
-        assert (compressor.encode(batch.context) - before).abs().max() > 0.1, "vacuous: adapters do nothing"
+        assert (compressor.memory_states(batch.context) - before).abs().max() > 0.1, "vacuous: adapters do nothing"
     assert not any(p.grad is not None for p in compressor.parameters())
 
 
@@ -113,7 +113,7 @@ def equal_contexts(compressor, site=13):
 def memory_is_the_context(compressor, monkeypatch):
     """k = tokens of the context: what the decoder reads is the teacher's text itself."""
     skip = int(compressor.backbone.bos_id is not None)
-    monkeypatch.setattr(compressor, "encode", lambda tokens: compressor.backbone.embed(tokens.ids_BT[:, skip:]))
+    monkeypatch.setattr(compressor, "memory_states", lambda tokens: compressor.backbone.embed(tokens.ids_BT[:, skip:]))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3", "granite", "gpt2", "gpt_neox"])
@@ -132,7 +132,7 @@ def test_memory_that_is_the_context_recovers_all(family, monkeypatch):
 def test_memory_without_states_recovers_nothing(family, monkeypatch):
     compressor = compressor_of(family)
     batch = equal_contexts(compressor)
-    monkeypatch.setattr(compressor, "encode", lambda tokens: compressor.backbone.embed(tokens.ids_BT[:, :0]))
+    monkeypatch.setattr(compressor, "memory_states", lambda tokens: compressor.backbone.embed(tokens.ids_BT[:, :0]))
     assert context_recovered(compressor, [batch]) == 0
 
 
@@ -145,7 +145,7 @@ def test_memory_that_says_the_wrong_thing_misleads(family, monkeypatch):
     def shout(tokens):
         return 50 * compressor.backbone.embed(torch.full_like(tokens.ids_BT, 9))
 
-    monkeypatch.setattr(compressor, "encode", shout)
+    monkeypatch.setattr(compressor, "memory_states", shout)
     with_memory, without, _ = context_kl(compressor, batch)
     assert with_memory > 1.01 * without
     assert context_recovered(compressor, [batch]) == pytest.approx(1 - with_memory / without)

@@ -59,7 +59,7 @@ def test_dropout_acts_in_the_encoder_pass_alone(family):
     with torch.no_grad():
         expected = reference(inputs_embeds=x, attention_mask=tokens.mask_BT, position_ids=places).last_hidden_state
         for _ in range(2):
-            assert torch.equal(backbone.decode(x, tokens.mask_BT), expected)
+            assert torch.equal(backbone.decoder_pass(x, tokens.mask_BT), expected)
             assert gap(compressor) > 1e-2
         with backbone.base_only():
             assert torch.equal(backbone._run(x, places, tokens.mask_BT), expected)

@@ -46,7 +46,7 @@ def test_truncation_keeps_all_memory_tokens(family, monkeypatch):
     compressor = make_compressor(family)
     model = as_sentence_transformer(compressor, LIMIT)
     widths = []
-    read = compressor.backbone.read
+    read = compressor.backbone.encoder_pass
 
     def watched(x_BSD, mask_BS, *others):
         assert torch.equal(x_BSD[:, -MEMORY:], compressor.memory.vectors_KD.expand(len(x_BSD), -1, -1))
@@ -54,7 +54,7 @@ def test_truncation_keeps_all_memory_tokens(family, monkeypatch):
         widths.append(x_BSD.shape[1])
         return read(x_BSD, mask_BS, *others)
 
-    monkeypatch.setattr(compressor.backbone, "read", watched)
+    monkeypatch.setattr(compressor.backbone, "encoder_pass", watched)
     cut = compressor.backbone.tokenise([LONG])[0][:LIMIT]
     assert len(compressor.backbone.tokenise([LONG])[0]) > 20 * LIMIT
     found = embed_texts(model, [LONG, TEXTS[0]])

@@ -91,8 +91,8 @@ def make_model(variant):
     compressor = make_compressor(family, **settings)
     if variant == "own-embeddings":
         compressor.learn(memory=True, embeddings=True)
-        noise = torch.randn(compressor.embedding.weight.shape, generator=torch.Generator().manual_seed(2))
-        compressor.embedding.weight.data += 0.1 * noise
+        noise = torch.randn(compressor.input_table.weight.shape, generator=torch.Generator().manual_seed(2))
+        compressor.input_table.weight.data += 0.1 * noise
     if variant == "weighted":
         compressor.get_buffer("weights_K").copy_(torch.tensor([0.6, 0.0, 0.4]))
     return as_sentence_transformer(compressor, LIMIT, prompts=PROMPTS)
@@ -182,7 +182,7 @@ def test_transformers_alone_gives_the_memory_states(exported, variant):
     compressor = make_model(variant)[0].compressor
     assert getattr(lm.config, "is_causal", True) is (variant == "causal")
     for text in TEXTS:
-        expected = compressor.encode(Tokens.pad(compressor.backbone.tokenise([text]), "left"))[0]
+        expected = compressor.memory_states(Tokens.pad(compressor.backbone.tokenise([text]), "left"))[0]
         with torch.no_grad():
             found = lm(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -MEMORY:]
         assert (found - expected).abs().max() < 1e-5
@@ -305,7 +305,9 @@ def live_states(model):
     """Memory states of READ, memory_NKD."""
     module = model[0]
     with torch.no_grad():
-        return module.compressor.encode(Tokens(*(module.preprocess(READ)[key] for key in ("input_ids", "attention_mask"))))
+        return module.compressor.memory_states(
+            Tokens(*(module.preprocess(READ)[key] for key in ("input_ids", "attention_mask")))
+        )
 
 
 WEIGHTINGS = {

@@ -53,7 +53,7 @@ def test_a_fresh_copy_reads_as_the_lm_and_the_lm_never_changes(family):
     backbone.savings = plain.savings = frozenset()  # bits are compared, at padding too
     tokens = Tokens.pad(backbone.tokenise(SENTENCES[:3]), "left", backbone.pad_id)
     x = backbone.embed(tokens.ids_BT)
-    assert torch.equal(backbone.read(x, tokens.mask_BT), plain.read(x, tokens.mask_BT))
+    assert torch.equal(backbone.encoder_pass(x, tokens.mask_BT), plain.encoder_pass(x, tokens.mask_BT))
     before = snapshot(backbone.lm)
     compressor.learn(memory=True)
     compressor.train()
@@ -66,13 +66,13 @@ def test_a_fresh_copy_reads_as_the_lm_and_the_lm_never_changes(family):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     with torch.no_grad():
-        assert not torch.allclose(backbone.read(x, tokens.mask_BT), plain.read(x, tokens.mask_BT), atol=1e-4)
+        assert not torch.allclose(backbone.encoder_pass(x, tokens.mask_BT), plain.encoder_pass(x, tokens.mask_BT), atol=1e-4)
         reference = (
             untouched(family)
             .base_model(inputs_embeds=x, attention_mask=tokens.mask_BT, position_ids=position_ids(tokens.mask_BT))
             .last_hidden_state
         )
-        assert torch.equal(backbone.decode(x, tokens.mask_BT), reference)
+        assert torch.equal(backbone.decoder_pass(x, tokens.mask_BT), reference)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -90,7 +90,7 @@ def test_gradient_is_that_of_two_separate_models(family, checkpointing):
 
     backbone, lm = frozen.backbone, untouched(family)
     encoder.learn(memory=True)
-    memory = encoder.encode(batch.context)
+    memory = encoder.memory_states(batch.context)
     total = 0.0
     for i in range(2):
         text = batch.text.ids_BT[i][batch.text.mask_BT[i].bool()][None]
@@ -129,7 +129,7 @@ def test_export_equals_native(family, tmp_path):
     compressor = make_full(family)
     compressor.learn(memory=True, embeddings=True)
     with torch.no_grad():
-        next(compressor.embedding.parameters()).add_(0.01)
+        next(compressor.input_table.parameters()).add_(0.01)
     model = as_sentence_transformer(compressor, 40)
     export(model, tmp_path / "model")
     assert verify(tmp_path / "model") > 0.9999

@@ -10,7 +10,7 @@ import llm2comp
 from families import make_backbone, make_lm
 from llm2comp import generate
 from llm2comp.data.responses import MANIFEST_FILE, read_manifest, shard_file, source_digest, teacher_file
-from llm2comp.data.sources import read_answers, read_texts
+from llm2comp.data.sources import read_responses, read_texts
 from llm2comp.errors import DataError, RunError
 from llm2comp.generate import Options, Responder, generate_responses
 from llm2comp.recipe import TextData
@@ -90,7 +90,7 @@ def test_shards_hold_texts_and_responses_in_order(lm, made):
     found = np.concatenate([np.load(teacher_file(folder, shard)) for shard in range(3)])
     assert found.dtype == np.float16
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
-    answers = read_answers(TextData(source=str(folder), response="response"), teacher=True).rows
+    answers = read_responses(TextData(source=str(folder), response="response"), teacher=True).rows
     assert [(a.text, a.response) for a in answers] == [(row["text"], row["response"]) for row in rows]
     assert np.array_equal(np.stack([a.teacher_D for a in answers]), found.astype(np.float32))
     assert read_texts(TextData(source=str(folder))).rows == TEXTS
@@ -129,7 +129,7 @@ def test_a_stopped_run_goes_on_to_identical_files(lm, tmp_path, monkeypatch, tem
 def test_drawing_follows_the_seed(lm, tmp_path):
     def drawn(name, **settings):
         generate_responses(lm, TEXTS, tmp_path / name, changed(**settings))
-        return [answer.response for answer in read_answers(TextData(source=str(tmp_path / name), response="response")).rows]
+        return [answer.response for answer in read_responses(TextData(source=str(tmp_path / name), response="response")).rows]
 
     greedy_ones, first, second = drawn("0"), drawn("1", temperature=0.9, seed=1), drawn("2", temperature=0.9, seed=2)
     assert len({tuple(greedy_ones), tuple(first), tuple(second)}) == 3
@@ -151,13 +151,13 @@ def test_shares_are_disjoint_and_complete(lm, made, tmp_path):
 def test_an_incomplete_folder_is_no_source(lm, tmp_path):
     generate_responses(lm, TEXTS, tmp_path / "r", SHORT, (2, 2))
     with pytest.raises(DataError, match=r"responses-00000.jsonl: a shard is missing"):
-        read_answers(TextData(source=str(tmp_path / "r"), response="response"))
+        read_responses(TextData(source=str(tmp_path / "r"), response="response"))
 
 
 def test_empty_responses_stay_in_the_shards_and_are_counted(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(Responder, "respond", lambda self, rows: ([" \n"] + ["x"] * (len(rows) - 1), len(rows)))
     assert "11 responses, 5 empty" in generate_responses(lm, TEXTS, tmp_path / "r", SHORT)
-    loaded = read_answers(TextData(source=str(tmp_path / "r"), response="response"))
+    loaded = read_responses(TextData(source=str(tmp_path / "r"), response="response"))
     assert len(loaded.rows) == 6
     assert loaded.skipped == {"empty": 5}
 
@@ -229,7 +229,7 @@ def test_damage_is_named(lm, made, tmp_path):
 
     def refused(*parts, teacher=True):
         with pytest.raises(DataError) as error:
-            read_answers(TextData(source=str(folder), response="response"), teacher)
+            read_responses(TextData(source=str(folder), response="response"), teacher)
         assert all(part in str(error.value) for part in parts), str(error.value)
 
     fresh()
@@ -250,7 +250,7 @@ def test_damage_is_named(lm, made, tmp_path):
     np.save(file, np.zeros((2, 32), np.float16))
     refused("responses-00002.npy: is damaged", "expected: 3 rows")
     np.save(file, np.full((3, 32), np.nan, np.float16))
-    assert len(read_answers(TextData(source=str(folder), response="response"), teacher=True).rows) == 8
+    assert len(read_responses(TextData(source=str(folder), response="response"), teacher=True).rows) == 8
     np.save(file, np.zeros((3, 7), np.float16))
     refused("several widths", "[7, 32]")
     fresh()
@@ -261,7 +261,7 @@ def test_damage_is_named(lm, made, tmp_path):
 def test_a_teacher_is_asked_for_that_was_not_there(lm, tmp_path):
     generate_responses(lm, TEXTS, tmp_path / "r", SHORT)
     with pytest.raises(DataError, match="holds no embeddings of a teacher"):
-        read_answers(TextData(source=str(tmp_path / "r"), response="response"), teacher=True)
+        read_responses(TextData(source=str(tmp_path / "r"), response="response"), teacher=True)
 
 
 def test_command(lm, made, tmp_path):

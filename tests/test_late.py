@@ -84,7 +84,7 @@ def test_a_stock_multi_vector_folder_scores_as_maxsim_of_the_memory_states(expor
     compressor = model[0].compressor
     rows = compressor.backbone.tokenise([PROMPTS["query"] + text for text in QUERIES], LIMIT)
     with torch.no_grad():
-        states = torch.cat([compressor.encode(Tokens.pad([row], "left")) for row in rows])
+        states = torch.cat([compressor.memory_states(Tokens.pad([row], "left")) for row in rows])
     queries = states / states.norm(dim=-1, keepdim=True)
     documents = memory_vectors(model, DOCUMENTS, "document", max_tokens_per_batch=40)
     assert found["queries"].shape == (len(QUERIES), compressor.memory.count, 32), "as many vectors for any text"

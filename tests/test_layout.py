@@ -62,11 +62,11 @@ def test_all_families_but_one_can_be_packed_and_every_one_skips_in_its_last_laye
 def test_memory_states_are_those_of_the_padded_batch_in_full(family, packed_passes):
     compressor = make_compressor(family)
     tokens = Tokens.pad(rows(), "left")
-    found = compressor.encode(tokens)
+    found = compressor.memory_states(tokens)
     windowed = family in ("mistral-window", "gemma2", "gemma3")  # longer texts than half the window stay padded
     assert [tuple(n + 3 for n in LENGTHS)] * (not windowed) == [lengths for lengths in packed_passes if lengths][1:]
     compressor.backbone.savings = NOTHING
-    assert relative_error(found, compressor.encode(tokens)) < 1e-6
+    assert relative_error(found, compressor.memory_states(tokens)) < 1e-6
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -94,7 +94,7 @@ def test_no_text_sees_another(family):
     compressor = make_compressor(family)
     first, second = rows(seed=7), rows(seed=8)
     mixed = [*first[:2], *second[2:]]
-    one, other = (compressor.encode(Tokens.pad(texts, "left")) for texts in (first, mixed))
+    one, other = (compressor.memory_states(Tokens.pad(texts, "left")) for texts in (first, mixed))
     tolerance = 1e-6 if family == "qwen3_moe" else 0.0  # experts compute the tokens that chose them together
     assert (one[:2] - other[:2]).abs().max() <= tolerance
     assert (one[2:] - other[2:]).abs().max() > 1e-3
@@ -109,7 +109,7 @@ def test_the_last_layer_computes_the_needed_rows_alone():
             module.register_forward_hook(lambda m, args, _, key=(number, name): seen.__setitem__(key, args[0].shape[1]))
         layer.mlp.register_forward_hook(lambda m, args, _, key=(number, "mlp"): seen.__setitem__(key, args[0].shape[1]))
     assert compressor.backbone.savings == ALL
-    compressor.encode(Tokens.pad(rows(), "left"))
+    compressor.memory_states(Tokens.pad(rows(), "left"))
     every, memory = sum(LENGTHS) + 3 * len(LENGTHS), 3 * len(LENGTHS)
     assert {key: n for key, n in seen.items() if key[0] == 0} == {(0, n): every for n in ("q_proj", "k_proj", "o_proj", "mlp")}
     # our hooks come and go behind these, so the query's sees what came in
@@ -120,14 +120,14 @@ def test_the_last_layer_computes_the_needed_rows_alone():
 def test_dropout_of_the_attention_acts_on_packed_texts(packed_passes):
     compressor = make_compressor("llama")
     tokens = Tokens.pad(rows(), "left")
-    calm = compressor.encode(tokens)
+    calm = compressor.memory_states(tokens)
     compressor.backbone.set_attention_dropout(0.4)
     compressor.train()
-    one, other = compressor.encode(tokens), compressor.encode(tokens)
+    one, other = compressor.memory_states(tokens), compressor.memory_states(tokens)
     assert packed_passes[-1] is not None
     assert (one - other).abs().max() > 1e-3
     compressor.eval()
-    assert torch.equal(compressor.encode(tokens), calm)
+    assert torch.equal(compressor.memory_states(tokens), calm)
 
 
 def test_eager_attention_and_equal_lengths_stay_padded(packed_passes):
@@ -136,7 +136,7 @@ def test_eager_attention_and_equal_lengths_stay_padded(packed_passes):
     compressor = make_compressor("llama")
     assert compressor.backbone.savings == ALL
     packed_passes.clear()
-    compressor.encode(Tokens.pad(rows(lengths=(9, 9, 9)), "left"))
+    compressor.memory_states(Tokens.pad(rows(lengths=(9, 9, 9)), "left"))
     assert packed_passes == [None]
 
 
@@ -153,7 +153,7 @@ def test_one_kernel_for_all_texts_gives_the_padded_states(family, packed_passes)
     compressor = make_compressor(family, head_dim=32, hidden_size=128).to("cuda", torch.bfloat16)
     compressor.register_buffer("weights_K", mean_weights(3).cuda())
     tokens = Tokens.pad(rows(), "left").to("cuda")
-    found = compressor.encode(tokens).float()
+    found = compressor.memory_states(tokens).float()
     assert packed_passes[-1] is not None
     compressor.backbone.savings = NOTHING
-    assert torch.cosine_similarity(found, compressor.encode(tokens).float(), dim=-1).min() > 0.999
+    assert torch.cosine_similarity(found, compressor.memory_states(tokens).float(), dim=-1).min() > 0.999

@@ -111,9 +111,9 @@ def test_the_bare_lm_is_what_decodes_while_adapters_are_folded_and_nothing_is_le
     x_BTD, before = backbone.embed(tokens.ids_BT), snapshot(backbone.lm)
     compressor.eval()
     with torch.no_grad():
-        bare, stacked, merged = backbone.decode(x_BTD, tokens.mask_BT), compressor(tokens), backbone.adapters.merged()
+        bare, stacked, merged = backbone.decoder_pass(x_BTD, tokens.mask_BT), compressor(tokens), backbone.adapters.merged()
         with backbone.adapters.folded():
-            assert torch.equal(backbone.decode(x_BTD, tokens.mask_BT), bare)
+            assert torch.equal(backbone.decoder_pass(x_BTD, tokens.mask_BT), bare)
             assert not torch.equal(compressor(tokens), stacked), "vacuous: nothing was folded"
             again = backbone.adapters.merged()
         assert torch.equal(compressor(tokens), stacked)
@@ -135,7 +135,7 @@ def test_a_graph_made_before_a_switch_keeps_its_weights():
         x_BTD = backbone.embed(tokens.ids_BT).detach().requires_grad_()
         with backbone.adapters.folded() if folded else torch.enable_grad():
             encoded = compressor(tokens).square().sum()
-            decoded = backbone.decode(x_BTD, tokens.mask_BT).square().sum()
+            decoded = backbone.decoder_pass(x_BTD, tokens.mask_BT).square().sum()
             encoded.backward()
             decoded.backward()
         learned = [p for p in compressor.parameters() if p.requires_grad]

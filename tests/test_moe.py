@@ -18,7 +18,7 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 def states(backbone):
     tokens = Tokens.pad(backbone.tokenise(TEXTS), "left", backbone.pad_id)
-    return backbone.read(backbone.embed(tokens.ids_BT), tokens.mask_BT)
+    return backbone.encoder_pass(backbone.embed(tokens.ids_BT), tokens.mask_BT)
 
 
 def wrappers(backbone):

@@ -132,8 +132,8 @@ def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(order, family, objec
     compressor = make_nested(family, order=order).train()
     compressor.learn(memory=True)
     batch, stage = batch_of(compressor), stage_1(objectives)
-    encode, decode, calls = compressor.encode, compressor.backbone.decode, []
-    monkeypatch.setattr(compressor, "encode", lambda tokens: calls.append("encoder") or encode(tokens))
+    encode, decode, calls = compressor.memory_states, compressor.backbone.decoder_pass, []
+    monkeypatch.setattr(compressor, "memory_states", lambda tokens: calls.append("encoder") or encode(tokens))
     counted = lambda *given: calls.append("frozen LM") or decode(*given)  # noqa: E731
     monkeypatch.setattr(compressor.backbone, "decode", counted)
     loss = stage_loss(compressor, batch, stage)
@@ -145,7 +145,7 @@ def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(order, family, objec
     singles = []
     for first in (1, 2, K):
         part = slice(0, first) if order == "first" else slice(K - first, K)
-        monkeypatch.setattr(compressor, "encode", lambda tokens, part=part: encode(tokens)[:, part])
+        monkeypatch.setattr(compressor, "memory_states", lambda tokens, part=part: encode(tokens)[:, part])
         singles.append(stage_loss(compressor, batch, stage))
     assert max(singles) - min(singles) > 1e-3, "vacuous: all prefixes alike"
     expected = torch.stack(singles).mean()
@@ -171,7 +171,7 @@ def naive_nested(compressor, stage, columns, prefixes, dims):
     """Mean over prefixes of the sum over dimensions of the published formula, each text alone."""
     both, total = getattr(stage, "denominator", "") == "both_views", []
     rows = [compressor.backbone.tokenise(column) for column in columns]
-    states = [torch.cat([compressor.encode(Tokens.pad([ids], "left")) for ids in column]) for column in rows]
+    states = [torch.cat([compressor.memory_states(Tokens.pad([ids], "left")) for ids in column]) for column in rows]
     for first in prefixes:
         begin = 0 if compressor.order == "first" else K - first
         part = slice(begin, begin + first)
@@ -211,8 +211,10 @@ def test_contrastive_loss_encodes_each_text_once_per_pass(mini_batch_size, monke
     for nested in ((), (1, 2)):
         compressor = make_nested(nested=nested).train()
         model = as_sentence_transformer(compressor, 64).train()
-        encode, seen = compressor.encode, []
-        monkeypatch.setattr(compressor, "encode", lambda tokens, e=encode, s=seen: s.append(len(tokens.ids_BT)) or e(tokens))
+        encode, seen = compressor.memory_states, []
+        monkeypatch.setattr(
+            compressor, "memory_states", lambda tokens, e=encode, s=seen: s.append(len(tokens.ids_BT)) or e(tokens)
+        )
         stage = SclStage(**DATA, mini_batch_size=mini_batch_size)
         contrastive_loss(model, stage)(features_of(model, columns_of(1)), None).backward()
         texts.append(sum(seen))
@@ -244,7 +246,7 @@ def prefix_gap(family, **settings):
         memory = MemoryTokens(whole.memory.vectors_KD[:first])
         part = Compressor(backbone, memory).eval()
         with torch.no_grad():
-            states, expected = whole.encode(padded(whole)), part.encode(padded(whole))
+            states, expected = whole.memory_states(padded(whole)), part.memory_states(padded(whole))
         gaps.append((states[:, :first] - expected).abs().max().item())
     assert (states[:, 0] - states[:, -1]).abs().max() > 0.05, "vacuous: all memory tokens alike"
     assert gaps[-1] < 1e-6
@@ -279,7 +281,7 @@ def folder(tmp_path_factory):
 def last_states(size, texts=TEXTS):
     compressor = make_compressor()
     with torch.no_grad():
-        return compressor.encode(padded(compressor, texts))[:, -size:].mean(1)
+        return compressor.memory_states(padded(compressor, texts))[:, -size:].mean(1)
 
 
 @pytest.mark.parametrize("first", [1, 2, MEMORY])
@@ -298,7 +300,7 @@ def test_num_memory_of_a_run_and_its_stages(place, first):
     live = llm2comp.load(run / ("3-scl" if place in (".", "model") else place), "cpu")
     compressor = live[0].compressor
     with torch.no_grad():
-        expected = compressor.encode(padded(compressor))[:, -first:].mean(1)
+        expected = compressor.memory_states(padded(compressor))[:, -first:].mean(1)
     assert relative_error(embed_texts(llm2comp.load(run / place, "cpu", first), TEXTS), expected) < 1e-5
 
 
@@ -412,7 +414,7 @@ def test_the_order_goes_with_the_folder(order, tmp_path):
     compressor.save(tmp_path / "stage", "pretext")
     export(as_sentence_transformer(compressor, 40), tmp_path / "model")
     with torch.no_grad():
-        states = compressor.encode(padded(compressor))
+        states = compressor.memory_states(padded(compressor))
     means = {"first": states[:, :2].mean(1), "last": states[:, -2:].mean(1)}
     assert relative_error(means["first"], means["last"]) > 0.05, "vacuous: all states alike"
 

@@ -70,7 +70,7 @@ def batch():
 
 
 def test_memory_states(compressor):
-    states = compressor.encode(batch().context)
+    states = compressor.memory_states(batch().context)
     expected = load_file(FOLDER / "states.safetensors")["memory_states"]
     assert expected.abs().max() > 1
     assert (states - expected).abs().max() < 1e-5

@@ -28,7 +28,7 @@ def naive(compressor, row):
         row = [*start, *ids[0], *row[len(start) :], *ids[1]]
         assert len(ids[0]) > 0
         assert len(ids[1]) > 0
-    states_TD = backbone.read(compressor.embed(torch.tensor([row])), torch.ones(1, len(row), dtype=torch.int64))[0]
+    states_TD = backbone.encoder_pass(compressor.embed(torch.tensor([row])), torch.ones(1, len(row), dtype=torch.int64))[0]
     if compressor.settings.pooling == "last_token":
         return states_TD[-1]
     weights = torch.tensor([BOS_WEIGHT if place < len(start) else 1.0 for place in range(len(row))])
@@ -51,12 +51,14 @@ def test_mean_forgets_bos_unless_there_is_nothing_else():
     compressor = make_compressor(encoder=MEAN)
     bos = compressor.backbone.bos_id
     with torch.no_grad():
-        states_TD = compressor.backbone.read(
+        states_TD = compressor.backbone.encoder_pass(
             compressor.embed(torch.tensor([[bos, 5, 6]])), torch.ones(1, 3, dtype=torch.int64)
         )[0]
         assert relative_error(compressor(Tokens.pad([[bos, 5, 6]], "left"))[0], states_TD[1:].mean(0)) < 1e-4
         alone = compressor(Tokens.pad([[bos]], "left"))[0]
-        state = compressor.backbone.read(compressor.embed(torch.tensor([[bos]])), torch.ones(1, 1, dtype=torch.int64))[0, 0]
+        state = compressor.backbone.encoder_pass(compressor.embed(torch.tensor([[bos]])), torch.ones(1, 1, dtype=torch.int64))[
+            0, 0
+        ]
         assert relative_error(alone, state) < 1e-6
 
 

@@ -79,7 +79,7 @@ def oracle(family, compressor, objective, weighting, temperature=1.0):
 def memory_losses(encoder, frozen, row, site, temperature, parts):
     """Adds the losses of one text at every position, by objective."""
     lm = encoder.backbone.lm
-    embed = encoder.embedding or lm.get_input_embeddings()
+    embed = encoder.input_table or lm.get_input_embeddings()
     table = frozen.get_input_embeddings()
     bos = start_of(encoder)
     context, continuation = torch.tensor([row[:site]]), torch.tensor([row[site:]])
@@ -118,7 +118,7 @@ def bag_losses(encoder, row, site):
 
 def log_probabilities(encoder, ids):
     """Of the LM's own logits, adapters on, at each place of one text."""
-    embed = encoder.embedding or encoder.backbone.lm.get_input_embeddings()
+    embed = encoder.input_table or encoder.backbone.lm.get_input_embeddings()
     read = embed(torch.tensor([ids]))
     logits = encoder.backbone.lm(inputs_embeds=read, use_cache=False, **attention_of(encoder)).logits[0]
     return functional.log_softmax(logits, -1)
@@ -136,8 +136,8 @@ def gradients(compressor):
     found = {name: p.grad for name, p in compressor.backbone.lm.named_parameters() if p.grad is not None}
     if compressor.memory.vectors_KD.grad is not None:
         found["memory"] = compressor.memory.vectors_KD.grad
-    if compressor.embedding is not None:
-        found["embeddings"] = compressor.embedding.weight.grad
+    if compressor.input_table is not None:
+        found["embeddings"] = compressor.input_table.weight.grad
     return found
 
 
@@ -267,7 +267,7 @@ def test_own_embeddings_learn_and_the_base_table_does_not(family, objective, wei
         compressor = make(family, checkpointing)
         compressor.learn(memory=True, embeddings=True)
         generator = torch.Generator().manual_seed(5)
-        compressor.embedding.weight.data += 0.05 * torch.randn(compressor.embedding.weight.shape, generator=generator)
+        compressor.input_table.weight.data += 0.05 * torch.randn(compressor.input_table.weight.shape, generator=generator)
         return compressor
 
     compressor = own(checkpointing)
@@ -281,10 +281,10 @@ def test_own_embeddings_learn_and_the_base_table_does_not(family, objective, wei
     touched = found[1]["embeddings"].abs().sum(1).nonzero().flatten().tolist()
     assert touched == read, "exactly the rows of context tokens"
     torch.optim.SGD([p for p in compressor.parameters() if p.requires_grad], lr=1.0).step()
-    table = compressor.backbone.embedding_table
+    table = compressor.backbone.input_table
     assert torch.equal(table, untouched(family).get_input_embeddings().weight)
     assert table.grad is None
-    assert not torch.equal(compressor.embedding.weight, table)
+    assert not torch.equal(compressor.input_table.weight, table)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -106,13 +106,13 @@ def test_it_is_a_linear_map_of_the_mean_and_so_of_each_state(size):
     weight, bias = compressor.projection.weight, compressor.projection.bias
     assert weight.shape == (SIZES[size], WIDTH)
     with torch.no_grad():
-        states = compressor.encode(padded(compressor))
+        states = compressor.memory_states(padded(compressor))
         found = compressor(padded(compressor))
         mean = 0.5 * states[:, 0] + 0.2 * states[:, 1] + 0.3 * states[:, 2]
         each = states @ weight.T + bias
         assert torch.allclose(found, mean @ weight.T + bias, atol=1e-5)
         assert torch.allclose(found, 0.5 * each[:, 0] + 0.2 * each[:, 1] + 0.3 * each[:, 2], atol=1e-5)
-        assert torch.equal(states, (plain := make_compressor()).encode(padded(plain))), "the states are before it"
+        assert torch.equal(states, (plain := make_compressor()).memory_states(padded(plain))), "the states are before it"
 
 
 @sizes
@@ -182,7 +182,7 @@ def test_the_gradient_of_the_projection_written_out():
     weight, bias = compressor.projection.weight, compressor.projection.bias
     with torch.no_grad():
         context = Tokens(batch["context_ids"], batch["context_mask"])
-        mean_BD = compressor.encode(context).mean(1)
+        mean_BD = compressor.memory_states(context).mean(1)
         error_BP = mean_BD @ weight.T + bias - batch["teacher"]
         scale = 2 / error_BP.numel()
         assert relative_error(weight.grad, scale * error_BP.T @ mean_BD) < 1e-4

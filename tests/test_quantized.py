@@ -58,7 +58,7 @@ def loss_from(backbone, memory_BKD, frozen=None):
     x_BSD = torch.cat([memory_BKD, backbone.embed(tokens.ids_BT)], 1)
     mask_BS = torch.cat([torch.ones(memory_BKD.shape[:2], dtype=torch.int64), tokens.mask_BT], 1)
     if frozen is None:
-        logits_NV = backbone.project(backbone.decode(x_BSD, mask_BS)[:, MEMORY - 1 : -1][tokens.mask_BT.bool()])
+        logits_NV = backbone.project(backbone.decoder_pass(x_BSD, mask_BS)[:, MEMORY - 1 : -1][tokens.mask_BT.bool()])
     else:
         logits_NV = frozen(inputs_embeds=x_BSD, attention_mask=mask_BS).logits[:, MEMORY - 1 : -1][tokens.mask_BT.bool()]
     return nn.functional.cross_entropy(logits_NV, tokens.ids_BT[tokens.mask_BT.bool()])
@@ -79,7 +79,7 @@ def test_linear_layers_but_the_head_are_quantised(folder, kind):
         error = relative_error(found[name], exact)
         quantised = name.rsplit(".", 2)[-2] in LINEAR
         assert (0.001 < error < (0.12 if kind == "nf4" else 0.02)) if quantised else error == 0, name
-    assert backbone.embedding_table.dtype == torch.float32
+    assert backbone.input_table.dtype == torch.float32
 
 
 @needs_bitsandbytes
@@ -90,14 +90,14 @@ def test_passes_and_two_step_gradient_equal_the_oracle(folder, kind, checkpointi
     ours, plain = pair(folder, kind)
     tokens = Tokens.pad(ours.backbone.tokenise(TEXTS), "left", 0)
     with torch.no_grad():  # a pass without gradients first: it must not change what follows
-        assert relative_error(ours.eval().encode(tokens), plain.eval().encode(tokens)) < 1e-5
+        assert relative_error(ours.eval().memory_states(tokens), plain.eval().memory_states(tokens)) < 1e-5
     ours.train().learn(memory=True)
     plain.learn(memory=True)
     ours.backbone.set_checkpointing(checkpointing)
-    loss = two_step(ours.encode(tokens), lambda memory_BKD: loss_from(ours.backbone, memory_BKD))
+    loss = two_step(ours.memory_states(tokens), lambda memory_BKD: loss_from(ours.backbone, memory_BKD))
     loss.backward()
     frozen = plain_copy(load_backbone(settings_of(folder, kind)).lm)[0]
-    expected = loss_from(plain.backbone, plain.encode(tokens), frozen)
+    expected = loss_from(plain.backbone, plain.memory_states(tokens), frozen)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     found = dict(ours.named_parameters())
@@ -115,11 +115,11 @@ def test_switched_off_is_the_quantised_lm_bit_for_bit(folder, kind):
     tokens = Tokens.pad(backbone.tokenise(TEXTS), "right", 0)
     x_BTD, before = backbone.embed(tokens.ids_BT), snapshot(backbone.lm)
     with torch.no_grad():
-        untouched = backbone.decode(x_BTD, tokens.mask_BT)
+        untouched = backbone.decoder_pass(x_BTD, tokens.mask_BT)
         encoder_over(backbone)
         for mode in (True, False):
-            assert torch.equal(backbone.train(mode).decode(x_BTD, tokens.mask_BT), untouched)
-        assert not torch.allclose(backbone.read(x_BTD, tokens.mask_BT), untouched, atol=1e-2)
+            assert torch.equal(backbone.train(mode).decoder_pass(x_BTD, tokens.mask_BT), untouched)
+        assert not torch.allclose(backbone.encoder_pass(x_BTD, tokens.mask_BT), untouched, atol=1e-2)
     after = {name.replace(".base_layer", ""): tensor for name, tensor in snapshot(backbone.lm).items() if "lora_" not in name}
     assert before.keys() <= after.keys()
     for name, tensor in before.items():
@@ -193,7 +193,7 @@ def test_saved_stage_loads_over_the_quantised_lm(folder, tmp_path):
             parameter.data.fill_(0.1)
         other.load(tmp_path / name, name)
     with torch.no_grad():
-        assert torch.equal(other.encode(tokens), ours.encode(tokens))
+        assert torch.equal(other.memory_states(tokens), ours.memory_states(tokens))
 
 
 @needs_bitsandbytes
@@ -247,7 +247,7 @@ def test_experts_of_a_mixture_keep_their_dtype_and_carry_adapters(tmp_path):
     alone = Compressor(merged, compressor.memory)
     tokens = Tokens.pad(backbone.tokenise(TEXTS), "left", 0)
     with torch.no_grad():
-        on = compressor.encode(tokens)
+        on = compressor.memory_states(tokens)
         with backbone.adapters.switched(off=True):
-            assert relative_error(compressor.encode(tokens), on) > 0.1, "vacuous: the adapters do little"
-        assert relative_error(alone.encode(tokens), on) < 1e-5
+            assert relative_error(compressor.memory_states(tokens), on) > 0.1, "vacuous: the adapters do little"
+        assert relative_error(alone.memory_states(tokens), on) < 1e-5

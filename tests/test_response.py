@@ -14,10 +14,10 @@ import llm2comp
 from families import SENTENCES, make_backbone, make_compressor, relative_error, snapshot, untouched
 from llm2comp.backbone.frozen import Frozen
 from llm2comp.compressor import Compressor
-from llm2comp.data.answers import AnswerRows, answer_rows
-from llm2comp.data.loaded import Answer
+from llm2comp.data.loaded import Response
 from llm2comp.data.pretext import PretextCollator
-from llm2comp.data.sources import read_answers
+from llm2comp.data.response_rows import ResponseRows, response_rows
+from llm2comp.data.sources import read_responses
 from llm2comp.errors import BackboneError, DataError, RecipeError
 from llm2comp.export import verify
 from llm2comp.generate import Options, generate_responses
@@ -38,7 +38,7 @@ PAIRS = list(zip(sentences(9, 4), sentences(9, 9, seed=5), strict=True))
 
 def answers(width=WIDTH, pairs=PAIRS):
     vectors_ND = np.random.default_rng(1).normal(size=(len(pairs), width)).astype(np.float32)
-    return [Answer(text, response, vector_D) for (text, response), vector_D in zip(pairs, vectors_ND, strict=True)]
+    return [Response(text, response, vector_D) for (text, response), vector_D in zip(pairs, vectors_ND, strict=True)]
 
 
 def make_stage(objective=None, **settings):
@@ -48,7 +48,7 @@ def make_stage(objective=None, **settings):
 
 def rows_of(backbone, width=WIDTH, stage=None, **settings):
     stage = stage or make_stage(**settings)
-    return answer_rows(answers(width), stage, backbone.tokenise, stage.max_tokens, backbone.bos_id)[0]
+    return response_rows(answers(width), stage, backbone.tokenise, stage.max_tokens, backbone.bos_id)[0]
 
 
 # ---- rows
@@ -57,7 +57,7 @@ def rows_of(backbone, width=WIDTH, stage=None, **settings):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_response_is_the_continuation_whatever_the_sample(family):
     backbone = make_backbone(family)
-    rows = AnswerRows(rows_of(backbone), samples=45, seed=4, batch_size=2)
+    rows = ResponseRows(rows_of(backbone), samples=45, seed=4, batch_size=2)
     drawn = [rows[i] for i in range(45)]
     seen = {}
     for sample in drawn:
@@ -86,11 +86,11 @@ def test_long_rows_are_left_out_or_cut_and_all_reasons_counted():
     long, short = " ".join(sentences(4)), "the fox reads"
     assert length(long) > 80
     assert length(short) < 20
-    given = [Answer(short, long), Answer(long, short), Answer(long, long), Answer(short, short), Answer("a", short)]
+    given = [Response(short, long), Response(long, short), Response(long, long), Response(short, short), Response("a", short)]
 
     def made(policy):
         stage = make_stage("response", long_texts=policy, min_characters=2, max_tokens=40)
-        return answer_rows(given, stage, backbone.tokenise, 40, backbone.bos_id)
+        return response_rows(given, stage, backbone.tokenise, 40, backbone.bos_id)
 
     rows, left_out = made("skip")
     assert left_out == {"under 2 characters": 1, "over 40 tokens with their response": 3}
@@ -107,14 +107,14 @@ def test_long_rows_are_left_out_or_cut_and_all_reasons_counted():
     text, response = backbone.tokenise([short, long])
     assert rows[0].ids.tolist() == (text + response[1:])[:40]
     with pytest.raises(DataError, match="no text is fit for stage 1"):
-        answer_rows(given[-1:], make_stage("response", min_characters=2), backbone.tokenise, 40, backbone.bos_id)
+        response_rows(given[-1:], make_stage("response", min_characters=2), backbone.tokenise, 40, backbone.bos_id)
 
 
 # ---- losses
 
 
 def batch_of(compressor, width=WIDTH, count=4):
-    rows = AnswerRows(rows_of(compressor.backbone, width), samples=count, seed=4)
+    rows = ResponseRows(rows_of(compressor.backbone, width), samples=count, seed=4)
     return PretextCollator(compressor.backbone.pad_id)([rows[i] for i in range(count)])
 
 
@@ -182,7 +182,7 @@ def test_micro_batches_add_up_to_the_batch():
     compressor = make_compressor("llama")
     compressor.learn(memory=True)
     model = PretextModel(compressor, make_stage({"response": 1.0, "alignment": 3.0}))
-    rows = AnswerRows(rows_of(compressor.backbone), samples=6, seed=4)
+    rows = ResponseRows(rows_of(compressor.backbone), samples=6, seed=4)
     collate = PretextCollator(compressor.backbone.pad_id)
     parts = [collate([rows[i] for i in places]) for places in ((0,), (1, 2, 3), (4, 5))]
     items = np.sum([model.items(part) for part in parts], axis=0).tolist()
@@ -243,7 +243,7 @@ def test_a_run_over_generated_responses(made, tmp_path):
     other = train(parse_recipe(response_tree(folder, source, name="plain") | {"seed": 1}), plain)
     assert not torch.allclose(embed_texts(model, SENTENCES), embed_texts(llm2comp.load(other, "cpu"), SENTENCES), atol=1e-3)
     assert plan(parse_recipe(response_tree(folder, source)))[0][0].rows == len(
-        read_answers(TextData(source=str(source), response="response")).rows
+        read_responses(TextData(source=str(source), response="response")).rows
     )
 
 
@@ -326,7 +326,7 @@ def test_recipes_that_cannot_be(made, tmp_path):
 def test_rows_with_bad_vectors_are_left_out(tmp_path):
     good, bad = [1.0, 2], [None, [], "x", 3, [1, None], [float("nan"), 1], [[1.0, 2.0]]]
     rows = [{"text": "t", "response": "r", "teacher": vector} for vector in (good, *bad)]
-    loaded = read_answers(TextData(source=str(write_rows(tmp_path / "a.jsonl", rows)), response="response"), teacher=True)
+    loaded = read_responses(TextData(source=str(write_rows(tmp_path / "a.jsonl", rows)), response="response"), teacher=True)
     assert [answer.teacher_D.tolist() for answer in loaded.rows] == [[1.0, 2.0]]
     assert loaded.skipped == {"'teacher' is not a list of numbers": len(bad)}
 

@@ -21,7 +21,7 @@ def rows_of(compressor, lengths=LENGTHS):
 @torch.no_grad()
 def one_by_one(compressor, rows):
     ids = [torch.tensor([row]) for row in rows]
-    return torch.cat([compressor.encode(Tokens(x, torch.ones_like(x))) for x in ids])
+    return torch.cat([compressor.memory_states(Tokens(x, torch.ones_like(x))) for x in ids])
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -44,7 +44,7 @@ def test_states_are_those_of_each_text_alone_in_order(family, budget):
 def test_every_text_is_read_once_within_the_budget(budget, monkeypatch):
     compressor = make_compressor()
     rows, seen, batches = rows_of(compressor), [], []
-    encode = compressor.encode
+    encode = compressor.memory_states
 
     def spy(tokens):
         size = len(tokens.ids_BT) * (tokens.ids_BT.shape[1] + MEMORY)
@@ -53,7 +53,7 @@ def test_every_text_is_read_once_within_the_budget(budget, monkeypatch):
         seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(tokens.ids_BT, tokens.mask_BT, strict=True))
         return encode(tokens)
 
-    monkeypatch.setattr(compressor, "encode", spy)
+    monkeypatch.setattr(compressor, "memory_states", spy)
     memory_states(compressor, rows, budget)
     assert sorted(seen) == sorted(rows)
     assert {1: max(batches) == 1, 50: 1 < max(batches) < len(rows), 10_000: batches == [len(rows)]}[budget], batches

@@ -76,15 +76,15 @@ class Compressor(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.memory = memory.to(backbone.embedding_table.device)
+        self.memory = memory.to(backbone.input_table.device)
         self.settings = settings or EncoderSettings()
         self.before, self.behind = backbone.around(self.settings.prompt)
-        self.embedding: nn.Module | None = None
+        self.input_table: nn.Module | None = None
         self.projection: nn.Linear | None = None
         if (size := self.settings.projection) is not None:
-            inside, device = backbone.embedding_table.shape[1], backbone.embedding_table.device
+            inside, device = backbone.input_table.shape[1], backbone.input_table.device
             self.projection = new_projection(inside, inside if size == "same" else size, seed).to(device)
-        self.register_buffer("weights_K", mean_weights(self.states).to(backbone.embedding_table.device))
+        self.register_buffer("weights_K", mean_weights(self.states).to(backbone.input_table.device))
         nested = nesting.nested if nesting else ()
         if nested and not memory.count:
             raise RecipeError(
@@ -103,7 +103,7 @@ class Compressor(nn.Module):
         """New memory tokens, so many or as the settings say, over a backbone (none if `settings` pool the text's states)."""
         nesting = MemorySettings(tokens=memory) if isinstance(memory, int) else memory
         count = nesting.tokens if settings is None or settings.pooling == "memory" else 0
-        return cls(backbone, MemoryTokens.like(backbone.embedding_table, count, seed), settings, nesting, seed)
+        return cls(backbone, MemoryTokens.like(backbone.input_table, count, seed), settings, nesting, seed)
 
     @property
     def states(self) -> int:
@@ -113,31 +113,31 @@ class Compressor(nn.Module):
     @property
     def width(self) -> int:
         """Dimensions of an embedding: the LM's, or the projection's."""
-        return int(self.backbone.embedding_table.shape[1]) if self.projection is None else self.projection.out_features
+        return int(self.backbone.input_table.shape[1]) if self.projection is None else self.projection.out_features
 
     @property
     def added(self) -> int:
         """Positions that a text takes beside its own tokens: memory and prompt."""
         return self.memory.count + len(self.before) + len(self.behind)
 
-    def encode(self, tokens: Tokens) -> Tensor:
+    def memory_states(self, tokens: Tokens) -> Tensor:
         """Memory states m̃_1..m̃_k of left-padded texts, after the final norm: memory_BKD; or the pooled state, K = 1."""
         tokens = wrap(tokens, self.before, self.behind, self._bos)
         x_BSD, mask_BS = self.memory.append(self.embed(tokens.ids_BT), tokens.mask_BT)
         if self.settings.pooling == "mean":
-            return self._mean(self.read(x_BSD, mask_BS), tokens)
+            return self._mean(self.encoder_pass(x_BSD, mask_BS), tokens)
         needed_BS = torch.zeros_like(mask_BS, dtype=torch.bool)
         needed_BS[:, -self.states :] = True
-        return self.read(x_BSD, mask_BS, needed_BS)[:, -self.states :]
+        return self.encoder_pass(x_BSD, mask_BS, needed_BS)[:, -self.states :]
 
-    def read(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
+    def encoder_pass(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
         """The backbone's encoder pass on texts with the memory after them."""
-        return self.backbone.read(x_BSD, mask_BS, needed_BS)
+        return self.backbone.encoder_pass(x_BSD, mask_BS, needed_BS)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Input embeddings of the encoder pass, x_BTD: the LM's, or the trained copy of them."""
-        embed = self.backbone.embed if self.embedding is None else self.embedding
-        x_BTD: Tensor = embed(ids_BT).to(self.backbone.embedding_table.dtype)
+        embed = self.backbone.embed if self.input_table is None else self.input_table
+        x_BTD: Tensor = embed(ids_BT).to(self.backbone.input_table.dtype)
         return x_BTD
 
     def _mean(self, states_BTD: Tensor, tokens: Tokens) -> Tensor:
@@ -155,7 +155,7 @@ class Compressor(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Embeddings of left-padded texts: the weighted mean of their memory states, projected if so set, embedding_BD."""
-        return self.pool(self.encode(tokens))
+        return self.pool(self.memory_states(tokens))
 
     def pool(self, memory_BKD: Tensor) -> Tensor:
         """Memory states, from any device, as embeddings on the encoder's: embedding_BD."""
@@ -184,14 +184,14 @@ class Compressor(nn.Module):
         if self.projection is not None:
             self.projection.requires_grad_(memory)
         if embeddings:
-            self._own_embedding()
-        if self.embedding is not None:
-            self.embedding.requires_grad_(embeddings)
+            self._own_table()
+        if self.input_table is not None:
+            self.input_table.requires_grad_(embeddings)
 
-    def _own_embedding(self) -> nn.Module:
-        if self.embedding is None:
-            self.embedding = copy.deepcopy(self.backbone.lm.get_input_embeddings()).float().requires_grad_(False)
-        return self.embedding
+    def _own_table(self) -> nn.Module:
+        if self.input_table is None:
+            self.input_table = copy.deepcopy(self.backbone.lm.get_input_embeddings()).float().requires_grad_(False)
+        return self.input_table
 
     def max_tokens(self, asked: int) -> int:
         """Longest text, BOS included, that fits with the memory into the LM's positions: `asked` or less."""
@@ -204,13 +204,13 @@ class Compressor(nn.Module):
         """
         with gathered(self._saved(adapter)):
             tensors = self._beside_adapters() | {"weights": self.get_buffer("weights_K")}
-            if self.embedding is not None:
-                tensors["embeddings"] = next(self.embedding.parameters())
+            if self.input_table is not None:
+                tensors["embeddings"] = next(self.input_table.parameters())
             save_whole(tensors, folder / STATE_FILE, {"order": self.order})
             self.backbone.adapters.save(adapter, folder / "adapter")
 
     def _saved(self, adapter: str) -> list[nn.Parameter]:
-        beside = [self.memory, *filter(None, (self.projection, self.embedding))]
+        beside = [self.memory, *filter(None, (self.projection, self.input_table))]
         return [*self.backbone.adapters.parameters(adapter), *(p for module in beside for p in module.parameters())]
 
     def _beside_adapters(self) -> dict[str, Tensor]:
@@ -229,7 +229,7 @@ class Compressor(nn.Module):
             ordered = header_of(folder / STATE_FILE).get("order")  # earlier versions: none
             self.order = "last" if ordered == "last" else "first"
             if "embeddings" in tensors:
-                self._own_embedding()
+                self._own_table()
             with gathered(self._saved(adapter)):
                 own = self._beside_adapters()
                 for name, tensor in own.items():
@@ -243,7 +243,7 @@ class Compressor(nn.Module):
                     fill(tensor, tensors[name])
                 fill(self.get_buffer("weights_K"), tensors["weights"])
                 if "embeddings" in tensors:
-                    fill(next(self._own_embedding().parameters()), tensors["embeddings"])
+                    fill(next(self._own_table().parameters()), tensors["embeddings"])
                 self.backbone.adapters.load(adapter, folder / "adapter")
         except (OSError, SafetensorError, KeyError) as error:
             raise ModelFolderError(

@@ -90,7 +90,7 @@ class MemoryEncoder(InputModule):
         compressor = self.compressor
         tokens = Tokens(features["input_ids"], features["attention_mask"])
         if self.prefixes:
-            memory_BKD = compressor.encode(tokens)
+            memory_BKD = compressor.memory_states(tokens)
             means_BPD = prefix_embeddings(memory_BKD, self.prefixes, compressor.order)
             features["sentence_embedding"] = compressor.project(means_BPD)
         else:
@@ -110,7 +110,7 @@ def as_sentence_transformer(
 ) -> SentenceTransformer:
     """A SentenceTransformer over a live compressor; its memory states are pooled inside the module."""
     module = MemoryEncoder(compressor, max_tokens, role_max_tokens)
-    device = str(compressor.backbone.embedding_table.device)
+    device = str(compressor.backbone.input_table.device)
     model = SentenceTransformer(modules=[module], device=device, prompts=prompts or {})
     model.eval()
     return model

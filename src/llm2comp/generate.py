@@ -102,7 +102,7 @@ class Responder:
     def respond(self, rows: Sequence[Sequence[int]]) -> tuple[list[str], int]:
         """Responses to prompts that `prompt` made, and how many tokens they are. Stock generation, left padding, KV cache."""
         backbone, options = self.backbone, self.options
-        tokens = Tokens.pad(rows, "left", backbone.pad_id).to(backbone.embedding_table.device)
+        tokens = Tokens.pad(rows, "left", backbone.pad_id).to(backbone.input_table.device)
         drawing = {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature else {}
         with torch.no_grad():
             ids_BT = backbone.lm.generate(

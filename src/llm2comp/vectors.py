@@ -139,11 +139,11 @@ def memory_states(
     max_tokens_per_batch: int | None = None,
 ) -> Tensor:
     """Memory states of token rows (BOS included) in order: memory_NKD, float32, on the CPU."""
-    table, pad_id = compressor.backbone.embedding_table, compressor.backbone.pad_id
+    table, pad_id = compressor.backbone.input_table, compressor.backbone.pad_id
 
     def compute(places: list[int]) -> Tensor:
         tokens = Tokens.pad([rows[i] for i in places], "left", pad_id)
-        return compressor.encode(tokens.to(table.device))
+        return compressor.memory_states(tokens.to(table.device))
 
     lengths = [len(row) + compressor.added for row in rows]
     found = in_batches(lengths, compute, Budget.of(table.device, max_tokens_per_batch))

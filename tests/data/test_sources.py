@@ -14,7 +14,7 @@ import zstandard
 
 from llm2comp.data import python_docs
 from llm2comp.data.loaded import Pair
-from llm2comp.data.sources import check_sources, iterate_sources, read_answers, read_pairs, read_texts, source_key
+from llm2comp.data.sources import check_sources, iterate_sources, read_pairs, read_responses, read_texts, source_key
 from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, TextData
 
@@ -498,7 +498,7 @@ def test_negatives_and_responses_that_are_missing_too(write):
         pairs(source, negatives=("neg_1", "n"))
     assert caught.value.fix.endswith("anchor: q, positive: d, negatives: [neg_1]}")
     with pytest.raises(DataError, match="no column 'reply'") as caught:
-        read_answers(TextData(source=write("r.csv", "text,response\na,b\n"), response="reply"))
+        read_responses(TextData(source=write("r.csv", "text,response\na,b\n"), response="reply"))
     assert caught.value.fix.endswith("column: text, response: response}")
     with pytest.raises(DataError, match="no column 'anchor'") as caught:
         read_pairs(PairData(source=write("t.csv", "text\na\n")))

@@ -33,7 +33,7 @@ def context_kl(compressor: Compressor, batch: SplitTexts) -> tuple[float, float,
         weights_N = torch.ones(len(teacher_ND), device=teacher_ND.device)
         return float(chunked_kl(states_BCD[valid_BC], teacher_ND, backbone.project, weights_N))
 
-    memory_BKD = compressor.encode(batch.context)
+    memory_BKD = compressor.memory_states(batch.context)
     return kl_from(memory_BKD), kl_from(memory_BKD[:, :0]), len(teacher_ND)
 
 
@@ -43,7 +43,7 @@ def _predicting_states(compressor: Compressor, memory_BKD: Tensor, text: Tokens)
         return decode_from_memory(compressor, memory_BKD, text)
     if memory_BKD.shape[1] == 0:
         embedded = compressor.backbone.embed(text.ids_BT)
-        return compressor.backbone.decode(embedded, text.mask_BT), text.mask_BT.bool()
+        return compressor.backbone.decoder_pass(embedded, text.mask_BT), text.mask_BT.bool()
     states_BCD, valid_BC = decode_from_memory(compressor, memory_BKD, text)
     return states_BCD[:, 1:], valid_BC[:, 1:]
 
@@ -66,7 +66,7 @@ def context_recovered(compressor: Compressor, batches: Sequence[SplitTexts]) -> 
     """
     if not batches:
         return None
-    device = compressor.backbone.embedding_table.device
+    device = compressor.backbone.input_table.device
     sums = [context_kl(compressor, batch.to(device)) for batch in batches]
     with_memory, without = sum(s[0] for s in sums), sum(s[1] for s in sums)
     if not without > 1e-9:

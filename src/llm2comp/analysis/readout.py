@@ -45,9 +45,9 @@ def read_out(compressor: Compressor, text: str, max_tokens: int, words: int = 5,
     """
     backbone = compressor.backbone
     (row,) = backbone.tokenise([text], compressor.max_tokens(max_tokens))
-    device = backbone.embedding_table.device
+    device = backbone.input_table.device
     tokens = Tokens.pad([row], "left").to(device)
-    memory_BKD = compressor.encode(tokens)
+    memory_BKD = compressor.memory_states(tokens)
     best_KW = backbone.project(memory_BKD[0]).topk(words, dim=-1).indices
     start = [] if backbone.bos_id is None else [backbone.bos_id]
     start_BTD = backbone.embed(torch.tensor([start], dtype=torch.int64, device=device))
@@ -69,7 +69,7 @@ def continue_greedily(backbone: Backbone, x_BTD: Tensor, tokens: int) -> list[in
     found: list[int] = []
     for _ in range(room):
         mask_BT = torch.ones(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
-        state_D = backbone.decode(x_BTD, mask_BT)[0, -1]
+        state_D = backbone.decoder_pass(x_BTD, mask_BT)[0, -1]
         best = int(backbone.project(state_D[None]).argmax())
         if best == backbone.tokenizer.eos_token_id:
             break

@@ -20,7 +20,7 @@ class FullCopy(Trainable):
     """A float32 copy of the LM's layers; every stage goes on with the same copy.
 
     Input embeddings are not part of it: texts come in as embeddings, whose trained copy is
-    `Compressor.embedding`.
+    `Compressor.input_table`.
 
     Raises:
         BackboneError: an LM in 4 or 8 bits.

@@ -85,7 +85,7 @@ class Backbone(nn.Module):
         return self.lm.config
 
     @property
-    def embedding_table(self) -> Tensor:
+    def input_table(self) -> Tensor:
         """Input embeddings, (V, D)."""
         table: Tensor = self.lm.get_input_embeddings().weight
         return table
@@ -130,7 +130,7 @@ class Backbone(nn.Module):
         x: Tensor = self.lm.get_input_embeddings()(ids_BT)
         return x
 
-    def read(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
+    def encoder_pass(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
         """Encoder pass: adapters on; states_BSD after the final norm.
 
         Args:
@@ -141,15 +141,15 @@ class Backbone(nn.Module):
         kwargs: dict[str, Any] = {"is_causal": False} if self.attention == "bidirectional" else {}
         return self._lay_out(x_BSD, mask_BS, needed_BS, **kwargs)
 
-    def decode(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
-        """Teacher and decoder pass: adapters off, causal, no dropout; states_BSD after the final norm, arguments as `read`."""
+    def decoder_pass(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
+        """Teacher and decoder pass: adapters off, causal, no dropout. Arguments and states as `encoder_pass`."""
         with self.base_only():
             return self._lay_out(x_BSD, mask_BS, needed_BS)
 
-    def decode_layer(self, x_BSD: Tensor, mask_BS: Tensor, layer: int) -> Tensor:
-        """As `decode`, but states_BSD after one layer: 0 = the embeddings, -1 = the last, after the final norm."""
+    def decoder_layer(self, x_BSD: Tensor, mask_BS: Tensor, layer: int) -> Tensor:
+        """As `decoder_pass`, but states_BSD after one layer: 0 = the embeddings, -1 = the last, after the final norm."""
         if layer == -1:
-            return self.decode(x_BSD, mask_BS)
+            return self.decoder_pass(x_BSD, mask_BS)
         with self.base_only():
             return self._run(x_BSD, position_ids(mask_BS), mask_BS, layer)
 
@@ -231,17 +231,17 @@ class Backbone(nn.Module):
     def savings(self) -> frozenset[str]:
         """Which of `layout.SAVINGS` this LM admits: found by a trial on first use."""
         with self.base_only():
-            return possible_savings(self._run, self.embedding_table, self.lm.base_model)
+            return possible_savings(self._run, self.input_table, self.lm.base_model)
 
     def _worth_packing(self, mask_BS: Tensor) -> bool:
         longest, tokens = int(mask_BS.sum(1).max()), int(mask_BS.sum())
         window = getattr(self.config, "sliding_window", None)
-        if mask_BS.is_cuda and (self.embedding_table.dtype not in HALVES or (self._dropout_on and self._dropout_rate > 0)):
+        if mask_BS.is_cuda and (self.input_table.dtype not in HALVES or (self._dropout_on and self._dropout_rate > 0)):
             return False  # there is no one kernel for all texts
         if window is not None and longest > window // 2:
             return False
         # On a CPU attention of half precision is computed in float32, which only the packed form does.
-        halves = not mask_BS.is_cuda and self.embedding_table.dtype in HALVES
+        halves = not mask_BS.is_cuda and self.input_table.dtype in HALVES
         return halves or tokens < (1 - WORTH) * mask_BS.numel()
 
     def _run(self, x_BSD: Tensor, positions_BS: Tensor, mask: Tensor | None, layer: int | None = None, **kwargs: Any) -> Tensor:

@@ -35,14 +35,16 @@ def probe(backbone: Backbone) -> None:
         BackboneError: an LM whose first state sees the last token, a bidirectional encoder whose first state ignores it,
             masked tokens that are not left out, or a head that does more than this package knows.
     """
-    table = backbone.embedding_table
+    table = backbone.input_table
     ids = torch.randint(len(table), (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(table.device)
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + len(table) // 2) % len(table)
     mask = torch.ones_like(ids)
     kind = f"{backbone.name} (model_type {backbone.config.model_type})"
     try:
-        read, decoded = ([run(backbone.embed(x), mask)[0] for x in (ids, other)] for run in (backbone.read, backbone.decode))
+        read, decoded = (
+            [run(backbone.embed(x), mask)[0] for x in (ids, other)] for run in (backbone.encoder_pass, backbone.decoder_pass)
+        )
     except (TypeError, AttributeError) as error:
         raise BackboneError(
             f"cannot be run as this method needs: {error}", where=kind, expected="a causal LM whose layers take is_causal=False"
@@ -55,7 +57,7 @@ def probe(backbone: Backbone) -> None:
         raise BackboneError(
             "is not a causal LM", where=kind, expected="a decoder-only model", found="the first state moves with the last token"
         )
-    padded = backbone.decode(backbone.embed(torch.cat([other, ids], 1)), torch.cat([0 * mask, mask], 1))[0, PROBE_TOKENS:]
+    padded = backbone.decoder_pass(backbone.embed(torch.cat([other, ids], 1)), torch.cat([0 * mask, mask], 1))[0, PROBE_TOKENS:]
     if torch.cosine_similarity(padded.float(), decoded[0].float(), dim=-1).mean() < 0.9:
         raise BackboneError(
             "does not leave out masked tokens, so texts cannot share a batch", where=kind, fix="choose another backbone"

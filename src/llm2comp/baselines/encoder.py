@@ -87,7 +87,7 @@ class BaselineEncoder(InputModule):
 
     def get_embedding_dimension(self) -> int:
         """D."""
-        return int(self.backbone.embedding_table.shape[1])
+        return int(self.backbone.input_table.shape[1])
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
         """Texts, each after `prompt`, as right-padded ids and spans: all texts in the first template, then in the next."""
@@ -110,7 +110,7 @@ class BaselineEncoder(InputModule):
         model = SavedModel(
             name=str(Path(name).absolute()) if Path(name).exists() else name,
             revision=hub_commit(name) or None,
-            dtype=str(self.backbone.embedding_table.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            dtype=str(self.backbone.input_table.dtype).removeprefix("torch."),  # type: ignore[arg-type]
             bos=self.backbone.bos,
         )
         return SavedBaseline(format_version=1, model=model, encoder=self.settings)
@@ -128,7 +128,7 @@ class BaselineEncoder(InputModule):
         return cls(load_backbone(saved.model.settings(device)), saved.encoder)
 
     def _pooled(self, ids_BT: Tensor, mask_BT: Tensor, span_BT: Tensor) -> Tensor:
-        states_BTD = self.backbone.decode_layer(self.backbone.embed(ids_BT), mask_BT, self.settings.layer).float()
+        states_BTD = self.backbone.decoder_layer(self.backbone.embed(ids_BT), mask_BT, self.settings.layer).float()
         return torch.einsum("btd,bt->bd", states_BTD, pooling_weights(span_BT, self.settings.pooling))
 
     def _rows(self, template: str, texts: Sequence[str]) -> list[Row]:
@@ -204,9 +204,7 @@ def pooling_weights(span_BT: Tensor, pooling: str) -> Tensor:
 
 def baseline(backbone: Backbone, settings: BaselineSettings) -> SentenceTransformer:
     """A training-free encoder as a SentenceTransformer, on the backbone's device."""
-    return SentenceTransformer(
-        modules=[BaselineEncoder(backbone, settings)], device=str(backbone.embedding_table.device)
-    ).eval()
+    return SentenceTransformer(modules=[BaselineEncoder(backbone, settings)], device=str(backbone.input_table.device)).eval()
 
 
 def load_saved(folder: Path, device: str | None = None) -> SentenceTransformer:
@@ -222,4 +220,4 @@ def load_saved(folder: Path, device: str | None = None) -> SentenceTransformer:
         prompts = {key: prompt for key, prompt in kept.get("prompts", {}).items() if isinstance(prompt, str)}
     except (OSError, ValueError, AttributeError) as error:
         raise ModelFolderError(f"damaged: {error}", where=str(file), fix="save the encoder again") from None
-    return SentenceTransformer(modules=[module], device=str(module.backbone.embedding_table.device), prompts=prompts).eval()
+    return SentenceTransformer(modules=[module], device=str(module.backbone.input_table.device), prompts=prompts).eval()

@@ -29,7 +29,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A text, an LM's response to it and, if asked for, a teacher's embedding of the response, (D_t,) float32."""
 
     text: str

@@ -21,7 +21,7 @@ import pyarrow as pa
 from llm2comp.data import python_docs
 from llm2comp.data.columns import Columns, MissingColumnError, check_columns, settings_for
 from llm2comp.data.hub import hub_file, hub_rows, hub_version
-from llm2comp.data.loaded import Answer, Loaded, Pair, T, Tally, _shown
+from llm2comp.data.loaded import Loaded, Pair, Response, T, Tally, _shown
 from llm2comp.data.responses import TEACHER, folder_rows, source_digest
 from llm2comp.data.tables import Row, Rows, convert_command, file_kind, file_rows, no_such_file
 from llm2comp.data.values import UnusableError, WrittenListError, filled, one_text, stripped, vector
@@ -57,7 +57,7 @@ def source_key(spec: TextData) -> dict[str, Any]:
     return settings | {"name": _shown(spec.source), "content": _content(spec)}
 
 
-def read_answers(spec: TextData, teacher: bool = False) -> Loaded[Answer]:
+def read_responses(spec: TextData, teacher: bool = False) -> Loaded[Response]:
     """Read texts with their responses (`spec.response`), and the teacher's embeddings of these (column `teacher`) if asked for.
 
     Raises:
@@ -66,12 +66,12 @@ def read_answers(spec: TextData, teacher: bool = False) -> Loaded[Answer]:
     assert spec.response is not None
     response = spec.response
 
-    def answer(row: Row) -> list[Answer]:
-        return [Answer(filled(row, spec.column), filled(row, response), vector(row, TEACHER) if teacher else None)]
+    def given(row: Row) -> list[Response]:
+        return [Response(filled(row, spec.column), filled(row, response), vector(row, TEACHER) if teacher else None)]
 
     columns = (spec.column, response, *([TEACHER] if teacher else []))
-    loaded = _collect(spec, columns, answer, lambda answer: [answer.text, answer.response])
-    widths = sorted({len(answer.teacher_D) for answer in loaded.rows if answer.teacher_D is not None})
+    loaded = _collect(spec, columns, given, lambda given: [given.text, given.response])
+    widths = sorted({len(given.teacher_D) for given in loaded.rows if given.teacher_D is not None})
     if len(widths) > 1:
         raise DataError("embeddings of several widths", where=f"{spec.source}, column {TEACHER!r}", found=widths)
     return loaded

@@ -92,7 +92,7 @@ def export(
     for role, prompt in model.prompts.items():
         check_prompt(model, prompt or "", role, where=f"prompts.{role}")
     refuse_foreign(folder, EXPORTED)
-    dtype = dtype or str(module.compressor.backbone.embedding_table.dtype).removeprefix("torch.")
+    dtype = dtype or str(module.compressor.backbone.input_table.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ModelFolderError("no such dtype", where="dtype", expected=", ".join(DTYPES), found=dtype)
     with in_float32(module):

@@ -70,8 +70,8 @@ def _write_transformer(module: MemoryEncoder, folder: Path) -> dict[str, int]:
     body = backbone.adapters.merged(torch.float32).base_model
     ids = list(memory.values())
     with torch.no_grad():
-        if compressor.embedding is not None:
-            own = next(compressor.embedding.parameters())
+        if compressor.input_table is not None:
+            own = next(compressor.input_table.parameters())
             body.get_input_embeddings().weight.copy_(own)
         if ids and max(ids) >= len(body.get_input_embeddings().weight):
             body.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
@@ -132,7 +132,7 @@ def _any_token(backend: Any) -> str:
 
 def _pooling(compressor: Compressor, transformer: Any, memory: dict[str, int]) -> list[Any]:
     """Step 5 of the module docstring."""
-    width = int(compressor.backbone.embedding_table.shape[1])
+    width = int(compressor.backbone.input_table.shape[1])
     if compressor.last_alone:
         return [Pooling(width, "lasttoken")]
     if compressor.settings.pooling == "memory":

@@ -72,7 +72,7 @@ class Passes:
     @cached_property
     def memory_BKD(self) -> Tensor:
         """Memory states of the contexts, adapters on."""
-        return self.compressor.encode(self.batch.context)
+        return self.compressor.memory_states(self.batch.context)
 
     @cached_property
     def teacher_ND(self) -> Tensor:
@@ -82,8 +82,8 @@ class Passes:
     def text_states(self, tokens: Tokens, needed_BT: Tensor) -> Tensor:
         """The needed states of texts alone, adapters on, in the head's dtype: states_BTD."""
         x_BTD = self.compressor.embed(tokens.ids_BT)
-        states_BTD = self.backbone.read(x_BTD, tokens.mask_BT, needed_BT)
-        return states_BTD.to(self.backbone.embedding_table.dtype)
+        states_BTD = self.backbone.encoder_pass(x_BTD, tokens.mask_BT, needed_BT)
+        return states_BTD.to(self.backbone.input_table.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,7 @@ def teacher_states(backbone: Backbone, batch: SplitTexts, skipped: int = 0) -> T
     first_B1 = batch.context.lengths_B[:, None] - 1 + skipped
     needed_BT = (places_BT >= first_B1) & batch.text.mask_BT.bool()
     x_BTD = backbone.embed(batch.text.ids_BT)
-    return backbone.decode(x_BTD, batch.text.mask_BT, needed_BT)[needed_BT]
+    return backbone.decoder_pass(x_BTD, batch.text.mask_BT, needed_BT)[needed_BT]
 
 
 def decode_from_memory(
@@ -209,4 +209,4 @@ def decode_from_memory(
         x = torch.cat([backbone.embed(bos_B1).to(x.dtype), x], 1)
         mask = torch.cat([mask.new_ones(len(x), 1), mask], 1)
     start = x.shape[1] - text.ids_BT.shape[1] - 1
-    return backbone.decode(x, mask)[:, start:], mask[:, start:].bool()
+    return backbone.decoder_pass(x, mask)[:, start:], mask[:, start:].bool()

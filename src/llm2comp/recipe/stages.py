@@ -153,7 +153,7 @@ class PretextStage(Stage):
         return pair if "prompts" in self.needs else ()
 
     @property
-    def answered(self) -> bool:
+    def needs_responses(self) -> bool:
         """Whether the texts come with responses, which are then their continuations."""
         return self.data[0].response is not None
 
@@ -163,9 +163,9 @@ class PretextStage(Stage):
         asking = [name for name in self.objectives if "responses" in OBJECTIVES[name].needs]
         if any(named) != all(named):
             raise ValueError("data with a response column and data without cannot be mixed")
-        if asking and not self.answered:
+        if asking and not self.needs_responses:
             raise ValueError(f"objective {' and '.join(asking)} needs responses: set data.0.response to their column")
-        if self.answered and self.long_texts == "chunk":
+        if self.needs_responses and self.long_texts == "chunk":
             raise ValueError("long_texts chunk: a text with a response has one piece; set skip or truncate")
         return self
 

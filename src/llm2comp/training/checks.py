@@ -18,7 +18,7 @@ from llm2comp.backbone.naming import require_weights
 from llm2comp.backbone.quantized import quantization_config
 from llm2comp.compressor import room_for_text
 from llm2comp.data.pretext import token_rows
-from llm2comp.data.sources import iterate_sources, read_answers, read_pairs, read_texts
+from llm2comp.data.sources import iterate_sources, read_pairs, read_responses, read_texts
 from llm2comp.encoder import refuse_long_prompt
 from llm2comp.errors import BackboneError, RecipeError
 from llm2comp.objectives.mntp import mask_token_id
@@ -59,8 +59,8 @@ def check_data(recipe: Recipe) -> None:
         specs: tuple[TextData | PairData, ...] = stage.data  # type: ignore[attr-defined]
         for spec in specs:
             first = spec.model_copy(update={"limit": 1})
-            if isinstance(stage, PretextStage) and stage.answered:
-                read_answers(first, teacher="teacher" in stage.needs)  # type: ignore[arg-type]
+            if isinstance(stage, PretextStage) and stage.needs_responses:
+                read_responses(first, teacher="teacher" in stage.needs)  # type: ignore[arg-type]
             else:
                 read_pairs(first) if isinstance(first, PairData) else read_texts(first)
     check_watch(recipe)
@@ -121,7 +121,7 @@ class _Known:
     def _check_objectives(self, stage: PretextStage) -> None:
         if "masks" in stage.needs:
             mask_token_id(self.tokenizer, stage.mask_token, self.name)
-        if self.limit(stage) < 2 * stage.site_margin_tokens and not stage.answered:
+        if self.limit(stage) < 2 * stage.site_margin_tokens and not stage.needs_responses:
             raise RecipeError(
                 "no split site exists in the longest text that fits the model",
                 where="pretext.site_margin_tokens",
@@ -143,7 +143,7 @@ def check_rows(name: str, stage: Stage, known: _Known) -> None:
         enough(name, most_in_a_batch(pairs))
     elif isinstance(stage, UclStage):
         enough(name, _different(text for text in _texts(stage) if len(text) >= stage.min_characters))
-    elif isinstance(stage, PretextStage) and not stage.answered:
+    elif isinstance(stage, PretextStage) and not stage.needs_responses:
         limits = (stage, known.tokenise, known.limit(stage), known.bos_id)
         token_rows(_texts(stage), *limits, keep=lambda rows: _two(name, rows))
 

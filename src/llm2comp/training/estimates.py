@@ -27,11 +27,11 @@ def fitted(name: str, stage: AnyStage, backbone: Backbone, full_copy: bool) -> A
 
     The optimiser steps stay those of the recipe. Says what was chosen. Among several processes batches stay whole.
     """
-    width, device = int(backbone.embedding_table.shape[1]), backbone.embedding_table.device
+    width, device = int(backbone.input_table.shape[1]), backbone.input_table.device
     chosen = stage.at_width(width, full_copy)
     if stage.schedule.learning_rate == "auto":
         say(f"{name}: learning rate {chosen.schedule.peak:.2g} (auto, {width} wide)")
-    full = backbone.embedding_table.dtype == torch.float32
+    full = backbone.input_table.dtype == torch.float32
     tokens = None if ranks() > 1 else tokens_at_once(stage, backbone.config, full, device)
     if tokens is None:
         return chosen

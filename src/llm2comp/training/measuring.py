@@ -49,7 +49,7 @@ def times(recipe: Recipe, tokens: Mapping[str, int]) -> str:
                 return f"cannot be told: {name} finds no text that is fit among its first {ROWS}"
         hours[name] = tokens[name] / rate / 3600
     each = ", ".join(f"{name} {said(value)}" for name, value in hours.items())
-    device = backbone.embedding_table.device
+    device = backbone.input_table.device
     return f"about {said(sum(hours.values()))} on this {device} ({each}; from {STEPS} small steps each, the watch not counted)"
 
 

@@ -27,7 +27,7 @@ from llm2comp.training.estimates import (
     trained_embeddings,
 )
 from llm2comp.training.measuring import said, times
-from llm2comp.training.stages import load_answers, load_queries, load_texts
+from llm2comp.training.stages import load_queries, load_responses, load_texts
 
 SAMPLE = 1000
 GIB = 2**30
@@ -120,9 +120,9 @@ def stage_texts(stage: Stage) -> tuple[list[str], int, int, int]:
             stage.batch_size,
         )
     assert isinstance(stage, PretextStage | UclStage)
-    texts: Iterable[str] = load_texts(stage.data) if isinstance(stage, UclStage) or not stage.answered else ()
-    if isinstance(stage, PretextStage) and stage.answered:
-        texts = [f"{a.text} {a.response}" for a in load_answers(stage) if len(a.text) >= stage.min_characters]
+    texts: Iterable[str] = load_texts(stage.data) if isinstance(stage, UclStage) or not stage.needs_responses else ()
+    if isinstance(stage, PretextStage) and stage.needs_responses:
+        texts = [f"{a.text} {a.response}" for a in load_responses(stage) if len(a.text) >= stage.min_characters]
     first: list[str] = []
     distinct: set[str] = set()
     most, count = stage.batch_size if isinstance(stage, UclStage) else 0, 0

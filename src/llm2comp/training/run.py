@@ -217,7 +217,7 @@ def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Pat
     """Write a stage's result, to which every rank may add its part; say that it is done, drop its checkpoints."""
     with explain_disk_errors(folder):
         compressor.save(folder, name)
-    on_main(partial(_mark_done, done, folder), str(compressor.backbone.embedding_table.device))
+    on_main(partial(_mark_done, done, folder), str(compressor.backbone.input_table.device))
 
 
 def _mark_done(done: dict[str, Any], folder: Path) -> None:

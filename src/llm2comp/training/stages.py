@@ -16,10 +16,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from llm2comp.backbone import Backbone
 from llm2comp.compressor import Compressor, room_for_text
 from llm2comp.console import say
-from llm2comp.data.answers import AnswerRows, answer_rows
-from llm2comp.data.loaded import Answer, Pair
+from llm2comp.data.loaded import Pair, Response
 from llm2comp.data.pretext import Masking, PretextCollator, PretextRows
-from llm2comp.data.sources import iterate_sources, read_answers, read_pairs
+from llm2comp.data.response_rows import ResponseRows, response_rows
+from llm2comp.data.sources import iterate_sources, read_pairs, read_responses
 from llm2comp.data.store import distinct, stored_rows, stored_texts
 from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import DataError
@@ -58,17 +58,17 @@ def load_texts(specs: Sequence[TextData]) -> Iterator[str]:
     return iterate_sources(specs, say)
 
 
-def load_answers(stage: PretextStage) -> list[Answer]:
+def load_responses(stage: PretextStage) -> list[Response]:
     """All texts of a stage with their responses, and the teacher's embeddings of these where the stage aligns to them."""
-    answers: list[Answer] = []
+    found: list[Response] = []
     for spec in stage.data:
-        loaded = read_answers(spec, teacher="teacher" in stage.needs)
+        loaded = read_responses(spec, teacher="teacher" in stage.needs)
         say(loaded.summary())
-        answers += loaded.rows
-    widths = sorted({len(answer.teacher_D) for answer in answers if answer.teacher_D is not None})
+        found += loaded.rows
+    widths = sorted({len(given.teacher_D) for given in found if given.teacher_D is not None})
     if len(widths) > 1:
         raise DataError("teachers of several widths", where="pretext.data", found=widths, fix="embed all responses by one")
-    return answers
+    return found
 
 
 def load_queries(stage: SclStage, spec: PairData) -> list[Pair]:
@@ -93,10 +93,10 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
     dataset = pretext_samples(compressor, stage, stage.steps * per_step * arguments.world_size, seed)
     if compressor.memory.count and "memory" not in stage.needs:
         say(f"stage 1: {stage.objective_name} does not train the memory tokens; encoder.pooling: mean or last_token has none")
-    table_VD, to_teacher = compressor.backbone.embedding_table, None
+    table_VD, to_teacher = compressor.backbone.input_table, None
     if "teacher" in stage.needs:
-        assert isinstance(dataset, AnswerRows), "the recipe asks for responses where it asks for alignment"
-        width = len(dataset.answers[0].teacher_D)  # type: ignore[arg-type]
+        assert isinstance(dataset, ResponseRows), "the recipe asks for responses where it asks for alignment"
+        width = len(dataset.given[0].teacher_D)  # type: ignore[arg-type]
         to_teacher = map_to_teacher(table_VD.shape[1], width, seed, table_VD.device, compressor.projection)
     model, collate = PretextModel(compressor, stage, to_teacher), PretextCollator(compressor.backbone.pad_id)
     trainer = PretextTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
@@ -113,16 +113,16 @@ def pretext_samples(compressor: Compressor, stage: PretextStage, samples: int, s
     max_tokens = room_for_text(backbone.max_positions, max(around, default=0), max_tokens)
     rows: Any
     limits = (stage, backbone.tokenise, max_tokens, backbone.bos_id)
-    if stage.answered:
-        rows, left_out = answer_rows(load_answers(stage), *limits)
+    if stage.needs_responses:
+        rows, left_out = response_rows(load_responses(stage), *limits)
     else:
         rows, left_out = stored_rows(*limits, backbone.tokenizer, say)
     reasons = "; left out: " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
     say(f"stage 1: {len(rows):,} texts of up to {max_tokens} tokens{reasons}")
     together = stage.batch_size if stage.group_by_length else 1
     masks = masking(backbone, stage, seed) if "masks" in stage.needs else None
-    if stage.answered:
-        return AnswerRows(rows, samples, seed, together, masks)
+    if stage.needs_responses:
+        return ResponseRows(rows, samples, seed, together, masks)
     return PretextRows(rows, samples, stage.site_margin_tokens, seed, together, masks)
 
 
@@ -169,7 +169,7 @@ def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, op
         **_arguments(compressor, stage, folder, seed, options.report_to),
     )
     train_dataset = next(iter(rows.values())) if len(rows) == 1 else rows
-    judges = load_judges(stage, compressor.backbone.embedding_table.device)
+    judges = load_judges(stage, compressor.backbone.input_table.device)
     loss = contrastive_loss(model, stage, judges)
     trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=train_dataset, loss=loss)
     trainer.judges = judges
@@ -193,7 +193,7 @@ RUNNERS = {"pretext": run_pretext, "ucl": run_ucl, "scl": run_scl}
 
 def _arguments(compressor: Compressor, stage: Stage, folder: Path, seed: int, report_to: Sequence[str]) -> dict[str, Any]:
     """What all stages ask of their trainer."""
-    device = compressor.backbone.embedding_table.device
+    device = compressor.backbone.input_table.device
     return {
         "output_dir": str(folder),
         "max_steps": stage.steps,
