@@ -24,8 +24,8 @@ from benchmarks.rows import ROWS
 from benchmarks.settings import SETTINGS
 from benchmarks.table import cells, figures, markdown
 from benchmarks.worker import ABOUT, PREPARE, measured, peaks_at_once
-from llm2comp.console import say
-from llm2comp.files import write_text
+from llm2comp.system.console import say
+from llm2comp.system.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,6 +1,6 @@
 """Rows of training beside plainer ways to do the same step: peft's own LoRA layers with stacked adapters, and stock peers.
 
-"peft's layers" is how this package trained before `backbone/lora.py`: each adapter an operation of its own in float32, older
+"peft's layers" is how this package trained before `model/backbone/lora.py`: each adapter an operation of its own in float32, older
 adapters stacked instead of folded, one attention call per packed text. "stock" is what a user of sentence-transformers and
 peft would write: their Transformer, mean pooling, a LoRA adapter, their ranking loss; its `ours` pools in the same way.
 """
@@ -28,11 +28,11 @@ from benchmarks.settings import Setting
 from benchmarks.sides import Row, Side, Target, cosine_gap, relative_error
 from benchmarks.training import LIMITS, UNUSED, _pretext_side, learner, loss_and_gradient
 from benchmarks.work import contrastive_flops
-from llm2comp.backbone import Backbone, layout
-from llm2comp.backbone.families import DEFAULT_LORA_TARGETS
-from llm2comp.compressor import Compressor
 from llm2comp.data.pretext import PretextCollator
-from llm2comp.encoder import as_sentence_transformer
+from llm2comp.model.backbone import Backbone, layout
+from llm2comp.model.backbone.families import DEFAULT_LORA_TARGETS
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import AdapterSettings, EncoderSettings, PretextStage
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.trainers import PretextModel

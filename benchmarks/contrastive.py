@@ -15,7 +15,7 @@ from benchmarks.settings import Setting
 from benchmarks.sides import Row, Side, Target, relative_error
 from benchmarks.training import LIMITS, UNUSED, learner, loss_and_gradient
 from benchmarks.work import contrastive_flops
-from llm2comp.encoder import as_sentence_transformer
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import SclStage, UclStage
 from llm2comp.recipe.stages import ContrastiveStage
 from llm2comp.training.contrastive import contrastive_loss

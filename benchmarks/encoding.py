@@ -18,11 +18,11 @@ from benchmarks.inputs import cast, fill_adapters, make_compressor, make_texts, 
 from benchmarks.settings import Setting
 from benchmarks.sides import Row, Side, Target, cosine_gap
 from benchmarks.work import encode_flops
-from llm2comp.compiled import compile_folder
-from llm2comp.compiled.runtimes import RUNTIMES
-from llm2comp.embed import embed
-from llm2comp.encoder import as_sentence_transformer, merge_adapters
-from llm2comp.export import export
+from llm2comp.model.encoder import as_sentence_transformer, merge_adapters
+from llm2comp.storage.compiled import compile_folder
+from llm2comp.storage.export import export
+from llm2comp.storage.runtimes import RUNTIMES
+from llm2comp.use.embed import embed
 
 FOLDER = "model"
 MAX_TOKENS = 512
@@ -84,7 +84,7 @@ def _side(setting: Setting, kind: str, encode: Callable[[list[str]], Tensor], dt
 
 
 def our_side(setting: Setting, kind: str, model: SentenceTransformer, dtype: str | None = None) -> Side:
-    """`llm2comp.embed.embed` with its own batches."""
+    """`llm2comp.use.embed.embed` with its own batches."""
 
     def encode(texts: list[str]) -> Tensor:
         return torch.from_numpy(embed(model, texts).embeddings_ND)
@@ -93,7 +93,7 @@ def our_side(setting: Setting, kind: str, model: SentenceTransformer, dtype: str
 
 
 def graph_side(kind: str, precision: str, setting: Setting, folder: Path) -> Side:
-    """`llm2comp.embed.embed` on OpenVINO, held to the limit of half precision; int8 has no MFU."""
+    """`llm2comp.use.embed.embed` on OpenVINO, held to the limit of half precision; int8 has no MFU."""
     side = our_side(setting, kind, llm2comp.load(folder / precision, backend="openvino"), "bfloat16")
     return side if precision == "bfloat16" else replace(side, run=lambda: (side.run()[0], 0.0))
 

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 from benchmarks.settings import Setting, Shape
-from llm2comp.backbone import Backbone
-from llm2comp.compressor import Compressor
+from llm2comp.model.backbone import Backbone
+from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import AdapterSettings
 
 POSITIONS = 1024

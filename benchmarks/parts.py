@@ -17,9 +17,9 @@ from benchmarks.settings import Setting
 from benchmarks.sides import Row, Side, Target, relative_error
 from llm2comp.data.pretext import PretextCollator, PretextRows
 from llm2comp.data.store import TokenStore, stored_rows, write_rows
-from llm2comp.files import new_folder, write_text
 from llm2comp.objectives.kl import Project, chunked_kl
 from llm2comp.recipe import PretextStage
+from llm2comp.system.files import new_folder, write_text
 
 Kl = Callable[[Tensor, Tensor, Project, Tensor], Tensor]
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.inputs import SEED, make_lm, make_tokenizer
 from benchmarks.settings import Setting
-from llm2comp.memory import MemoryTokens
+from llm2comp.model.memory import MemoryTokens
 
 AT_ONCE = 2
 TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

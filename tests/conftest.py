@@ -29,8 +29,8 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def smollm2():
     """The real `builtin:smollm2`, lent from the user's cache; without it the test is skipped."""
-    from llm2comp.backbone.gguf import is_whole
-    from llm2comp.backbone.smollm2 import NAME, SHA256, smollm2_place
+    from llm2comp.model.backbone.gguf import is_whole
+    from llm2comp.model.backbone.smollm2 import NAME, SHA256, smollm2_place
 
     own = smollm2_place()
     with pytest.MonkeyPatch.context() as patch:

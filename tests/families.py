@@ -10,8 +10,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llm2comp.backbone import Backbone
-from llm2comp.compressor import Compressor
+from llm2comp.model.backbone import Backbone
+from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import AdapterSettings, PretextStage
 
 VOCABULARY = 320

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from llm2comp.evaluation import tasks as tasks_module
+from llm2comp.lab.evaluation import tasks as tasks_module
 
 TOPICS = {
     "cooking": "flour butter oven salt bake pan stir sugar dough recipe",

@@ -9,11 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from families import FAMILIES, TEXTS, make_backbone, make_compressor, push_adapter, relative_error, snapshot, untouched
-from llm2comp.backbone.families import LORA_TARGETS
 from llm2comp.errors import BackboneError, ModelFolderError
-from llm2comp.memory import MemoryTokens
+from llm2comp.model.backbone.families import LORA_TARGETS
+from llm2comp.model.memory import MemoryTokens
+from llm2comp.model.tokens import Tokens, position_ids
 from llm2comp.recipe import AdapterSettings
-from llm2comp.tokens import Tokens, position_ids
 
 
 def tokens_of(backbone):

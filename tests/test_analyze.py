@@ -22,17 +22,17 @@ from transformers import AutoTokenizer
 
 import llm2comp
 from families import MEMORY
-from llm2comp import analyze as analysis
-from llm2comp.analysis.context import context_recovered, split_sample
-from llm2comp.analysis.geometry import alignment, anisotropy, uniformity
-from llm2comp.analysis.spectrum import effective_rank, participation_ratio, spectrum
-from llm2comp.analyze import NEED_MORE_TEXTS, analyze, write_analysis, write_weights
-from llm2comp.backbone import Base
 from llm2comp.data.loaded import Pair
 from llm2comp.errors import DataError, ModelFolderError, RunError
-from llm2comp.export import verify
+from llm2comp.lab import analyze as analysis
+from llm2comp.lab.analyze import NEED_MORE_TEXTS, analyze, write_analysis, write_weights
+from llm2comp.measures.context import context_recovered, split_sample
+from llm2comp.measures.geometry import alignment, anisotropy, uniformity
+from llm2comp.measures.spectrum import effective_rank, participation_ratio, spectrum
+from llm2comp.model.backbone import Base
+from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import ModelSettings, parse_recipe
-from llm2comp.tokens import Tokens
+from llm2comp.storage.export import verify
 from llm2comp.training.run import train
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished, make_tree, no_file_over, sentences, write_rows
@@ -162,7 +162,7 @@ def assert_memory_as_in_the_run():
 
 
 def test_memory_states_of_a_folder_are_those_of_the_run(monkeypatch):
-    monkeypatch.setattr("llm2comp.vectors.AT_ONCE_ON_CPU", 1)
+    monkeypatch.setattr("llm2comp.model.vectors.AT_ONCE_ON_CPU", 1)
     assert_memory_as_in_the_run()
 
 

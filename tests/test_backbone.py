@@ -20,12 +20,12 @@ from families import (
     snapshot,
     untouched,
 )
-from llm2comp.backbone import Backbone, load_backbone, probe
-from llm2comp.backbone.loading import load_skeleton, resolve_dtype
-from llm2comp.backbone.probes import multiplies_bfloat16
 from llm2comp.errors import BackboneError
+from llm2comp.model.backbone import Backbone, load_backbone, probe
+from llm2comp.model.backbone.loading import load_skeleton, resolve_dtype
+from llm2comp.model.backbone.probes import multiplies_bfloat16
+from llm2comp.model.tokens import Tokens, position_ids
 from llm2comp.recipe import ModelSettings
-from llm2comp.tokens import Tokens, position_ids
 
 # Own dropout everywhere in the base, as released GPT-2, OPT and StarCoder2 have it; noise before Mixtral's router.
 WITH_DROPOUT = {

@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from families import make_compressor, relative_error, stage_1
 from llm2comp.errors import BackboneError, RecipeError
+from llm2comp.model.tokens import SplitTexts, Tokens
 from llm2comp.objectives import stage_loss
 from llm2comp.objectives.ebae_ebar import bag_ids
 from llm2comp.objectives.kl import chunked_bag_entropy
 from llm2comp.recipe import EncoderSettings, PretextStage, parse_recipe
 from llm2comp.recipe.stages import BagPrompts
-from llm2comp.tokens import SplitTexts, Tokens
 from llm2comp.training.stages import RunOptions, run_pretext
 from tiny_run import make_tree
 

@@ -15,15 +15,15 @@ import yaml
 from tokenizers import processors
 
 from families import FAMILIES, TEXTS, make_backbone, make_tokenizer, push_adapter, untouched
-from llm2comp.analyze import analyze
-from llm2comp.backbone import Backbone
-from llm2comp.backbone.sources import TINY
-from llm2comp.baselines.encoder import BaselineEncoder, as_sentence, baseline, fill, pooling_weights
-from llm2comp.baselines.prompts import META_EOL
-from llm2comp.baselines.settings import NAMES, BaselineSettings, read_saved, variant
-from llm2comp.embed import embed
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
-from llm2comp.loading import BASELINES, identity, load
+from llm2comp.lab.analyze import analyze
+from llm2comp.model.backbone import Backbone
+from llm2comp.model.backbone.sources import TINY
+from llm2comp.model.baselines.kinds import NAMES, BaselineSettings, read_saved, variant
+from llm2comp.model.baselines.module import BaselineEncoder, as_sentence, baseline, fill, pooling_weights
+from llm2comp.model.baselines.prompts import META_EOL
+from llm2comp.storage.loading import BASELINES, identity, load
+from llm2comp.use.embed import embed
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, sentences, write_rows
 
@@ -419,7 +419,7 @@ def test_every_kind_is_loaded_by_its_name(kind):
 
 def test_names_are_known_without_torch():
     program = (
-        "import sys; from llm2comp.loading import BASELINES; assert 'meta_eol' in BASELINES; "
+        "import sys; from llm2comp.storage.loading import BASELINES; assert 'meta_eol' in BASELINES; "
         "heavy = {'torch', 'transformers', 'sentence_transformers'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -549,14 +549,14 @@ def test_from_the_command_line(tmp_path, echo_folder):
 
 
 def test_analyze_and_evaluate_take_them(tmp_path, echo_folder):
-    from llm2comp.evaluate import Options, evaluate
+    from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
 
     texts = sentences(24, words=5)
     rows = [{"sentence1": a, "sentence2": b, "score": i} for i, (a, b) in enumerate(zip(texts[::2], texts[1::2], strict=True))]
     (tmp_path / "sets" / "sts" / "One").mkdir(parents=True)
     write_rows(tmp_path / "sets" / "sts" / "One" / "test.jsonl", rows)
     models = ["weighted_mean:builtin:tiny", str(echo_folder)]
-    found = evaluate(models, Options(local=(tmp_path / "sets",), device="cpu"), tmp_path / "out")
+    found = evaluate(models, EvaluateOptions(local=(tmp_path / "sets",), device="cpu"), tmp_path / "out")
     assert [row.name for row in found] == ["llm2comp/weighted_mean-builtin-tiny", "local/my-echo"]
     assert [row.failed for row in found] == [{}, {}]
     figures = [row.scores["Local-One"]["score"] for row in found]

@@ -7,12 +7,12 @@ import torch
 
 from families import make_compressor, relative_error
 from llm2comp.data.pretext import PretextCollator
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import PretextStage, SclStage, UclStage, parse_recipe
+from llm2comp.runs.keys import stage_keys
 from llm2comp.training import trainers
 from llm2comp.training.contrastive import contrastive_loss
-from llm2comp.training.keys import stage_keys
 from llm2comp.training.memory_limits import pieces_of
 from llm2comp.training.plan import texts_at_once
 from llm2comp.training.run import train

@@ -31,9 +31,9 @@ from benchmarks.worker import differences, measure_times
 
 from llm2comp.data.pretext import PretextCollator
 from llm2comp.data.store import TokenStore
-from llm2comp.encoder import as_sentence_transformer
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import PretextStage
-from llm2comp.tokens import Tokens
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.trainers import PretextModel
 

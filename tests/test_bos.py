@@ -6,18 +6,18 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedTokenizerFast
 
 from families import MEMORY, TEXTS, make_lm, make_tokenizer, push_adapter
-from llm2comp.analysis.context import context_kl
-from llm2comp.backbone import Backbone, load_backbone
-from llm2comp.baselines.encoder import baseline
-from llm2comp.baselines.settings import NAMES
-from llm2comp.compressor import BOS_WEIGHT, Compressor
-from llm2comp.encoder import as_sentence_transformer, merge_adapters
 from llm2comp.errors import BackboneError
-from llm2comp.export import export
-from llm2comp.loading import load
+from llm2comp.measures.context import context_kl
+from llm2comp.model.backbone import Backbone, load_backbone
+from llm2comp.model.baselines.kinds import NAMES
+from llm2comp.model.baselines.module import baseline
+from llm2comp.model.compressor import BOS_WEIGHT, Compressor
+from llm2comp.model.encoder import as_sentence_transformer, merge_adapters
+from llm2comp.model.tokens import SplitTexts, Tokens
 from llm2comp.objectives.loss import decode_from_memory
 from llm2comp.recipe import EncoderSettings, ModelSettings
-from llm2comp.tokens import SplitTexts, Tokens
+from llm2comp.storage.export import export
+from llm2comp.storage.loading import load
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, make_tree, save_backbone, write_recipe
 

@@ -9,15 +9,15 @@ from huggingface_hub import constants
 
 import llm2comp
 from families import make_compressor
-from llm2comp import hub
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError, DataError, ModelFolderError, RecipeError
-from llm2comp.evaluate import Options, evaluate
-from llm2comp.evaluation.encoder import MtebEncoder
-from llm2comp.evaluation.running import TaskFailedError, run_task
-from llm2comp.evaluation.tasks import local_tasks
-from llm2comp.export import export
+from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
+from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
+from llm2comp.lab.evaluation.running import TaskFailedError, run_task
+from llm2comp.lab.evaluation.tasks import local_tasks
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import Schedule, SclStage, UclStage, load_recipe, parse_recipe
+from llm2comp.storage.export import export
+from llm2comp.system import hub
 from llm2comp.training import checks, estimates
 from llm2comp.training import plan as plan_module
 from llm2comp.training import run as run_module
@@ -149,7 +149,7 @@ def sts_set(folder):
 @pytest.mark.parametrize("place", ["model", "3-scl"])
 def test_a_long_instruction_is_refused_by_evaluate(tmp_path, place):
     (tmp_path / "told.yaml").write_text(f"Local-One: {LONG}\n")
-    options = Options(local=(sts_set(tmp_path),), device="cpu", instructions=str(tmp_path / "told.yaml"))
+    options = EvaluateOptions(local=(sts_set(tmp_path),), device="cpu", instructions=str(tmp_path / "told.yaml"))
     with pytest.raises(RecipeError, match="instruction of Local-One"):
         evaluate([str(finished()[1] / place)], options, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.json"))

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from typer.main import get_command
 
-from llm2comp import console, errors
+from llm2comp import errors
 from llm2comp.cli import app, using
-from llm2comp.console import Bar, say
 from llm2comp.data import hub
 from llm2comp.errors import Llm2CompError, RunError, install_extra
+from llm2comp.system import console
+from llm2comp.system.console import Bar, say
 from tiny_run import Said, assert_refused, cli, finished, write_recipe
 
 GROUPS = {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm2comp.analysis.clusters import clusters, copies, memory_correlation, merge_weights
 from llm2comp.errors import DataError
-from llm2comp.memory import embedding_from_memory
+from llm2comp.measures.clusters import clusters, copies, memory_correlation, merge_weights
+from llm2comp.model.memory import embedding_from_memory
 
 TEXTS, D = 12, 16
 PLANTED = [0, 1, 0, 2, 1, 0, 3, 2]

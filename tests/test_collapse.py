@@ -7,11 +7,11 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from llm2comp.analysis.clusters import memory_correlation
-from llm2comp.analysis.collapse import collapse
-from llm2comp.analysis.geometry import anisotropy, uniformity
-from llm2comp.analysis.spectrum import count_above, effective_rank, participation_ratio, spectrum
 from llm2comp.errors import DataError
+from llm2comp.measures.clusters import memory_correlation
+from llm2comp.measures.collapse import collapse
+from llm2comp.measures.geometry import anisotropy, uniformity
+from llm2comp.measures.spectrum import count_above, effective_rank, participation_ratio, spectrum
 
 D, K = 16, 3
 

@@ -14,15 +14,15 @@ from sentence_transformers import SentenceTransformer
 
 import llm2comp
 from families import FAMILIES, MEMORY, MIXTURES, TEXTS, make_compressor, relative_error
-from llm2comp import compiled, loading
-from llm2comp.compiled import MIN_COSINE, compile_folder, compiled_of, load_compiled
-from llm2comp.compiled.runtimes import RUNTIMES, round_weights
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError, ModelFolderError
-from llm2comp.export import export, load_folder, memory_weights, reweight, verify
-from llm2comp.files import MARK_FILE
-from llm2comp.loading import identity
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import EncoderSettings
+from llm2comp.storage import compiled, loading
+from llm2comp.storage.compiled import MIN_COSINE, compile_folder, compiled_of, load_compiled
+from llm2comp.storage.export import export, load_folder, memory_weights, reweight, verify
+from llm2comp.storage.loading import identity
+from llm2comp.storage.runtimes import RUNTIMES, round_weights
+from llm2comp.system.files import MARK_FILE
 from oracles import embed_texts
 from tiny_run import cli
 

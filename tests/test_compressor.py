@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, relative_error
-from llm2comp.compressor import Compressor
-from llm2comp.memory import MemoryTokens, embedding_from_memory, mean_weights
-from llm2comp.tokens import Tokens
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.memory import MemoryTokens, embedding_from_memory, mean_weights
+from llm2comp.model.tokens import Tokens
 
 WINDOWED = {"mistral-window", "gemma2", "gemma3"}
 

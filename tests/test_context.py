@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from families import FAMILIES, MEMORY, make_compressor, make_lm, make_tokenizer, push_adapter, untouched
-from llm2comp.analysis.context import BATCH, SAMPLE, SITE_MARGIN, context_kl, context_recovered, split_sample
-from llm2comp.backbone import Backbone
-from llm2comp.compressor import Compressor
 from llm2comp.errors import DataError
-from llm2comp.tokens import SplitTexts, split_site
+from llm2comp.measures.context import BATCH, SAMPLE, SITE_MARGIN, context_kl, context_recovered, split_sample
+from llm2comp.model.backbone import Backbone
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.tokens import SplitTexts, split_site
 
 LENGTHS, SITES = (25, 41, 30, 22), (11, 28, 10, 12)
 

@@ -7,12 +7,12 @@ from sentence_transformers import SentenceTransformer
 
 import llm2comp
 from families import TEXTS, make_compressor, relative_error
-from llm2comp.embed import embed
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError, DataError
-from llm2comp.export import export, verify
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import EncoderSettings
-from llm2comp.tokens import Tokens
+from llm2comp.storage.export import export, verify
+from llm2comp.use.embed import embed
 from oracles import embed_texts
 from test_export import LONG, PROMPT
 from tiny_run import save_backbone

@@ -6,10 +6,10 @@ from torch.nn import functional
 
 from families import FAMILIES, SENTENCES, TEXTS, make_compressor, relative_error, untouched
 from llm2comp.data.loaded import Pair
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.tokens import Tokens, position_ids
 from llm2comp.recipe import SclStage, UclStage
-from llm2comp.tokens import Tokens, position_ids
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.stages import pair_datasets
 

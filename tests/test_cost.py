@@ -17,7 +17,7 @@ from benchmarks.settings import CPU, Shape
 from benchmarks.work import contrastive_flops, pretext_flops
 
 from llm2comp.data.pretext import PretextCollator
-from llm2comp.encoder import as_sentence_transformer
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import PretextStage, UclStage
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.cost import GPUS, Size, gpu_named, hours, layer_passes, sample_flops

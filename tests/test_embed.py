@@ -15,11 +15,11 @@ from sentence_transformers import SentenceTransformer
 
 import llm2comp
 from families import make_compressor
-from llm2comp.embed import Embedded, Places, _pieces, check_output, embed, rows_file, write_embeddings
-from llm2comp.encoder import MemoryEncoder, as_sentence_transformer, merge_adapters
 from llm2comp.errors import BackboneError, DataError, RunError
-from llm2comp.export import export, load_folder
-from llm2comp.inputs import frame_of
+from llm2comp.model.encoder import MemoryEncoder, as_sentence_transformer, merge_adapters
+from llm2comp.model.inputs import frame_of
+from llm2comp.storage.export import export, load_folder
+from llm2comp.use.embed import Embedded, Places, _pieces, check_output, embed, rows_file, write_embeddings
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished, no_file_over, sentences, write_rows
 
@@ -74,7 +74,7 @@ def one(model, text):
 
 @pytest.mark.parametrize("tokens_at_once", [1, 40, 10_000])
 def test_rows_in_order_equal_encode_whatever_the_batch(model, tokens_at_once, monkeypatch):
-    monkeypatch.setattr("llm2comp.vectors.FETCH_AT", 100)
+    monkeypatch.setattr("llm2comp.model.vectors.FETCH_AT", 100)
     texts = [*TEXTS, *TEXTS[:3]]
     found = embed(model, texts, max_tokens_per_batch=tokens_at_once)
     assert found.embeddings_ND.dtype == np.float32
@@ -231,7 +231,7 @@ def test_chunk_mean_is_the_mean_weighted_by_tokens(model, role):
 def test_chunks_never_split_a_character_nor_lose_one(model, monkeypatch):
     long = "記憶 ünïcode 🧠🧠🧠🧠🧠🧠🧠 " * 9
     seen = []
-    monkeypatch.setattr("llm2comp.embed._pieces", lambda *args: seen.extend(_pieces(*args)) or seen)
+    monkeypatch.setattr("llm2comp.use.embed._pieces", lambda *args: seen.extend(_pieces(*args)) or seen)
     assert embed(model, [long], long_texts="chunk-mean").long_texts == 1
     assert "".join(seen) == long
     assert all(0 < len(tokens(model, part)) <= room(model) for part in seen)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from families import CHAT_TEMPLATE, FAMILIES, MEMORY, TEXTS, make_compressor, make_tokenizer
-from llm2comp.encoder import MemoryEncoder, as_sentence_transformer
-from llm2comp.tokens import Tokens
+from llm2comp.model.encoder import MemoryEncoder, as_sentence_transformer
+from llm2comp.model.tokens import Tokens
 from oracles import embed_texts
 
 LONG = "memory tokens hold what the text said; " * 60

@@ -16,14 +16,14 @@ from transformers import AutoTokenizer
 
 import llm2comp
 from llm2comp.errors import DataError, ModelFolderError, RecipeError, RunError
-from llm2comp.evaluate import ModelScores, Options, earlier_rows, evaluate, read_summary, table
-from llm2comp.evaluation.encoder import MtebEncoder
-from llm2comp.evaluation.paper14 import PAPER14
-from llm2comp.evaluation.published import published
-from llm2comp.evaluation.running import TaskFailedError, run_task
-from llm2comp.evaluation.tasks import local_tasks, named_tasks
-from llm2comp.loading import identity
-from llm2comp.vectors import AT_ONCE_ON_CPU
+from llm2comp.lab.evaluation.evaluate import EvaluateOptions, ModelScores, earlier_rows, evaluate, read_summary, table
+from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
+from llm2comp.lab.evaluation.paper14 import PAPER14
+from llm2comp.lab.evaluation.published import published
+from llm2comp.lab.evaluation.running import TaskFailedError, run_task
+from llm2comp.lab.evaluation.tasks import local_tasks, named_tasks
+from llm2comp.model.vectors import AT_ONCE_ON_CPU
+from llm2comp.storage.loading import identity
 from rehearsal import rehearse
 from tiny_run import assert_refused, cli, finished, save_backbone, sentences, write_rows
 
@@ -58,7 +58,7 @@ def rows_of(folder):
 
 
 def run_local(model, sets, out, **options):
-    return evaluate([str(model)], Options(local=(sets,), device="cpu", **options), out)[0]
+    return evaluate([str(model)], EvaluateOptions(local=(sets,), device="cpu", **options), out)[0]
 
 
 def scores(row):
@@ -181,12 +181,12 @@ def room(monkeypatch):
         model.max_seq_length = 150
         return model
 
-    monkeypatch.setattr("llm2comp.evaluate.load", load)
+    monkeypatch.setattr("llm2comp.lab.evaluation.evaluate.load", load)
 
 
 def test_an_instruction_that_leaves_no_room_is_refused(tmp_path, monkeypatch):
     rehearse(monkeypatch)
-    options = Options(tasks=("STSBenchmark",), device="cpu")
+    options = EvaluateOptions(tasks=("STSBenchmark",), device="cpu")
     with pytest.raises(RecipeError, match="instruction of STSBenchmark: the prompt leaves no room"):
         evaluate([str(finished()[1] / "3-scl")], options, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -195,8 +195,8 @@ def test_an_instruction_that_leaves_no_room_is_refused(tmp_path, monkeypatch):
 def test_instructions_are_for_models_that_know_them(tmp_path, monkeypatch, room):
     rehearse(monkeypatch)
     _, run = finished()
-    options = Options(tasks=("STSBenchmark",), device="cpu")
-    none = Options(tasks=("STSBenchmark",), device="cpu", instructions="none")
+    options = EvaluateOptions(tasks=("STSBenchmark",), device="cpu")
+    none = EvaluateOptions(tasks=("STSBenchmark",), device="cpu", instructions="none")
 
     def revision(place, chosen):
         return evaluate([str(run / place)], chosen, tmp_path / "out")[0].revision
@@ -307,7 +307,7 @@ def test_the_paper_s_tasks_are_the_versions_and_figures_it_used(tmp_path, monkey
     renamed = {name for name, task in tasks.items() if task.metadata.main_score != PAPER14[name].metric}
     assert renamed == {"SprintDuplicateQuestions"}, "mteb 2 takes the best of five similarities there"
     rehearse(monkeypatch)
-    row = evaluate([str(finished()[1])], Options(tasks=("paper14",), device="cpu"), tmp_path)[0]
+    row = evaluate([str(finished()[1])], EvaluateOptions(tasks=("paper14",), device="cpu"), tmp_path)[0]
     assert {task: found["metric"] for task, found in row.scores.items()} == {
         name: task.metric for name, task in PAPER14.items()
     }

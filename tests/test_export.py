@@ -12,13 +12,14 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
 from families import FAMILIES, MEMORY, TEXTS, TOKENS, make_compressor, relative_error, snapshot
-from llm2comp import analyze
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import ModelFolderError
-from llm2comp.export import GOLDEN_TEXTS, export, load_folder, memory_ids, memory_names, reweight, stock, verify
-from llm2comp.memory import prefix_weights
+from llm2comp.lab import analyze
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.memory import prefix_weights
+from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import EncoderSettings
-from llm2comp.tokens import Tokens
+from llm2comp.storage import stock
+from llm2comp.storage.export import GOLDEN_TEXTS, export, load_folder, memory_ids, memory_names, reweight, verify
 from oracles import embed_texts
 
 LIMIT = 40

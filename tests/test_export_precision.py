@@ -8,12 +8,13 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from families import TEXTS, make_backbone, make_compressor, snapshot
-from llm2comp.backbone.quantized import in_float32
-from llm2comp.compressor import Compressor
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import ModelFolderError
-from llm2comp.export import GOLDEN_TEXTS, export, reweight, stock, verify
+from llm2comp.model.backbone.quantized import in_float32
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import AdapterSettings, EncoderSettings
+from llm2comp.storage import stock
+from llm2comp.storage.export import GOLDEN_TEXTS, export, reweight, verify
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from llm2comp.errors import DataError, RunError
-from llm2comp.files import (
+from llm2comp.system.files import (
     MARK_FILE,
     Kind,
     claim,

@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 
 import llm2comp
 from families import FAMILIES, SENTENCES, make_backbone, relative_error, snapshot, stage_1, untouched
-from llm2comp.backbone.full import FullCopy
-from llm2comp.compressor import Compressor
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError, RecipeError
-from llm2comp.export import export, verify
+from llm2comp.model.backbone.full import FullCopy
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.tokens import SplitTexts, Tokens, position_ids
 from llm2comp.objectives import stage_loss
 from llm2comp.recipe import AdapterSettings, SclStage, parse_recipe
-from llm2comp.tokens import SplitTexts, Tokens, position_ids
+from llm2comp.storage.export import export, verify
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.plan import plan
 from llm2comp.training.run import FOLDERS, train

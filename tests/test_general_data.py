@@ -10,11 +10,11 @@ import pytest
 import zstandard
 from safetensors.torch import load_file
 
-from llm2comp.backbone import load_backbone
-from llm2comp.baselines.encoder import baseline
-from llm2comp.baselines.settings import NAMES
-from llm2comp.loading import load
+from llm2comp.model.backbone import load_backbone
+from llm2comp.model.baselines.kinds import NAMES
+from llm2comp.model.baselines.module import baseline
 from llm2comp.recipe import ModelSettings
+from llm2comp.storage.loading import load
 from tiny_run import cli, finished, write_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))

@@ -10,11 +10,11 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import llm2comp
-from llm2comp.backbone import weights_digest
-from llm2comp.console import GENERAL
-from llm2comp.evaluate import Options, evaluate
-from llm2comp.loading import BUILTIN_ENCODERS, identity
+from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
+from llm2comp.model.backbone import weights_digest
 from llm2comp.recipe import load_recipe
+from llm2comp.storage.loading import BUILTIN_ENCODERS, identity
+from llm2comp.system.console import GENERAL
 from tiny_run import assert_refused, cli, write_rows
 
 FOLDER = BUILTIN_ENCODERS[GENERAL]
@@ -78,7 +78,7 @@ def test_commands_take_it_unless_told_otherwise(model, tmp_path, monkeypatch):
     write_rows(sts / "test.jsonl", pairs)
     said = cli("evaluate", "--local", sts)
     assert said.code == 0, said.err
-    (row,) = evaluate([GENERAL], Options(local=(sts,)))
+    (row,) = evaluate([GENERAL], EvaluateOptions(local=(sts,)))
     who = identity(GENERAL, model)
     assert (row.model, row.name) == (GENERAL, who.name)
     assert row.revision.startswith(who.revision)

@@ -8,16 +8,16 @@ import torch
 
 import llm2comp
 from families import make_backbone, make_lm
-from llm2comp import generate
 from llm2comp.data.responses import MANIFEST_FILE, read_manifest, shard_file, source_digest, teacher_file
 from llm2comp.data.sources import read_responses, read_texts
 from llm2comp.errors import DataError, RunError
-from llm2comp.generate import Options, Responder, generate_responses
 from llm2comp.recipe import TextData
+from llm2comp.training import generate
+from llm2comp.training.generate import Responder, ResponseOptions, generate_responses
 from tiny_run import assert_refused, cli, save_backbone, sentences, write_rows
 
 TEXTS = ["the fox reads", "memory", "Ünicode 記憶\nof two lines", *sentences(8, words=6)]
-SHORT = Options(max_new_tokens=9, shard_size=4, batch_size=3, device="cpu")
+SHORT = ResponseOptions(max_new_tokens=9, shard_size=4, batch_size=3, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def made(lm, tmp_path_factory):
 
 
 def changed(**settings):
-    return Options(**vars(SHORT) | settings)
+    return ResponseOptions(**vars(SHORT) | settings)
 
 
 def content(folder):

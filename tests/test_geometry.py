@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from llm2comp.analysis import geometry
-from llm2comp.analysis.geometry import (
+from llm2comp.errors import DataError
+from llm2comp.measures import geometry
+from llm2comp.measures.geometry import (
     alignment,
     anisotropy,
     random_pair_cosines,
@@ -17,7 +18,6 @@ from llm2comp.analysis.geometry import (
     score_summary,
     uniformity,
 )
-from llm2comp.errors import DataError
 from measuring import peak_bytes
 
 D = 6

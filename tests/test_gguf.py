@@ -10,10 +10,10 @@ import transformers
 
 from families import TEXTS, WITHOUT_BOS, make_lm, make_tokenizer, own_tokenizer
 from gguf_files import as_gguf_spells, write_gguf
-from llm2comp.backbone import base_licence, load_backbone, weights_digest
-from llm2comp.backbone.gguf import FORMAT_VERSION, MANIFEST_FILE, READ
-from llm2comp.backbone.sources import fetch, model_source
 from llm2comp.errors import BackboneError, RunError
+from llm2comp.model.backbone import base_licence, load_backbone, weights_digest
+from llm2comp.model.backbone.gguf import FORMAT_VERSION, MANIFEST_FILE, READ
+from llm2comp.model.backbone.sources import fetch, model_source
 from llm2comp.recipe import ModelSettings
 from tiny_run import assert_refused, cli, no_file_over
 
@@ -99,7 +99,7 @@ def test_the_second_time_nothing_is_converted(tmp_path, cache, monkeypatch):
     folder = fetch(str(file))
     digest = weights_digest(settings(file))
     assert base_licence(settings(file)) == "mit"
-    monkeypatch.setattr("llm2comp.backbone.gguf._convert", None)
+    monkeypatch.setattr("llm2comp.model.backbone.gguf._convert", None)
     assert fetch(str(file)) == folder
     again = file.rename(tmp_path / "moved.gguf")
     again.rename(file)
@@ -189,8 +189,8 @@ def test_a_read_only_cache_that_has_it_is_read(tmp_path, cache, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("llm2comp.cache.FileLock", refuse)
-    monkeypatch.setattr("llm2comp.files.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("llm2comp.system.cache.FileLock", refuse)
+    monkeypatch.setattr("llm2comp.system.files.tempfile.mkdtemp", refuse)
     assert load_backbone(settings(file)).name == str(file)
     shutil.rmtree(folder)
     with pytest.raises(RunError, match="cannot write: Permission denied"):

@@ -10,13 +10,13 @@ import torch
 from sentence_transformers import MultiVectorEncoder
 
 from families import MEMORY, TEXTS, make_compressor
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import ModelFolderError
-from llm2comp.export import GOLDEN_TEXTS, export, load_folder, verify
-from llm2comp.memory import maxsim
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.memory import maxsim
+from llm2comp.model.tokens import Tokens
+from llm2comp.model.vectors import memory_vectors
 from llm2comp.recipe import EncoderSettings
-from llm2comp.tokens import Tokens
-from llm2comp.vectors import memory_vectors
+from llm2comp.storage.export import GOLDEN_TEXTS, export, load_folder, verify
 from test_export import USER
 
 LIMIT = 40

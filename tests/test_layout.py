@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from families import FAMILIES, make_backbone, make_compressor, relative_error, stage_1
-from llm2comp.backbone import layout
-from llm2comp.compressor import Compressor
-from llm2comp.memory import mean_weights
+from llm2comp.model.backbone import layout
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.memory import mean_weights
+from llm2comp.model.tokens import SplitTexts, Tokens
 from llm2comp.objectives import stage_loss
 from llm2comp.recipe import AdapterSettings
-from llm2comp.tokens import SplitTexts, Tokens
 
 UNPACKED = {"gemma2"}  # its attention is eager for the softcap
 LENGTHS = (4, 17, 9, 23)

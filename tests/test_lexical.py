@@ -12,11 +12,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from llm2comp.data import python_docs
 from llm2comp.errors import DataError
-from llm2comp.evaluate import Options, evaluate
-from llm2comp.evaluation.lexical import LEXICAL, TfidfEncoder, texts_of
-from llm2comp.evaluation.paper14 import PAPER14
-from llm2comp.evaluation.retrieval import Collection
-from llm2comp.evaluation.tasks import local_tasks
+from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
+from llm2comp.lab.evaluation.lexical import LEXICAL, TfidfEncoder, texts_of
+from llm2comp.lab.evaluation.paper14 import PAPER14
+from llm2comp.lab.evaluation.retrieval import Collection
+from llm2comp.lab.evaluation.tasks import local_tasks
 from rehearsal import rehearse
 from tiny_run import sentences, write_rows
 
@@ -44,7 +44,7 @@ def test_figure_is_sklearn_s_on_the_texts_compared(tmp_path):
     rows = [
         {"sentence1": texts[2 * i], "sentence2": texts[2 * i + 1] + " " + texts[2 * i][: 4 * i], "score": i} for i in range(20)
     ]
-    found = evaluate(["tfidf"], Options(local=(sts(tmp_path / "sets", rows),)), tmp_path / "out")[0]
+    found = evaluate(["tfidf"], EvaluateOptions(local=(sts(tmp_path / "sets", rows),)), tmp_path / "out")[0]
     vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english")
     vectorizer.fit([row[key] for row in rows for key in ("sentence1", "sentence2")])
     first, second = (vectorizer.transform([row[key] for row in rows]).toarray() for key in ("sentence1", "sentence2"))
@@ -57,7 +57,7 @@ def test_figure_is_sklearn_s_on_the_texts_compared(tmp_path):
 
 def test_titles_and_queries_count(tmp_path):
     """Words that only titles share with the queries find their documents."""
-    row = evaluate(["tfidf"], Options(local=(retrieval(tmp_path / "sets"),)), tmp_path / "out")[0]
+    row = evaluate(["tfidf"], EvaluateOptions(local=(retrieval(tmp_path / "sets"),)), tmp_path / "out")[0]
     assert row.scores["Local-Found"]["score"] == 1.0
 
 
@@ -73,7 +73,7 @@ def test_texts_of_every_layout(tmp_path):
 def test_all_kinds_of_tasks(tmp_path, monkeypatch, model):
     """The paper's 14 tasks on made-up data: clustering, retrieval, STS, classification, pairs, reranking."""
     rehearse(monkeypatch)
-    row = evaluate([model], Options(tasks=("paper14",)), tmp_path)[0]
+    row = evaluate([model], EvaluateOptions(tasks=("paper14",)), tmp_path)[0]
     assert set(row.scores) == set(PAPER14)
     assert all(np.isfinite(found["score"]) for found in row.scores.values())
     assert row.scores["Banking77Classification"]["score"] > 0.9, "topics have words of their own"
@@ -135,7 +135,7 @@ def test_bm25_is_the_demo_s(tmp_path):
     write_rows(home / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries.items()])
     lines = [f"{query}\t{document}\t1" for query, ids in relevant.items() for document in ids]
     (home / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
-    found = evaluate(["BM25"], Options(local=(tmp_path,)), tmp_path / "out")[0]
+    found = evaluate(["BM25"], EvaluateOptions(local=(tmp_path,)), tmp_path / "out")[0]
     expected = Collection(queries, task.documents, relevant).score_bm25().ndcg_at_10
     assert 0.2 < expected < 0.95
     assert found.scores["Local-Docs"]["score"] == pytest.approx(expected, abs=2e-3), "but for the order of equal scores"
@@ -150,7 +150,7 @@ def test_no_word_that_documents_have(tmp_path):
 def test_a_figure_that_is_no_number_is_a_failure(tmp_path):
     """Pairs that share no word have one similarity: no correlation with anything."""
     rows = [{"sentence1": f"alpha{i}", "sentence2": f"beta{i}", "score": i} for i in range(5)]
-    found = evaluate(list(LEXICAL), Options(local=(sts(tmp_path / "sets", rows),)), tmp_path / "out")
+    found = evaluate(list(LEXICAL), EvaluateOptions(local=(sts(tmp_path / "sets", rows),)), tmp_path / "out")
     for row in found:
         assert row.scores == {}
         assert "score is not a number" in row.failed["Local-One"]

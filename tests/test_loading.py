@@ -11,8 +11,8 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 import llm2comp
-from llm2comp.encoder import MemoryEncoder
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError, RunError
+from llm2comp.model.encoder import MemoryEncoder
 from llm2comp.recipe import load_recipe, parse_recipe
 from llm2comp.training.run import read_run, stage_encoder
 from oracles import embed_texts

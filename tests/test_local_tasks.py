@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import v_measure_score
 
 from llm2comp.errors import DataError
-from llm2comp.evaluation.local import KINDS, LocalSet, as_mteb, find_sets
+from llm2comp.lab.evaluation.local import KINDS, LocalSet, as_mteb, find_sets
 
 WORDS = [f"word{i}" for i in range(60)]
 

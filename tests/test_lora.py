@@ -6,8 +6,8 @@ from peft.tuners import lora
 from torch import nn
 
 from families import TEXTS, make_backbone, make_compressor, push_adapter, relative_error, snapshot
-from llm2comp.backbone.lora import LoraLinear
-from llm2comp.tokens import Tokens
+from llm2comp.model.backbone.lora import LoraLinear
+from llm2comp.model.tokens import Tokens
 
 
 def tokens_of(backbone):

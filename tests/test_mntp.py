@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from families import FAMILIES, make_backbone, make_compressor, stage_1
 from llm2comp.data.pretext import Masking, PretextCollator, PretextRows
 from llm2comp.errors import BackboneError, RecipeError
+from llm2comp.model.tokens import NOT_MASKED, SplitTexts
 from llm2comp.objectives import count_items, stage_loss
 from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import parse_recipe
-from llm2comp.tokens import NOT_MASKED, SplitTexts
 from llm2comp.training.run import train
 from test_resume import StoppedError, stop, train_until, trained, weights
 from tiny_run import make_tree

@@ -7,10 +7,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from families import MIXTURES, TEXTS, make_backbone, make_compressor, push_adapter, relative_error, untouched
-from llm2comp.backbone.families import split_targets
 from llm2comp.errors import BackboneError
+from llm2comp.model.backbone.families import split_targets
+from llm2comp.model.tokens import Tokens, position_ids
 from llm2comp.recipe import AdapterSettings
-from llm2comp.tokens import Tokens, position_ids
 
 pytestmark = pytest.mark.parametrize("family", sorted(MIXTURES))
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")

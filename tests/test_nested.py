@@ -14,16 +14,16 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 import llm2comp
 from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, push_adapter, relative_error, stage_1
-from llm2comp.analyze import write_weights
-from llm2comp.compressor import STATE_FILE, Compressor
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import ModelFolderError, RecipeError
-from llm2comp.export import export, memory_weights, reweight
-from llm2comp.loading import identity
-from llm2comp.memory import MemoryTokens, maxsim, mean_weights, prefix_embeddings, prefix_of, prefix_weights
+from llm2comp.lab.analyze import write_weights
+from llm2comp.model.compressor import STATE_FILE, Compressor
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.memory import MemoryTokens, maxsim, mean_weights, prefix_embeddings, prefix_of, prefix_weights
+from llm2comp.model.tokens import SplitTexts, Tokens
 from llm2comp.objectives import stage_loss
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, parse_recipe
-from llm2comp.tokens import SplitTexts, Tokens
+from llm2comp.storage.export import export, memory_weights, reweight
+from llm2comp.storage.loading import identity
 from llm2comp.training.contrastive import contrastive_loss
 from oracles import embed_texts
 from test_contrastive import columns_of, features_of, lora_gradients, naive
@@ -371,10 +371,10 @@ def test_a_nested_run_learns_otherwise_and_is_exported(tmp_path):
 
 
 def test_evaluation_of_the_last_states():
-    from llm2comp.evaluate import Options, _encoder
+    from llm2comp.lab.evaluation.evaluate import EvaluateOptions, _encoder
 
     run = Path(finished()[1])
-    encoder = _encoder(str(run), [], {}, Options(device="cpu", num_memory=2))
+    encoder = _encoder(str(run), [], {}, EvaluateOptions(device="cpu", num_memory=2))
     assert encoder.mteb_model_meta.name.endswith("-last-2")
     assert torch.equal(embed_texts(encoder.model, TEXTS), embed_texts(llm2comp.load(run, "cpu", 2), TEXTS))
 

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from llm2comp.errors import DataError
-from llm2comp.evaluate import RESULTS_FOLDER, Options, evaluate, read_summary, results_folder
-from llm2comp.evaluation.pairs import Questions, pairs_task
+from llm2comp.lab.evaluation.evaluate import RESULTS_FOLDER, EvaluateOptions, evaluate, read_summary, results_folder
+from llm2comp.lab.evaluation.pairs import Questions, pairs_task
 from tiny_run import assert_refused, cli, finished, sentences, write_rows
 
 ANSWERS = sentences(12, 8, seed=3)
@@ -41,7 +41,7 @@ def beir(folder, documents, queries, relevant):
 
 
 def scores(models, out, **options):
-    found = evaluate([str(model) for model in models], Options(device="cpu", **options), out)
+    found = evaluate([str(model) for model in models], EvaluateOptions(device="cpu", **options), out)
     return [{task: score["score"] for task, score in row.scores.items()} for row in found]
 
 
@@ -144,7 +144,7 @@ def test_two_sets_of_one_name(tmp_path):
         for folder in (tmp_path, tmp_path / "b")
     ]
     with pytest.raises(DataError, match="2 sets are named 'Local-Same'"):
-        evaluate(["bm25"], Options(local=tuple(sets)), tmp_path / "out")
+        evaluate(["bm25"], EvaluateOptions(local=tuple(sets)), tmp_path / "out")
 
 
 def test_where_results_go(tmp_path, monkeypatch):

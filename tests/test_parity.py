@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from families import stage_1
-from llm2comp.backbone import Backbone, probe
-from llm2comp.compressor import Compressor
-from llm2comp.encoder import MemoryEncoder
-from llm2comp.memory import MemoryTokens
+from llm2comp.model.backbone import Backbone, probe
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.encoder import MemoryEncoder
+from llm2comp.model.memory import MemoryTokens
+from llm2comp.model.tokens import SplitTexts, Tokens
 from llm2comp.objectives import stage_loss
 from llm2comp.recipe import AdapterSettings, UclStage
-from llm2comp.tokens import SplitTexts, Tokens
 from llm2comp.training.contrastive import contrastive_loss
 
 FOLDER = Path(os.environ.get("LLM2COMP_PARITY_DIR", Path(__file__).parent / "fixtures" / "parity"))

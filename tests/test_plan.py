@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from families import make_lm
-from llm2comp.backbone import load_backbone
 from llm2comp.errors import BackboneError, DataError
+from llm2comp.model.backbone import load_backbone
 from llm2comp.recipe import ModelSettings, parse_recipe
 from llm2comp.training import estimates, trainers
 from llm2comp.training.plan import GIB, plan

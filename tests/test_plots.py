@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llm2comp.analysis.plots import (
+from llm2comp.errors import DataError, RunError
+from llm2comp.lab.plots import (
     GRID,
     INK,
     PAGE_COLOURS,
@@ -20,7 +21,6 @@ from llm2comp.analysis.plots import (
     scores_figure,
     spectrum_figure,
 )
-from llm2comp.errors import DataError, RunError
 
 SPECTRA = {"before": [3.0, 1.0, 0.1, 0.0], "after": [2.0, 1.5, 1.0, 0.5]}
 MATRIX = [[1.0, 0.25, -0.5], [0.25, 1.0, 0.75], [-0.5, 0.75, 1.0]]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from families import FAMILIES, make_compressor, relative_error, stage_1
-from llm2comp.compressor import BOS_WEIGHT, Compressor
 from llm2comp.errors import RecipeError
+from llm2comp.model.compressor import BOS_WEIGHT, Compressor
+from llm2comp.model.tokens import SplitTexts, Tokens, wrap
 from llm2comp.objectives import stage_loss
 from llm2comp.recipe import EncoderSettings, parse_recipe
-from llm2comp.tokens import SplitTexts, Tokens, wrap
 
 MEAN = EncoderSettings(pooling="mean")
 PROMPT = EncoderSettings(pooling="last_token", prompt="the {text} is")

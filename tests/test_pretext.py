@@ -16,14 +16,14 @@ import torch
 from torch.nn import functional
 
 from families import FAMILIES, SENTENCES, make_compressor, push_adapter, relative_error, stage_1, untouched
-from llm2comp.compressor import Compressor
 from llm2comp.data.pretext import Masking
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.tokens import SplitTexts
 from llm2comp.objectives import count_items, stage_loss
 from llm2comp.objectives.loss import objective as file_of
 from llm2comp.recipe import PretextStage
 from llm2comp.recipe.objectives import OBJECTIVES, Need, ObjectiveName
 from llm2comp.recipe.stages import BagPrompts
-from llm2comp.tokens import SplitTexts
 from llm2comp.training.stages import RunOptions, run_pretext
 
 LENGTHS, SITES = (17, 9, 23, 12), (9, 4, 5, 11)

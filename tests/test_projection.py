@@ -11,22 +11,22 @@ from safetensors.torch import load_file, save_file
 
 import llm2comp
 from families import MEMORY, SENTENCES, TEXTS, make_compressor, relative_error, untouched
-from llm2comp.backbone.frozen import Frozen
-from llm2comp.compiled import compile_folder, load_compiled
-from llm2comp.compiled.runtimes import RUNTIMES
-from llm2comp.compressor import STATE_FILE
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import ModelFolderError, RecipeError
-from llm2comp.export import export, reweight, verify
-from llm2comp.generate import Options, generate_responses
-from llm2comp.memory import MemoryTokens, new_projection
+from llm2comp.model.backbone.frozen import Frozen
+from llm2comp.model.compressor import STATE_FILE
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.memory import MemoryTokens, new_projection
+from llm2comp.model.tokens import Tokens
+from llm2comp.model.vectors import memory_vectors
 from llm2comp.objectives.alignment import MAP_FILE, map_to_teacher
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, load_recipe, parse_recipe
-from llm2comp.tokens import Tokens
+from llm2comp.storage.compiled import compile_folder, load_compiled
+from llm2comp.storage.export import export, reweight, verify
+from llm2comp.storage.runtimes import RUNTIMES
 from llm2comp.training.contrastive import contrastive_loss
+from llm2comp.training.generate import ResponseOptions, generate_responses
 from llm2comp.training.run import FOLDERS, train
 from llm2comp.training.trainers import PretextModel
-from llm2comp.vectors import memory_vectors
 from oracles import embed_texts
 from test_contrastive import columns_of, embeddings, features_of, naive
 from test_export import LIMIT, PROMPT, PROMPTS, READ, USER
@@ -468,7 +468,7 @@ def test_another_teacher_than_the_projection_was_made_for(sources, tmp_path):
 def test_the_shipped_recipe_trains(sources, tmp_path):
     """recipes/llm2vec-gen.yaml with another LM, its responses and few steps."""
     lm = sources[0] / "backbone"
-    options = Options(max_new_tokens=8, shard_size=8, teacher=f"mean:{lm}", device="cpu")
+    options = ResponseOptions(max_new_tokens=8, shard_size=8, teacher=f"mean:{lm}", device="cpu")
     generate_responses(str(lm), sentences(16, 5), tmp_path / "responses", options)
     changes = ["pretext.steps=2", "pretext.batch_size=4", "pretext.precision=float32", "watch=null", "memory.tokens=3"]
     changes += [f"model.name={lm}", "model.device=cpu", f"pretext.data.0.source={tmp_path / 'responses'}"]

@@ -2,7 +2,7 @@ import statistics
 
 import pytest
 
-from llm2comp.evaluation.published import published
+from llm2comp.lab.evaluation.published import published
 
 ROWS = published()
 

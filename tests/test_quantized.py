@@ -9,15 +9,15 @@ from torch import nn
 
 import llm2comp
 from families import MEMORY, SENTENCES, TEXTS, make_lm, make_tokenizer, push_adapter, relative_error, snapshot
-from llm2comp.backbone import Backbone, load_backbone, quantized
-from llm2comp.backbone.quantized import plain_copy, quantized_layers
-from llm2comp.compressor import Compressor
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import BackboneError
-from llm2comp.export import export, verify
+from llm2comp.model.backbone import Backbone, load_backbone, quantized
+from llm2comp.model.backbone.quantized import plain_copy, quantized_layers
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.tokens import Tokens
 from llm2comp.objectives.loss import two_step
 from llm2comp.recipe import AdapterSettings, ModelSettings, parse_recipe
-from llm2comp.tokens import Tokens
+from llm2comp.storage.export import export, verify
 from oracles import embed_texts
 from tiny_run import make_tree, save_backbone
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from llm2comp import load
-from llm2comp.embed import embed
 from llm2comp.errors import RecipeError
 from llm2comp.recipe import find_recipe
+from llm2comp.use.embed import embed
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from llm2comp.errors import Llm2CompError, RunError
-from llm2comp.report import page, report
-from llm2comp.report.blocks import duration, number
+from llm2comp.lab.report import page, report
+from llm2comp.lab.report.blocks import duration, number
 from synthetic_run import WARNING, write_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use"}
@@ -216,7 +216,7 @@ def test_warnings_are_told_once_with_their_steps(text):
 
 
 def test_published_figures_are_there(text):
-    published = pytest.importorskip("llm2comp.evaluation.published").published()
+    published = pytest.importorskip("llm2comp.lab.evaluation.published").published()
     table = Page(text).table("The paper's table")
     assert len(table) == len(published) + 1 > 10
     for cells, row in zip(table[1:], published, strict=True):

@@ -78,7 +78,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reports(folder):
     """A report of one run, and one of two."""
-    from llm2comp.report import report
+    from llm2comp.lab.report import report
     from synthetic_run import write_run
 
     one = write_run(folder / "synthetic-run")
@@ -231,7 +231,7 @@ def test_screenshots_are_made(browser, reports, tmp_path):
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
     if source.is_dir():
-        from llm2comp.report import report
+        from llm2comp.lab.report import report
 
         source = report([source], source / "report.html")
     for shot in screenshots(source.resolve(), target):

@@ -12,19 +12,19 @@ from torch.nn import functional
 
 import llm2comp
 from families import SENTENCES, make_backbone, make_compressor, relative_error, snapshot, untouched
-from llm2comp.backbone.frozen import Frozen
-from llm2comp.compressor import Compressor
 from llm2comp.data.loaded import Response
 from llm2comp.data.pretext import PretextCollator
 from llm2comp.data.response_rows import ResponseRows, response_rows
 from llm2comp.data.sources import read_responses
 from llm2comp.errors import BackboneError, DataError, RecipeError
-from llm2comp.export import verify
-from llm2comp.generate import Options, generate_responses
+from llm2comp.model.backbone.frozen import Frozen
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.tokens import SplitTexts
 from llm2comp.objectives.alignment import MAP_FILE, alignment_loss, map_to_teacher
 from llm2comp.recipe import AdapterSettings, PretextStage, TextData, parse_recipe
-from llm2comp.tokens import SplitTexts
-from llm2comp.training.keys import stage_keys
+from llm2comp.runs.keys import stage_keys
+from llm2comp.storage.export import verify
+from llm2comp.training.generate import ResponseOptions, generate_responses
 from llm2comp.training.plan import plan
 from llm2comp.training.run import FOLDERS, train
 from llm2comp.training.trainers import PretextModel
@@ -225,7 +225,7 @@ def made(tmp_path_factory):
     """(folder, folder of responses that the tiny backbone gave, with a teacher's embeddings)."""
     folder = tmp_path_factory.mktemp("run")
     lm = make_tree(folder)["model"]["name"]
-    options = Options(max_new_tokens=8, shard_size=7, teacher=f"mean:{lm}", device="cpu")
+    options = ResponseOptions(max_new_tokens=8, shard_size=7, teacher=f"mean:{lm}", device="cpu")
     generate_responses(lm, sentences(20, 5), folder / "responses", options)
     return folder, folder / "responses"
 
@@ -282,7 +282,7 @@ def test_other_responses_are_other_inputs(made, tmp_path):
         out = tmp_path / "r"
         for path in out.glob("*"):
             path.unlink()
-        generate_responses(lm, sentences(3), out, Options(max_new_tokens=count, device="cpu"))
+        generate_responses(lm, sentences(3), out, ResponseOptions(max_new_tokens=count, device="cpu"))
         tree = response_tree(folder, out)
         tree["pretext"]["objective"] = "response"
         keys.append(stage_keys(parse_recipe(tree))["pretext"])

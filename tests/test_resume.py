@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2comp.compressor import Compressor
+from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import parse_recipe
 from llm2comp.training.progress import ProgressCallback
 from llm2comp.training.run import FOLDERS, train

@@ -7,7 +7,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 
-from llm2comp.evaluation.retrieval import Collection, fuse
+from llm2comp.lab.evaluation.retrieval import Collection, fuse
 
 ANGLES = {"best": 0.0, "second": 0.1, "third": 0.2, "far": 1.5}
 

@@ -397,7 +397,7 @@ def test_copied_run_directories_are_runs(tmp_path):
 
 def test_other_weights_under_the_same_name_train_anew(tmp_path):
     """The folder of a local model may be replaced; stages that its old weights made do not count as done."""
-    from llm2comp.backbone import weights_digest
+    from llm2comp.model.backbone import weights_digest
     from llm2comp.recipe import ModelSettings
 
     folder = tmp_path / "backbone"

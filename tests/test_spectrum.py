@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from llm2comp.analysis.spectrum import count_above, effective_rank, participation_ratio, spectrum
 from llm2comp.errors import DataError
+from llm2comp.measures.spectrum import count_above, effective_rank, participation_ratio, spectrum
 
 D, N = 8, 64
 

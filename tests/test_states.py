@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from families import MEMORY, make_compressor
-from llm2comp.tokens import Tokens
-from llm2comp.vectors import memory_states
+from llm2comp.model.tokens import Tokens
+from llm2comp.model.vectors import memory_states
 
 LENGTHS = (7, 31, 2, 7, 19, 1, 44, 12, 30)
 BUDGETS = (1, 50, 10_000)

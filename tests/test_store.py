@@ -14,13 +14,13 @@ import pytest
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
 from families import make_tokenizer
-from llm2comp.cache import cache_folder
 from llm2comp.data import store
 from llm2comp.data.pretext import PretextRows, token_rows
 from llm2comp.data.sources import read_texts
 from llm2comp.data.store import distinct, stored_rows, stored_texts, tokenizer_digest, write_rows
 from llm2comp.errors import DataError, RunError
 from llm2comp.recipe import PretextStage, TextData
+from llm2comp.system.cache import cache_folder
 from measuring import peak_bytes
 from test_resume import StoppedError, make_recipe, stop, train_until, trained, weights
 from tiny_run import no_file_over, sentences

@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 
 from llm2comp.errors import RecipeError, RunError
-from llm2comp.evaluate import Options, evaluate
-from llm2comp.evaluation.published import published
-from llm2comp.recipe import load_recipe
-from llm2comp.study.grid import runs_of
-from llm2comp.study.plots import figures
-from llm2comp.study.running import study, write_results
-from llm2comp.study.settings import Study, load_study, shipped_studies
-from llm2comp.study.table import (
+from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
+from llm2comp.lab.evaluation.published import published
+from llm2comp.lab.study.definition import Study, load_study, shipped_studies
+from llm2comp.lab.study.figures import figures
+from llm2comp.lab.study.grid import runs_of
+from llm2comp.lab.study.running import study, write_results
+from llm2comp.lab.study.table import (
     Failure,
     Results,
-    Row,
+    StudyRow,
     as_markdown,
     averages,
     bootstrap,
@@ -30,6 +29,7 @@ from llm2comp.study.table import (
     records,
     resample_indices,
 )
+from llm2comp.recipe import load_recipe
 from llm2comp.training import run as run_module
 from llm2comp.training.run import FOLDERS, train
 from study_example import weights, write_study
@@ -111,9 +111,9 @@ def test_a_finished_study_trains_and_scores_nothing_again(done, monkeypatch):
     folder, out, results, _, _ = done
     before = {name: (out / name).read_bytes() for name in ("results.json", "table.csv", "table.md", "averages.svg")}
     begun, scored = recorded(monkeypatch), []
-    monkeypatch.setattr("llm2comp.study.jobs.train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("llm2comp.lab.study.jobs.train", lambda *_, **__: pytest.fail("trained"))
     ours = evaluate
-    monkeypatch.setattr("llm2comp.study.jobs.evaluate", lambda models, *rest: scored.extend(models) or ours(models, *rest))
+    monkeypatch.setattr("llm2comp.lab.study.jobs.evaluate", lambda models, *rest: scored.extend(models) or ours(models, *rest))
     assert study(folder / "study.yaml", out) == results
     assert (begun, scored) == ([], ["tfidf"]), "the name of a foreign model tells nothing of its content: mteb's files do"
     assert {name: (out / name).read_bytes() for name in before} == before
@@ -160,7 +160,7 @@ def test_scores_are_those_of_evaluate(done, tmp_path):
         *[("long", "ucl"), ("short", "ucl"), ("long", "last"), ("short", "last")],
     ]
     assert results.sets == SETS
-    options = Options(local=(folder / "sets",))
+    options = EvaluateOptions(local=(folder / "sets",))
     places = {("long", "last", 1): "runs/long-seed1/3-scl", ("short", "ucl", 0): "runs/short-seed0/2-ucl"}
     models = {key: str(out / place) for key, place in places.items()}
     models["mean", "training-free", 0] = f"mean:{folder / 'backbone'}"
@@ -207,7 +207,7 @@ def example(seeds=(0, 1, 2), seed=7, **changes):
     rng = np.random.default_rng(seed)
     sets = ("x", "y", "z")
     rows = [
-        Row(
+        StudyRow(
             system=f"A-k{k}",
             stage=stage,
             base="A",
@@ -219,7 +219,7 @@ def example(seeds=(0, 1, 2), seed=7, **changes):
         for stage in ("ucl", "scl")
         for k in (1, 4, 16)
     ]
-    free = Row(system="mean", stage="training-free", base="mean", scores={0: dict.fromkeys(sets, 30.0)})
+    free = StudyRow(system="mean", stage="training-free", base="mean", scores={0: dict.fromkeys(sets, 30.0)})
     return Results(name="example", sets=sets, rows=(free, *rows), **changes)
 
 
@@ -415,7 +415,7 @@ def test_a_study_that_is_not_there_names_the_nearest(tmp_path):
 @pytest.mark.parametrize("name", sorted(shipped_studies()))
 def test_shipped_study_is_sound(name, monkeypatch):
     """Every system is a valid recipe; stages that can be shared have one key."""
-    monkeypatch.setattr("llm2comp.study.grid.check", lambda _: None)  # its data is made by tools/general_data.py
+    monkeypatch.setattr("llm2comp.lab.study.grid.check", lambda _: None)  # its data is made by tools/general_data.py
     found = load_study(name)
     assert found.name == name
     runs = runs_of(found, name) if found.systems else []

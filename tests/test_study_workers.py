@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from llm2comp.errors import RunError
-from llm2comp.study.grid import runs_of
-from llm2comp.study.jobs import Bench, Outcome, groups
-from llm2comp.study.running import study
-from llm2comp.study.settings import load_study
-from llm2comp.study.workers import device_of, outcomes, threads_of
+from llm2comp.lab.study.definition import load_study
+from llm2comp.lab.study.grid import runs_of
+from llm2comp.lab.study.jobs import Bench, Outcome, groups
+from llm2comp.lab.study.running import study
+from llm2comp.lab.study.workers import device_of, outcomes, threads_of
 from study_example import weights, write_study
 from tiny_run import assert_refused, cli
 
@@ -153,7 +153,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from test_study_workers import Waits, bench
-from llm2comp.study.workers import outcomes
+from llm2comp.lab.study.workers import outcomes
 if __name__ == "__main__":
     here = Path({str(tmp_path)!r})
     list(outcomes([Waits(here / str(n)) for n in range(2)], bench(here), 2))

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm2comp.backbone.loading import load_backbone
+from llm2comp.model.backbone.loading import load_backbone
 from llm2comp.recipe import ModelSettings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))

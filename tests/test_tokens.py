@@ -9,8 +9,8 @@ import torch
 from families import SENTENCES, TEXTS, make_backbone
 from llm2comp.data.pretext import PretextCollator, PretextRows, token_rows
 from llm2comp.errors import DataError
+from llm2comp.model.tokens import SplitTexts, Tokens, position_ids, split_site
 from llm2comp.recipe import PretextStage
-from llm2comp.tokens import SplitTexts, Tokens, position_ids, split_site
 
 ROWS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [15, 16]]
 SITES = [1, 4, 1]

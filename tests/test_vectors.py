@@ -8,11 +8,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 import llm2comp
 from families import MEMORY, make_compressor
-from llm2comp import vectors
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RecipeError
-from llm2comp.inputs import Inputs, frame_of
-from llm2comp.vectors import Budget, embed_texts, in_batches, memory_states, memory_vectors
+from llm2comp.model import vectors
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.inputs import Inputs, frame_of
+from llm2comp.model.vectors import Budget, embed_texts, in_batches, memory_states, memory_vectors
 from oracles import embed_texts as stock
 from tiny_run import finished, save_backbone, sentences
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from llm2comp.report import page
-from llm2comp.report.reading import read_log
-from llm2comp.report.verdict import courses, short_section, stages_sentence, use_section, verdict, warnings
+from llm2comp.lab.report import page
+from llm2comp.lab.report.reading import read_log
+from llm2comp.lab.report.verdict import courses, short_section, stages_sentence, use_section, verdict, warnings
 from synthetic_run import write_run
 
 MODELS = ("backbone, mean-pooled", "after CTKD", "after UCL", "after SCL")

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from families import SENTENCES, make_compressor
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RecipeError
+from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import parse_recipe
-from llm2comp.tokens import Tokens
 from llm2comp.training.run import train
 from llm2comp.training.views import CropCollator, crop, two_crops
 from small_stages import make_stage, run_stage

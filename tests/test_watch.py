@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import llm2comp
-from llm2comp.analysis.geometry import alignment
-from llm2comp.analysis.spectrum import effective_rank, spectrum
-from llm2comp.compressor import Compressor
 from llm2comp.data.sources import read_pairs, read_texts
 from llm2comp.errors import DataError, RecipeError, RunError
+from llm2comp.measures.geometry import alignment
+from llm2comp.measures.spectrum import effective_rank, spectrum
+from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import WATCHED, PairData, TextData, parse_recipe
 from llm2comp.training.run import FOLDERS, train
 from llm2comp.training.sample import Watch, unchanged_randomness
@@ -303,7 +303,7 @@ def test_own_sources(tmp_path):
 
 def test_the_sample_is_drawn_from_the_recipe_s_seed(tmp_path):
     recipe = parse_recipe(tree(tmp_path))
-    from llm2comp.backbone import load_backbone
+    from llm2comp.model.backbone import load_backbone
 
     compressor = Compressor.fresh(load_backbone(recipe.model), 3, 0)
     one, same = (Watch(recipe, recipe.watch, compressor).rows for _ in range(2))

@@ -97,8 +97,8 @@ def step_gradients(folder, cases, sharded=False):
     from torch.distributed.tensor import DTensor
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    from llm2comp.backbone import load_backbone
-    from llm2comp.compressor import Compressor
+    from llm2comp.model.backbone import load_backbone
+    from llm2comp.model.compressor import Compressor
     from llm2comp.recipe import parse_recipe
     from llm2comp.training import progress, stages
 

@@ -25,7 +25,7 @@ from backbone_store import Parser, positive_int
 from backbone_text import read_corpus
 from general_data import write
 from llm2comp.errors import Llm2CompError
-from llm2comp.loading import load
+from llm2comp.storage.loading import load
 
 
 def mined(pairs: list[dict[str, str]], model: Any, args: argparse.Namespace) -> list[dict[str, str]]:

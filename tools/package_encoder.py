@@ -23,14 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from backbone_store import MIB, Parser, new_folder, write_json
-from llm2comp.backbone import weights_digest
-from llm2comp.compressor import STATE_FILE
 from llm2comp.errors import Llm2CompError
-from llm2comp.evaluate import SCORES_FOLDER, SUMMARY_FILE, ModelScores, read_summary
-from llm2comp.loading import load
+from llm2comp.lab.evaluation.evaluate import SCORES_FOLDER, SUMMARY_FILE, ModelScores, read_summary
+from llm2comp.model.backbone import weights_digest
+from llm2comp.model.compressor import STATE_FILE
+from llm2comp.model.vectors import embed_texts
 from llm2comp.recipe import Recipe
+from llm2comp.storage.loading import load
 from llm2comp.training.run import CONFIG_FILE, DONE_FILE, FOLDERS, RECIPE_FILE, read_run
-from llm2comp.vectors import embed_texts
 
 ADAPTER_CONFIG = "adapter_config.json"
 LICENCES = {

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm2comp.loading import load
+    from llm2comp.storage.loading import load
     from llm2comp.training.run import train
 
 __version__ = version("llm2comp")
@@ -20,7 +20,7 @@ __all__ = ["__version__", "load", "train"]
 def __getattr__(name: str) -> Any:
     """Import the heavy parts only when asked for."""
     if name == "load":
-        from llm2comp.loading import load
+        from llm2comp.storage.loading import load
 
         return load
     if name == "train":

@@ -22,7 +22,7 @@ def fetch(
     model: Annotated[str, typer.Argument(help="builtin:smollm2, or a GGUF file to convert.", metavar="LM")] = "builtin:smollm2",
 ) -> None:
     """Download a language model into the cache, so that later commands need no network. Prints its folder."""
-    from llm2comp.backbone.sources import fetch as get
+    from llm2comp.model.backbone.sources import fetch as get
 
     print(get(model))
 
@@ -62,8 +62,8 @@ def train(
 
         show_plan(resolved, verbose, gpu_named(gpu, price) if gpu else None)
         return
-    from llm2comp.console import say
-    from llm2comp.report import report as write_report
+    from llm2comp.lab.report import report as write_report
+    from llm2comp.system.console import say
     from llm2comp.training.ranks import is_main_process
     from llm2comp.training.run import MODEL_FOLDER
     from llm2comp.training.run import train as run_recipe
@@ -91,8 +91,8 @@ def demo(
     lm: Annotated[DemoLM, typer.Option(help="smollm2: 135 M parameters; tiny: 5 M, some minutes.")] = "smollm2",
 ) -> None:
     """Try everything: train an encoder on your Python's documentation, score it, search with it."""
-    from llm2comp.demo import RECIPES
-    from llm2comp.demo import demo as run_demo
+    from llm2comp.lab.demo import RECIPES
+    from llm2comp.lab.demo import demo as run_demo
 
     run_demo(out or Path("runs") / ("demo" if lm == "smollm2" else f"demo-{lm}"), RECIPES[lm])
 
@@ -127,9 +127,9 @@ def generate_responses(
     device: DeviceOption = None,
 ) -> None:
     """Generate a causal LM's responses to texts, for stage 1's objective `response` (docs/response.md)."""
-    from llm2comp.console import say
     from llm2comp.errors import DataError
-    from llm2comp.files import RESPONSES, refuse_taken
+    from llm2comp.system.console import say
+    from llm2comp.system.files import RESPONSES, refuse_taken
 
     found = re.fullmatch(r"(\d+)/(\d+)", shards)
     share = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -137,12 +137,12 @@ def generate_responses(
         raise DataError("no share", where="--shards", expected="i/n with i from 1 to n, such as 2/8", found=shards)
     refuse_taken(out, RESPONSES)
     loaded = read_column(texts, column, limit)
-    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
-    from llm2comp import generate
+    from llm2comp.training import generate
 
-    options = generate.Options(
+    options = generate.ResponseOptions(
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
         prompt=prompt,

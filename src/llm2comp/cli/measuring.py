@@ -20,7 +20,7 @@ from llm2comp.cli.options import (
     read_column,
     require_folder,
 )
-from llm2comp.console import GENERAL
+from llm2comp.system.console import GENERAL
 
 ModelsArgument = Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also bm25 and tfidf: word matching.", metavar="MODEL")]
 
@@ -63,19 +63,21 @@ def evaluate(
 ) -> None:
     """Score models on public tasks, your own sets or your own questions and answers, side by side."""
     _check_sources(local or [], pairs or [], documents)
-    from llm2comp.backbone.quiet import quiet_libraries
-    from llm2comp.console import say
     from llm2comp.errors import DataError, RunError
+    from llm2comp.model.backbone.quiet import quiet_libraries
+    from llm2comp.system.console import say
 
     if "{instruction}" not in template:
         raise DataError("no template", where="--template", expected="a text with {instruction} in it", found=template)
     quiet_libraries()
-    from llm2comp import evaluate as evaluation
-    from llm2comp.evaluation.pairs import Questions
+    from llm2comp.lab.evaluation import evaluate as evaluation
+    from llm2comp.lab.evaluation.pairs import Questions
 
     chosen, folders = tuple(tasks or ()), tuple(local or ())
     asked = tuple(Questions(file, query_column, answer_column, documents, document_column) for file in pairs or ())
-    options = evaluation.Options(chosen, folders, instructions, template, max_tokens_per_batch, device, num_memory, asked)
+    options = evaluation.EvaluateOptions(
+        chosen, folders, instructions, template, max_tokens_per_batch, device, num_memory, asked
+    )
     rows = evaluation.evaluate(models, options, out)
     before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models)) if compare else []
     say(evaluation.table([*before, *rows], compare))
@@ -118,11 +120,11 @@ def analyze(
     device: DeviceOption = None,
 ) -> None:
     """Show why a model is good or bad: collapse, similarity threshold, contents of its memory tokens."""
-    from llm2comp.console import say
     from llm2comp.data.columns import MissingColumnError
     from llm2comp.data.sources import read_pairs
-    from llm2comp.files import ANALYSIS, refuse_taken
     from llm2comp.recipe import PairData
+    from llm2comp.system.console import say
+    from llm2comp.system.files import ANALYSIS, refuse_taken
 
     if out:
         refuse_taken(out, ANALYSIS)
@@ -131,10 +133,10 @@ def analyze(
         related = read_pairs(PairData(source=pairs, limit=limit)).rows if pairs else []
     except MissingColumnError as error:
         raise error.advised("call the columns anchor and positive in the file") from None
-    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
-    from llm2comp import analyze as analysis
+    from llm2comp.lab import analyze as analysis
 
     found = analysis.analyze(model, loaded.rows, related, threshold=threshold, needs_memory=write_weights, device=device)
     folder = out or analysis.default_folder(model)
@@ -158,11 +160,11 @@ def report(
     """Write one HTML page about runs: verdict, curves, scores, settings."""
     for run in runs:
         require_folder(run)
-    from llm2comp.backbone.quiet import quiet_libraries
-    from llm2comp.console import say
+    from llm2comp.model.backbone.quiet import quiet_libraries
+    from llm2comp.system.console import say
 
     quiet_libraries()
-    from llm2comp.report import report as write_report
+    from llm2comp.lab.report import report as write_report
 
     say(f"report: {write_report(runs, out or runs[0] / REPORT_FILE)}")
 
@@ -186,11 +188,11 @@ def study(
     workers: Annotated[int, typer.Option(min=1, help="Processes at once; with CUDA each sees one device.", metavar="N")] = 1,
 ) -> None:
     """Train several recipes with several seeds and compare them in one table. Run again to resume."""
-    from llm2comp.study.settings import find_study
+    from llm2comp.lab.study.definition import find_study
 
     find_study(file)
     for folder in local or ():
         require_folder(folder)
-    from llm2comp.study.running import study as run_study
+    from llm2comp.lab.study.running import study as run_study
 
     run_study(file, out, local or (), changes or (), dry_run, workers)

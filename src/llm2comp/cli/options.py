@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm2comp.console import Dtype
+from llm2comp.system.console import Dtype
 
 if TYPE_CHECKING:
     from llm2comp.data.loaded import Loaded
@@ -75,10 +75,10 @@ def read_column(source: str, column: str = "text", limit: int | None = None) -> 
     """
     import shlex
 
-    from llm2comp.console import say
     from llm2comp.data.columns import MissingColumnError, likely
     from llm2comp.data.sources import read_texts
     from llm2comp.recipe import TextData
+    from llm2comp.system.console import say
 
     try:
         loaded = read_texts(TextData(source=source, column=column, limit=limit))

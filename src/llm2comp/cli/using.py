@@ -21,7 +21,7 @@ from llm2comp.cli.options import (
     read_column,
     require_folder,
 )
-from llm2comp.console import GENERAL, BadRows, Dtype, LongTexts, Role
+from llm2comp.system.console import GENERAL, BadRows, Dtype, LongTexts, Role
 
 if TYPE_CHECKING:
     from llm2comp.data.loaded import Loaded
@@ -68,16 +68,16 @@ def embed(
     ] = "torch",
 ) -> None:
     """Embed the texts of a file, in order."""
-    from llm2comp import embed as bulk
-    from llm2comp.console import say
+    from llm2comp.system.console import say
+    from llm2comp.use import embed as bulk
 
     bulk.check_output(out, [] if source == STDIN else [Path(source).expanduser()])
     loaded = _read_source(source, column)
     places = bulk.places_of(loaded, bad_rows, "standard input" if source == STDIN else source)
-    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
-    from llm2comp.loading import load
+    from llm2comp.storage.loading import load
 
     result = bulk.embed(
         encoder := load(model, device, num_memory, backend, dtype, merged=True),
@@ -108,11 +108,11 @@ def similarity(
 
     if len(texts) < 2:
         raise DataError("nothing to compare", expected="two texts or more", found=len(texts))
-    from llm2comp.backbone.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
-    from llm2comp.embed import embed as embed_texts
-    from llm2comp.loading import load
+    from llm2comp.storage.loading import load
+    from llm2comp.use.embed import embed as embed_texts
 
     vectors = embed_texts(load(model, device, dtype=dtype, merged=True), texts, normalise=True).embeddings_ND
     for text, row in zip(texts, vectors @ vectors.T, strict=True):
@@ -138,16 +138,16 @@ def export(
     ] = None,
 ) -> None:
     """Write an encoder as a folder that plain sentence-transformers loads (a run has one: model/)."""
-    from llm2comp.files import EXPORTED, refuse_foreign
+    from llm2comp.system.files import EXPORTED, refuse_foreign
 
     refuse_foreign(out, EXPORTED)
-    from llm2comp.backbone.quiet import quiet_libraries
-    from llm2comp.console import say
+    from llm2comp.model.backbone.quiet import quiet_libraries
+    from llm2comp.system.console import say
 
     quiet_libraries()
-    from llm2comp.compiled import compile_folder, runtime_of
-    from llm2comp.export import export as write_folder
-    from llm2comp.loading import card_facts, live_place, load
+    from llm2comp.storage.compiled import compile_folder, runtime_of
+    from llm2comp.storage.export import export as write_folder
+    from llm2comp.storage.loading import card_facts, live_place, load
 
     if openvino:
         runtime_of("openvino", openvino)  # not installed: said before the work
@@ -162,12 +162,12 @@ def export(
 def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, or a finished run.", metavar="DIR")]) -> None:
     """Check that a model folder still gives the same embeddings as when it was written."""
     require_folder(folder)
-    from llm2comp.backbone.quiet import quiet_libraries
-    from llm2comp.console import say
+    from llm2comp.model.backbone.quiet import quiet_libraries
+    from llm2comp.system.console import say
 
     quiet_libraries()
-    from llm2comp.export import verify as check
-    from llm2comp.loading import model_folder
+    from llm2comp.storage.export import verify as check
+    from llm2comp.storage.loading import model_folder
 
     folder = model_folder(folder)
     say(f"{folder}: sound, lowest cosine {check(folder):.7f}")

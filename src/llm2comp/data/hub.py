@@ -9,8 +9,8 @@ from pathlib import Path
 from llm2comp.data.columns import Columns, check_columns
 from llm2comp.data.tables import Rows
 from llm2comp.errors import DataError, one_line
-from llm2comp.hub import hub, unasked
 from llm2comp.recipe import PairData, TextData
+from llm2comp.system.hub import hub, unasked
 
 _ADVICE = "check name and split; `hf auth login` for a gated set; HF_HUB_OFFLINE=1 finds only sets in the cache"
 

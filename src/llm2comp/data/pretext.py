@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm2comp.errors import DataError
+from llm2comp.model.tokens import NOT_MASKED, SplitTexts, split_site
 from llm2comp.recipe import PretextStage
-from llm2comp.tokens import NOT_MASKED, SplitTexts, split_site
 
 TOKENISE_AT_ONCE = 1000
 WINDOW_BATCHES = 16

@@ -20,9 +20,9 @@ from pydantic import Field, ValidationError
 from llm2comp.data.columns import Columns
 from llm2comp.data.tables import Row, Rows, file_rows
 from llm2comp.errors import DataError
-from llm2comp.files import sha256
 from llm2comp.recipe import Section
 from llm2comp.recipe.parts import TEXT
+from llm2comp.system.files import sha256
 
 MANIFEST_FILE = "responses.json"
 # Column that holds the teacher's embedding of a response: of a shard's .npy, or lists of numbers in files of one's own.

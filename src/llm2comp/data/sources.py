@@ -26,8 +26,8 @@ from llm2comp.data.responses import TEACHER, folder_rows, source_digest
 from llm2comp.data.tables import Row, Rows, convert_command, file_kind, file_rows, no_such_file
 from llm2comp.data.values import UnusableError, WrittenListError, filled, one_text, stripped, vector
 from llm2comp.errors import DataError
-from llm2comp.files import to_json
 from llm2comp.recipe import PairData, TextData, missing_path
+from llm2comp.system.files import to_json
 
 Spec: TypeAlias = TextData | PairData
 

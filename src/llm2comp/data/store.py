@@ -26,12 +26,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from llm2comp.cache import cache_folder, cached, flush
 from llm2comp.data.pretext import long_enough, token_rows
 from llm2comp.data.sources import iterate_sources, source_key
 from llm2comp.errors import DataError
-from llm2comp.files import new_folder, to_json, write_text
 from llm2comp.recipe import PretextStage, Section, TextData
+from llm2comp.system.cache import cache_folder, cached, flush
+from llm2comp.system.files import new_folder, to_json, write_text
 
 MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = "stored.json", "tokens.i32", "bounds.i64", "texts.arrow"
 # To be raised when the code makes other rows of the same source and settings.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llm2comp.errors import RecipeError
-from llm2comp.memory import embedding_from_memory
+from llm2comp.model.memory import embedding_from_memory
+from llm2comp.model.tokens import SplitTexts
 from llm2comp.objectives.loss import Mean, Passes
-from llm2comp.tokens import SplitTexts
 
 MAP_FILE = "alignment.safetensors"
 

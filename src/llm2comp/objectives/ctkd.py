@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llm2comp.model.tokens import SplitTexts
 from llm2comp.objectives.kl import chunked_kl
 from llm2comp.objectives.loss import Decoder, Mean
-from llm2comp.tokens import SplitTexts
 
 
 def loss(decoder: Decoder, mean: Mean) -> Tensor:

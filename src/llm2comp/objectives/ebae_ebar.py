@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llm2comp.model.tokens import SplitTexts, Tokens, wrap
 from llm2comp.objectives.kl import chunked_bag_entropy
 from llm2comp.objectives.loss import Mean, Passes
-from llm2comp.tokens import SplitTexts, Tokens, wrap
 
 
 def loss(passes: Passes, mean: Mean) -> Tensor:

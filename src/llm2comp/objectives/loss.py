@@ -22,12 +22,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from llm2comp.backbone import Backbone
-from llm2comp.compressor import Compressor
-from llm2comp.memory import prefix_of
+from llm2comp.model.backbone import Backbone
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.memory import prefix_of
+from llm2comp.model.tokens import SplitTexts, Tokens
 from llm2comp.recipe import PretextStage
 from llm2comp.recipe.objectives import OBJECTIVES, Weighting
-from llm2comp.tokens import SplitTexts, Tokens
 
 
 @dataclass(frozen=True)

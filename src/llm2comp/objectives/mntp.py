@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from llm2comp.errors import BackboneError
+from llm2comp.model.tokens import NOT_MASKED, SplitTexts, Tokens
 from llm2comp.objectives.kl import chunked_cross_entropy
 from llm2comp.objectives.loss import Mean, Passes
-from llm2comp.tokens import NOT_MASKED, SplitTexts, Tokens
 
 MASK_TOKEN = "_"  # what LLM2Vec's `mask_token_type: blank`, in all of its settings, stands for
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llm2comp.model.tokens import SplitTexts, Tokens
 from llm2comp.objectives.continuation import nll
 from llm2comp.objectives.loss import Decoder, Mean
-from llm2comp.tokens import SplitTexts, Tokens
 
 
 def loss(decoder: Decoder, mean: Mean) -> Tensor:

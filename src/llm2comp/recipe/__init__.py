@@ -27,7 +27,7 @@ from llm2comp.recipe.reading import (
     shipped_files,
     shipped_recipes,
 )
-from llm2comp.recipe.settings import WATCHED, Recipe
+from llm2comp.recipe.recipe import WATCHED, Recipe
 from llm2comp.recipe.stages import ContrastiveStage, PretextStage, SclStage, Stage, UclStage
 
 __all__ = [

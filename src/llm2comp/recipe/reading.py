@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llm2comp.errors import RecipeError
-from llm2comp.files import to_json
 from llm2comp.recipe.paths import expanded
-from llm2comp.recipe.settings import Recipe
+from llm2comp.recipe.recipe import Recipe
+from llm2comp.system.files import to_json
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from datasets import Dataset
 
-from llm2comp.console import say
 from llm2comp.data.loaded import Pair
 from llm2comp.errors import DataError
 from llm2comp.recipe import ContrastiveStage
+from llm2comp.system.console import say
 
 AnyStage = TypeVar("AnyStage", bound=ContrastiveStage)
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from llm2comp.backbone import KINDS, resolve_device
-from llm2comp.backbone.families import attention_dropouts, starting_token
-from llm2comp.backbone.loading import load_skeleton, load_tokenizer
-from llm2comp.backbone.naming import require_weights
-from llm2comp.backbone.quantized import quantization_config
-from llm2comp.compressor import room_for_text
 from llm2comp.data.pretext import token_rows
 from llm2comp.data.sources import iterate_sources, read_pairs, read_responses, read_texts
-from llm2comp.encoder import refuse_long_prompt
 from llm2comp.errors import BackboneError, RecipeError
+from llm2comp.model.backbone import KINDS, resolve_device
+from llm2comp.model.backbone.families import attention_dropouts, starting_token
+from llm2comp.model.backbone.loading import load_skeleton, load_tokenizer
+from llm2comp.model.backbone.naming import require_weights
+from llm2comp.model.backbone.quantized import quantization_config
+from llm2comp.model.compressor import room_for_text
+from llm2comp.model.encoder import refuse_long_prompt
 from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import ContrastiveStage, PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
 from llm2comp.recipe.parts import TEXT

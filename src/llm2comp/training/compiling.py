@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llm2comp.console import say
+from llm2comp.system.console import say
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from llm2comp.encoder import MemoryEncoder
 from llm2comp.errors import RecipeError
+from llm2comp.model.encoder import MemoryEncoder
 from llm2comp.recipe import ContrastiveStage, SclStage, UclStage
 from llm2comp.training.judges import Judges, Targets
 

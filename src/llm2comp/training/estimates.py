@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
-from llm2comp.backbone import Backbone
-from llm2comp.console import say
+from llm2comp.model.backbone import Backbone
 from llm2comp.objectives.kl import CHUNK, CHUNK_ON_GPU
 from llm2comp.recipe import ContrastiveStage, PretextStage, SclStage, Stage
+from llm2comp.system.console import say
 from llm2comp.training.ranks import ranks
 
 # Of the memory that is free when a stage begins, what its activations may take.

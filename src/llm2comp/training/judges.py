@@ -18,10 +18,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from llm2comp.backbone.digest import FILES, file_digest, hub_commit
 from llm2comp.errors import RecipeError, one_line
-from llm2comp.files import to_json
+from llm2comp.model.backbone.digest import FILES, file_digest, hub_commit
 from llm2comp.recipe import JudgeSettings, SclStage, expanded, is_local, missing_path
+from llm2comp.system.files import to_json
 
 PACKAGE = "package:"
 MODULES_FILE = "modules.json"

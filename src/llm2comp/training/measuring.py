@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2comp.backbone import load_backbone
-from llm2comp.backbone.loading import load_skeleton
-from llm2comp.cache import CACHE_VARIABLE
-from llm2comp.compressor import Compressor
-from llm2comp.console import console
 from llm2comp.errors import DataError
+from llm2comp.model.backbone import load_backbone
+from llm2comp.model.backbone.loading import load_skeleton
+from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import Recipe, Stage, is_local
+from llm2comp.system.cache import CACHE_VARIABLE
+from llm2comp.system.console import console
 from llm2comp.training.estimates import AnyStage, fitted
 from llm2comp.training.progress import METRICS_FILE, StepLines
 from llm2comp.training.stages import RUNNERS, RunOptions

@@ -11,10 +11,10 @@ from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
-from llm2comp.console import say
 from llm2comp.errors import RunError
-from llm2comp.tokens import longest_first
-from llm2comp.vectors import is_out_of_memory
+from llm2comp.model.tokens import longest_first
+from llm2comp.model.vectors import is_out_of_memory
+from llm2comp.system.console import say
 
 _SIDES = {"text": "right", "context": "left", "continuation": "right"}
 

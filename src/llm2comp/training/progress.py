@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from llm2comp.console import Bar
-from llm2comp.files import explain_disk_errors, to_json, write_text
+from llm2comp.system.console import Bar
+from llm2comp.system.files import explain_disk_errors, to_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -24,14 +24,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from llm2comp.backbone import Base, load_backbone
-from llm2comp.backbone.quiet import quiet_libraries
-from llm2comp.compressor import Compressor
-from llm2comp.console import say
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import RunError
-from llm2comp.export import export
-from llm2comp.files import RUN, STAGE, claim, explain_disk_errors, new_folder, remove_folder, to_json, write_text
+from llm2comp.model.backbone import Base, load_backbone
+from llm2comp.model.backbone.quiet import quiet_libraries
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import (
     Recipe,
     change_recipe,
@@ -41,10 +38,13 @@ from llm2comp.recipe import (
     moved,
     parse_recipe,
 )
+from llm2comp.runs.finished import card_of, limits_of, prompts_of, refuse_others, require_base
+from llm2comp.runs.keys import FORMAT_VERSION, matters, settings_of, stage_keys
+from llm2comp.storage.export import export
+from llm2comp.system.console import say
+from llm2comp.system.files import RUN, STAGE, claim, explain_disk_errors, new_folder, remove_folder, to_json, write_text
 from llm2comp.training.checks import check
 from llm2comp.training.estimates import fitted
-from llm2comp.training.finished import card_of, limits_of, prompts_of, refuse_others, require_base
-from llm2comp.training.keys import FORMAT_VERSION, matters, settings_of, stage_keys
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.stages import RUNNERS, RunOptions

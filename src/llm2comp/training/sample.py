@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llm2comp.analysis.collapse import collapse
-from llm2comp.analysis.context import context_recovered, split_sample
-from llm2comp.analysis.geometry import alignment
-from llm2comp.compressor import Compressor
 from llm2comp.data.loaded import Pair
 from llm2comp.data.sources import read_pairs, read_texts
+from llm2comp.measures.collapse import collapse
+from llm2comp.measures.context import context_recovered, split_sample
+from llm2comp.measures.geometry import alignment
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.vectors import memory_states
 from llm2comp.recipe import PretextStage, Recipe, TextData, UclStage, WatchSettings
-from llm2comp.vectors import memory_states
 
 # Rows read to draw the sample from.
 POOL = 8192
@@ -82,9 +82,9 @@ class Watch:
     def _score_tasks(self, compressor: Compressor) -> dict[str, float]:
         if not self.tasks:
             return {}
-        from llm2comp.encoder import as_sentence_transformer
-        from llm2comp.evaluation.encoder import MtebEncoder
-        from llm2comp.evaluation.running import run_task
+        from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
+        from llm2comp.lab.evaluation.running import run_task
+        from llm2comp.model.encoder import as_sentence_transformer
 
         model = as_sentence_transformer(compressor, self.limit)
         encoder = MtebEncoder(model, "llm2comp/watch", "none", progress=False)
@@ -95,7 +95,7 @@ def local_sets(settings: WatchSettings) -> list[Any]:
     """The local evaluation sets of a watch. Raises DataError for a folder that holds none."""
     if not settings.tasks:
         return []
-    from llm2comp.evaluation.tasks import local_tasks
+    from llm2comp.lab.evaluation.tasks import local_tasks
 
     with unchanged_randomness():  # mteb seeds everything when it makes a task
         return [task for folder in settings.tasks for task in local_tasks(Path(folder).expanduser())]

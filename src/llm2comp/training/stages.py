@@ -13,19 +13,19 @@ from sentence_transformers.base.sampler import BatchSamplers
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from llm2comp.backbone import Backbone
-from llm2comp.compressor import Compressor, room_for_text
-from llm2comp.console import say
 from llm2comp.data.loaded import Pair, Response
 from llm2comp.data.pretext import Masking, PretextCollator, PretextRows
 from llm2comp.data.response_rows import ResponseRows, response_rows
 from llm2comp.data.sources import iterate_sources, read_pairs, read_responses
 from llm2comp.data.store import distinct, stored_rows, stored_texts
-from llm2comp.encoder import as_sentence_transformer
 from llm2comp.errors import DataError
+from llm2comp.model.backbone import Backbone
+from llm2comp.model.compressor import Compressor, room_for_text
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.objectives.alignment import map_to_teacher
 from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import PairData, PretextStage, SclStage, Stage, TextData, UclStage
+from llm2comp.system.console import say
 from llm2comp.training import progress
 from llm2comp.training.batches import clipped, most_in_a_batch, pair_datasets
 from llm2comp.training.compiling import compiled

@@ -16,13 +16,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 
-from llm2comp.analysis.clusters import copies
-from llm2comp.compressor import Compressor
-from llm2comp.console import say
 from llm2comp.data.sources import read_pairs, read_texts
 from llm2comp.errors import DataError, RecipeError, RunError
-from llm2comp.files import whole_or_gone
+from llm2comp.measures.clusters import copies
+from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import WATCHED, Recipe, Stage
+from llm2comp.system.console import say
+from llm2comp.system.files import whole_or_gone
 from llm2comp.training.progress import StepLines, TokenCounter
 from llm2comp.training.sample import Watch, local_sets
 

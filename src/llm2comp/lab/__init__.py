@@ -1,0 +1,1 @@
+"""Judging encoders: evaluate, analyze, study, report, the demonstration."""

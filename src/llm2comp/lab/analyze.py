@@ -1,0 +1,266 @@
+"""`llm2comp analyze`: why is a model good, or not: collapse, what counts as similar, what the memory tokens hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.table import Table
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from llm2comp.data.loaded import Pair
+from llm2comp.errors import DataError, ModelFolderError
+from llm2comp.lab.plots import heatmap_figure, save_figure, scores_figure, spectrum_figure
+from llm2comp.lab.readout import Readout, read_out
+from llm2comp.measures.clusters import clusters, merge_weights
+from llm2comp.measures.collapse import Collapse, collapse
+from llm2comp.measures.context import SITE_MARGIN, context_recovered, split_sample
+from llm2comp.measures.geometry import alignment, random_pair_cosines, related_pair_cosines, score_summary
+from llm2comp.model.backbone.sharded import header_of
+from llm2comp.model.compressor import STATE_FILE, Compressor
+from llm2comp.model.encoder import refuse_not_finite
+from llm2comp.model.inputs import Inputs
+from llm2comp.model.vectors import Budget, in_batches, memory_states
+from llm2comp.storage.export import memory_names, reweight
+from llm2comp.storage.loading import identity, live_place, load, run_of, stage_of
+from llm2comp.system.files import ANALYSIS, claim, explain_disk_errors, to_json, write_bytes, write_text
+from llm2comp.use.embed import embed
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+ANALYSIS_FOLDER, ANALYSIS_FILE = "analysis", "analysis.json"
+# Where an analysis of a model of no run goes, below the working directory.
+ELSEWHERE = Path("llm2comp-analysis")
+WITH_MEMORY = "a run, a stage, or a model folder of llm2comp's"
+PLOTS = ("spectrum", "scores", "memory")
+NEED_MORE_TEXTS = ("effective_rank", "participation_ratio", "above_one_percent")
+OF_EMBEDDINGS = (*NEED_MORE_TEXTS, "uniformity", "anisotropy")
+# Longest text read for the LM's own part; texts among which those for the split are looked for.
+READ_TOKENS, SPLIT_FROM = 512, 512
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found; `withheld` says of each figure that is None why it is not given."""
+
+    model: str
+    name: str
+    revision: str
+    collapse: Collapse
+    figures: dict[str, float | None]
+    withheld: dict[str, str]
+    scores: dict[str, Any]
+    random_cosines: list[float]
+    related_cosines: list[float] | None
+    clusters: list[int] | None = None
+    merge_weights: list[float] | None = None
+    readouts: tuple[Readout, ...] = ()
+
+
+def analyze(
+    path: str,
+    texts: Sequence[str],
+    pairs: Sequence[Pair] = (),
+    *,
+    threshold: float = 0.9,
+    examples: int = 3,
+    needs_memory: bool = False,
+    device: str | None = None,
+) -> Analysis:
+    """Measure a model on texts.
+
+    Args:
+        path: whatever `llm2comp.load` takes; a run is looked at through its last stage, where the frozen LM is at hand.
+        texts: what to embed; more texts than dimensions, or the rank figures are withheld.
+        pairs: related texts, for alignment and for what counts as similar.
+        threshold: cosine from which memory tokens are merged into one cluster.
+        examples: texts to be read out through the LM.
+        needs_memory: refuse (ModelFolderError) a model without memory tokens.
+        device: None = the best there is.
+
+    Raises:
+        DataError: too few texts; an embedding that is zero or not finite, with its text. As `load` for the model.
+    """
+    if len(texts) < 2:
+        raise DataError("too few texts to analyze", expected="2 or more", found=len(texts))
+    model = load(live_place(path), device)
+    who, compressor = identity(path, model), live_compressor(model)
+    if needs_memory and not (compressor.memory.count if compressor else memory_names(model)):
+        raise ModelFolderError("has no memory tokens to weigh", where=path, expected=WITH_MEMORY)
+    memory_NKD, embeddings_ND = _embeddings(model, compressor, texts)
+    refuse_not_finite(embeddings_ND, texts)
+    measured = collapse(embeddings_ND, None if memory_NKD is None else memory_NKD.numpy())
+    random_cosines, related_cosines = random_pair_cosines(embeddings_ND), None
+    figures: dict[str, float | None] = {key: getattr(measured, key) for key in OF_EMBEDDINGS}
+    if pairs:
+        anchors_ND = embed(model, [pair.anchor for pair in pairs], role="query").embeddings_ND
+        positives_ND = embed(model, [pair.positive for pair in pairs], role="document").embeddings_ND
+        figures["alignment"] = alignment(anchors_ND, positives_ND)
+        related_cosines = related_pair_cosines(anchors_ND, positives_ND)
+    if compressor is not None:
+        rows = compressor.backbone.tokenise(texts[:SPLIT_FROM], compressor.max_tokens(READ_TOKENS))
+        figures["context_recovered"] = context_recovered(compressor, split_sample(rows, compressor.backbone.pad_id))
+    withheld = _withheld(measured, bool(pairs), compressor is not None, figures)
+    labels = None if measured.memory_correlation is None else clusters(measured.memory_correlation, threshold)
+    return Analysis(
+        model=path,
+        name=who.name,
+        revision=who.revision,
+        collapse=measured,
+        figures=figures | dict.fromkeys(withheld),
+        withheld=withheld,
+        scores=asdict(score_summary(random_cosines, related_cosines)),
+        random_cosines=random_cosines.round(4).tolist(),
+        related_cosines=None if related_cosines is None else related_cosines.round(4).tolist(),
+        clusters=None if labels is None else labels.tolist(),
+        merge_weights=None if labels is None else merge_weights(labels).tolist(),
+        readouts=tuple(read_out(compressor, text, READ_TOKENS) for text in texts[:examples]) if compressor else (),
+    )
+
+
+def _withheld(measured: Collapse, pairs: bool, live: bool, figures: dict[str, float | None]) -> dict[str, str]:
+    """Figures that are not given, and why."""
+    reasons: dict[str, str] = {}
+    if not measured.enough_texts:
+        reason = f"{measured.texts:,} texts for {measured.dimensions:,} dimensions: give more texts than dimensions"
+        reasons |= dict.fromkeys(NEED_MORE_TEXTS, reason)
+    if not pairs:
+        reasons["alignment"] = "needs related pairs: give --pairs"
+    if figures.get("context_recovered") is None:
+        short = f"no text of {2 * SITE_MARGIN} tokens or more"
+        reasons["context_recovered"] = short if live else "needs the frozen LM: give a run or a stage of one"
+    return reasons
+
+
+def default_folder(path: str) -> Path:
+    """Where an analysis goes unless told otherwise: into the model's run, else into a folder of its own here."""
+    run = run_of(path)
+    if run is None:
+        return ELSEWHERE
+    folder = Path(path).absolute()
+    return run / ANALYSIS_FOLDER / (folder.name if stage_of(folder) else "")
+
+
+def write_analysis(found: Analysis, folder: Path) -> None:
+    """The plots (PNG, SVG), then `analysis.json`, over those of an earlier analysis. Raises RunError when a write fails."""
+    claim(folder, ANALYSIS)
+    with explain_disk_errors(folder):
+        for old in (ANALYSIS_FILE, *(f"{plot}.{kind}" for plot in PLOTS for kind in ("png", "svg"))):
+            (folder / old).unlink(missing_ok=True)
+    spectrum, scores, memory = (folder / plot for plot in PLOTS)
+    save_figure(spectrum_figure({found.model: found.collapse.spectrum}), spectrum)
+    save_figure(scores_figure(found.random_cosines, found.related_cosines), scores)
+    if found.collapse.memory_correlation is not None:
+        save_figure(heatmap_figure(found.collapse.memory_correlation, "memory tokens"), memory)
+    write_text(folder / ANALYSIS_FILE, to_json(asdict(found), indent=1, ensure_ascii=False))
+
+
+def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
+    """Store a weighting of the memory tokens in a model: a model folder, a stage, or both of a finished run.
+
+    Returns what was changed. Raises ModelFolderError for a model that has no memory tokens.
+    """
+    folder, stage = Path(path).absolute(), Path(live_place(path)).absolute()
+    changed = []
+    if stage_of(folder) is None:
+        model = folder / "model" if run_of(path) == folder else folder
+        reweight(model, weights_K)  # first: it refuses a folder that is not sound
+        changed.append(model)
+    if stage_of(stage) is not None:
+        file = stage / STATE_FILE
+        tensors = load_file(file)
+        if len(weights_K) != len(tensors["weights"]):
+            raise ModelFolderError(
+                "another number of memory tokens", where=str(file), expected=len(tensors["weights"]), found=len(weights_K)
+            )
+        tensors["weights"] = torch.tensor(weights_K, dtype=torch.float32)
+        write_bytes(file, save(tensors, header_of(file)))
+        changed.append(stage)
+    return changed
+
+
+def live_compressor(model: SentenceTransformer) -> Compressor | None:
+    """The compressor of a live encoder; None for any other model."""
+    found = getattr(model[0], "compressor", None)
+    return found if isinstance(found, Compressor) else None
+
+
+def _memory(model: SentenceTransformer, compressor: Compressor | None, texts: Sequence[str]) -> Tensor | None:
+    """Memory states of the texts, memory_NKD; None for a model without memory tokens."""
+    if compressor is not None:
+        module: Any = model[0]
+        return memory_states(compressor, compressor.backbone.tokenise(texts, module.max_tokens))
+    names = memory_names(model)
+    if names is None:
+        return None
+    count, inputs = len(names), Inputs.of(model, texts, prompt="")
+
+    def compute(places: list[int]) -> Tensor:
+        features = inputs.features(places)
+        lengths_B = features["attention_mask"].sum(1)  # padded on the right, memory last
+        states_BTD: Tensor = model[0](features)["token_embeddings"]
+        places_BK = lengths_B[:, None] - count + torch.arange(count, device=lengths_B.device)
+        return states_BTD.gather(1, places_BK[..., None].expand(-1, -1, states_BTD.shape[-1]))
+
+    return in_batches(inputs.lengths, compute, Budget.of(model.device))
+
+
+def _embeddings(
+    model: SentenceTransformer, compressor: Compressor | None, texts: Sequence[str]
+) -> tuple[Tensor | None, NDArray[np.float32]]:
+    """Memory states, None without memory tokens, and embeddings."""
+    states_NKD = _memory(model, compressor, texts)
+    if compressor is None or states_NKD is None:
+        return states_NKD, embed(model, texts).embeddings_ND
+    with torch.no_grad():
+        embeddings_ND = np.asarray(compressor.pool(states_NKD).cpu().numpy())
+    return states_NKD if compressor.memory.count else None, embeddings_ND  # a pooled state is no memory token
+
+
+def table(found: Analysis) -> Table:
+    """The figures in words."""
+    shown = Table("figure", "value", "how to read it", title=f"{found.model}: {found.collapse.texts:,} texts")
+    dimensions = found.collapse.dimensions
+    told = {
+        "effective_rank": f"directions in use, of {dimensions:,}",
+        "participation_ratio": f"the same by variance, of {dimensions:,}",
+        "above_one_percent": "directions with 1 % or more of the largest one's variance",
+        "uniformity": "the lower, the more evenly texts are spread (0 = all the same)",
+        "anisotropy": "mean cosine of random texts (0 = no common direction)",
+        "alignment": "squared distance of related texts (0 = the same)",
+        "context_recovered": "share of the context's effect on the LM that the memory carries (1 = all)",
+    }
+    for key, meaning in told.items():
+        value = found.figures.get(key)
+        shown.add_row(key.replace("_", " "), "withheld" if value is None else f"{value:.4g}", found.withheld.get(key, meaning))
+    quantiles = found.scores["random"]
+    shown.add_row("random pairs", f"{quantiles[50]:.3f}", f"half of them score less; 1 % score {quantiles[99]:.3f} or more")
+    if found.scores["related"]:
+        share = 100 * (found.scores["related_above"] or 0)
+        shown.add_row("related pairs", f"{found.scores['related'][50]:.3f}", f"{share:.0f} % of them score more than that 1 %")
+    if found.clusters is not None:
+        shown.add_row("memory clusters", f"{max(found.clusters) + 1}", f"of {len(found.clusters)} tokens: {found.clusters}")
+    return shown
+
+
+def readout_lines(found: Analysis) -> list[str]:
+    """Readouts as plain lines."""
+    lines = []
+    for readout in found.readouts:
+        lines += ["", f"text: {_one_line(readout.text)}"]
+        lines += [f"  memory token {i}: {_one_line(' '.join(words))}" for i, words in enumerate(readout.words)]
+        lines += [f"  the LM goes on from the text: {_one_line(readout.from_text)}"]
+        lines += [f"  from the memory alone: {_one_line(readout.from_memory)}"]
+    return lines
+
+
+def _one_line(text: str) -> str:
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    return line if len(line) <= 160 else line[:157] + "..."

@@ -1,0 +1,261 @@
+"""`llm2comp evaluate`: models × tasks → scores in mteb's format, a table, and a summary that the report reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from filelock import FileLock
+from rich.table import Table
+
+from llm2comp.errors import DataError, RunError, install_extra
+from llm2comp.lab.evaluation.pairs import Questions, pairs_task
+from llm2comp.lab.evaluation.paper14 import PAPER14
+from llm2comp.lab.evaluation.published import published
+from llm2comp.storage.loading import identity, load, run_of
+from llm2comp.system.console import say
+from llm2comp.system.files import explain_disk_errors, to_json, write_text
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from llm2comp.lab.evaluation.running import Encoder
+
+SCORES_FOLDER, SUMMARY_FILE = "scores", "summary.json"
+# Where results go when no model is of a run, below the working directory.
+RESULTS_FOLDER = Path("llm2comp-scores")
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """What one model got: task → {score (0 to 1), metric, split}; task → why it could not be run."""
+
+    model: str
+    name: str
+    revision: str
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """How to evaluate.
+
+    Args:
+        tasks: names of tasks and benchmarks of mteb, or `paper14`.
+        local: folders of local sets.
+        pairs: files of questions and answers.
+        instructions: `auto` (the paper's 14 instructions, for models of ours that were trained with instructions), `none`,
+            or a YAML file of task names and instructions, which go to any model.
+        template: how an instruction stands before a text.
+        max_tokens_per_batch: tokens at once, padding included; None = by the device.
+        device: None = the best there is.
+        num_memory: j: the mean of j memory states, as `load`; None = all, by their stored weights.
+    """
+
+    tasks: tuple[str, ...] = ()
+    local: tuple[Path, ...] = ()
+    instructions: str = "auto"
+    template: str = "{instruction}:"
+    max_tokens_per_batch: int | None = None
+    device: str | None = None
+    num_memory: int | None = None
+    pairs: tuple[Questions, ...] = ()
+
+
+def evaluate(models: Sequence[str], options: EvaluateOptions, out: Path | None = None) -> list[ModelScores]:
+    """Run every task on every model; results that are there already are not run again.
+
+    Args:
+        models: whatever `llm2comp.load` takes, `bm25` or `tfidf`.
+        options: tasks and how to run them.
+        out: folder of the results; default: as `results_folder` says.
+
+    Raises:
+        DataError: no task, an unknown one, a malformed local set, an embedding that is not finite.
+        ModelFolderError, BackboneError: a model that cannot be loaded.
+    """
+    tasks = _tasks(options)
+    instructions = _instructions(options)
+    rows = []
+    for path in models:
+        folder = results_folder(path, out, models)
+        read_summary(folder / SUMMARY_FILE)  # one that is not ours is said before the work
+        encoder = _encoder(str(path), tasks, instructions, options)
+        row = _evaluate_one(str(path), encoder, tasks, folder)
+        _keep(folder / SUMMARY_FILE, row)
+        rows.append(row)
+    for folder in dict.fromkeys(results_folder(path, out, models) for path in models):
+        say(f"results: {folder / SUMMARY_FILE}")
+    return rows
+
+
+def results_folder(model: str, out: Path | None = None, beside: Sequence[str] = ()) -> Path:
+    """Where a model's results go: `out`, or `scores/` in its run, or in the first run among those `beside` it, or one here."""
+    run = next((run for each in (model, *beside) if (run := run_of(each))), None)
+    return out or (run / SCORES_FOLDER if run else RESULTS_FOLDER)
+
+
+def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], options: EvaluateOptions) -> Encoder:
+    """A model as mteb calls it, with the instructions it is to get."""
+    from llm2comp.lab.evaluation.lexical import LEXICAL
+    from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
+    from llm2comp.model.encoder import check_prompt, merge_adapters
+
+    if path.lower() in LEXICAL:
+        return LEXICAL[path.lower()]()
+    model = load(path, options.device, options.num_memory)
+    if options.instructions == "auto" and not _knows_instructions(path, model):
+        instructions = {}
+    if model.device.type == "cpu":  # twice the speed; elsewhere a second copy of a large LM may not fit
+        merge_adapters(model)
+    who = identity(path, model)
+    used = {task.metadata.name: instructions[task.metadata.name] for task in tasks if task.metadata.name in instructions}
+    for task, instruction in used.items():
+        check_prompt(model, options.template.replace("{instruction}", instruction), "query", where=f"instruction of {task}")
+    # One revision per setting that changes scores: results under other instructions or lengths are other results.
+    settings = to_json([sorted(instructions.items()), options.template if instructions else "", model.max_seq_length])
+    revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
+    at_once = options.max_tokens_per_batch
+    return MtebEncoder(model, who.name, revision, used, options.template, at_once)
+
+
+def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], folder: Path) -> ModelScores:
+    from llm2comp.lab.evaluation.running import run_tasks
+
+    meta = encoder.mteb_model_meta
+    name, revision = str(meta and meta.name), str(meta and meta.revision)
+    row = ModelScores(_label(path), name, revision)
+    told = len(getattr(encoder, "instructions", {}))
+    say(f"{path}: {name}, revision {revision}, {len(tasks)} tasks" + f", {told} of them with an instruction" * bool(told))
+    begin = time.monotonic()
+    for number, outcome in enumerate(run_tasks(encoder, tasks, folder), 1):
+        if outcome.score is None:
+            row.failed[outcome.task] = outcome.why
+            result = f"left out: {outcome.why}"
+        else:
+            row.scores[outcome.task] = {key: getattr(outcome.score, key) for key in ("score", "metric", "split")}
+            result = f"{100 * outcome.score.score:.2f} {outcome.score.metric}"
+        spent = time.monotonic() - begin
+        left = f", about {spent / number * (len(tasks) - number):.0f} s left" if number < len(tasks) else ""
+        say(f"  {number}/{len(tasks)} {outcome.task}: {result} ({outcome.seconds:.0f} s{left})")
+    return row
+
+
+def table(rows: Sequence[ModelScores], compare: bool = False) -> Table:
+    """Tasks down, models across, in percent; `compare` adds the published rows of the paper's tasks."""
+    tasks = list(dict.fromkeys(task for row in rows for task in (*row.scores, *row.failed)))
+    shown = Table("task", "figure")
+    columns: list[dict[str, str]] = []
+    for row in rows:
+        shown.add_column(f"{row.model}\n{row.revision}", justify="right")
+        cells = dict.fromkeys(row.failed, "failed")
+        cells |= {task: f"{100 * found['score']:.2f}" for task, found in row.scores.items()}
+        columns.append(cells | {"average": _average(row, tasks)})
+    if compare and any(task in PAPER14 for task in tasks):
+        for known in published():
+            shown.add_column(f"{known.model}\n{known.stage}, paper", justify="right")
+            cells = {task: f"{value:.2f}" for task, value in known.scores.items()}
+            whole = known.average is not None and set(tasks) == set(PAPER14)
+            columns.append(cells | {"average": f"{known.average:.2f}" if whole else ""})
+    metrics = {task: found["metric"] for row in rows for task, found in row.scores.items()}
+    for task in (*tasks, "average"):
+        shown.add_row(task, metrics.get(task, ""), *(cells.get(task, "–") for cells in columns))
+    return shown
+
+
+def _average(row: ModelScores, tasks: Sequence[str]) -> str:
+    """Mean over all tasks asked for; none where one is missing, as it would be a mean of something else."""
+    if not tasks or any(task not in row.scores for task in tasks):
+        return ""
+    return f"{100 * sum(row.scores[task]['score'] for task in tasks) / len(tasks):.2f}"
+
+
+def read_summary(file: Path) -> list[ModelScores]:
+    """Rows of a summary file, none where there is no such file. Raises RunError when it is damaged."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        for row in rows:
+            row.pop("synthetic", None)  # earlier versions wrote it
+        return [ModelScores(**row) for row in rows]
+    except (ValueError, TypeError, AttributeError) as error:
+        fix = "give another --out, or move it away; results beside it remain"
+        raise RunError(f"is damaged, or another's: {error}", where=str(file), fix=fix) from None
+
+
+def earlier_rows(rows: Sequence[ModelScores], folder: Path) -> list[ModelScores]:
+    """Models with results in a folder, as far as they share tasks with `rows`."""
+    tasks = {task for row in rows for task in (*row.scores, *row.failed)}
+    known = {(row.name, row.revision) for row in rows}
+    before = [row for row in read_summary(folder / SUMMARY_FILE) if (row.name, row.revision) not in known]
+    cut = [replace(row, scores={t: s for t, s in row.scores.items() if t in tasks}, failed={}) for row in before]
+    return [row for row in cut if row.scores]
+
+
+def _keep(file: Path, row: ModelScores) -> None:
+    """Put a row into the summary, beside those of other models, by other processes too; what it got in other tasks stays."""
+    with explain_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_name(f".{file.name}.lock")):
+            rows = read_summary(file)
+            same = [old for old in rows if (old.name, old.revision) == (row.name, row.revision)]
+            scores = {task: score for old in same for task, score in old.scores.items()} | row.scores
+            kept = [old for old in rows if old not in same]
+            merged = replace(row, scores=scores)
+            write_text(file, to_json([vars(one) for one in (*kept, merged)], indent=1))
+
+
+def _tasks(options: EvaluateOptions) -> list[Any]:
+    try:
+        from llm2comp.lab.evaluation.tasks import local_tasks, named_tasks
+    except ImportError as error:
+        raise RunError(f"mteb cannot be imported: {error}", where="llm2comp evaluate", fix=install_extra("eval")) from error
+    tasks = named_tasks(options.tasks) + [task for folder in options.local for task in local_tasks(folder)]
+    tasks += [pairs_task(asked) for asked in options.pairs]
+    if not tasks:
+        raise DataError("nothing to evaluate", expected="--tasks paper14, a task of mteb's, --local DIR, or --pairs FILE")
+    name, count = Counter(task.metadata.name for task in tasks).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{count} sets are named {name!r}", fix="rename one of them: results are kept by this name")
+    return tasks
+
+
+def _instructions(options: EvaluateOptions) -> dict[str, str]:
+    if options.instructions == "none":
+        return {}
+    if options.instructions == "auto":
+        return {task.name: task.instruction for task in PAPER14.values()}
+    file = Path(options.instructions)
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(file), expected="auto, none, or a YAML file") from None
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise DataError("not a table of instructions", where=str(file), expected="lines of `task name: instruction`")
+    return found
+
+
+def _knows_instructions(path: str | Path, model: SentenceTransformer) -> bool:
+    """Whether a model is one of ours that saw instructions in training: it stores a prompt for queries."""
+    from llm2comp.model.encoder import MemoryEncoder
+    from llm2comp.storage.export import GOLDEN_FILE
+
+    folder = Path(path)
+    ours = isinstance(model[0], MemoryEncoder) or any((folder / place / GOLDEN_FILE).is_file() for place in ("", "model"))
+    return ours and bool(model.prompts.get("query"))
+
+
+def _label(path: str) -> str:
+    """Short name for a column: the run, the stage in its run, or what was asked for."""
+    run = run_of(path)
+    if run is None:
+        return Path(path).name if Path(path).is_dir() else path
+    folder = Path(path).absolute()
+    return run.name if folder in (run, run / "model") else f"{run.name}/{folder.name}"

@@ -1,0 +1,91 @@
+"""Run the jobs of a study in several processes. Each takes the next job and logs to its own file.
+
+Each process gets one CUDA device, in turn. On a CPU they share the cores evenly.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2comp.errors import RunError
+from llm2comp.lab.study.jobs import Bench, Job, Outcome
+from llm2comp.model.backbone.quiet import quiet_libraries
+from llm2comp.system.console import console
+
+DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def outcomes(jobs: Sequence[Job], bench: Bench, workers: int) -> Iterator[Outcome]:
+    """Results of all jobs: in order with one worker (this process), otherwise as they finish.
+
+    Raises:
+        RunError: a worker died. Llm2CompError: what a job raises.
+    """
+    if workers == 1 or len(jobs) < 2:
+        yield from chain.from_iterable(job.outcomes(bench) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    seats: Any = context.SimpleQueue()
+    for number in range(workers):
+        seats.put((number, device_of(number), bench.folder / f"worker-{number}.log"))
+    others = set(multiprocessing.active_children())
+    try:
+        with ProcessPoolExecutor(min(workers, len(jobs)), context, _sit_down, (seats, threads_of(workers))) as pool:
+            try:
+                for done in as_completed([pool.submit(_all_of, job, bench) for job in jobs]):
+                    yield from done.result()
+            except BaseException:  # whoever waits for these results has stopped: what is half done can be done again
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
+                raise
+    except BrokenProcessPool as error:
+        logs = str(bench.folder / "worker-*.log")
+        raise RunError("a worker died", where=logs, fix="if memory ran out, fewer --workers; then run it again") from error
+
+
+def threads_of(workers: int) -> int:
+    """Threads per worker: an equal share of this process's threads."""
+    return max(1, torch.get_num_threads() // workers)
+
+
+def device_of(worker: int) -> str | None:
+    """The CUDA device of a worker, as `CUDA_VISIBLE_DEVICES` names it; None without one."""
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    named = os.environ.get(DEVICES)
+    return (named.split(",") if named else [str(number) for number in range(count)])[worker % count]
+
+
+def _all_of(job: Job, bench: Bench) -> list[Outcome]:
+    return list(job.outcomes(bench))
+
+
+def _sit_down(seats: Any, threads: int) -> None:
+    """Set up this process as a worker, before it computes anything."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the first process speaks, and ends the others
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    number, device, log = seats.get()
+    if device is not None:
+        os.environ[DEVICES] = device
+    torch.set_num_threads(threads)
+    console.file = Path(log).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115 open as long as the process lives
+    quiet_libraries()
+
+
+def _end_with(parent: Any) -> None:
+    """End this worker when its parent process dies; otherwise it would keep the locks of its run."""
+    wait([parent.sentinel])
+    os._exit(1)

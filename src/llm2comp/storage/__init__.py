@@ -1,0 +1,1 @@
+"""Encoders as folders: exported, verified, compiled, loaded."""

@@ -1,0 +1,283 @@
+"""`llm2comp generate-responses`: what an LM says to each of many texts, and a teacher's embedding of it (LLM2Vec-Gen).
+
+Shards appear whole or not at all, each depends on its own texts alone, and what is there is not made again: a run that was
+stopped goes on, and several machines can share one folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from llm2comp.data.responses import MANIFEST_FILE, Manifest, read_manifest, read_shard, shard_file, teacher_file
+from llm2comp.errors import DataError, RunError, one_line
+from llm2comp.model.backbone import Backbone, load_backbone, weights_digest
+from llm2comp.model.encoder import refuse_not_finite
+from llm2comp.model.tokens import Tokens, longest_first
+from llm2comp.model.vectors import embed_texts
+from llm2comp.recipe import ModelSettings
+from llm2comp.recipe.parts import TEXT
+from llm2comp.storage.loading import identity, load
+from llm2comp.system.console import Bar, say
+from llm2comp.system.files import RESPONSES, claim, refuse_taken, to_json, write_bytes, write_text
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+@dataclass(frozen=True)
+class ResponseOptions:
+    """How to respond.
+
+    Args:
+        max_new_tokens: longest response.
+        max_tokens: longest prompt, template included; the text in a longer one is cut.
+        prompt: what the LM is told; holds {text}.
+        chat_template: speak to the LM through its tokenizer's template; None = if it has one.
+        temperature: 0 = greedy; above, tokens are drawn from the whole distribution.
+        seed: of the drawing; each shard has its own sequence.
+        teacher: whatever `llm2comp.load` takes; embeds the responses.
+        shard_size: texts per shard.
+        batch_size: texts at once.
+        revision: of the model, on the Hub.
+        device: None = the best there is.
+    """
+
+    max_new_tokens: int = 64
+    max_tokens: int = 1024
+    prompt: str = TEXT
+    chat_template: bool | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    teacher: str | None = None
+    shard_size: int = 1000
+    batch_size: int = 16
+    revision: str | None = None
+    device: str | None = None
+
+
+class Responder:
+    """An LM that responds to texts.
+
+    Args:
+        backbone: the LM; without adapters. Its own generation settings (sampling, penalties) are put aside, its EOS ids kept.
+        options: how to respond.
+
+    Raises:
+        DataError: a template asked for that is not there or cannot be applied; a prompt that leaves no room for a text.
+    """
+
+    def __init__(self, backbone: Backbone, options: ResponseOptions) -> None:
+        self.backbone, self.options = backbone, options
+        if options.prompt.count(TEXT) != 1:
+            raise DataError("no prompt", where="--prompt", expected=f"a text with {TEXT} in it, once", found=options.prompt)
+        self.template: str | None = self._template()
+        lm: Any = backbone.lm
+        ends = lm.generation_config.eos_token_id
+        own = ends if isinstance(ends, list) else [ends]
+        self.eos_ids = sorted({int(end) for end in (*own, backbone.tokenizer.eos_token_id) if end is not None})
+        lm.generation_config = type(lm.generation_config)()
+        room = None if backbone.max_positions is None else backbone.max_positions - options.max_new_tokens
+        self.max_tokens = options.max_tokens if room is None else min(room, options.max_tokens)
+        empty = len(self._tokens(""))
+        if empty >= self.max_tokens:
+            raise DataError(
+                "no room for a text",
+                where=backbone.name,
+                expected=f"fewer than {self.max_tokens} tokens of prompt and template",
+                found=empty,
+                fix="shorten --prompt, lower --max-new-tokens or raise --max-tokens",
+            )
+
+    def respond(self, rows: Sequence[Sequence[int]]) -> tuple[list[str], int]:
+        """Responses to prompts that `prompt` made, and how many tokens they are. Stock generation, left padding, KV cache."""
+        backbone, options = self.backbone, self.options
+        tokens = Tokens.pad(rows, "left", backbone.pad_id).to(backbone.input_table.device)
+        drawing = {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature else {}
+        with torch.no_grad():
+            ids_BT = backbone.lm.generate(
+                input_ids=tokens.ids_BT,
+                attention_mask=tokens.mask_BT,
+                max_new_tokens=options.max_new_tokens,
+                pad_token_id=backbone.pad_id,
+                eos_token_id=self.eos_ids or None,
+                use_cache=True,
+                **drawing,
+            )
+        said = [self._until_end(row) for row in ids_BT[:, tokens.ids_BT.shape[1] :].tolist()]
+        return [str(backbone.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said], sum(map(len, said))
+
+    def prompt(self, text: str) -> tuple[list[int], bool]:
+        """Token ids of what the LM is told, and whether the text's end was cut off for them to fit."""
+        ids = self._tokens(text)
+        if len(ids) <= self.max_tokens:
+            return ids, False
+        spans = self.backbone.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+        ends = [0, *(end for _, end in spans["offset_mapping"])]
+        keep = len(ends) - 1
+        while len(ids) > self.max_tokens:
+            keep = max(0, keep - (len(ids) - self.max_tokens))
+            ids = self._tokens(text[: ends[keep]])
+        return ids, True
+
+    def _tokens(self, text: str) -> list[int]:
+        said = self.options.prompt.replace(TEXT, text)
+        if self.template is None:
+            return self.backbone.tokenise([said])[0]
+        chat = self._chat(said)
+        row: list[int] = self.backbone.tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
+        return row
+
+    def _chat(self, said: str) -> str:
+        """Through the template; models that think aloud (Qwen 3) are told not to, as the paper's code does."""
+        chat: str = self.backbone.tokenizer.apply_chat_template(
+            [{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return chat
+
+    def _template(self) -> str | None:
+        backbone, asked = self.backbone, self.options.chat_template
+        if asked is False or (asked is None and not backbone.tokenizer.chat_template):
+            return None
+        try:
+            self._chat(self.options.prompt)
+            return str(backbone.tokenizer.get_chat_template())
+        except Exception as error:  # jinja's errors, and ValueError where there is no template or several
+            raise DataError(
+                f"the chat template cannot be applied: {one_line(error, 200)}", where=backbone.name, fix="--no-chat-template"
+            ) from error
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        return ids[: next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))]
+
+
+def generate_responses(
+    model: str, texts: Sequence[str], out: Path, options: ResponseOptions | None = None, share: tuple[int, int] = (1, 1)
+) -> str:
+    """Make the shards of a share that are not there yet.
+
+    Args:
+        model: a causal LM: Hub id, local folder, GGUF file, `builtin:smollm2` or `builtin:tiny`.
+        texts: all texts, also where only a share of them is worked on.
+        out: folder of the responses.
+        options: how to respond.
+        share: (i, n): the i-th of n equal shares, shards i, i + n, ...
+
+    Returns:
+        One line: what is there, how many responses are empty.
+
+    Raises:
+        RunError: the folder holds responses made otherwise, or something else. DataError: a damaged shard; see `Responder`.
+    """
+    options = options or ResponseOptions()
+    refuse_taken(out, RESPONSES)
+    settings = ModelSettings(name=model, revision=options.revision, attention="causal", device=options.device or "auto")
+    responder = Responder(load_backbone(settings), options)
+    teacher = None if options.teacher is None else load(options.teacher, options.device)
+    manifest = _manifest(settings, responder, texts, teacher)
+    _claim(out, manifest)
+    mine = range(share[0] - 1, manifest.shards, share[1])
+    missing = [shard for shard in mine if not shard_file(out, shard).exists()]
+    sizes = {shard: len(texts[manifest.place(shard)]) for shard in mine}
+    if options.chat_template is None:
+        say(f"{model}: through its chat template" if responder.template else f"{model}: no chat template, texts go as they are")
+    cut = 0
+    with Bar("generate", sum(sizes.values()), sum(sizes[shard] for shard in mine if shard not in missing)) as bar:
+        for shard in missing:
+            cut += _make_shard(responder, teacher, texts[manifest.place(shard)], out, shard, bar)
+    empty = sum(
+        not str(row["response"]).strip()
+        for shard in mine
+        for _, row in read_shard(out, manifest, shard, ("text", "response"))
+        if isinstance(row, dict)
+    )
+    done = sum(shard_file(out, shard).exists() for shard in range(manifest.shards))
+    notes = f"{empty:,} empty" + f", {cut:,} texts cut to fit the prompt" * bool(cut)
+    return f"{out}: {sum(sizes.values()):,} responses, {notes}; {done:,} of {manifest.shards:,} shards are there"
+
+
+def _make_shard(
+    responder: Responder, teacher: SentenceTransformer | None, texts: Sequence[str], out: Path, shard: int, bar: Bar
+) -> int:
+    """Respond to the texts of one shard, embed, write. Returns how many texts were cut."""
+    prompts = [responder.prompt(text) for text in texts]
+    responses = [""] * len(texts)
+    begin, tokens, answered = time.monotonic(), 0, 0
+    with _own_randomness(responder.options.seed, shard):
+        for places in longest_first([len(ids) for ids, _ in prompts], lambda _: responder.options.batch_size):
+            found, count = responder.respond([prompts[i][0] for i in places])
+            for i, response in zip(places, found, strict=True):
+                responses[i] = response
+            tokens, answered = tokens + count, answered + len(places)
+            spent = max(time.monotonic() - begin, 1e-9)
+            bar.advance(len(places), f"{answered / spent:,.1f} texts/s, {tokens / spent:,.0f} tokens/s")
+    if teacher is not None:
+        vectors_ND = embed_texts(teacher, responses).numpy()
+        with np.errstate(over="ignore"):
+            halves_ND = vectors_ND.astype(np.float16)
+        refuse_not_finite(halves_ND.astype(np.float32), responses, f"{responder.options.teacher}, shard {shard}")
+        buffer = io.BytesIO()
+        np.save(buffer, halves_ND)
+        write_bytes(teacher_file(out, shard), buffer.getvalue())
+    rows = (to_json({"text": t, "response": r}, ensure_ascii=False) for t, r in zip(texts, responses, strict=True))
+    write_text(shard_file(out, shard), "".join(row + "\n" for row in rows))
+    return sum(was_cut for _, was_cut in prompts)
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int, shard: int) -> Iterator[None]:
+    """A sequence of random numbers fixed by (seed, shard), whatever was made before; the others go on afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(random.Random(f"{seed}:{shard}").getrandbits(63))
+        yield
+
+
+def _manifest(
+    settings: ModelSettings, responder: Responder, texts: Sequence[str], teacher: SentenceTransformer | None
+) -> Manifest:
+    options = responder.options
+    digest = hashlib.sha256("".join(to_json(text) + "\n" for text in texts).encode())
+    return Manifest(
+        model=settings.name,
+        revision=settings.revision,
+        weights=weights_digest(settings),
+        texts=len(texts),
+        texts_digest=digest.hexdigest(),
+        prompt=options.prompt,
+        chat_template=responder.template,
+        max_tokens=responder.max_tokens,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        teacher=options.teacher,
+        teacher_revision=identity(options.teacher, teacher).revision if options.teacher and teacher else None,
+        shard_size=options.shard_size,
+    )
+
+
+def _claim(out: Path, manifest: Manifest) -> None:
+    """Make the folder that of these settings. Raises RunError when it is of others, or holds something else."""
+    if not (out / MANIFEST_FILE).is_file():
+        claim(out, RESPONSES)
+        write_text(out / MANIFEST_FILE, manifest.model_dump_json(indent=1))
+        return
+    there, asked = read_manifest(out).model_dump(), manifest.model_dump()
+    changed = [key for key in asked if asked[key] != there[key]]
+    if changed:
+        lines = [f"{key}: {str(there[key])[:60]!r} there, {str(asked[key])[:60]!r} asked for" for key in changed[:5]]
+        raise RunError(
+            "the folder holds responses made otherwise",
+            where=str(out),
+            found="; ".join(lines),
+            fix="give another --out, or delete the folder",
+        )

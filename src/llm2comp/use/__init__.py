@@ -1,0 +1,1 @@
+"""Using encoders: texts to embeddings."""
