@@ -1,8 +1,9 @@
 """Rows of training beside plainer ways to do the same step: peft's own LoRA layers with stacked adapters, and stock peers.
 
-"peft's layers" is how this package trained before `model/backbone/lora.py`: each adapter an operation of its own in float32, older
-adapters stacked instead of folded, one attention call per packed text. "stock" is what a user of sentence-transformers and
-peft would write: their Transformer, mean pooling, a LoRA adapter, their ranking loss; its `ours` pools in the same way.
+"peft's layers" is how this package trained before `backbone/lora.py`: each adapter an operation of
+its own in float32, older adapters stacked instead of folded, one attention call per packed text.
+"stock" is what a user of sentence-transformers and peft would write: their Transformer, mean pooling,
+a LoRA adapter, their ranking loss; its `ours` pools in the same way.
 """
 
 from __future__ import annotations

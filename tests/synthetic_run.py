@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from llm2comp.recipe import load_recipe
-from llm2comp.training.run import FOLDERS
+from llm2comp.runs.folder import FOLDERS
 
 D, K, WATCHES = 192, 8, 6
 WARNING = "the synthetic rank falls"

@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,42 +12,43 @@ import pytest
 PACKAGE = "llm2comp"
 SOURCE = Path(__file__).resolve().parents[1] / "src" / PACKAGE
 
-# From the lowest; a unit (module or package directly below llm2comp) may import from lower ranks.
+# From the lowest: the wings, and what some of them hold. A unit (a folder or file; the longest name that fits) may import
+# from lower ranks.
 RANKS: tuple[frozenset[str], ...] = tuple(
     frozenset(rank.split())
     for rank in (
         "errors",
-        "files console hub",
-        "cache",
+        "system.files system.console system.hub",
+        "system.cache",
         "recipe",
-        "tokens",
-        "memory",
-        "backbone",
-        "compressor",
-        "objectives encoder data baselines",
-        "inputs",
-        "vectors",
-        "analysis evaluation",
-        "export training",
-        "compiled",
-        "loading",
-        "embed generate",
-        "evaluate analyze report",
-        "study",
-        "demo serve",
+        "model.tokens",
+        "model.memory",
+        "model.backbone",
+        "model.compressor",
+        "model.encoder model.baselines model.judges data",
+        "model.inputs",
+        "model.vectors",
+        "runs objectives",
+        "measures storage storage.runtimes",
+        "storage.compiled",
+        "storage.loading",
+        "training use",
+        "lab.plots lab.readout lab.evaluation",
+        "lab.train",
+        "lab.analyze lab.report",
+        "lab.study",
+        "lab.demo",
         "cli",
         "__init__ __main__",
     )
 )
-# Besides lower ranks: from its own rank.
-SAME_RANK = {"training": {"export"}}
 # Instead of all lower ranks: these alone.
-ONLY = {"data": {"errors", "files", "cache", "hub", "recipe", "tokens"}}
-# Foreign packages that only these units may import. "recipe, errors and files import no torch" is the same rule turned round.
-FOREIGN = {"peft": {"backbone"}, "transformers": {"backbone", "training", "encoder", "export"}}
-LIGHT = {"errors", "files", "recipe"}
+ONLY = {"data": {"errors", "system.files", "system.cache", "system.hub", "recipe", "model.tokens"}}
+# Foreign packages that only these units may import. "recipe, errors and system import no torch" is the same rule turned round.
+FOREIGN = {"peft": {"model.backbone"}, "transformers": {"model.backbone", "training", "model.encoder", "storage"}}
+LIGHT = {"errors", "system", "recipe"}
 HEAVY = {"torch", "transformers", "peft", "sentence_transformers", "accelerate", "datasets"}
-PRINTING = {"cli", "demo", "console"}
+PRINTING = {"cli", "lab.demo", "system.console"}
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve"}
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
@@ -65,7 +66,12 @@ class Module:
 
     @property
     def unit(self) -> str:
-        return self.path.split("/")[0].removesuffix(".py")
+        """The unit of RANKS that the file belongs to; without one, its room."""
+        name = self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        return unit_of(name) or name.split(".")[0]
+
+    def within(self, units: Iterable[str]) -> bool:
+        return any(covers(unit, self.unit) for unit in units)
 
     def nodes(self) -> Iterator[ast.AST]:
         return ast.walk(self.tree)
@@ -104,25 +110,43 @@ def called(call: ast.Call) -> str:
     return ".".join([node.id if isinstance(node, ast.Name) else "", *parts])
 
 
-def rank_of(unit: str) -> int | None:
+def covers(unit: str, name: str) -> bool:
+    """Whether a dotted name below the package is a unit's, or lies in it."""
+    return name == unit or name.startswith(f"{unit}.")
+
+
+def unit_of(name: str) -> str | None:
+    """The longest unit of RANKS in a dotted name below the package."""
+    return max((unit for rank in RANKS for unit in rank if covers(unit, name)), key=len, default=None)
+
+
+def is_door(name: str) -> bool:
+    """Whether a name is a wing whose contents have ranks of their own, and it has none: its `__init__` is empty."""
+    return unit_of(name) is None and any(covers(name, unit) for rank in RANKS for unit in rank)
+
+
+def rank_of(unit: str | None) -> int | None:
     return next((rank for rank, units in enumerate(RANKS) if unit in units), None)
 
 
 def wrong_directions(modules: list[Module]) -> list[str]:
     """Imports inside the package that go up, sideways, or out of a unit's own list; units without a rank."""
-    found = [f"{module.path}: {module.unit} has no rank in RANKS" for module in modules if rank_of(module.unit) is None]
+    found = []
     for module in modules:
         rank = rank_of(module.unit)
+        if rank is None and not (is_door(module.unit) and module.path == f"{module.unit}/__init__.py"):
+            found.append(f"{module.path}: {module.unit} has no rank in RANKS")
         for node, name in imports(module):
             package, _, rest = name.partition(".")
-            target = rest.split(".")[0]
-            constant = target.startswith("__") and target != "__main__"  # such as llm2comp.__version__
-            if package != PACKAGE or target == module.unit or constant or rank is None:
+            constant = rest.startswith("__") and rest != "__main__"  # such as llm2comp.__version__
+            if package != PACKAGE or constant or (rank is None and not is_door(module.unit)):
                 continue
-            goal = rank_of(target)
-            if goal is None:
+            target = unit_of(rest)
+            if target is None:
                 found.append(module.at(node, f"imports {name}, no unit of RANKS: import from the unit that defines it"))
-            elif not (goal < rank or target in SAME_RANK.get(module.unit, ())):
+            elif target == module.unit:
+                continue
+            elif rank is None or not rank_of(target) < rank:
                 found.append(module.at(node, f"{module.unit} may not import {target}: it is not below"))
             elif module.unit in ONLY and target not in ONLY[module.unit]:
                 found.append(module.at(node, f"{module.unit} may not import {target}: only {sorted(ONLY[module.unit])}"))
@@ -135,9 +159,9 @@ def wrong_foreigners(modules: list[Module]) -> list[str]:
     for module in modules:
         for node, name in imports(module):
             package = name.split(".")[0]
-            if package in FOREIGN and module.unit not in FOREIGN[package]:
+            if package in FOREIGN and not module.within(FOREIGN[package]):
                 found.append(module.at(node, f"{module.unit} may not import {package}: only {sorted(FOREIGN[package])}"))
-            elif package in HEAVY and module.unit in LIGHT:
+            elif package in HEAVY and module.within(LIGHT):
                 found.append(module.at(node, f"{module.unit} may not import {package}: it must stay light"))
             elif package in PICKLES:
                 found.append(module.at(node, f"imports {package}: a file of it can run code"))
@@ -156,9 +180,9 @@ def forbidden_calls(modules: list[Module]) -> list[str]:
                 found.append(module.at(node, ".cuda(): use .to(device)"))
             elif name == "torch.load":
                 found.append(module.at(node, "torch.load: use safetensors"))
-            elif name in ("json.dumps", "json.dump") and module.unit != "files":
+            elif name in ("json.dumps", "json.dump") and module.unit != "system.files":
                 found.append(module.at(node, f"{name}: write with files.to_json, which never gives NaN"))
-            elif name == "print" and module.unit not in PRINTING:
+            elif name == "print" and not module.within(PRINTING):
                 found.append(module.at(node, "print(): log, or return it to the command line"))
             for keyword in node.keywords:
                 off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
@@ -186,7 +210,7 @@ def oversized(modules: list[Module]) -> dict[str, int]:
 def modules() -> list[Module]:
     found = read(SOURCE)
     assert len(found) >= 5, f"hardly a file below {SOURCE}"
-    assert {"errors", "recipe", "backbone"} <= {module.unit for module in found}
+    assert {"errors", "recipe", "model.backbone"} <= {module.unit for module in found}
     assert sum(1 for module in found for _, name in imports(module) if name.startswith(f"{PACKAGE}.")) >= 5
     return found
 
@@ -223,25 +247,51 @@ sys.exit(code)
 
 
 PLANTED = [
-    (wrong_directions, "tokens.py", "from llm2comp.backbone import Backbone", "tokens may not import backbone"),
+    (
+        wrong_directions,
+        "model/tokens.py",
+        "from llm2comp.model.backbone import Backbone",
+        "tokens may not import model.backbone",
+    ),
     (wrong_directions, "recipe.py", "def f():\n    import llm2comp.cli", "recipe may not import cli"),
-    (wrong_directions, "objectives/kl.py", "from .. import encoder", "objectives may not import encoder"),
-    (wrong_directions, "export.py", "from llm2comp.training.run import Run", "export may not import training"),
-    (wrong_directions, "memory.py", "import importlib\nimportlib.import_module('llm2comp.demo')", "may not import demo"),
-    (wrong_directions, "data/rows.py", "from ..memory import MemoryTokens", "data may not import memory"),
+    (wrong_directions, "objectives/kl.py", "from ..model import states", "no unit of RANKS"),
+    (wrong_directions, "objectives/kl.py", "from .. import runs", "objectives may not import runs"),
+    (wrong_directions, "storage.py", "from llm2comp.training.run import train", "storage may not import training"),
+    (wrong_directions, "storage/golden.py", "from llm2comp.storage import loading", "storage may not import storage.loading"),
+    (
+        wrong_directions,
+        "model/memory.py",
+        "import importlib\nimportlib.import_module('llm2comp.lab.demo')",
+        "may not import lab.demo",
+    ),
+    (wrong_directions, "data/rows.py", "from ..model.memory import MemoryTokens", "data may not import model.memory"),
+    (
+        wrong_directions,
+        "training/sample.py",
+        "from llm2comp.lab.evaluation.running import run_task",
+        "may not import lab.evaluation",
+    ),
     (wrong_directions, "stray.py", "", "stray has no rank"),
-    (wrong_directions, "demo.py", "from llm2comp import Encoder", "no unit of RANKS"),
-    (wrong_foreigners, "encoder.py", "from peft import LoraConfig", "encoder may not import peft"),
-    (wrong_foreigners, "compressor.py", "def f():\n    import transformers.utils", "compressor may not import transformers"),
+    (wrong_directions, "model/stray.py", "", "model has no rank"),
+    (wrong_directions, "model/__init__.py", "from llm2comp.errors import BackboneError", "model may not import errors"),
+    (wrong_directions, "lab/demo.py", "from llm2comp import Encoder", "no unit of RANKS"),
+    (wrong_foreigners, "model/encoder.py", "from peft import LoraConfig", "encoder may not import peft"),
+    (
+        wrong_foreigners,
+        "model/compressor.py",
+        "def f():\n    import transformers.utils",
+        "compressor may not import transformers",
+    ),
     (wrong_foreigners, "recipe.py", "def f():\n    from torch import nn", "recipe may not import torch"),
-    (wrong_foreigners, "files.py", "import pickle", "imports pickle"),
-    (forbidden_calls, "memory.py", "model().weight.cuda()", ".cuda()"),
-    (forbidden_calls, "embed.py", "print('x')", "print()"),
-    (forbidden_calls, "study.py", "json.dumps({})", "files.to_json"),
-    (forbidden_calls, "embed.py", "json.dump({}, out)", "files.to_json"),
-    (forbidden_calls, "backbone.py", "torch.load('x')", "torch.load"),
-    (forbidden_calls, "backbone.py", "from torch import load", "torch.load"),
-    (forbidden_calls, "backbone.py", "load('x', trust_remote_code=True)", "trust_remote_code"),
+    (wrong_foreigners, "system/hub.py", "import torch", "system.hub may not import torch"),
+    (wrong_foreigners, "system/files.py", "import pickle", "imports pickle"),
+    (forbidden_calls, "model/memory.py", "model().weight.cuda()", ".cuda()"),
+    (forbidden_calls, "use/embed.py", "print('x')", "print()"),
+    (forbidden_calls, "lab/study.py", "json.dumps({})", "files.to_json"),
+    (forbidden_calls, "system/cache.py", "json.dump({}, out)", "files.to_json"),
+    (forbidden_calls, "model/backbone.py", "torch.load('x')", "torch.load"),
+    (forbidden_calls, "model/backbone.py", "from torch import load", "torch.load"),
+    (forbidden_calls, "model/backbone.py", "load('x', trust_remote_code=True)", "trust_remote_code"),
 ]
 
 
@@ -250,7 +300,7 @@ def test_rule_finds_planted_violation(
     tmp_path: Path, rule: Callable[[list[Module]], list[str]], path: str, source: str, expected: str
 ):
     file = tmp_path / path
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(exist_ok=True, parents=True)
     file.write_text(source)
     (found,) = rule(read(tmp_path))
     assert found.startswith(path)
@@ -259,14 +309,17 @@ def test_rule_finds_planted_violation(
 
 def test_rules_allow_what_they_should(tmp_path: Path):
     allowed = {
-        "training/__init__.py": "from llm2comp import export\nfrom llm2comp.data import rows\nfrom transformers import Trainer",
+        "model/__init__.py": "",
+        "training/__init__.py": "from llm2comp import storage\nfrom llm2comp.data import rows",
+        "training/trainers.py": "from transformers import Trainer",
         "training/run.py": "from . import stages\nfrom .stages import Stage\nimport torch",
-        "backbone/__init__.py": "from peft import LoraConfig\nload('x', trust_remote_code=False)",
+        "model/backbone/__init__.py": "from peft import LoraConfig\nload('x', trust_remote_code=False)",
         "cli.py": "from llm2comp import __version__\nprint(__version__)",
-        "encoder.py": "from llm2comp.compressor import Compressor\nx.to('cuda')",
+        "model/encoder.py": "from llm2comp.model.compressor import Compressor\nx.to('cuda')",
+        "storage/loading.py": "from llm2comp.storage import golden",
     }
     for path, source in allowed.items():
-        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).write_text(source)
     modules = read(tmp_path)
     assert len(modules) == len(allowed)

@@ -130,7 +130,7 @@ def test_recipes_and_saved_baselines_keep_it(tmp_path):
     assert torch.equal(embed_texts(load(tmp_path / "mine", "cpu"), TEXTS), embed_texts(model, TEXTS))
     assert not torch.equal(embed_texts(baseline(plain, NAMES["echo"]), TEXTS), embed_texts(model, TEXTS))
     from llm2comp.recipe import parse_recipe
-    from llm2comp.training.run import stage_keys
+    from llm2comp.runs.keys import stage_keys
 
     keys = [stage_keys(parse_recipe(make_tree(tmp_path, model={"name": str(folder), "bos": bos}))) for bos in ("auto", "none")]
     assert all(keys[0][stage] != keys[1][stage] for stage in keys[0])

@@ -16,6 +16,7 @@ from llm2comp.lab.evaluation.running import TaskFailedError, run_task
 from llm2comp.lab.evaluation.tasks import local_tasks
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import Schedule, SclStage, UclStage, load_recipe, parse_recipe
+from llm2comp.runs.folder import Run
 from llm2comp.storage.export import export
 from llm2comp.system import hub
 from llm2comp.training import checks, estimates
@@ -230,13 +231,13 @@ def test_a_moved_or_copied_project_does_not_train_again(tmp_path, monkeypatch):
     recipe = project(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     assert cli("train", recipe, "--out", "runs/x").code == 0
-    kept = run_module.read_run(tmp_path / "here" / "runs" / "x")
+    kept = Run(tmp_path / "here" / "runs" / "x").recipe
     assert kept.model.name == str(tmp_path / "here" / "backbone")
     assert kept.ucl.data[0].source == str(tmp_path / "here" / "texts.jsonl")
     monkeypatch.chdir(tmp_path)
     assert llm2comp.load("here/runs/x/2-ucl").encode(["a text"]).shape == (1, 32), "from another working directory"
     shutil.copytree(tmp_path / "here", tmp_path / "copy")
-    names = [run_module.read_run(tmp_path / place / "runs" / "x").model.name for place in ("here", "copy")]
+    names = [Run(tmp_path / place / "runs" / "x").recipe.model.name for place in ("here", "copy")]
     assert names == [str(tmp_path / place / "backbone") for place in ("here", "copy")], "each its own"
     (tmp_path / "here").rename(tmp_path / "there")
     assert llm2comp.load("there/runs/x/2-ucl").encode(["a text"]).shape == (1, 32), "found beside the moved run"

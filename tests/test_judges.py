@@ -16,11 +16,11 @@ from families import make_compressor, make_tokenizer, relative_error
 from llm2comp.data.pretext import PretextCollator
 from llm2comp.errors import RecipeError, RunError
 from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.judges import Targets, cosines, judge_source, load_judges
 from llm2comp.recipe import SclStage, load_recipe, parse_recipe
 from llm2comp.runs.keys import stage_keys
 from llm2comp.training.checks import check
 from llm2comp.training.contrastive import contrastive_loss, judged_loss
-from llm2comp.training.judges import Targets, cosines, judge_source, load_judges
 from llm2comp.training.plan import beside
 from llm2comp.training.ranks import check_launch
 from llm2comp.training.run import train

@@ -14,7 +14,7 @@ import llm2comp
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError, RunError
 from llm2comp.model.encoder import MemoryEncoder
 from llm2comp.recipe import load_recipe, parse_recipe
-from llm2comp.training.run import read_run, stage_encoder
+from llm2comp.runs.folder import Run
 from oracles import embed_texts
 from tiny_run import finished, make_tree, write_recipe
 
@@ -50,7 +50,7 @@ def test_an_earlier_stage_is_what_a_run_that_ends_there_exports(tmp_path, stage)
     live = llm2comp.load(run / STAGES[stage])
     assert isinstance(live[0], MemoryEncoder)
     assert same(live, llm2comp.load(shorter))
-    assert same(live, stage_encoder(run, read_run(run), stage), 1e-7)
+    assert same(live, Run(run).encoder(stage), 1e-7)
     assert not live.prompts.get("query"), "this stage never saw the query prompt"
     assert not same(live, llm2comp.load(run), 1e-2), "the stages differ"
 

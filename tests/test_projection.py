@@ -20,12 +20,13 @@ from llm2comp.model.tokens import Tokens
 from llm2comp.model.vectors import memory_vectors
 from llm2comp.objectives.alignment import MAP_FILE, map_to_teacher
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, load_recipe, parse_recipe
+from llm2comp.runs.folder import FOLDERS
 from llm2comp.storage.compiled import compile_folder, load_compiled
 from llm2comp.storage.export import export, reweight, verify
 from llm2comp.storage.runtimes import RUNTIMES
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.generate import ResponseOptions, generate_responses
-from llm2comp.training.run import FOLDERS, train
+from llm2comp.training.run import train
 from llm2comp.training.trainers import PretextModel
 from oracles import embed_texts
 from test_contrastive import columns_of, embeddings, features_of, naive

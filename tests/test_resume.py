@@ -14,8 +14,9 @@ import torch
 
 from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import parse_recipe
+from llm2comp.runs.folder import FOLDERS
 from llm2comp.training.progress import ProgressCallback
-from llm2comp.training.run import FOLDERS, train
+from llm2comp.training.run import train
 from tiny_run import make_tree, write_pairs
 
 STEPS, SAVE_EVERY = 7, 2

@@ -30,8 +30,9 @@ from llm2comp.lab.study.table import (
     resample_indices,
 )
 from llm2comp.recipe import load_recipe
+from llm2comp.runs.folder import FOLDERS
 from llm2comp.training import run as run_module
-from llm2comp.training.run import FOLDERS, train
+from llm2comp.training.run import train
 from study_example import weights, write_study
 from tiny_run import assert_refused, cli
 
@@ -415,7 +416,7 @@ def test_a_study_that_is_not_there_names_the_nearest(tmp_path):
 @pytest.mark.parametrize("name", sorted(shipped_studies()))
 def test_shipped_study_is_sound(name, monkeypatch):
     """Every system is a valid recipe; stages that can be shared have one key."""
-    monkeypatch.setattr("llm2comp.lab.study.grid.check", lambda _: None)  # its data is made by tools/general_data.py
+    monkeypatch.setattr("llm2comp.lab.study.grid.check", lambda *_: None)  # its data is made by tools/general_data.py
     found = load_study(name)
     assert found.name == name
     runs = runs_of(found, name) if found.systems else []

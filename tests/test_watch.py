@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 import llm2comp
 from llm2comp.data.sources import read_pairs, read_texts
 from llm2comp.errors import DataError, RecipeError, RunError
+from llm2comp.lab.train import train
 from llm2comp.measures.geometry import alignment
 from llm2comp.measures.spectrum import effective_rank, spectrum
 from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import WATCHED, PairData, TextData, parse_recipe
-from llm2comp.training.run import FOLDERS, train
+from llm2comp.runs.folder import FOLDERS
 from llm2comp.training.sample import Watch, unchanged_randomness
 from llm2comp.training.watch import warnings_of
 from oracles import embed_texts

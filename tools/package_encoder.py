@@ -29,8 +29,8 @@ from llm2comp.model.backbone import weights_digest
 from llm2comp.model.compressor import STATE_FILE
 from llm2comp.model.vectors import embed_texts
 from llm2comp.recipe import Recipe
+from llm2comp.runs.folder import CONFIG_FILE, DONE_FILE, FOLDERS, RECIPE_FILE, Run
 from llm2comp.storage.loading import load
-from llm2comp.training.run import CONFIG_FILE, DONE_FILE, FOLDERS, RECIPE_FILE, read_run
 
 ADAPTER_CONFIG = "adapter_config.json"
 LICENCES = {
@@ -48,7 +48,7 @@ GOLDEN_TEXTS = (
 
 
 def copy_stages(run: Path, recipe: Recipe, out: Path, dtype: torch.dtype) -> None:
-    """Recipe, and per stage what `restore` reads."""
+    """Recipe, and per stage what `Run.compressor` reads."""
     shutil.copyfile(run / RECIPE_FILE, out / RECIPE_FILE)
     for name in recipe.stages:
         source, target = run / FOLDERS[name], out / FOLDERS[name]
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="store adapters as trained")
     args = parser.parse_args()
     try:
-        recipe, rows = read_run(args.run), read_summary(args.run / SCORES_FOLDER / SUMMARY_FILE)
+        recipe, rows = Run(args.run).recipe, read_summary(args.run / SCORES_FOLDER / SUMMARY_FILE)
         rows.sort(key=lambda row: row.name != f"llm2comp/{args.run.resolve().name}")  # its own first
         if not rows or rows[0].name != f"llm2comp/{args.run.resolve().name}":
             raise SystemExit(f"{args.run}: not evaluated; see the first command above")

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm2comp.lab.train import train
     from llm2comp.storage.loading import load
-    from llm2comp.training.run import train
 
 __version__ = version("llm2comp")
 __all__ = ["__version__", "load", "train"]
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "train":
-        from llm2comp.training.run import train
+        from llm2comp.lab.train import train
 
         return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

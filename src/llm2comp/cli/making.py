@@ -57,16 +57,17 @@ def train(
     resolved = load_recipe(recipe, overrides or [])
     check_sources(spec for stage in resolved.stages.values() for spec in stage.data)  # type: ignore[attr-defined]
     if dry_run:
+        from llm2comp.lab.train import local_sets
         from llm2comp.training.cost import gpu_named
         from llm2comp.training.plan import show_plan
 
-        show_plan(resolved, verbose, gpu_named(gpu, price) if gpu else None)
+        show_plan(resolved, verbose, gpu_named(gpu, price) if gpu else None, local_sets)
         return
     from llm2comp.lab.report import report as write_report
+    from llm2comp.lab.train import train as run_recipe
+    from llm2comp.runs.folder import MODEL_FOLDER
     from llm2comp.system.console import say
     from llm2comp.training.ranks import is_main_process
-    from llm2comp.training.run import MODEL_FOLDER
-    from llm2comp.training.run import train as run_recipe
 
     run = run_recipe(resolved, out)
     if is_main_process():

@@ -27,8 +27,9 @@ from llm2comp.model.compressor import STATE_FILE, Compressor
 from llm2comp.model.encoder import refuse_not_finite
 from llm2comp.model.inputs import Inputs
 from llm2comp.model.vectors import Budget, in_batches, memory_states
+from llm2comp.runs.folder import Run, stage_of
 from llm2comp.storage.export import memory_names, reweight
-from llm2comp.storage.loading import identity, live_place, load, run_of, stage_of
+from llm2comp.storage.loading import identity, live_place, load
 from llm2comp.system.files import ANALYSIS, claim, explain_disk_errors, to_json, write_bytes, write_text
 from llm2comp.use.embed import embed
 
@@ -141,11 +142,11 @@ def _withheld(measured: Collapse, pairs: bool, live: bool, figures: dict[str, fl
 
 def default_folder(path: str) -> Path:
     """Where an analysis goes unless told otherwise: into the model's run, else into a folder of its own here."""
-    run = run_of(path)
+    run = Run.of(path)
     if run is None:
         return ELSEWHERE
     folder = Path(path).absolute()
-    return run / ANALYSIS_FOLDER / (folder.name if stage_of(folder) else "")
+    return run.path / ANALYSIS_FOLDER / (folder.name if stage_of(folder) else "")
 
 
 def write_analysis(found: Analysis, folder: Path) -> None:
@@ -170,7 +171,7 @@ def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
     folder, stage = Path(path).absolute(), Path(live_place(path)).absolute()
     changed = []
     if stage_of(folder) is None:
-        model = folder / "model" if run_of(path) == folder else folder
+        model = Run(folder).model if Run.of(path) == Run(folder) else folder
         reweight(model, weights_K)  # first: it refuses a folder that is not sound
         changed.append(model)
     if stage_of(stage) is not None:

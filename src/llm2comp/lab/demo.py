@@ -14,17 +14,17 @@ from llm2comp.data import python_docs
 from llm2comp.lab.evaluation.retrieval import Collection
 from llm2comp.lab.report import report
 from llm2comp.lab.report.reading import SEARCHES_FILE
+from llm2comp.lab.train import train
 from llm2comp.measures.spectrum import effective_rank, spectrum
 from llm2comp.model.backbone import load_backbone
 from llm2comp.model.baselines.kinds import NAMES
 from llm2comp.model.baselines.module import baseline
 from llm2comp.model.encoder import merge_adapters
 from llm2comp.model.vectors import embed_texts
-from llm2comp.recipe import Recipe
+from llm2comp.runs.folder import MODEL_FOLDER, Run
 from llm2comp.storage.loading import load
 from llm2comp.system.console import say
 from llm2comp.system.files import to_json, write_text
-from llm2comp.training.run import FOLDERS, MODEL_FOLDER, read_run, stage_encoder, train
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -86,11 +86,10 @@ def score(run: Path) -> list[dict[str, float | str | None]]:
 
     Encoders have an effective rank beside them, that of the documents' embeddings.
     """
-    recipe = read_run(run)
     task = python_docs.retrieval()
     collection = Collection(task.queries, task.documents, task.relevant)
     rows: list[dict[str, float | str | None]] = []
-    for name, model in _encoders(run, recipe):
+    for name, model in _encoders(Run(run)):
         documents_ND = embed_texts(model, list(task.documents.values()))
         scores = collection.score(model, documents_ND)
         rank = effective_rank(spectrum(documents_ND))
@@ -103,11 +102,11 @@ def score(run: Path) -> list[dict[str, float | str | None]]:
     return rows
 
 
-def _encoders(run: Path, recipe: Recipe) -> Iterator[tuple[str, SentenceTransformer]]:
-    yield "backbone, mean-pooled", baseline(load_backbone(recipe.model), NAMES["mean"])
-    for stage in recipe.stages:
-        if (run / FOLDERS[stage]).is_dir():
-            model = stage_encoder(run, recipe, stage)
+def _encoders(run: Run) -> Iterator[tuple[str, SentenceTransformer]]:
+    yield "backbone, mean-pooled", baseline(load_backbone(run.recipe.model), NAMES["mean"])
+    for stage in run.recipe.stages:
+        if run.stage(stage).is_dir():
+            model = run.encoder(stage)
             merge_adapters(model)  # faster, and nothing decodes here
             yield TITLES[stage], model
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from llm2comp.data.responses import source_digest
 from llm2comp.model.backbone import weights_digest
+from llm2comp.model.judges import judge_digest
 from llm2comp.recipe import Recipe, SclStage, Stage, each_path, is_local, leaves
 from llm2comp.system.files import to_json
-from llm2comp.training.judges import judge_digest
 
 FORMAT_VERSION = 1
 # Settings that change what is written, how fast or in how much memory, not what is learned.

@@ -6,22 +6,28 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
+
+from sentence_transformers import SentenceTransformer
 
 from llm2comp.errors import BackboneError, ModelFolderError, one_line
+from llm2comp.model.backbone import hub_commit, load_backbone, resolve_device, weights_digest
+from llm2comp.model.backbone.sources import BUILTIN_MODELS, is_gguf
 from llm2comp.model.baselines.kinds import BASELINE_FILE, NAMES
-from llm2comp.recipe import expanded, missing_path, nearest
+from llm2comp.model.baselines.module import BaselineEncoder, baseline, load_saved
+from llm2comp.model.encoder import merge_adapters, to_dtype
+from llm2comp.model.memory import Order, mean_weights, prefix_weights
+from llm2comp.recipe import ModelSettings, expanded, missing_path, nearest
+from llm2comp.runs.finished import card_of
+from llm2comp.runs.folder import MODEL_FOLDER, RECIPE_FILE, Run, stage_of
+from llm2comp.storage.compiled import compiled_of, load_compiled
+from llm2comp.storage.export import load_folder, memory_weights, use_prefix
 from llm2comp.system.console import GENERAL, Dtype
 from llm2comp.system.files import sha256
 from llm2comp.system.hub import hub, not_at_hand
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
 # Encoders that come with the package: run directories over the packaged backbone, without data and logs.
 BUILTIN_ENCODERS = {GENERAL: Path(__file__).resolve().parents[1] / "assets" / "general"}
-# Encoders that need no training: `kind:NAME` is one over the causal LM NAME.
-BASELINES = tuple(NAMES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Files and folders of a model folder that change nothing in what torch makes of it.
 _NO_EFFECT = ("README.md", "done.json", "golden.json")
@@ -49,7 +55,7 @@ def load(
     Args:
         path: `builtin:general` (default: the encoder that comes with the package), an exported model folder, a run directory
             (its finished model), a stage folder of a run (adapters on the live backbone), `mean:NAME`, `echo:NAME`, ... (the
-            causal LM NAME as a training-free encoder, one of BASELINES), the folder of a saved one, or the Hub id of a
+            causal LM NAME as a training-free encoder, one of NAMES), the folder of a saved one, or the Hub id of a
             sentence-transformers model.
         device: `cpu`, `cuda`, `mps`; default: the best there is.
         num_memory: j: the embedding is the mean of the last j memory states, of an encoder that
@@ -62,9 +68,6 @@ def load(
         ModelFolderError: nothing loadable there, an unfinished run, a damaged file, or not so many memory tokens.
         BackboneError: no such device or dtype; a causal LM that cannot be loaded. RecipeError: settings of a saved baseline.
     """
-    from llm2comp.model.encoder import merge_adapters
-    from llm2comp.storage.export import use_prefix
-
     if dtype not in get_args(Dtype):
         raise BackboneError("no such dtype", where="dtype", expected=", ".join(get_args(Dtype)), found=dtype)
     if dtype != "auto" and backend != "torch":
@@ -79,37 +82,27 @@ def load(
 
 
 def _load(path: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
-    from llm2comp.model.backbone import resolve_device
-    from llm2comp.model.encoder import to_dtype
-    from llm2comp.storage.export import load_folder
-    from llm2comp.training.run import read_run, stage_encoder
-
     if device is not None:
         device = str(resolve_device(device))
     kind, _, name = path.partition(":")
-    if name and kind in BASELINES:
+    if name and kind in NAMES:
         return _baseline(kind, name, device, dtype)
     path = _packaged(path)
     if not Path(path).absolute().is_dir():
         return to_dtype(_from_hub(path, device), dtype)
     folder = Path(path).absolute()
     if (folder / BASELINE_FILE).is_file():
-        from llm2comp.model.baselines.module import load_saved
-
         return to_dtype(load_saved(folder, device), dtype)
     stage = stage_of(folder)
     if stage is None:
         return to_dtype(load_folder(_finished(folder, path), device), dtype)
-    recipe = read_run(folder.parent)
+    run = Run(folder.parent)
     changes = ({} if device is None else {"device": device}) | ({} if dtype == "auto" else {"dtype": dtype})
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
-    model: SentenceTransformer = stage_encoder(folder.parent, recipe, stage)
-    return model
+    settings = run.recipe.model.model_copy(update=changes)
+    return run.encoder(stage, run.recipe.model_copy(update={"model": settings}))
 
 
 def _load_graph(path: str, device: str | None, backend: str) -> SentenceTransformer:
-    from llm2comp.storage.compiled import load_compiled
-
     if device not in (None, "cpu"):
         raise BackboneError("runs on the CPU only", where=f"backend {backend}", expected="device cpu", found=device)
     return load_compiled(_finished(expanded(path).absolute(), path), backend)
@@ -118,48 +111,19 @@ def _load_graph(path: str, device: str | None, backend: str) -> SentenceTransfor
 def live_place(path: str) -> str:
     """The last stage of a run or of a packaged encoder, where the LM is at hand; any other path as it is."""
     path = _packaged(path)
-    run = run_of(path)
-    return str(_last_stage(run)) if run == Path(path).absolute() else path
+    run = Run.of(path)
+    return str(run.last) if run is not None and run.path == Path(path).absolute() else path
 
 
 def card_facts(path: str) -> dict[str, str]:
     """Facts about a run, a stage or a packaged encoder for the README of its exported folder; none for other models."""
-    from llm2comp.runs.finished import card_of
-    from llm2comp.training.run import read_run
-
-    run = run_of(_packaged(path))
-    return card_of(read_run(run)) if run else {}
+    run = Run.of(_packaged(path))
+    return card_of(run.recipe) if run else {}
 
 
 def _packaged(path: str) -> str:
     """The last stage of a packaged encoder; any other path as it is, `~` expanded."""
-    return str(_last_stage(BUILTIN_ENCODERS[path])) if path in BUILTIN_ENCODERS else str(expanded(path))
-
-
-def _last_stage(run: Path) -> Path:
-    from llm2comp.training.run import FOLDERS, read_run
-
-    return run / FOLDERS[list(read_run(run).stages)[-1]]
-
-
-def stage_of(folder: Path) -> str | None:
-    """The stage (`pretext`, `ucl`, `scl`) whose folder in a run this is."""
-    from llm2comp.training.run import FOLDERS, RECIPE_FILE
-
-    named = {place: stage for stage, place in FOLDERS.items()}
-    return named.get(folder.name) if (folder.parent / RECIPE_FILE).is_file() else None
-
-
-def run_of(path: str | Path) -> Path | None:
-    """The run directory that a path belongs to: the run itself, a stage or the model of it; None for anything else."""
-    from llm2comp.training.run import FOLDERS, MODEL_FOLDER, RECIPE_FILE
-
-    folder = expanded(path).absolute()
-    if (folder / RECIPE_FILE).is_file():
-        return folder
-    return (
-        folder.parent if folder.name in (*FOLDERS.values(), MODEL_FOLDER) and (folder.parent / RECIPE_FILE).is_file() else None
-    )
+    return str(Run(BUILTIN_ENCODERS[path]).last) if path in BUILTIN_ENCODERS else str(expanded(path))
 
 
 def identity(path: str | Path, model: SentenceTransformer) -> Identity:
@@ -167,10 +131,6 @@ def identity(path: str | Path, model: SentenceTransformer) -> Identity:
 
     Two checkpoints, two weightings of one's memory, torch and a compiled graph never share both.
     """
-    from llm2comp.model.memory import Order, mean_weights, prefix_weights
-    from llm2comp.storage.compiled import compiled_of
-    from llm2comp.storage.export import memory_weights
-
     who, weights = _identity(path, model), memory_weights(model)
     if graph := compiled_of(model):
         who = Identity(f"{who.name}-{graph.backend}-{graph.precision}", _short(f"{who.revision}:{graph.digest}"))
@@ -183,27 +143,23 @@ def identity(path: str | Path, model: SentenceTransformer) -> Identity:
 
 
 def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
-    from llm2comp.model.backbone import hub_commit, weights_digest
-    from llm2comp.model.baselines.module import BaselineEncoder
-    from llm2comp.training.run import FOLDERS, read_run
-
     folder, module = Path(_packaged(str(path))).absolute(), model[0]
     if isinstance(module, BaselineEncoder):
         kind, _, name = str(path).partition(":")
-        label = f"llm2comp/{kind}-{_plain(name)}" if name and kind in BASELINES else f"local/{_plain(folder.name)}"
+        label = f"llm2comp/{kind}-{_plain(name)}" if name and kind in NAMES else f"local/{_plain(folder.name)}"
         saved, prompts = module.saved(), sorted(item for item in model.prompts.items() if item[1])
         return Identity(label, _short(f"{saved.to_yaml()}:{prompts}:{weights_digest(saved.model.settings())}"))
     if not folder.is_dir():
         return Identity(str(path), hub_commit(str(path)) or "unknown")
-    run, stage = run_of(folder), stage_of(folder)
+    run, stage = Run.of(folder), stage_of(folder)
     if run is None:
         return Identity(f"local/{_plain(folder.name)}", _short(_content(folder)))
     if stage is None:
-        return Identity(f"llm2comp/{_plain(run.name)}", _short(_content(_finished(folder, str(path)))))
-    recipe = read_run(run)
+        return Identity(f"llm2comp/{_plain(run.path.name)}", _short(_content(_finished(folder, str(path)))))
+    recipe = run.recipe
     names = list(recipe.stages)
-    parts = [_content(run / FOLDERS[earlier]) for earlier in names[: names.index(stage) + 1]]
-    label = f"llm2comp/{_plain(run.name)}-{folder.name}"
+    parts = [_content(run.stage(earlier)) for earlier in names[: names.index(stage) + 1]]
+    label = f"llm2comp/{_plain(run.path.name)}-{folder.name}"
     return Identity(label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *parts])))
 
 
@@ -214,8 +170,6 @@ def model_folder(folder: Path) -> Path:
 
 def _finished(folder: Path, asked: str) -> Path:
     """The model folder itself, or the one in a finished run."""
-    from llm2comp.training.run import MODEL_FOLDER, RECIPE_FILE
-
     if not (folder / RECIPE_FILE).is_file():
         return folder
     if not (folder / MODEL_FOLDER).is_dir():
@@ -226,27 +180,19 @@ def _finished(folder: Path, asked: str) -> Path:
 
 
 def _baseline(kind: str, name: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
-    from llm2comp.model.backbone import load_backbone
-    from llm2comp.model.baselines.module import baseline
-    from llm2comp.recipe import ModelSettings
-
     settings = ModelSettings(name=name, device=device or "auto", dtype=dtype, attention="causal")
     return baseline(load_backbone(settings), NAMES[kind])
 
 
 def _from_hub(name: str, device: str | None) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
-
-    from llm2comp.model.backbone.sources import BUILTIN_MODELS, is_gguf
-
     expected = (
-        f"{GENERAL}, a model/ folder, a run, a stage of a run, a Hub id, or KIND:NAME with KIND one of {', '.join(BASELINES)}"
+        f"{GENERAL}, a model/ folder, a run, a stage of a run, a Hub id, or KIND:NAME with KIND one of {', '.join(NAMES)}"
     )
     if (nearest_folder := missing_path(name)) is not None:
         raise ModelFolderError("no such folder", where=name, expected=expected, found=f"there is {nearest_folder}")
     if not _HUB_ID.fullmatch(name) or is_gguf(name):
         kind, colon, _ = name.partition(":")
-        fix = (nearest(name, BUILTIN_ENCODERS) if kind == "builtin" else nearest(kind, BASELINES)) if colon else None
+        fix = (nearest(name, BUILTIN_ENCODERS) if kind == "builtin" else nearest(kind, NAMES)) if colon else None
         if name in BUILTIN_MODELS or is_gguf(name):
             fix = f"a language model is no encoder yet: train one on it, or take it untrained, as mean:{name}"
         raise ModelFolderError("no such folder", where=name, expected=expected, fix=fix)

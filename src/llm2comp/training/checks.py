@@ -21,18 +21,19 @@ from llm2comp.model.backbone.naming import require_weights
 from llm2comp.model.backbone.quantized import quantization_config
 from llm2comp.model.compressor import room_for_text
 from llm2comp.model.encoder import refuse_long_prompt
+from llm2comp.model.judges import load_judges
 from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import ContrastiveStage, PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
 from llm2comp.recipe.parts import TEXT
 from llm2comp.training.batches import enough, most_in_a_batch
-from llm2comp.training.judges import load_judges
+from llm2comp.training.sample import LocalSets
 from llm2comp.training.watch import check_watch
 
 LEAST_ROWS = 2  # of different ones: one text is like nothing, and tells nothing apart
 
 
-def check(recipe: Recipe) -> None:
-    """Find before anything trains what some stage would stumble over.
+def check(recipe: Recipe, local_sets: LocalSets | None = None) -> None:
+    """Find before anything trains what some stage would stumble over; `local_sets` as in `run.train`.
 
     Raises:
         RecipeError: settings that the model cannot go with: dimensions, prompts without room, loggers that are not here;
@@ -40,7 +41,7 @@ def check(recipe: Recipe) -> None:
         BackboneError: no such model or device, no causal LM; what an objective or a stage asks of it and it lacks.
         DataError: a missing file or column, too few texts or pairs.
     """
-    check_data(recipe)
+    check_data(recipe, local_sets)
     known = _Known(recipe)
     for name, stage in recipe.stages.items():
         known.check_stage(name, stage)
@@ -53,7 +54,7 @@ def check(recipe: Recipe) -> None:
     _check_loggers(recipe)
 
 
-def check_data(recipe: Recipe) -> None:
+def check_data(recipe: Recipe, local_sets: LocalSets | None = None) -> None:
     """Find a missing file or column of any stage: reads a row of each source."""
     for stage in recipe.stages.values():
         specs: tuple[TextData | PairData, ...] = stage.data  # type: ignore[attr-defined]
@@ -63,7 +64,7 @@ def check_data(recipe: Recipe) -> None:
                 read_responses(first, teacher="teacher" in stage.needs)  # type: ignore[arg-type]
             else:
                 read_pairs(first) if isinstance(first, PairData) else read_texts(first)
-    check_watch(recipe)
+    check_watch(recipe, local_sets)
 
 
 class _Known:

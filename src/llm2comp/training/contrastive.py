@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from llm2comp.errors import RecipeError
 from llm2comp.model.encoder import MemoryEncoder
+from llm2comp.model.judges import Judges, Targets
 from llm2comp.recipe import ContrastiveStage, SclStage, UclStage
-from llm2comp.training.judges import Judges, Targets
 
 
 def shifted_cosine(a: Tensor, b: Tensor) -> Tensor:

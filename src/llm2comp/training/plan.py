@@ -27,6 +27,7 @@ from llm2comp.training.estimates import (
     trained_embeddings,
 )
 from llm2comp.training.measuring import said, times
+from llm2comp.training.sample import LocalSets
 from llm2comp.training.stages import load_queries, load_responses, load_texts
 
 SAMPLE = 1000
@@ -54,13 +55,15 @@ class StagePlan:
     launches: int
 
 
-def plan(recipe: Recipe, gpu: Gpu | None = None) -> tuple[list[StagePlan], int]:
+def plan(recipe: Recipe, gpu: Gpu | None = None, local_sets: LocalSets | None = None) -> tuple[list[StagePlan], int]:
     """Plans of all stages, here or on some GPU, and the bytes of the frozen base.
+
+    `local_sets` as in `run.train`.
 
     Raises:
         BackboneError, DataError, RecipeError: as the run itself would.
     """
-    check(recipe)
+    check(recipe, local_sets)
     device = torch.device("cuda") if gpu else resolve_device(recipe.model.device)
     free = int(1e9 * gpu.memory) if gpu else free_memory(device)
     lm = load_skeleton(recipe.model)
@@ -162,16 +165,22 @@ def beside(stage: SclStage | None) -> Iterable[str]:
         yield f"scl.pretext_weight: {stage.pretext_weight:g}, on {size} more texts per step"
 
 
-def show_plan(recipe: Recipe, verbose: bool = False, gpu: Gpu | None = None) -> None:
+def show_plan(
+    recipe: Recipe,
+    verbose: bool = False,
+    gpu: Gpu | None = None,
+    local_sets: LocalSets | None = None,
+) -> None:
     """Print a table of stages, whether they will fit the device, and how long they will take.
 
     Args:
         recipe: what to plan.
         verbose: print the resolved recipe, too.
         gpu: plan for this card, by arithmetic; None: for the device that is here, by a trial.
+        local_sets: as in `run.train`.
     """
     quiet_libraries()
-    plans, base = plan(recipe, gpu)
+    plans, base = plan(recipe, gpu, local_sets)
     columns = ("stage", "rows", "samples", "text tokens", "trainable parameters")
     table = Table(*columns, "peak memory, about")
     for p in plans:

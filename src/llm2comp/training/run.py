@@ -1,15 +1,8 @@
-"""A run: recipe → run directory, stage after stage; running again goes on where it stopped.
-
-runs/x/recipe.yaml            the resolved recipe
-runs/x/environment.json       versions, machine, command
-runs/x/1-pretext/, 2-ucl/, 3-scl/   config.json, metrics.jsonl, adapter/, memory.safetensors, done.json
-runs/x/model/                 plain sentence-transformers folder
-"""
+"""A run: recipe → run directory (`runs/folder.py`), stage after stage; running again goes on where it stopped."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -32,13 +25,22 @@ from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import (
     Recipe,
     change_recipe,
-    each_path,
     expanded,
     load_recipe,
-    moved,
-    parse_recipe,
 )
 from llm2comp.runs.finished import card_of, limits_of, prompts_of, refuse_others, require_base
+from llm2comp.runs.folder import (
+    CONFIG_FILE,
+    DONE_FILE,
+    ENVIRONMENT_FILE,
+    FOLDERS,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    Run,
+    add_adapter,
+    has_inputs,
+    is_done,
+)
 from llm2comp.runs.keys import FORMAT_VERSION, matters, settings_of, stage_keys
 from llm2comp.storage.export import export
 from llm2comp.system.console import say
@@ -46,17 +48,18 @@ from llm2comp.system.files import RUN, STAGE, claim, explain_disk_errors, new_fo
 from llm2comp.training.checks import check
 from llm2comp.training.estimates import fitted
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
-from llm2comp.training.sample import Watch
+from llm2comp.training.sample import LocalSets, Watch
 from llm2comp.training.stages import RUNNERS, RunOptions
 
-FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
-RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = "recipe.yaml", "done.json", "config.json", "model"
-ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("llm2comp", "torch", "transformers", "peft", "sentence-transformers", "datasets", "accelerate", "numpy")
 
 
 def train(
-    recipe: Recipe | str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), siblings: Sequence[Path] = ()
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    siblings: Sequence[Path] = (),
+    local_sets: LocalSets | None = None,
 ) -> Path:
     """Run all stages of a recipe that are not done yet, then export.
 
@@ -65,6 +68,7 @@ def train(
         out: run directory; default `runs/<recipe name>`.
         overrides: `key.sub=value` changes to the recipe.
         siblings: other run directories; a stage that one of them finished on the same inputs is copied, not trained.
+        local_sets: what makes a scorer of the folders that `watch.tasks` names; needed where it names some.
 
     Returns:
         The run directory; `<run>/model` is the finished encoder.
@@ -77,15 +81,15 @@ def train(
     run = expanded(out) if out is not None else Path("runs") / resolved.name
     check_launch(resolved)
     with contextlib.ExitStack() as held:
-        on_main(lambda: _open(run, resolved, held), resolved.model.device)
-        _run_stages(run, resolved, siblings)
+        on_main(lambda: _open(run, resolved, held, local_sets), resolved.model.device)
+        _run_stages(run, resolved, siblings, local_sets)
     return run
 
 
-def _open(run: Path, recipe: Recipe, held: contextlib.ExitStack) -> None:
+def _open(run: Path, recipe: Recipe, held: contextlib.ExitStack, local_sets: LocalSets | None) -> None:
     """Make the directory this recipe's and this process's."""
     _refuse_foreign(run, recipe)
-    check(recipe)
+    check(recipe, local_sets)
     with explain_disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     try:
@@ -95,54 +99,7 @@ def _open(run: Path, recipe: Recipe, held: contextlib.ExitStack) -> None:
     _claim(run, recipe)
 
 
-def restore(run: Path, recipe: Recipe, upto: str) -> Compressor:
-    """The encoder as it was after stage `upto` of a run.
-
-    Raises:
-        RunError: the stage is not done. ModelFolderError: its files are damaged.
-    """
-    backbone = load_backbone(recipe.model)
-    compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
-    for name in recipe.stages:
-        require_base(run / FOLDERS[name] / DONE_FILE, recipe)
-        _push_adapter(compressor, recipe, name)
-        compressor.load(run / FOLDERS[name], name)
-        if name == upto:
-            return compressor.eval()
-    raise RunError("no such stage in this run", where=str(run), expected=", ".join(recipe.stages), found=upto)
-
-
-def stage_encoder(run: Path, recipe: Recipe, upto: str) -> Any:
-    """`restore` as a SentenceTransformer with the run's limits and prompts."""
-    prompts = prompts_of(recipe) if upto == "scl" else {}  # earlier stages never saw the query prompt
-    return as_sentence_transformer(restore(run, recipe, upto), *limits_of(recipe), prompts=prompts)
-
-
-def read_run(run: Path) -> Recipe:
-    """The recipe of a run directory. Raises RunError when there is none."""
-    file = run / RECIPE_FILE
-    if not file.is_file():
-        raise RunError("not a run directory", where=str(run), expected=f"{RECIPE_FILE} in it")
-    recipe = load_recipe(file)
-    return parse_recipe(
-        each_path(recipe.model_dump(mode="json"), partial(moved, old=_home(run), new=run.absolute())), str(file)
-    )
-
-
-def _home(run: Path) -> Path:
-    """Where a run lay when it was last trained; paths in its recipe are of then."""
-    try:
-        return Path(json.loads((run / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["folder"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return run.absolute()
-
-
-def is_done(folder: Path, key: str) -> bool:
-    """Whether a folder holds what was finished on these inputs."""
-    return _has_inputs(folder / DONE_FILE, key)
-
-
-def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> None:
+def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path], local_sets: LocalSets | None) -> None:
     backbone = load_backbone(recipe.model)
     compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
     keys = stage_keys(recipe)
@@ -150,13 +107,13 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
     for number, (name, stage) in enumerate(recipe.stages.items()):
         folder = run / FOLDERS[name]
         key = keys[name]
-        _push_adapter(compressor, recipe, name)
+        add_adapter(compressor, recipe, name)
         if on_main(partial(_done_or_begun, recipe, name, key, folder, siblings), recipe.model.device):
             say(f"{folder.name}: done before")
             compressor.load(folder, name)
             continue
         begin = time.time()
-        options = options or _options(recipe, compressor)
+        options = options or _options(recipe, compressor, local_sets)
         fit = fitted(name, stage, backbone, recipe.adapter.kind == "full")
         kept = RUNNERS[name](compressor, fit, folder, recipe.seed + number, options)  # type: ignore[operator]
         seconds = round(time.time() - begin, 1)
@@ -165,7 +122,7 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
         _finish(compressor, name, done, folder)
         if sharding():  # what the next stage adds would not be spread over the devices: begin with whole weights
             del compressor
-            compressor = restore(run, recipe, name)
+            compressor = Run(run).compressor(name, recipe)
     exported = f"{key}:{recipe.max_tokens}"
     if is_main_process() and not is_done(run / MODEL_FOLDER, exported):
         model = as_sentence_transformer(compressor.eval(), *limits_of(recipe), prompts=prompts_of(recipe))
@@ -173,11 +130,11 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path] = ()) -> Non
         write_text(run / MODEL_FOLDER / DONE_FILE, to_json({"inputs": exported}))
 
 
-def _options(recipe: Recipe, compressor: Compressor) -> RunOptions:
+def _options(recipe: Recipe, compressor: Compressor, local_sets: LocalSets | None) -> RunOptions:
     if recipe.watch is not None and sharding():
         say(f"no watch: rank 0 alone cannot encode while {sharding()} spreads the weights")
         return RunOptions(recipe.report_to, pretext=recipe.pretext)
-    watch = Watch(recipe, recipe.watch, compressor) if recipe.watch else None
+    watch = Watch(recipe, recipe.watch, compressor, local_sets) if recipe.watch else None
     return RunOptions(recipe.report_to, watch, recipe.pretext)
 
 
@@ -204,7 +161,7 @@ def _take_over(folder: Path, key: str, siblings: Sequence[Path]) -> None:
 def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
     """A stage's folder to train in: with the checkpoints of an unfinished training on the same inputs, else empty."""
     with explain_disk_errors(folder):
-        if not _has_inputs(folder / CONFIG_FILE, key):
+        if not has_inputs(folder / CONFIG_FILE, key):
             remove_folder(folder, STAGE)
         (folder / DONE_FILE).unlink(missing_ok=True)
     names = list(recipe.stages)
@@ -226,12 +183,6 @@ def _mark_done(done: dict[str, Any], folder: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _push_adapter(compressor: Compressor, recipe: Recipe, name: str) -> None:
-    stage = recipe.stages[name]
-    seed = recipe.seed + 1 + list(recipe.stages).index(name)
-    compressor.backbone.add_adapter(name, recipe.adapter, stage.adapter_dropout, seed)
-
-
 def _refuse_foreign(run: Path, recipe: Recipe) -> None:
     """Raise RunError for a directory of another recipe that has trained something, or of something else."""
     refuse_others(run, [run / FOLDERS[name] for name in recipe.stages], run / MODEL_FOLDER, DONE_FILE)
@@ -239,7 +190,7 @@ def _refuse_foreign(run: Path, recipe: Recipe) -> None:
     if file.exists():
         if not (any(run.glob(f"*/{DONE_FILE}")) or any(run.glob("*/checkpoint-*"))):
             return
-        before, now = settings_of(read_run(run)), settings_of(recipe)
+        before, now = settings_of(Run(run).recipe), settings_of(recipe)
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and matters(key.split("."), recipe)]
         if changed:
             lines = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked for" for key in sorted(changed)[:5]]
@@ -266,10 +217,3 @@ def _claim(run: Path, recipe: Recipe) -> None:
     }
     write_text(run / RECIPE_FILE, recipe.to_yaml())
     write_text(run / ENVIRONMENT_FILE, to_json(environment, indent=1))
-
-
-def _has_inputs(file: Path, key: str) -> bool:
-    try:
-        return bool(json.loads(file.read_text())["inputs"] == key)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

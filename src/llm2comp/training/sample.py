@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from llm2comp.data.loaded import Pair
 from llm2comp.data.sources import read_pairs, read_texts
+from llm2comp.errors import RunError
 from llm2comp.measures.collapse import collapse
 from llm2comp.measures.context import context_recovered, split_sample
 from llm2comp.measures.geometry import alignment
 from llm2comp.model.compressor import Compressor
+from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.vectors import memory_states
 from llm2comp.recipe import PretextStage, Recipe, TextData, UclStage, WatchSettings
 
@@ -30,6 +33,21 @@ POOL = 8192
 MIN_CHARACTERS = 20
 
 
+class LocalScores(Protocol):
+    """Scores an encoder on local sets: their names, and name → score, 0 to 1."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sets."""
+
+    def __call__(self, model: SentenceTransformer) -> dict[str, float]:
+        """Name → score."""
+
+
+# From folders of local sets; handed in from above, as training knows nothing of mteb.
+LocalSets: TypeAlias = Callable[[Sequence[Path]], LocalScores]
+
+
 class Watch:
     """The fixed sample of a run, and what it shows at any moment.
 
@@ -37,7 +55,9 @@ class Watch:
         DataError: a source of the sample cannot be read. RecipeError: `keep_best` names no figure and no local set.
     """
 
-    def __init__(self, recipe: Recipe, settings: WatchSettings, compressor: Compressor) -> None:
+    def __init__(
+        self, recipe: Recipe, settings: WatchSettings, compressor: Compressor, local_sets: LocalSets | None = None
+    ) -> None:
         backbone = compressor.backbone
         self.settings = settings
         self.limit = compressor.max_tokens(settings.max_tokens)
@@ -45,7 +65,7 @@ class Watch:
         self.rows = [row for row in rows if len(row) > 1]
         self.splits = split_sample(self.rows, backbone.pad_id, recipe.seed)
         self.pairs = _sample_pairs(recipe, settings)
-        self.tasks = local_sets(settings)
+        self.scores = local_scores(settings, local_sets)
 
     def measure(self, compressor: Compressor, prompt: bool) -> dict[str, Any]:
         """All figures of an encoder as it is now. `prompt`: anchors of pairs behind their instruction.
@@ -76,29 +96,22 @@ class Watch:
             rows = compressor.backbone.tokenise(anchors + positives, self.limit)
             both_ND = _embeddings(compressor, memory_states(compressor, rows))
             found["alignment"] = alignment(both_ND[: len(anchors)], both_ND[len(anchors) :])
-        found["tasks"] = self._score_tasks(compressor)
+        found["tasks"] = self.scores(as_sentence_transformer(compressor, self.limit)) if self.scores else {}
         return found
 
-    def _score_tasks(self, compressor: Compressor) -> dict[str, float]:
-        if not self.tasks:
-            return {}
-        from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
-        from llm2comp.lab.evaluation.running import run_task
-        from llm2comp.model.encoder import as_sentence_transformer
 
-        model = as_sentence_transformer(compressor, self.limit)
-        encoder = MtebEncoder(model, "llm2comp/watch", "none", progress=False)
-        return {task.metadata.name: round(run_task(encoder, task).score, 5) for task in self.tasks}
+def local_scores(settings: WatchSettings, local_sets: LocalSets | None) -> LocalScores | None:
+    """What scores the local sets that a watch names; None without any.
 
-
-def local_sets(settings: WatchSettings) -> list[Any]:
-    """The local evaluation sets of a watch. Raises DataError for a folder that holds none."""
+    Raises:
+        DataError: a folder that holds none. RunError: nothing to score them with was handed in.
+    """
     if not settings.tasks:
-        return []
-    from llm2comp.lab.evaluation.tasks import local_tasks
-
-    with unchanged_randomness():  # mteb seeds everything when it makes a task
-        return [task for folder in settings.tasks for task in local_tasks(Path(folder).expanduser())]
+        return None
+    if local_sets is None:
+        fix = "train with llm2comp.train, or hand in llm2comp.lab.train.local_sets"
+        raise RunError("nothing here scores local sets", where="watch.tasks", fix=fix)
+    return local_sets([Path(folder).expanduser() for folder in settings.tasks])
 
 
 def _embeddings(compressor: Compressor, memory_NKD: Tensor) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from llm2comp.errors import DataError
 from llm2comp.model.backbone import Backbone
 from llm2comp.model.compressor import Compressor, room_for_text
 from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.model.judges import load_judges
 from llm2comp.objectives.alignment import map_to_teacher
 from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import PairData, PretextStage, SclStage, Stage, TextData, UclStage
@@ -30,7 +31,6 @@ from llm2comp.training import progress
 from llm2comp.training.batches import clipped, most_in_a_batch, pair_datasets
 from llm2comp.training.compiling import compiled
 from llm2comp.training.contrastive import contrastive_loss
-from llm2comp.training.judges import load_judges
 from llm2comp.training.ranks import sharding
 from llm2comp.training.sample import Watch
 from llm2comp.training.trainers import (

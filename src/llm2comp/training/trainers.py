@@ -21,13 +21,13 @@ from llm2comp.data.pretext import PretextCollator, PretextRows
 from llm2comp.errors import RunError
 from llm2comp.model.backbone.sharded import fill, save_whole
 from llm2comp.model.compressor import Compressor
+from llm2comp.model.judges import Judges
 from llm2comp.model.tokens import SplitTexts
 from llm2comp.objectives import count_items, stage_loss
 from llm2comp.objectives.alignment import MAP_FILE
 from llm2comp.recipe import ContrastiveStage, PretextStage, Stage
 from llm2comp.system.files import whole_or_gone
 from llm2comp.training.contrastive import contrastive_loss
-from llm2comp.training.judges import Judges
 from llm2comp.training.memory_limits import FittingMixin, masks_of, pieces_of
 from llm2comp.training.progress import TokenCounter
 from llm2comp.training.ranks import RanksMixin, joint_batches, root_stays_whole

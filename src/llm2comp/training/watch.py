@@ -24,7 +24,7 @@ from llm2comp.recipe import WATCHED, Recipe, Stage
 from llm2comp.system.console import say
 from llm2comp.system.files import whole_or_gone
 from llm2comp.training.progress import StepLines, TokenCounter
-from llm2comp.training.sample import Watch, local_sets
+from llm2comp.training.sample import LocalSets, Watch, local_scores
 
 WATCH_FILE, BEST_FOLDER = "watch.jsonl", "best"
 RANK_FALL, COPY = 0.7, 0.99
@@ -152,7 +152,7 @@ def warnings_of(first: dict[str, Any], now: dict[str, Any], compresses: bool) ->
     return found
 
 
-def check_watch(recipe: Recipe) -> None:
+def check_watch(recipe: Recipe, local_sets: LocalSets | None = None) -> None:
     """Find what a watch would stumble over before anything trains.
 
     Raises:
@@ -164,7 +164,8 @@ def check_watch(recipe: Recipe) -> None:
         read_texts(texts.model_copy(update={"limit": 1}))
     for pairs in recipe.watch.pairs:
         read_pairs(pairs.model_copy(update={"limit": 1}))
-    names = [task.metadata.name for task in local_sets(recipe.watch)]
+    scores = local_scores(recipe.watch, local_sets)
+    names = scores.names if scores else ()
     for name, stage in recipe.stages.items():
         if stage.keep_best is not None and stage.keep_best not in (*WATCHED, *names):
             raise RecipeError(

@@ -19,7 +19,8 @@ from llm2comp.errors import DataError, RunError, install_extra
 from llm2comp.lab.evaluation.pairs import Questions, pairs_task
 from llm2comp.lab.evaluation.paper14 import PAPER14
 from llm2comp.lab.evaluation.published import published
-from llm2comp.storage.loading import identity, load, run_of
+from llm2comp.runs.folder import Run
+from llm2comp.storage.loading import identity, load
 from llm2comp.system.console import say
 from llm2comp.system.files import explain_disk_errors, to_json, write_text
 
@@ -99,8 +100,8 @@ def evaluate(models: Sequence[str], options: EvaluateOptions, out: Path | None =
 
 def results_folder(model: str, out: Path | None = None, beside: Sequence[str] = ()) -> Path:
     """Where a model's results go: `out`, or `scores/` in its run, or in the first run among those `beside` it, or one here."""
-    run = next((run for each in (model, *beside) if (run := run_of(each))), None)
-    return out or (run / SCORES_FOLDER if run else RESULTS_FOLDER)
+    run = next((run for each in (model, *beside) if (run := Run.of(each))), None)
+    return out or (run.path / SCORES_FOLDER if run else RESULTS_FOLDER)
 
 
 def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], options: EvaluateOptions) -> Encoder:
@@ -254,8 +255,8 @@ def _knows_instructions(path: str | Path, model: SentenceTransformer) -> bool:
 
 def _label(path: str) -> str:
     """Short name for a column: the run, the stage in its run, or what was asked for."""
-    run = run_of(path)
+    run = Run.of(path)
     if run is None:
         return Path(path).name if Path(path).is_dir() else path
-    folder = Path(path).absolute()
-    return run.name if folder in (run, run / "model") else f"{run.name}/{folder.name}"
+    folder, name = Path(path).absolute(), run.path.name
+    return name if folder in (run.path, run.model) else f"{name}/{folder.name}"

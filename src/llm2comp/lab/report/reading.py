@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, Validat
 
 from llm2comp.errors import RunError
 from llm2comp.recipe import PretextStage, Recipe, Stage
-from llm2comp.training.run import DONE_FILE, FOLDERS, read_run
+from llm2comp.runs.folder import DONE_FILE, FOLDERS, Run
 
 T = TypeVar("T")
 SEARCHES_FILE = "searches.json"
@@ -170,7 +170,7 @@ def read_log(folder: Path, label: str) -> RunLog:
     Raises:
         RunError: not a run, or a damaged file or line, which is named. RecipeError: its recipe.yaml is damaged.
     """
-    recipe = read_run(folder)
+    recipe = Run(folder).recipe
     stages = [_read_stage(folder / FOLDERS[name], name, stage) for name, stage in recipe.stages.items()]
     return RunLog(
         label,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llm2comp.lab.report.blocks import PageSection, Table, duration
 from llm2comp.lab.report.reading import Evaluation, RunLog, WatchLine
-from llm2comp.training.run import FOLDERS, MODEL_FOLDER
+from llm2comp.runs.folder import FOLDERS, MODEL_FOLDER
 
 # Points (of 100) within which two scores are called alike, and the share of a score whose loss is warned of.
 ALIKE, LOST = 0.5, 0.1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ import yaml
 
 from llm2comp.errors import Llm2CompError, RecipeError
 from llm2comp.lab.study.definition import LAST, Changes, Study
+from llm2comp.lab.train import local_sets
 from llm2comp.recipe import Recipe, Stage, change_recipe, load_recipe
+from llm2comp.runs.folder import CONFIG_FILE, FOLDERS, has_inputs, is_done
 from llm2comp.runs.keys import stage_keys
 from llm2comp.training.checks import check
-from llm2comp.training.run import CONFIG_FILE, FOLDERS, is_done
 
 DONE, TRAIN = "done", "train"
 
@@ -65,7 +65,7 @@ def runs_of(study: Study, where: str) -> list[StudyRun]:
                 overrides = [line for each in (changes, *(more for *_, more in chosen)) for line in as_overrides(each)]
                 recipe = change_recipe(common, [*overrides, f"seed={seed}", f"name={system}-seed{seed}"])
                 if seed == study.seeds[0]:
-                    check(recipe)
+                    check(recipe, local_sets)
                 runs.append(
                     StudyRun(system, base, {axis: value for axis, value, _ in chosen}, seed, recipe, stage_keys(recipe))
                 )
@@ -114,8 +114,7 @@ def samples_of(stage: Stage, steps: int) -> int:
 
 def begun(folder: Path, key: str) -> bool:
     """Whether training of this stage with these inputs has begun."""
-    file = folder / CONFIG_FILE
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8"))["inputs"] == key)
+    return has_inputs(folder / CONFIG_FILE, key)
 
 
 def work(run: StudyRun, states: Mapping[str, str]) -> int:

@@ -20,9 +20,10 @@ from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
 from llm2comp.lab.report.reading import read_log
 from llm2comp.lab.study.grid import DONE, TRAIN, StudyRun, begun, plan, samples_of, work
 from llm2comp.lab.study.table import MODEL, TRAINING_FREE, Failure, StudyRow
+from llm2comp.lab.train import train
 from llm2comp.model.backbone import weights_digest
+from llm2comp.runs.folder import DONE_FILE, MODEL_FOLDER, RECIPE_FILE, is_done
 from llm2comp.system.files import to_json, write_text
-from llm2comp.training.run import DONE_FILE, MODEL_FOLDER, RECIPE_FILE, is_done, train
 
 RUNS, SCORES, KEPT = "runs", "scores", "kept"
 
