@@ -1,33 +1,90 @@
 """LLM2Comp: turn a causal language model into a text encoder by context compression.
 
-model = llm2comp.load("runs/demo/model")      # a SentenceTransformer
-llm2comp.train("recipes/tiny.yaml")           # → path of the run
+    model = llm2comp.load()                    # a SentenceTransformer: the encoder in the package
+    model.encode(["a text"])
+    run = llm2comp.train("recipes/tiny.yaml")  # → path of the run; llm2comp.load(run)
+
+The names in `__all__` are the public ones. Each is imported when it is first asked for, so that
+`import llm2comp` takes no time; what else the package holds may change from version to version.
+
+load, train                       whatever names an encoder → SentenceTransformer · a recipe → a run
+embed_texts, memory_states        texts → one vector each · → their memory states
+maxsim                            memory states of queries and documents → scores
+export, verify                    an encoder → a plain sentence-transformers folder · is it sound?
+evaluate, EvaluateOptions         models × tasks → scores (extra `lab`)
+analyze                           a model and texts → why it is good, or not (extra `lab`)
+Recipe, load_recipe               what to train, as a value
+Backbone, load_backbone, Compressor   the frozen LM, and what makes memory states with it
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm2comp.lab.analyze import analyze
+    from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
     from llm2comp.lab.train import train
+    from llm2comp.model.backbone import Backbone, load_backbone
+    from llm2comp.model.compressor import Compressor
+    from llm2comp.model.encoder import embed_texts
+    from llm2comp.model.encoder import memory_vectors as memory_states
+    from llm2comp.model.memory import maxsim
+    from llm2comp.recipe import Recipe, load_recipe
+    from llm2comp.storage.export import export
+    from llm2comp.storage.golden import verify
     from llm2comp.storage.loading import load
 
 __version__ = version("llm2comp")
-__all__ = ["__version__", "load", "train"]
+__all__ = [
+    "Backbone",
+    "Compressor",
+    "EvaluateOptions",
+    "Recipe",
+    "__version__",
+    "analyze",
+    "embed_texts",
+    "evaluate",
+    "export",
+    "load",
+    "load_backbone",
+    "load_recipe",
+    "maxsim",
+    "memory_states",
+    "train",
+    "verify",
+]
+
+# Public name → where it is defined, and its name there if that is another.
+_HOME = {
+    "Backbone": "model.backbone",
+    "Compressor": "model.compressor",
+    "EvaluateOptions": "lab.evaluation.evaluate",
+    "Recipe": "recipe",
+    "analyze": "lab.analyze",
+    "embed_texts": "model.encoder",
+    "evaluate": "lab.evaluation.evaluate",
+    "export": "storage.export",
+    "load": "storage.loading",
+    "load_backbone": "model.backbone",
+    "load_recipe": "recipe",
+    "maxsim": "model.memory",
+    "memory_states": "model.encoder:memory_vectors",
+    "train": "lab.train",
+    "verify": "storage.golden",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the heavy parts only when asked for."""
-    if name == "load":
-        from llm2comp.storage.loading import load
-
-        return load
-    if name == "train":
-        from llm2comp.lab.train import train
-
-        return train
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """A public name, imported when it is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home, _, other = _HOME[name].partition(":")
+    found = getattr(import_module(f"{__name__}.{home}"), other or name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
