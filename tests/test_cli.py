@@ -130,20 +130,20 @@ assert all(callable(getattr(llm2comp, name)) for name in ("load", "train"))
 @pytest.mark.parametrize(
     ("origin", "command"),
     [
-        (None, "pip install 'llm2comp[eval]'"),
-        ({"url": "file:///home/me/llm2comp", "dir_info": {"editable": True}}, "pip install -e '/home/me/llm2comp[eval]'"),
-        ({"url": "file:///home/me/a%20b", "dir_info": {}}, "pip install '/home/me/a b[eval]'"),
-        ({"url": "file:///x/llm2comp-1.whl", "archive_info": {}}, "pip install '/x/llm2comp-1.whl[eval]'"),
+        (None, "pip install 'llm2comp[lab]'"),
+        ({"url": "file:///home/me/llm2comp", "dir_info": {"editable": True}}, "pip install -e '/home/me/llm2comp[lab]'"),
+        ({"url": "file:///home/me/a%20b", "dir_info": {}}, "pip install '/home/me/a b[lab]'"),
+        ({"url": "file:///x/llm2comp-1.whl", "archive_info": {}}, "pip install '/x/llm2comp-1.whl[lab]'"),
         (
             {"url": "https://host/llm2comp", "vcs_info": {"vcs": "git", "commit_id": "1"}},
-            "pip install 'llm2comp[eval] @ git+https://host/llm2comp'",
+            "pip install 'llm2comp[lab] @ git+https://host/llm2comp'",
         ),
     ],
 )
 def test_an_extra_is_installed_from_where_the_package_came_from(monkeypatch, origin, command):
     text = json.dumps(origin) if origin else None
     monkeypatch.setattr(errors, "distribution", lambda _: SimpleNamespace(read_text=lambda _: text))
-    assert install_extra("eval") == command
+    assert install_extra("lab") == command
 
 
 # ---- how it ends

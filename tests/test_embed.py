@@ -19,7 +19,8 @@ from llm2comp.errors import BackboneError, DataError, RunError
 from llm2comp.model.encoder import MemoryEncoder, as_sentence_transformer, merge_adapters
 from llm2comp.model.inputs import frame_of
 from llm2comp.storage.export import export, load_folder
-from llm2comp.use.embed import Embedded, Places, _pieces, check_output, embed, rows_file, write_embeddings
+from llm2comp.use.embed import _pieces, embed
+from llm2comp.use.writing import Embedded, Places, check_output, rows_file, write_embeddings
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished, no_file_over, sentences, write_rows
 

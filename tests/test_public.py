@@ -60,3 +60,27 @@ def test_import_takes_no_time():
             return
         time.sleep(0.1)
     pytest.fail(f"import llm2comp took {min(times):.2f} s at best")
+
+
+def test_a_missing_lab_is_one_line():
+    """Without mteb and matplotlib the package loads and trains; what judges says what to install."""
+    program = """
+import sys
+sys.modules |= dict.fromkeys(("bm25s", "jinja2", "matplotlib", "mteb"))  # as if not installed
+import llm2comp
+llm2comp.load, llm2comp.train, llm2comp.export, llm2comp.verify
+for name in ("evaluate", "analyze"):
+    try:
+        getattr(llm2comp, name)
+    except llm2comp.errors.RunError as error:
+        print(str(error).count("is not installed"), "[lab]" in str(error))
+sys.argv = ["llm2comp", "report", "."]
+from llm2comp.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "1 True\n1 True\n"
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: judging encoders: ")
+    assert "[lab]" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from llm2comp.lab.train import train
     from llm2comp.model.backbone import Backbone, load_backbone
     from llm2comp.model.compressor import Compressor
-    from llm2comp.model.encoder import embed_texts
-    from llm2comp.model.encoder import memory_vectors as memory_states
     from llm2comp.model.memory import maxsim
+    from llm2comp.model.vectors import embed_texts
+    from llm2comp.model.vectors import memory_vectors as memory_states
     from llm2comp.recipe import Recipe, load_recipe
     from llm2comp.storage.export import export
     from llm2comp.storage.golden import verify
@@ -64,14 +64,14 @@ _HOME = {
     "EvaluateOptions": "lab.evaluation.evaluate",
     "Recipe": "recipe",
     "analyze": "lab.analyze",
-    "embed_texts": "model.encoder",
+    "embed_texts": "model.vectors",
     "evaluate": "lab.evaluation.evaluate",
     "export": "storage.export",
     "load": "storage.loading",
     "load_backbone": "model.backbone",
     "load_recipe": "recipe",
     "maxsim": "model.memory",
-    "memory_states": "model.encoder:memory_vectors",
+    "memory_states": "model.vectors:memory_vectors",
     "train": "lab.train",
     "verify": "storage.golden",
 }
@@ -82,7 +82,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, _, other = _HOME[name].partition(":")
-    found = getattr(import_module(f"{__name__}.{home}"), other or name)
+    try:
+        module = import_module(f"{__name__}.{home}")
+    except ModuleNotFoundError as error:
+        from llm2comp.errors import missing_extra
+
+        raise missing_extra(error) or error from error
+    found = getattr(module, other or name)
     globals()[name] = found
     return found
 

@@ -6,6 +6,9 @@ import json
 from importlib.metadata import distribution
 from urllib.parse import unquote, urlsplit
 
+# What the extra `lab` brings.
+LAB = ("bm25s", "jinja2", "matplotlib", "mteb")
+
 
 def one_line(what: object, most: int = 300) -> str:
     """Another library's error message as one line, cut to a maximum length."""
@@ -13,13 +16,21 @@ def one_line(what: object, most: int = 300) -> str:
 
 
 def install_extra(name: str) -> str:
-    """The pip command that installs an extra (`eval`, `openvino`, ...) from the package's own source."""
+    """The pip command that installs an extra (`lab`, `openvino`, ...) from the package's own source."""
     origin = json.loads(distribution("llm2comp").read_text("direct_url.json") or "{}")  # PEP 610; none: from an index
     url, editable = origin.get("url", ""), origin.get("dir_info", {}).get("editable", False)
     if url.startswith("file:"):
         return f"pip install {'-e ' * editable}'{unquote(urlsplit(url).path)}[{name}]'"
     vcs = f"{origin['vcs_info']['vcs']}+" if "vcs_info" in origin else ""
     return f"pip install 'llm2comp[{name}]{f' @ {vcs}{url}' if url else ''}'"
+
+
+def missing_extra(error: ModuleNotFoundError) -> RunError | None:
+    """What to install where an import of the lab failed for want of its extra; None: another module is missing."""
+    package = (error.name or "").partition(".")[0]
+    if package not in LAB:
+        return None
+    return RunError(f"{package} is not installed", where="judging encoders", fix=install_extra("lab"))
 
 
 class Llm2CompError(Exception):

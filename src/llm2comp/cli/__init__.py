@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from llm2comp.cli import making, measuring, using
 from llm2comp.cli.options import JUDGE, MAKE, USE, app
-from llm2comp.errors import Llm2CompError
+from llm2comp.errors import Llm2CompError, missing_extra
 
 __all__ = ["app", "main", "making", "measuring", "using"]
 STOPPED = 130
@@ -26,6 +26,10 @@ def main() -> None:
         app(prog_name="llm2comp")
     except Llm2CompError as error:
         _fail(str(error))
+    except ModuleNotFoundError as error:
+        if (missing := missing_extra(error)) is None:
+            raise
+        _fail(str(missing))
     except OSError as error:  # one that nobody nearer has explained: a full disk, a folder that is not ours
         _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
     except RuntimeError as error:

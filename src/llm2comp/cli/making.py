@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from llm2comp.cli.options import MAKE, DeviceOption, app, read_column
+from llm2comp.errors import DataError, RecipeError, missing_extra
+from llm2comp.system.console import say
 
 REPORT_FILE = "report.html"
 
@@ -63,22 +65,25 @@ def train(
 
         show_plan(resolved, verbose, gpu_named(gpu, price) if gpu else None, local_sets)
         return
-    from llm2comp.lab.report import report as write_report
     from llm2comp.lab.train import train as run_recipe
     from llm2comp.runs.folder import MODEL_FOLDER
-    from llm2comp.system.console import say
     from llm2comp.training.ranks import is_main_process
 
     run = run_recipe(resolved, out)
     if is_main_process():
         say(f"finished: {run / MODEL_FOLDER}")
-        say(f"report: {write_report([run], run / REPORT_FILE)}")
+        try:
+            from llm2comp.lab.report import report as write_report
+
+            say(f"report: {write_report([run], run / REPORT_FILE)}")
+        except ModuleNotFoundError as error:  # trained without the lab
+            if (missing := missing_extra(error)) is None:
+                raise
+            say(f"no report: {missing.problem}; {missing.fix}, then `llm2comp report {run}`")
 
 
 def _check_gpu(gpu: str | None, price: float | None, dry_run: bool) -> None:
     """Refuse --gpu and --price where they have no effect."""
-    from llm2comp.errors import RecipeError
-
     if gpu and not dry_run or price is not None and not gpu:
         alone, missing = ("--gpu", "--dry-run") if gpu else ("--price", "--dry-run --gpu NAME")
         raise RecipeError("has no effect alone", where=alone, expected=f"{missing} beside it")
@@ -128,8 +133,6 @@ def generate_responses(
     device: DeviceOption = None,
 ) -> None:
     """Generate a causal LM's responses to texts, for stage 1's objective `response` (docs/response.md)."""
-    from llm2comp.errors import DataError
-    from llm2comp.system.console import say
     from llm2comp.system.files import RESPONSES, refuse_taken
 
     found = re.fullmatch(r"(\d+)/(\d+)", shards)

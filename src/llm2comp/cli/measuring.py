@@ -20,7 +20,8 @@ from llm2comp.cli.options import (
     read_column,
     require_folder,
 )
-from llm2comp.system.console import GENERAL
+from llm2comp.errors import DataError, RunError
+from llm2comp.system.console import GENERAL, say
 
 ModelsArgument = Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also bm25 and tfidf: word matching.", metavar="MODEL")]
 
@@ -63,9 +64,7 @@ def evaluate(
 ) -> None:
     """Score models on public tasks, your own sets or your own questions and answers, side by side."""
     _check_sources(local or [], pairs or [], documents)
-    from llm2comp.errors import DataError, RunError
     from llm2comp.model.backbone.quiet import quiet_libraries
-    from llm2comp.system.console import say
 
     if "{instruction}" not in template:
         raise DataError("no template", where="--template", expected="a text with {instruction} in it", found=template)
@@ -88,7 +87,6 @@ def evaluate(
 def _check_sources(local: list[Path], pairs: list[str], documents: str | None) -> None:
     """Check that the files `evaluate` will read exist, before heavy imports."""
     from llm2comp.data.sources import check_sources
-    from llm2comp.errors import DataError
     from llm2comp.recipe import TextData
 
     for folder in local:
@@ -123,7 +121,6 @@ def analyze(
     from llm2comp.data.columns import MissingColumnError
     from llm2comp.data.sources import read_pairs
     from llm2comp.recipe import PairData
-    from llm2comp.system.console import say
     from llm2comp.system.files import ANALYSIS, refuse_taken
 
     if out:
@@ -161,7 +158,6 @@ def report(
     for run in runs:
         require_folder(run)
     from llm2comp.model.backbone.quiet import quiet_libraries
-    from llm2comp.system.console import say
 
     quiet_libraries()
     from llm2comp.lab.report import report as write_report

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm2comp.system.console import Dtype
+from llm2comp.errors import RunError
+from llm2comp.system.console import Dtype, say
 
 if TYPE_CHECKING:
     from llm2comp.data.loaded import Loaded
@@ -78,7 +79,6 @@ def read_column(source: str, column: str = "text", limit: int | None = None) -> 
     from llm2comp.data.columns import MissingColumnError, likely
     from llm2comp.data.sources import read_texts
     from llm2comp.recipe import TextData
-    from llm2comp.system.console import say
 
     try:
         loaded = read_texts(TextData(source=source, column=column, limit=limit))
@@ -92,8 +92,6 @@ def read_column(source: str, column: str = "text", limit: int | None = None) -> 
 def require_folder(folder: Path) -> None:
     """Raise RunError if there is no such folder, before heavy imports."""
     import difflib
-
-    from llm2comp.errors import RunError
 
     if folder.is_dir():
         return

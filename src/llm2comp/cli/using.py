@@ -21,7 +21,8 @@ from llm2comp.cli.options import (
     read_column,
     require_folder,
 )
-from llm2comp.system.console import GENERAL, BadRows, Dtype, LongTexts, Role
+from llm2comp.errors import DataError
+from llm2comp.system.console import GENERAL, BadRows, Dtype, LongTexts, Role, say
 
 if TYPE_CHECKING:
     from llm2comp.data.loaded import Loaded
@@ -68,18 +69,18 @@ def embed(
     ] = "torch",
 ) -> None:
     """Embed the texts of a file, in order."""
-    from llm2comp.system.console import say
-    from llm2comp.use import embed as bulk
+    from llm2comp.use import writing
 
-    bulk.check_output(out, [] if source == STDIN else [Path(source).expanduser()])
+    writing.check_output(out, [] if source == STDIN else [Path(source).expanduser()])
     loaded = _read_source(source, column)
-    places = bulk.places_of(loaded, bad_rows, "standard input" if source == STDIN else source)
+    places = writing.places_of(loaded, bad_rows, "standard input" if source == STDIN else source)
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.storage.loading import load
+    from llm2comp.use.embed import embed as embed_all
 
-    result = bulk.embed(
+    result = embed_all(
         encoder := load(model, device, num_memory, backend, dtype, merged=True),
         loaded.rows,
         role=role,
@@ -87,13 +88,14 @@ def embed(
         max_tokens_per_batch=max_tokens_per_batch,
         normalise=normalise,
     )
-    bulk.write_embeddings(out, result, loaded.rows, places)
+    writing.write_embeddings(out, result, loaded.rows, places)
     notes = _cut_note(result.long_texts, encoder.max_seq_length, long_texts)
     if places and places.zero and loaded.skipped:
         notes += f"; zeros in the place of {places.rows - loaded.used:,} rows"
     elif places and not places.zero:
-        notes += f"; their rows (from 0): {bulk.rows_file(out) if out.suffix == '.npy' else 'column row'}"
-    say(f"{out}: {result.embeddings_ND.shape[0]:,} embeddings of {result.embeddings_ND.shape[1]} dimensions{notes}")
+        notes += f"; their rows (from 0): {writing.rows_file(out) if out.suffix == '.npy' else 'column row'}"
+    count, dimensions = result.embeddings_ND.shape
+    say(f"{out}: {count:,} embeddings of {dimensions} dimensions{notes}")
 
 
 @app.command(rich_help_panel=USE)
@@ -104,8 +106,6 @@ def similarity(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Print the cosine similarity of every pair of texts."""
-    from llm2comp.errors import DataError
-
     if len(texts) < 2:
         raise DataError("nothing to compare", expected="two texts or more", found=len(texts))
     from llm2comp.model.backbone.quiet import quiet_libraries
@@ -142,7 +142,6 @@ def export(
 
     refuse_foreign(out, EXPORTED)
     from llm2comp.model.backbone.quiet import quiet_libraries
-    from llm2comp.system.console import say
 
     quiet_libraries()
     from llm2comp.storage.compiled import compile_folder, runtime_of
@@ -163,7 +162,6 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, o
     """Check that a model folder still gives the same embeddings as when it was written."""
     require_folder(folder)
     from llm2comp.model.backbone.quiet import quiet_libraries
-    from llm2comp.system.console import say
 
     quiet_libraries()
     from llm2comp.storage.export import verify as check
@@ -181,8 +179,6 @@ def _cut_note(count: int, limit: int | None, policy: LongTexts) -> str:
 
 def _read_source(source: str, column: str) -> Loaded[str]:
     """Texts of a file, or the lines of standard input; says what was left out."""
-    from llm2comp.errors import DataError
-
     if source != STDIN:
         return read_column(source, column)
     with tempfile.TemporaryDirectory() as folder:  # so that lines are read as those of any text file

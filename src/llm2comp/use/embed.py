@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm2comp.errors import DataError
+from llm2comp.model.encoder import refuse_not_finite
+from llm2comp.model.inputs import Frame, Inputs, frame_of, prompt_of, tokenise
+from llm2comp.model.vectors import Budget, embeddings_of
 from llm2comp.system.console import Bar, LongTexts, Role
-from llm2comp.use.writing import Embedded, Places, check_output, places_of, rows_file, write_embeddings
+from llm2comp.use.writing import Embedded
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-    from llm2comp.model.inputs import Frame
-
-__all__ = ["Embedded", "Places", "check_output", "embed", "places_of", "rows_file", "write_embeddings"]
 
 
 def embed(
@@ -47,10 +46,6 @@ def embed(
         DataError: no texts, or one that is not Unicode; a text over the limit under `error`; a prompt that leaves no room;
             an embedding that is not finite.
     """
-    from llm2comp.model.encoder import refuse_not_finite
-    from llm2comp.model.inputs import Inputs, frame_of, prompt_of, tokenise
-    from llm2comp.model.vectors import Budget, embeddings_of
-
     _check_texts(texts)
     prompt, frame = prompt_of(model, role), frame_of(model)
     room = _room(model, frame, prompt)
@@ -106,8 +101,6 @@ def _check_texts(texts: Sequence[str]) -> None:
 
 def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
     """Tokens of prompt and text that fit into one input, beside what the model itself adds (BOS, memory)."""
-    from llm2comp.model.inputs import tokenise
-
     limit = model.max_seq_length or 10**9
     around = len(model.tokenizer("", verbose=False)["input_ids"])
     room = frame.room if frame else limit - around
@@ -120,8 +113,6 @@ def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
 
 def _pieces(model: SentenceTransformer, text: str, prompt: str, room: int) -> list[str]:
     """A text in parts that each fit after the prompt, cut between tokens."""
-    from llm2comp.model.inputs import tokenise
-
     spans = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
     free = room - (len(tokenise(model, [prompt])[0]) if prompt else 0)
     parts, begin = [], 0

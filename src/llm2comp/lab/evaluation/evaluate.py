@@ -15,19 +15,23 @@ import yaml
 from filelock import FileLock
 from rich.table import Table
 
-from llm2comp.errors import DataError, RunError, install_extra
+from llm2comp.errors import DataError, RunError
+from llm2comp.lab.evaluation.lexical import LEXICAL
+from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
 from llm2comp.lab.evaluation.pairs import Questions, pairs_task
 from llm2comp.lab.evaluation.paper14 import PAPER14
 from llm2comp.lab.evaluation.published import published
+from llm2comp.lab.evaluation.running import Encoder, run_tasks
+from llm2comp.lab.evaluation.tasks import local_tasks, named_tasks
+from llm2comp.model.encoder import MemoryEncoder, check_prompt, merge_adapters
 from llm2comp.runs.folder import Run
+from llm2comp.storage.export import GOLDEN_FILE
 from llm2comp.storage.loading import identity, load
 from llm2comp.system.console import say
 from llm2comp.system.files import explain_disk_errors, to_json, write_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-    from llm2comp.lab.evaluation.running import Encoder
 
 SCORES_FOLDER, SUMMARY_FILE = "scores", "summary.json"
 # Where results go when no model is of a run, below the working directory.
@@ -106,10 +110,6 @@ def results_folder(model: str, out: Path | None = None, beside: Sequence[str] = 
 
 def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], options: EvaluateOptions) -> Encoder:
     """A model as mteb calls it, with the instructions it is to get."""
-    from llm2comp.lab.evaluation.lexical import LEXICAL
-    from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
-    from llm2comp.model.encoder import check_prompt, merge_adapters
-
     if path.lower() in LEXICAL:
         return LEXICAL[path.lower()]()
     model = load(path, options.device, options.num_memory)
@@ -129,7 +129,6 @@ def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], o
 
 
 def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], folder: Path) -> ModelScores:
-    from llm2comp.lab.evaluation.running import run_tasks
 
     meta = encoder.mteb_model_meta
     name, revision = str(meta and meta.name), str(meta and meta.revision)
@@ -214,10 +213,6 @@ def _keep(file: Path, row: ModelScores) -> None:
 
 
 def _tasks(options: EvaluateOptions) -> list[Any]:
-    try:
-        from llm2comp.lab.evaluation.tasks import local_tasks, named_tasks
-    except ImportError as error:
-        raise RunError(f"mteb cannot be imported: {error}", where="llm2comp evaluate", fix=install_extra("eval")) from error
     tasks = named_tasks(options.tasks) + [task for folder in options.local for task in local_tasks(folder)]
     tasks += [pairs_task(asked) for asked in options.pairs]
     if not tasks:
@@ -245,9 +240,6 @@ def _instructions(options: EvaluateOptions) -> dict[str, str]:
 
 def _knows_instructions(path: str | Path, model: SentenceTransformer) -> bool:
     """Whether a model is one of ours that saw instructions in training: it stores a prompt for queries."""
-    from llm2comp.model.encoder import MemoryEncoder
-    from llm2comp.storage.export import GOLDEN_FILE
-
     folder = Path(path)
     ours = isinstance(model[0], MemoryEncoder) or any((folder / place / GOLDEN_FILE).is_file() for place in ("", "model"))
     return ours and bool(model.prompts.get("query"))

@@ -14,6 +14,8 @@ from llm2comp.data.columns import MissingColumnError, likely
 from llm2comp.data.loaded import Loaded
 from llm2comp.data.sources import read_pairs, read_texts
 from llm2comp.errors import DataError
+from llm2comp.lab.evaluation.local import make_task
+from llm2comp.lab.evaluation.local_rows import collection
 from llm2comp.recipe import PairData, TextData
 from llm2comp.system.console import say
 from llm2comp.system.files import to_json
@@ -50,9 +52,6 @@ def pairs_task(asked: Questions) -> AbsTask:
     Raises:
         DataError: no such file or column; a row without question or answer (a figure needs every row); fewer than two texts.
     """
-    from llm2comp.lab.evaluation.local import make_task
-    from llm2comp.lab.evaluation.local_rows import collection
-
     pairs = _whole(
         asked.file,
         lambda: read_pairs(PairData(source=asked.file, anchor=asked.query, positive=asked.answer)),

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from rich.table import Table
 
 from llm2comp.errors import DataError, RunError
+from llm2comp.lab.evaluation.tasks import local_tasks
 from llm2comp.lab.plots import save_figure
 from llm2comp.lab.study.definition import Study, find_study, load_study
 from llm2comp.lab.study.figures import figures
@@ -153,8 +154,6 @@ def _set_revisions(settings: Study, where: str) -> dict[str, str]:
     """Name of each local set → revision, which is made from its files. Raises DataError: no set, or a malformed one."""
     if not settings.scores:
         raise DataError("nothing to score on", where=where, expected="scores: [folder, ...] in it, or --local DIR")
-    from llm2comp.lab.evaluation.tasks import local_tasks
-
     tasks = [task for folder in settings.scores for task in local_tasks(Path(folder).expanduser())]
     found = {task.metadata.name: task.metadata.dataset["revision"] for task in tasks}
     if len(found) < len(tasks):
