@@ -4,7 +4,7 @@ import ast
 import inspect
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,15 +51,10 @@ def test_no_other_name():
 
 
 def test_import_takes_no_time():
-    program = "import time; begin = time.perf_counter(); import llm2comp; print(time.perf_counter() - begin)"
-    times = []
-    for _ in range(3):
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        times.append(float(done.stdout))
-        if times[-1] < 0.3:
-            return
-        time.sleep(0.1)
-    pytest.fail(f"import llm2comp took {min(times):.2f} s at best")
+    """At most 0.3 s of computing; the best of three, as a machine may be busy."""
+    program = "import time; begin = time.process_time(); import llm2comp; print(time.process_time() - begin)"
+    run = partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert min(float(run().stdout) for _ in range(3)) < 0.3
 
 
 def test_a_missing_lab_is_one_line():

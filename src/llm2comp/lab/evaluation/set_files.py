@@ -30,7 +30,7 @@ _QRELS = ("query-id", "corpus-id", "score")
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedRow:
     """One row and its line number. Every method returns a checked value or raises DataError."""
 
     where: str
@@ -119,7 +119,7 @@ class SetFiles:
                 return split
         raise self._missing(" or ".join(pattern.format(split) for split in ("test", "dev")))
 
-    def rows(self, name: str, *columns: str) -> list[Row]:
+    def rows(self, name: str, *columns: str) -> list[CheckedRow]:
         """All rows of a file; `columns` must be in a table's header. Raises DataError if it is missing, unreadable or empty."""
         path = self.find(name)
         if path is None:
@@ -139,12 +139,12 @@ class SetFiles:
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
     @staticmethod
-    def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
+    def _rows(path: Path, columns: tuple[str, ...]) -> Iterator[CheckedRow]:
         for place, row in file_rows(path, columns):
             where = f"{path}, {place}"
             if isinstance(row, str):
                 raise DataError(f"unusable row: {row}", where=where, fix="mend or remove it")
-            yield Row(where, row)
+            yield CheckedRow(where, row)
 
     def _missing(self, expected: str) -> DataError:
         if not self.folder.is_dir():
