@@ -98,8 +98,8 @@ class MemoryEncoder(InputModule):
         return features
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Not this way: stages are saved by their trainer, whole encoders by `llm2comp.storage.export.export`."""
-        raise NotImplementedError("save a trained encoder with llm2comp.storage.export.export(model, folder)")
+        """Not this way: stages are saved by their trainer, whole encoders by `llm2comp.export`."""
+        raise NotImplementedError("save a trained encoder with llm2comp.export(model, folder)")
 
 
 def as_sentence_transformer(
