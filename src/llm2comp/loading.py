@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from llm2comp.baselines.settings import BASELINE_FILE, NAMES
-from llm2comp.console import GENERAL, Dtype
+from llm2comp.console import GENERAL, GENERAL_TINY, Dtype
 from llm2comp.errors import BackboneError, ModelFolderError, one_line
 from llm2comp.files import sha256
 from llm2comp.hub import hub, not_at_hand
@@ -18,8 +18,9 @@ from llm2comp.recipe import expanded, missing_path, nearest
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# Encoders that come with the package: run directories over the packaged backbone, without data and logs.
-BUILTIN_ENCODERS = {GENERAL: Path(__file__).parent / "assets" / "general"}
+# Encoders that come with the package: run directories without data and logs. The LM is not part of them.
+_ASSETS = Path(__file__).parent / "assets"
+BUILTIN_ENCODERS = {name: _ASSETS / name.removeprefix("builtin:") for name in (GENERAL, GENERAL_TINY)}
 # Encoders that need no training: `kind:NAME` is one over the causal LM NAME.
 BASELINES = tuple(NAMES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -47,7 +48,8 @@ def load(
     """An encoder ready to `encode`.
 
     Args:
-        path: `builtin:general` (default: the encoder that comes with the package), an exported model folder, a run directory
+        path: `builtin:general` (default: the encoder that comes with the package, on SmolLM2-135M),
+            `builtin:general-tiny` (on a toy LM), an exported model folder, a run directory
             (its finished model), a stage folder of a run (adapters on the live backbone), `mean:NAME`, `echo:NAME`, ... (the
             causal LM NAME as a training-free encoder, one of BASELINES), the folder of a saved one, or the Hub id of a
             sentence-transformers model.

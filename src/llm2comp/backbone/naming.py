@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from llm2comp.console import GENERAL
+from llm2comp.console import GENERAL, GENERAL_TINY
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import missing_path
 
@@ -23,7 +23,7 @@ def check_name(name: str) -> None:
     nearest = missing_path(name)
     if nearest is not None:
         raise BackboneError("cannot be loaded: no such folder", where=name, expected=EXPECTED, found=f"there is {nearest}")
-    folder = _ASSETS / "general" if name == GENERAL else Path(name)
+    folder = _ASSETS / name.removeprefix("builtin:") if name in (GENERAL, GENERAL_TINY) else Path(name)
     if not folder.is_dir():
         return
     if any((folder / part).exists() for part in ("modules.json", "recipe.yaml", "adapter")):  # exported, a run, a stage of one
