@@ -127,12 +127,12 @@ def given_pairs(file: Path, leaks: Leaks, counts: Counter[str]) -> Iterator[dict
             yield texts
 
 
-def write(path: Path, rows: Iterable[dict[str, str]]) -> int:
-    """Write JSON lines in one step. Returns their number."""
+def write(path: Path, rows: Iterable[dict[str, str]], most: int | None = None) -> int:
+    """Write JSON lines in one step, no text longer than `most` characters. Returns their number."""
     temporary, count = path.with_name(f".{path.name}.part"), 0
     with temporary.open("w", encoding="utf-8") as out:
         for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            out.write(json.dumps({key: text[:most] for key, text in row.items()}, ensure_ascii=False) + "\n")
             count += 1
     temporary.replace(path)
     return count
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--texts", type=positive_int, default=200_000, help="at most so many texts, and as many sentences")
     parser.add_argument("--weak-pairs", type=positive_int, default=200_000, help="pairs of each kind from the corpora at most")
+    parser.add_argument("--max-characters", type=positive_int, help="cut the texts of pairs to so many (default: 1,500)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for part in ("corpus", "pairs", "eval"):
@@ -169,10 +170,12 @@ def main() -> None:
     rows = {"texts": write(args.out / "texts.jsonl", ({"text": text} for text in texts[: args.texts]))}
     rows["sentences"] = write(args.out / "sentences.jsonl", ({"text": text} for text in sentences[: args.texts]))
     for kind, pairs in weak.items():
-        rows[f"weak-{kind}"] = write(args.out / f"weak-{kind}.jsonl", pairs[: args.weak_pairs])
+        rows[f"weak-{kind}"] = write(args.out / f"weak-{kind}.jsonl", pairs[: args.weak_pairs], args.max_characters)
     for given in GIVEN:
         stem = given.partition(".")[0]
-        rows[stem] = write(args.out / f"{stem}.jsonl", given_pairs(args.data / "pairs" / given, leaks, counts))
+        rows[stem] = write(
+            args.out / f"{stem}.jsonl", given_pairs(args.data / "pairs" / given, leaks, counts), args.max_characters
+        )
     (args.out / "counts.json").write_text(json.dumps({"rows": rows, "dropped": dict(sorted(counts.items()))}, indent=1) + "\n")
     print((args.out / "counts.json").read_text())
 

@@ -1,11 +1,11 @@
-"""Put a trained run of `recipes/tiny-general.yaml` into the package, as the encoder `builtin:general`.
+"""Put a trained run into the package: `builtin:general` (recipes/smollm2-general.yaml) or `builtin:general-tiny`.
 
-    RUN=runs/tiny-general
-    llm2comp evaluate $RUN tfidf mean:builtin:tiny input_embeddings:builtin:tiny --local DIR --out $RUN/scores
+    RUN=runs/smollm2-general
+    llm2comp evaluate $RUN tfidf --local DIR --out $RUN/scores
     python tools/package_encoder.py $RUN --counts data/general/counts.json --out src/llm2comp/assets/general
 
-1. the run's recipe and, of each stage, adapter and memory: the LM itself is the packaged backbone, not copied
-2. golden.json: digest of that backbone's weights, a few texts and their embeddings; a test holds both against what loads
+1. the run's recipe and, of each stage, adapter and memory: the LM itself is not copied
+2. golden.json: digest of the LM's weights, a few texts and their embeddings; a test holds both against what loads
 3. README.md: data with licences and what was left out of it, settings, and the table of the scores in the run's summary
 
 Adapters are stored in bfloat16 (`--float32`: as trained); the golden embeddings are those of what is stored.
@@ -73,6 +73,10 @@ def card(recipe: Recipe, rows: list[ModelScores], counts: dict[str, Any]) -> str
     stages = "\n".join(
         f"| {name} | {stage.steps:,} | {stage.batch_size} | {stage.schedule.peak:g} |" for name, stage in recipe.stages.items()
     )
+    judges = recipe.scl.judges if recipe.scl else {}
+    told = " and ".join(f"{judge.name} as {name.removeprefix('scl.')}" for name, judge in judges.items())
+    taught = f"SCL had {told}." if told else "No other encoder had a part in its training."
+    models = " ".join(row.model for row in rows[1:])
     return f"""---
 language: en
 license: cc-by-sa-4.0
@@ -81,11 +85,9 @@ pipeline_tag: sentence-similarity
 ---
 # llm2comp general encoder
 
-An English text encoder on the packaged backbone (`builtin:tiny`), trained by recipe
-`{recipe.name}` (seed {recipe.seed}): {recipe.memory_tokens} memory tokens,
-{recipe.model.attention} attention, LoRA of rank {recipe.adapter.rank}.
-`llm2comp.load()` gives it. It shows what the method does on a very small LM; it is no match for
-encoders made from large ones.
+An English text encoder on `{recipe.model.name}`, trained by recipe `{recipe.name}` (seed
+{recipe.seed}): {recipe.memory_tokens} memory tokens, {recipe.model.attention} attention, LoRA of rank
+{recipe.adapter.rank}. The LM is not part of it. {taught}
 
 | stage | steps | batch | learning rate |
 |---|---|---|---|
@@ -106,8 +108,7 @@ Development sets, in percent: Spearman of cosines (STS), average precision (MRPC
 (CLINC150, TREC: 16 texts a class), V-measure (StackOverflowTitles), nDCG@10 (CISI, Cranfield),
 MAP (TrecQA).
 
-    llm2comp evaluate builtin:general tfidf mean:builtin:tiny \\
-      input_embeddings:builtin:tiny --local DIR
+    llm2comp evaluate builtin:{"general-tiny" if recipe.model.name == "builtin:tiny" else "general"} {models} --local DIR
 
 {score_table(rows)}
 """
@@ -141,7 +142,7 @@ def main() -> None:
         counts = json.loads(args.counts.read_text(encoding="utf-8"))
         with new_folder(args.out, RECIPE_FILE) as folder:
             copy_stages(args.run, recipe, folder, torch.float32 if args.float32 else torch.bfloat16)
-            model = load(folder / FOLDERS[list(recipe.stages)[-1]], "cpu")
+            model = load(folder / FOLDERS[list(recipe.stages)[-1]], "cpu", dtype="float32")
             embeddings = [[round(value, 6) for value in row] for row in embed_texts(model, GOLDEN_TEXTS).tolist()]
             golden = {"backbone": weights_digest(recipe.model), "texts": list(GOLDEN_TEXTS), "embeddings": embeddings}
             write_json(folder / "golden.json", golden)

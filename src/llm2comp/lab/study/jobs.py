@@ -1,6 +1,8 @@
 """Independent jobs of a study, and their results.
 
-A job is one encoder without training, or all runs of a group in sequence. Runs that share any stage also share the first one, so grouping by the first stage keeps them together, and no job waits for another.
+A job is one encoder without training, or all runs of a group in sequence. Runs that share any stage
+also share the first one, so grouping by the first stage keeps them together, and no job waits for
+another.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import yaml
 
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import missing_path
-from llm2comp.system.console import GENERAL
+from llm2comp.system.console import GENERAL, GENERAL_TINY
 
 EXPECTED = "a causal LM with safetensors weights: a Hub id, a local folder, or a builtin one"
 _ASSETS = Path(__file__).resolve().parents[2] / "assets"
@@ -23,7 +23,7 @@ def check_name(name: str) -> None:
     nearest = missing_path(name)
     if nearest is not None:
         raise BackboneError("cannot be loaded: no such folder", where=name, expected=EXPECTED, found=f"there is {nearest}")
-    folder = _ASSETS / "general" if name == GENERAL else Path(name)
+    folder = _ASSETS / name.removeprefix("builtin:") if name in (GENERAL, GENERAL_TINY) else Path(name)
     if not folder.is_dir():
         return
     if any((folder / part).exists() for part in ("modules.json", "recipe.yaml", "adapter")):  # exported, a run, a stage of one
