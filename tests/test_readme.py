@@ -208,6 +208,7 @@ ROW = re.compile(r"^((?: *-?\d\.\d{3})+)  (\S.*)$", re.M)
 
 
 @pytest.mark.parametrize("command", SIMILARITIES)
+@pytest.mark.usefixtures("smollm2")
 def test_similar_texts_rank_first_and_what_is_shown_is_what_comes_out(command: str):
     """In each example the first text is nearest to the second, by a margin, and the README shows these cosines."""
     texts = shlex.split(command)[2:]

@@ -39,7 +39,10 @@ LICENCES = {
     "medquad": "MedQuAD, CC-BY 4.0",
     "arxiv": "arXiv titles and abstracts, CC0",
 }
-CORPORA = "the backbone's corpora (its card lists them; CC-BY-SA among them)"
+CORPORA = (
+    "Wikipedia 2015 (CC-BY-SA 3.0), OpenStax textbooks (CC-BY 4.0), technical documents (CC0, MIT, Apache, CC-BY-SA), "
+    "US government texts, speeches, arXiv abstracts (CC0, public domain, CC-BY-SA 4.0), books (public domain)"
+)
 GOLDEN_TEXTS = (
     "Which planet has the most moons?",
     "Saturn has more moons than any other planet of the solar system.",
@@ -67,7 +70,8 @@ def copy_stages(run: Path, recipe: Recipe, out: Path, dtype: torch.dtype) -> Non
 def card(recipe: Recipe, rows: list[ModelScores], counts: dict[str, Any]) -> str:
     """The README.md of the packaged encoder."""
     sources = [Path(spec.source).stem for spec in recipe.scl.data] if recipe.scl else []
-    licences = {name: LICENCES.get(name.removesuffix("-hard"), CORPORA) for name in ("texts, sentences", *sources)}
+    unlabelled = ("texts, sentences",) if recipe.pretext or recipe.ucl else ()
+    licences = {name: LICENCES.get(name.removesuffix("-hard"), CORPORA) for name in (*unlabelled, *sources)}
     data = "\n".join(f"| {name} | {licence} |" for name, licence in licences.items())
     dropped = "\n".join(f"- {count:,} × {why}" for why, count in counts["dropped"].items())
     stages = "\n".join(
@@ -85,9 +89,9 @@ pipeline_tag: sentence-similarity
 ---
 # llm2comp general encoder
 
-An English text encoder on `{recipe.model.name}`, trained by recipe `{recipe.name}` (seed
-{recipe.seed}): {recipe.memory_tokens} memory tokens, {recipe.model.attention} attention, LoRA of rank
-{recipe.adapter.rank}. The LM is not part of it. {taught}
+An English text encoder on `{recipe.model.name}`, trained by recipe `{recipe.name}` (seed {recipe.seed}):
+{recipe.memory_tokens} memory tokens, {recipe.model.attention} attention, LoRA of rank {recipe.adapter.rank}.
+The LM is not part of it. {taught}
 
 | stage | steps | batch | learning rate |
 |---|---|---|---|
