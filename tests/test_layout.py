@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from families import FAMILIES, make_backbone, make_compressor, relative_error, stage_1
-from llm2comp.model.backbone import layout
+from llm2comp.model.backbone import layout, probes
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.memory import mean_weights
 from llm2comp.model.tokens import SplitTexts, Tokens
@@ -17,7 +17,7 @@ from llm2comp.recipe import AdapterSettings
 UNPACKED = {"gemma2"}  # its attention is eager for the softcap
 LENGTHS = (4, 17, 9, 23)
 NOTHING = frozenset()
-ALL = frozenset(layout.SAVINGS)
+ALL = frozenset(probes.SAVINGS)
 
 
 def rows(seed=7, lengths=LENGTHS):

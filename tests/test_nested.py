@@ -135,7 +135,7 @@ def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(order, family, objec
     encode, decode, calls = compressor.memory_states, compressor.backbone.decoder_pass, []
     monkeypatch.setattr(compressor, "memory_states", lambda tokens: calls.append("encoder") or encode(tokens))
     counted = lambda *given: calls.append("frozen LM") or decode(*given)  # noqa: E731
-    monkeypatch.setattr(compressor.backbone, "decode", counted)
+    monkeypatch.setattr(compressor.backbone, "decoder_pass", counted)
     loss = stage_loss(compressor, batch, stage)
     texts = 2 if "reconstruction" in objectives else 1  # that the decoder goes on with
     assert Counter(calls) == {"encoder": 1, "frozen LM": 1 + 3 * texts}, "one teacher for all"

@@ -229,7 +229,7 @@ class Backbone(nn.Module):
 
     @functools.cached_property
     def savings(self) -> frozenset[str]:
-        """Which of `layout.SAVINGS` this LM admits: found by a trial on first use."""
+        """Which of `probes.SAVINGS` this LM admits: found by a trial on first use."""
         with self.base_only():
             return possible_savings(self._run, self.input_table, self.lm.base_model)
 
