@@ -92,8 +92,9 @@ def test_a_part_is_cut_off_and_goes_on(place):
     assert {str(value.dtype) for value in weights.values()} == {"torch.bfloat16"}
     again = run(place, "study", "small.yaml", PART_SECONDS="200")
     assert again.returncode == 0
-    assert "run 1/1 one-seed0" in again.stdout
-    assert "trained" not in again.stdout
+    told = again.stdout + again.stderr
+    assert "run 1/1 one-seed0" in told
+    assert "trained" not in told
 
 
 def test_results_of_another_commit_are_not_mixed_in(place):
