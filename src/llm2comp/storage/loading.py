@@ -11,7 +11,7 @@ from typing import get_args
 from sentence_transformers import SentenceTransformer
 
 from llm2comp.errors import BackboneError, ModelFolderError, one_line
-from llm2comp.model.backbone import hub_commit, load_backbone, resolve_device, weights_digest
+from llm2comp.model.backbone import hub_commit, licence_in, load_backbone, resolve_device, weights_digest
 from llm2comp.model.backbone.sources import BUILTIN_MODELS, is_gguf
 from llm2comp.model.baselines.kinds import BASELINE_FILE, NAMES
 from llm2comp.model.baselines.module import BaselineEncoder, baseline, load_saved
@@ -120,7 +120,12 @@ def live_place(path: str) -> str:
 def card_facts(path: str) -> dict[str, str]:
     """Facts about a run, a stage or a packaged encoder for the README of its exported folder; none for other models."""
     run = Run.of(_packaged(path))
-    return card_of(run.recipe) if run else {}
+    if run is None:
+        return {}
+    # The card of a packaged encoder names the licence that its data ask for, beside the LM's.
+    card = run.path / "README.md"
+    own = licence_in(card) if card.is_file() else "unknown"
+    return card_of(run.recipe) | ({} if own == "unknown" else {"licence": own})
 
 
 def _packaged(path: str) -> str:

@@ -11,7 +11,7 @@ probes.py: trials of a model · loading.py: from a name to a probed Backbone · 
 
 from llm2comp.model.backbone.adapters import AdapterStack
 from llm2comp.model.backbone.digest import Base, check_base, hub_commit, weights_digest
-from llm2comp.model.backbone.loading import base_licence, load_backbone, resolve_device
+from llm2comp.model.backbone.loading import base_licence, licence_in, load_backbone, resolve_device
 from llm2comp.model.backbone.model import KINDS, Backbone
 from llm2comp.model.backbone.probes import probe
 from llm2comp.model.backbone.trainable import Trainable
@@ -23,6 +23,7 @@ __all__ = [
     "Base",
     "Trainable",
     "base_licence",
+    "licence_in",
     "check_base",
     "hub_commit",
     "load_backbone",

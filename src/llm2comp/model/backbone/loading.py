@@ -102,15 +102,18 @@ def load_skeleton(settings: ModelSettings) -> Any:
 def base_licence(settings: ModelSettings) -> str:
     """Licence that the model's card names, or `unknown`; an encoder made from it cannot be freer."""
     folder = Path(model_source(settings))
+    with hub(settings.name):
+        return licence_in(folder / "README.md" if folder.is_dir() else settings.name)
+
+
+def licence_in(card: Path | str) -> str:
+    """Licence that a model card names, a file or that of a Hub id; `unknown` where there is none."""
     try:
-        with hub(settings.name):
-            card = huggingface_hub.ModelCard.load(
-                folder / "README.md" if folder.is_dir() else settings.name, ignore_metadata_errors=True
-            )
+        found = huggingface_hub.ModelCard.load(card, ignore_metadata_errors=True)
     except Exception as error:  # no network, no file, a header that is not YAML: nothing to stop a run for
-        log.info("%s: no model card (%s)", settings.name, type(error).__name__)
+        log.info("%s: no model card (%s)", card, type(error).__name__)
         return "unknown"
-    return str(card.data.license or "unknown")
+    return str(found.data.license or "unknown")
 
 
 @contextlib.contextmanager
