@@ -17,7 +17,7 @@ from families import FAMILIES, MEMORY, MIXTURES, TEXTS, make_compressor, relativ
 from llm2comp.errors import BackboneError, ModelFolderError
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import EncoderSettings
-from llm2comp.storage import compiled, loading
+from llm2comp.storage import compiled, loading, runtimes
 from llm2comp.storage.compiled import MIN_COSINE, compile_folder, compiled_of, load_compiled
 from llm2comp.storage.export import export, load_folder, memory_weights, reweight, verify
 from llm2comp.storage.loading import identity
@@ -349,7 +349,7 @@ def test_unknown_names(tmp_path, backend, precision, message):
 
 @pytest.mark.parametrize("backend", RUNTIMES)
 def test_without_the_extra_the_error_names_it(tmp_path, backend, monkeypatch):
-    monkeypatch.setattr(compiled.runtimes, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
     for call in (lambda: compile_folder(tmp_path, backend), lambda: llm2comp.load(tmp_path, backend=backend)):
         with pytest.raises(ModelFolderError, match="is not installed") as error:
             call()
