@@ -9,8 +9,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from multiprocessing.connection import wait
@@ -44,7 +45,7 @@ def outcomes(jobs: Sequence[Job], bench: Bench, workers: int) -> Iterator[Outcom
     try:
         with ProcessPoolExecutor(min(workers, len(jobs)), context, _sit_down, (seats, threads_of(workers))) as pool:
             try:
-                for done in as_completed([pool.submit(_all_of, job, bench) for job in jobs]):
+                for done in _as_they_finish([pool.submit(_all_of, job, bench) for job in jobs]):
                     yield from done.result()
             except BaseException:  # whoever waits for these results has stopped: what is half done can be done again
                 for worker in set(multiprocessing.active_children()) - others:
@@ -53,6 +54,17 @@ def outcomes(jobs: Sequence[Job], bench: Bench, workers: int) -> Iterator[Outcom
     except BrokenProcessPool as error:
         logs = str(bench.folder / "worker-*.log")
         raise RunError("a worker died", where=logs, fix="if memory ran out, fewer --workers; then run it again") from error
+
+
+def _as_they_finish(tasks: Iterable[Future[list[Outcome]]]) -> Iterator[Future[list[Outcome]]]:
+    """Like `as_completed`, but it wakes up every second.
+
+    polars, which mteb imports, handles Ctrl-C with SA_RESTART: an endless wait goes on as if nothing had happened.
+    """
+    left = set(tasks)
+    while left:
+        done, left = wait_for(left, timeout=1, return_when=FIRST_COMPLETED)
+        yield from done
 
 
 def threads_of(workers: int) -> int:
