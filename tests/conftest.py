@@ -1,6 +1,7 @@
 """One thread, no network, a cache of its own (the user's lends it the real LM), tests/families.py importable by its name."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import sys
@@ -26,6 +27,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*gradient_checkpointing.*:FutureWarning")
 
 
+def _link(source, target):
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The real `builtin:smollm2`, lent from the user's cache; without it the test is skipped."""
@@ -39,6 +47,10 @@ def smollm2():
     if not is_whole(users, SHA256):
         pytest.skip("builtin:smollm2 is not in the user's cache: llm2comp fetch")
     own.parent.mkdir(parents=True, exist_ok=True)
-    if not own.is_symlink():
-        own.symlink_to(users)
+    if not own.exists():
+        # Links of the files, not of the folder: what a test makes anew must not take the user's place.
+        mine = own.with_name(f"{own.name}.{os.getpid()}")  # another worker may be at it, too
+        shutil.copytree(users, mine, copy_function=_link)
+        with contextlib.suppress(OSError):
+            mine.rename(own)
     return NAME

@@ -18,6 +18,7 @@ from llm2comp.model.backbone import Base, check_base, digest, hub_commit, weight
 from llm2comp.recipe import ModelSettings, load_recipe, parse_recipe
 from llm2comp.runs.keys import stage_keys
 from llm2comp.storage.loading import BUILTIN_ENCODERS, identity
+from llm2comp.system.console import GENERAL
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished, make_tree, save_backbone
 
@@ -240,10 +241,14 @@ def test_a_damaged_note_is_told(run, content):
     assert_refused(cli("similarity", "a", "b", "--model", run / "1-pretext"), "done.json", "damaged")
 
 
-def test_the_packaged_encoder_knows_its_base():
-    (folder,) = BUILTIN_ENCODERS.values()
+@pytest.mark.parametrize("name", BUILTIN_ENCODERS)
+def test_the_packaged_encoder_knows_its_base(name, request):
+    if name == GENERAL:
+        request.getfixturevalue("smollm2")
+    folder = BUILTIN_ENCODERS[name]
     expected = Base.of(load_recipe(folder / "recipe.yaml").model)
-    for file in folder.glob("*/done.json"):
+    assert (found := list(folder.glob("*/done.json")))
+    for file in found:
         assert Base(**json.loads(file.read_text())["base"]) == expected
 
 

@@ -108,6 +108,20 @@ def test_the_second_time_nothing_is_converted(tmp_path, cache, monkeypatch):
     assert [path.name for path in (cache / "models").iterdir() if path.is_dir()] == [folder.name]
 
 
+def test_a_converted_model_is_its_gguf_whoever_converted_it(tmp_path):
+    """The libraries write their version, and whether they were offline, into the folder."""
+    file = tiny_file(tmp_path)
+    digest, folder = weights_digest(settings(file)), fetch(str(file))
+    manifest = json.loads((folder / "converted.json").read_text())
+    for name in ("config.json", "tokenizer_config.json"):
+        told = json.loads((folder / name).read_text()) | {"transformers_version": "9.9.9"}
+        (folder / name).write_text(json.dumps(told))
+        manifest["files"][name] = (folder / name).stat().st_size
+    (folder / "converted.json").write_text(json.dumps(manifest))
+    assert weights_digest(settings(file)) == digest
+    assert weights_digest(settings(tiny_file(tmp_path, licence="other"))) != digest
+
+
 def test_other_content_under_the_same_name_is_another_model(tmp_path):
     file = tiny_file(tmp_path)
     first, digest = fetch(str(file)), weights_digest(settings(file))

@@ -17,6 +17,7 @@ import huggingface_hub
 from pydantic import BaseModel
 
 from llm2comp.errors import Llm2CompError, ModelFolderError
+from llm2comp.model.backbone.gguf import manifest
 from llm2comp.model.backbone.sources import model_source
 from llm2comp.recipe import ModelSettings
 from llm2comp.system.cache import cache_folder
@@ -44,11 +45,15 @@ class Base(BaseModel):
 def weights_digest(settings: ModelSettings) -> str:
     """Digest of all weights of a local or builtin model, its configuration and its tokenizer; of a Hub id, the commit.
 
+    Of a GGUF, whoever converted it: that file's, and the version of the conversion.
     Empty for a Hub id of which nothing is in the Hub's cache: what it will be shows when it has been loaded.
     """
     place = Path(model_source(settings))
     if not place.exists():
         return hub_commit(settings.name, settings.revision)
+    # The libraries write their version, and how they were called, into what they convert: the GGUF is what stays the same.
+    if (converted := manifest(place)) is not None:
+        return hashlib.sha256(f"{converted.format_version}:{converted.gguf}".encode()).hexdigest()
     files = [place] if place.is_file() else sorted({file for pattern in FILES for file in place.glob(pattern)})
     digest = hashlib.sha256()
     for file in files:

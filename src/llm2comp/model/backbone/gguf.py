@@ -139,12 +139,18 @@ def converted(
 
 def is_whole(folder: Path, digest: str) -> bool:
     """Whether a folder is all that this version makes of the GGUF of this SHA-256."""
+    told = manifest(folder)
+    return told is not None and told.gguf == digest
+
+
+def manifest(folder: Path) -> Converted | None:
+    """What a whole converted folder was made from; None for any other folder."""
     try:
         told = Converted.model_validate_json((folder / MANIFEST_FILE).read_bytes())
         sizes = {name: (folder / name).stat().st_size for name in told.files}
     except (OSError, ValidationError):
-        return False
-    return told.gguf == digest and sizes == told.files
+        return None
+    return told if sizes == told.files else None
 
 
 def _convert(file: Path, header: _Header, folder: Path, digest: str, name: str, bos: str | None) -> None:
