@@ -5,7 +5,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from llm2comp.lab.evaluation import tasks as tasks_module
+from llm2comp.lab.evaluation import evaluate as evaluate_module
+from llm2comp.lab.evaluation.tasks import named_tasks
 
 TOPICS = {
     "cooking": "flour butter oven salt bake pan stir sugar dough recipe",
@@ -16,15 +17,15 @@ TOPICS = {
 
 def rehearse(monkeypatch) -> None:
     """Let `evaluate` see made-up data in every task that it names."""
-    usual = tasks_module.named_tasks
 
-    def named_tasks(names):
-        found = usual(names)
+    def with_made_up_data(names):
+        found = named_tasks(names)
         for task in found:
             inject(task)
         return found
 
-    monkeypatch.setattr(tasks_module, "named_tasks", named_tasks)
+    # where it is called: `evaluate` holds the function by its name
+    monkeypatch.setattr(evaluate_module, "named_tasks", with_made_up_data)
 
 
 def inject(task: Any, seed: int = 0) -> None:

@@ -174,8 +174,9 @@ def test_an_encoder_is_no_model_to_train(tmp_path, place):
     folder, run = finished()
     with pytest.raises(BackboneError, match=f"is an encoder(.*\n)*.*{folder / 'backbone'}"):
         check(parse_recipe(make_tree(tmp_path) | {"model": {"name": str(run / place)}}))
-    with pytest.raises(BackboneError, match="model.name=builtin:tiny"):
-        check(parse_recipe(make_tree(tmp_path) | {"model": {"name": "builtin:general"}}))
+    for name, base in (("builtin:general-tiny", "builtin:tiny"), ("builtin:general", "builtin:smollm2")):
+        with pytest.raises(BackboneError, match=f"model.name={base}"):
+            check(parse_recipe(make_tree(tmp_path) | {"model": {"name": name}}))
 
 
 def test_a_name_that_looks_like_a_path_is_answered_at_once(tmp_path, monkeypatch):

@@ -432,7 +432,8 @@ def test_shipped_study_is_sound(name, monkeypatch):
 
 
 def test_shipped_studies_are_all_there():
-    assert set(shipped_studies()) == {"objectives", "memory-tokens", "response", "scl-steps", "settings", "training-free"}
+    named = {"general", "objectives", "memory-tokens", "response", "scl-steps", "settings", "training-free"}
+    assert set(shipped_studies()) == named
     every = load_study("objectives")
     assert list(every.systems) == ["RC", "NLL", "CTKD", "MNTP", "EBAE-EBAR", "LLM2Vec-Gen", "none"]
     assert isinstance(every, Study)
