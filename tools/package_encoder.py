@@ -52,7 +52,9 @@ GOLDEN_TEXTS = (
 
 def copy_stages(run: Path, recipe: Recipe, out: Path, dtype: torch.dtype) -> None:
     """Recipe, and per stage what `Run.compressor` reads."""
-    shutil.copyfile(run / RECIPE_FILE, out / RECIPE_FILE)
+    # Data lay below the current folder; nobody else has it at this machine's place.
+    text = (run / RECIPE_FILE).read_text(encoding="utf-8").replace(f"{Path.cwd()}/", "")
+    (out / RECIPE_FILE).write_text(text, encoding="utf-8")
     for name in recipe.stages:
         source, target = run / FOLDERS[name], out / FOLDERS[name]
         shutil.copytree(source / "adapter", target / "adapter")

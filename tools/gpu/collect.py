@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
+ADAPTER = "adapter_model.safetensors"
 PIECE = 15 * 2**20
-LEFT_OUT = ("checkpoint-", "model", "complete")
+LEFT_OUT = ("checkpoint-", "model")
 
 
 def packed(study: Path, weights: bool) -> bytes:
@@ -27,18 +28,13 @@ def packed(study: Path, weights: bool) -> bytes:
             name = file.relative_to(study)
             if any(part.startswith(LEFT_OUT) for part in name.parts[:-1]):
                 continue
-            if file.suffix != ".safetensors":
-                archive.add(file, str(name))
-            elif weights:
-                tensors = load_file(file)
-                metadata = {"format": "pt"}
-                if file.name.startswith("adapter"):
-                    data = save({key: value.to(torch.bfloat16) for key, value in tensors.items()}, metadata)
-                else:
-                    data = file.read_bytes()
+            if file.name == ADAPTER and weights:
+                data = save({key: value.to(torch.bfloat16) for key, value in load_file(file).items()}, {"format": "pt"})
                 entry = tarfile.TarInfo(str(name))
                 entry.size = len(data)
                 archive.addfile(entry, io.BytesIO(data))
+            elif file.suffix != ".safetensors" or weights:
+                archive.add(file, str(name))
     return out.getvalue()
 
 

@@ -28,8 +28,12 @@ setup() {
   if compgen -G "$pieces/wheels/*.whl" > /dev/null && [ ! -e "$site/.wheels" ]; then
     $python -m pip install -q --no-index --no-deps --no-compile --target "$site" "$pieces"/wheels/*.whl
     cp tools/gpu/polars.py "$site/"
-    mkdir -p "$site/llm2comp-0.1.0.dist-info"  # the package is run from its source; this tells its version
-    printf 'Metadata-Version: 2.1\nName: llm2comp\nVersion: 0.1.0\n' > "$site/llm2comp-0.1.0.dist-info/METADATA"
+    # The package is run from its source; this tells its version.
+    local version info
+    version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
+    info="$site/llm2comp-$version.dist-info"
+    mkdir -p "$info"
+    printf 'Metadata-Version: 2.1\nName: llm2comp\nVersion: %s\n' "$version" > "$info/METADATA"
     touch "$site/.wheels"
   fi
   if [ ! -e "$site/.payload" ] && [ "$(cat "$pieces"/piece-* 2>/dev/null | sha256sum)" = "$(cat "$pieces/sum" 2>/dev/null)" ]; then

@@ -18,7 +18,6 @@ from llm2comp.model.compressor import Compressor
 from llm2comp.model.memory import prefix_embeddings
 from llm2comp.model.tokens import Tokens, limit_of
 
-ROLES = ("query", "document")
 NO_LIMIT = 10**9
 # Tokens that a prompt must leave to the text behind it.
 LEAST_ROOM = 4

@@ -35,6 +35,7 @@ from llm2comp.storage.golden import (
     Precision,
     cannot_be_loaded,
     golden_vectors,
+    hold,
     load_as,
     load_folder,
     lowest_cosine,
@@ -61,6 +62,7 @@ __all__ = [
     "verify",
 ]
 
+UNLIKE = "the exported folder does not embed as the native encoder"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -101,10 +103,10 @@ def export(
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             stock = stock_model(module, Path(scratch), multi_vector)
             _keep_settings(model, stock)
-            _refuse_unlike(native, golden_vectors(stock), folder)
+            hold(folder, native, golden_vectors(stock), UNLIKE)
             stored = _write(stock, target, dtype)
         exported = golden_vectors(load_as(target, "cpu", type(stock), "float32"))
-        _refuse_unlike(stored, exported, folder)
+        hold(folder, stored, exported, UNLIKE)
         precision = Precision.of(target, type(stock), exported, GOLDEN_TEXTS, dtype, lowest_cosine(native, exported))
         golden = {
             "format_version": FORMAT_VERSION,
@@ -142,17 +144,6 @@ def _write(stock: Any, target: Path, dtype: str) -> Tensor:
     for parameter in stock[0].auto_model.parameters():
         parameter.data = parameter.data.float()
     return golden_vectors(stock)
-
-
-def _refuse_unlike(expected: Tensor, found: Tensor, folder: Path) -> None:
-    lowest = lowest_cosine(expected, found)
-    if lowest < MIN_COSINE:
-        raise ModelFolderError(
-            "the exported folder does not embed as the native encoder",
-            where=str(folder),
-            expected=f"cosine ≥ {MIN_COSINE} in float32",
-            found=f"{lowest:.6f}",
-        )
 
 
 def reweight(folder: Path, weights_K: Sequence[float]) -> None:

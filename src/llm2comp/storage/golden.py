@@ -104,23 +104,35 @@ def verify(folder: Path) -> float:
             "unknown format", where=str(golden_file), expected=FORMAT_VERSION, found=golden.get("format_version")
         )
     kind = MultiVectorEncoder if is_multi_vector(folder) else SentenceTransformer
-    lowest = _held(folder, "float32", expected, golden_vectors(load_as(folder, "cpu", kind, "float32"), texts), minimum)
+    changed, again = "gives other embeddings than when it was saved", "a file was changed or damaged: copy the folder again"
+    full = golden_vectors(load_as(folder, "cpu", kind, "float32"), texts)
+    lowest = hold(folder, expected, full, changed, minimum, fix=again)
     if half_minimum is not None:
-        _held(folder, half["dtype"], expected, golden_vectors(load_as(folder, "cpu", kind), texts), half_minimum)
+        rounded_too = golden_vectors(load_as(folder, "cpu", kind), texts)
+        hold(folder, expected, rounded_too, changed, half_minimum, half["dtype"], again)
     return lowest
 
 
-def _held(folder: Path, dtype: str, expected: Tensor, found: Tensor, minimum: float) -> float:
+def hold(
+    folder: Path,
+    expected: Tensor,
+    found: Tensor,
+    problem: str,
+    minimum: float = MIN_COSINE,
+    dtype: str = "float32",
+    fix: str | None = None,
+) -> float:
+    """The lowest cosine of golden embeddings to those expected. Raises ModelFolderError with `problem` below `minimum`."""
     if found.shape != expected.shape:
         raise ModelFolderError("embeddings of another shape", where=str(folder), expected=expected.shape, found=found.shape)
     lowest = lowest_cosine(expected, found)
     if lowest < minimum:
         raise ModelFolderError(
-            "gives other embeddings than when it was saved",
+            problem,
             where=str(folder),
             expected=f"cosine ≥ {minimum} in {dtype}",
             found=f"{lowest:.6f}",
-            fix="a file was changed or damaged: copy the folder again",
+            fix=fix,
         )
     return lowest
 

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from llm2comp.errors import BackboneError, ModelFolderError, one_line
 from llm2comp.model.backbone import hub_commit, licence_in, load_backbone, resolve_device, weights_digest
+from llm2comp.model.backbone.naming import BUILTIN_ENCODERS
 from llm2comp.model.backbone.sources import BUILTIN_MODELS, is_gguf
 from llm2comp.model.baselines.kinds import BASELINE_FILE, NAMES
 from llm2comp.model.baselines.module import BaselineEncoder, baseline, load_saved
@@ -22,13 +23,10 @@ from llm2comp.runs.finished import card_of
 from llm2comp.runs.folder import MODEL_FOLDER, RECIPE_FILE, Run, stage_of
 from llm2comp.storage.compiled import compiled_of, load_compiled
 from llm2comp.storage.export import load_folder, memory_weights, use_prefix
-from llm2comp.system.console import GENERAL, GENERAL_TINY, Dtype
+from llm2comp.system.console import GENERAL, Dtype
 from llm2comp.system.files import sha256
 from llm2comp.system.hub import hub, not_at_hand
 
-# Encoders that come with the package: run directories without data and logs. The LM is not part of them.
-_ASSETS = Path(__file__).resolve().parents[1] / "assets"
-BUILTIN_ENCODERS = {name: _ASSETS / name.removeprefix("builtin:") for name in (GENERAL, GENERAL_TINY)}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Files and folders of a model folder that change nothing in what torch makes of it.
 _NO_EFFECT = ("README.md", "done.json", "golden.json")

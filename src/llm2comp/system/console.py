@@ -14,7 +14,7 @@ console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # unde
 LINE_EVERY_SECONDS = 10.0
 
 
-# The encoder that comes with the package: what commands take unless told otherwise.
+# The encoders that come with the package; commands take the first unless told otherwise.
 GENERAL, GENERAL_TINY = "builtin:general", "builtin:general-tiny"
 
 

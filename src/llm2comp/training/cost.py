@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from llm2comp.errors import RecipeError
 from llm2comp.recipe import PretextStage, Stage, nearest
+from llm2comp.recipe.objectives import OBJECTIVES
 from llm2comp.training.estimates import embedding_weights
 
 REACHED = 0.4  # share of the peak that training reaches: a guess
 LAUNCH = 0.5e-3  # seconds in which the host starts the work of one layer in one pass: a guess
-FROM_TEXT = {"mntp", "ebae_ebar"}  # objectives that read no memory tokens
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class Passes(NamedTuple):
 def pretext_passes(stage: PretextStage, text: int, site: int, memory: int) -> Passes:
     """Stage 1, a text of so many tokens split at `site`; objectives share the encoder pass."""
     after, before, names = text - site, site - 1, set(stage.objectives)  # before: BOS is given
-    encoder = [site + memory] * bool(names - FROM_TEXT)
+    encoder = [site + memory] * ("memory" in stage.needs)
     encoder += [text] * ("mntp" in names) + [site, site] * ("ebae_ebar" in names)
-    read = {name: before if name == "reconstruction" else after for name in names - FROM_TEXT}
-    decoder = [1 + memory + tokens for name, tokens in read.items() if name != "alignment"]
+    decoded = [name for name in names if "decoder" in OBJECTIVES[name].needs]
+    decoder = [1 + memory + (before if name == "reconstruction" else after) for name in decoded]
     head = {"ctkd": 3.0 * (after + 1), "reconstruction": 2 * before, "ebae_ebar": 4}
     head |= dict.fromkeys(("continuation", "response"), 2.0 * after)
     head |= {"mntp": 2 * stage.mask_rate * text, "alignment": 0}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from llm2comp.lab.report.reading import RunLog, WatchLine
 from llm2comp.recipe import Recipe
+from llm2comp.recipe.objectives import OBJECTIVES
 
 # Figures of the watch as a table's columns: title → value.
 FIGURES: dict[str, Callable[[WatchLine], float | None]] = {
@@ -45,14 +46,8 @@ WATCH_PLOTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 
 
 ABOUT = {
-    "ctkd": "The model learns to put a text into its memory tokens, so that a frozen copy goes on as if it had read the text.",
-    "continuation": "The model learns to put a text into its memory tokens, so that a frozen copy of itself can continue it.",
-    "reconstruction": "The model learns to put a text into its memory tokens, so that a frozen copy of itself can repeat it.",
-    "mntp": "Some tokens of a text are hidden; the state before each must tell which it was (masked next token prediction).",
-    "ebae_ebar": "One state must tell the tokens of the text, and one those of what comes next (Llama2Vec).",
-    "response": "The model learns to put a text into its memory tokens, so that a frozen copy gives its own response to it.",
-    "alignment": "The text's embedding is drawn to a teacher's embedding of the model's response.",
-    "ucl": "Each text is read twice under different dropout; its two embeddings are pulled together, others away.",
+    **{name: row.about for name, row in OBJECTIVES.items()},
+    "ucl": "Each text is read twice, with random differences; its two embeddings are pulled together, others away.",
     "scl": "Queries are pulled to the texts that answer them, and away from the other texts of the batch.",
 }
 

@@ -11,7 +11,9 @@ from llm2comp.recipe import missing_path
 from llm2comp.system.console import GENERAL, GENERAL_TINY
 
 EXPECTED = "a causal LM with safetensors weights: a Hub id, a local folder, or a builtin one"
+# Encoders that come with the package: run directories without data and logs. The LM is not part of them.
 _ASSETS = Path(__file__).resolve().parents[2] / "assets"
+BUILTIN_ENCODERS = {name: _ASSETS / name.removeprefix("builtin:") for name in (GENERAL, GENERAL_TINY)}
 
 
 def check_name(name: str) -> None:
@@ -23,7 +25,7 @@ def check_name(name: str) -> None:
     nearest = missing_path(name)
     if nearest is not None:
         raise BackboneError("cannot be loaded: no such folder", where=name, expected=EXPECTED, found=f"there is {nearest}")
-    folder = _ASSETS / name.removeprefix("builtin:") if name in (GENERAL, GENERAL_TINY) else Path(name)
+    folder = BUILTIN_ENCODERS.get(name) or Path(name)
     if not folder.is_dir():
         return
     if any((folder / part).exists() for part in ("modules.json", "recipe.yaml", "adapter")):  # exported, a run, a stage of one

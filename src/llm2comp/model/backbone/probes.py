@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 SAVINGS = ("packing", "last layer")
 PROBE_TOKENS = 6
-PROBED = (6, 2)  # text and memory tokens
 TRIED = (2, 8)  # texts and positions
 log = logging.getLogger(__name__)
 
