@@ -1,10 +1,13 @@
-"""`python -m benchmarks [--quick | --setting NAME | --device cuda] [--only ROW] [--out FOLDER]`: JSON and a table.
+"""`python -m benchmarks [--quick | --setting NAME | --device cuda] [--only ROW] [--out FOLDER]`:
+JSON and a table.
 
-1. every measurement runs in a process of its own (`worker.py`): a fork of one that has done all imports, which take longer than
-   many a measurement; a fresh one where memory counts (a fork has not touched the libraries' pages) and on CUDA
-2. per row: preparation, one process that times all sides in turns, then one process per side for its peak memory; of these
-   alone two run at once, with half of the cores each
-3. SETTING.json (all raw figures) and SETTING.md (the table) are written anew after every row; the table is printed at the end
+1. every measurement runs in a process of its own (`worker.py`): a fork of one that has done all
+   imports, which take longer than many a measurement; a fresh one where memory counts (a fork has
+   not touched the libraries' pages) and on CUDA
+2. per row: preparation, one process that times all sides in turns, then one process per side for
+   its peak memory; of these alone two run at once, with half of the cores each
+3. SETTING.json (all raw figures) and SETTING.md (the table) are written anew after every row; the
+   table is printed at the end
 """
 
 from __future__ import annotations
@@ -34,9 +37,15 @@ class Failed(Exception):  # noqa: N818
     """A measurement ended with an error; the message says why."""
 
 
-def measure(setting: str, row: str, folder: Path, side: str | None = None, fresh: bool = False) -> dict[str, Any]:
+def measure(
+    setting: str, row: str, folder: Path, side: str | None = None, fresh: bool = False
+) -> dict[str, Any]:
     """What one worker found. Raises Failed."""
-    fork = not fresh and SETTINGS[setting].device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
+    fork = (
+        not fresh
+        and SETTINGS[setting].device == "cpu"
+        and "forkserver" in multiprocessing.get_all_start_methods()
+    )
     context = multiprocessing.get_context("forkserver" if fork else "spawn")
     context.set_forkserver_preload(["benchmarks.worker"])
     with ProcessPoolExecutor(1, mp_context=context) as process:
@@ -52,8 +61,12 @@ def measure(setting: str, row: str, folder: Path, side: str | None = None, fresh
 def measure_peaks(setting: str, row: str, folder: Path) -> dict[str, int]:
     """Peak memory of each side that the row names. Raises Failed."""
     with ThreadPoolExecutor(peaks_at_once(SETTINGS[setting])) as pool:
-        found = pool.map(lambda side: measure(setting, row, folder, side, fresh=True), ROWS[row].memory)
-        return {side: result["peak_bytes"] for side, result in zip(ROWS[row].memory, found, strict=True)}
+        found = pool.map(
+            lambda side: measure(setting, row, folder, side, fresh=True), ROWS[row].memory
+        )
+        return {
+            side: result["peak_bytes"] for side, result in zip(ROWS[row].memory, found, strict=True)
+        }
 
 
 def measure_row(setting: str, name: str, folder: Path) -> dict[str, Any]:
@@ -62,7 +75,10 @@ def measure_row(setting: str, name: str, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"about": row.about, "base": row.base, "times": {}, "peaks": {}}
     try:
         # rows that are prepared in the same way share what that wrote
-        if row.prepare is not None and not (prepared := folder / f"{PREPARE}-{row.prepare.__name__}").exists():
+        if (
+            row.prepare is not None
+            and not (prepared := folder / f"{PREPARE}-{row.prepare.__name__}").exists()
+        ):
             measure(setting, name, folder, PREPARE)
             prepared.touch()
         if row.timed:
@@ -83,10 +99,21 @@ def report(setting: str, facts: dict[str, Any], results: dict[str, dict[str, Any
             continue
         found = figures(ROWS[name], result["times"], result["peaks"])
         result["figures"] = found
-        lines += cells(name, ROWS[name], found, setting, "cpu" if SETTINGS[setting].device == "cpu" else "cuda-7b")
-    head = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)
+        lines += cells(
+            name,
+            ROWS[name],
+            found,
+            setting,
+            "cpu" if SETTINGS[setting].device == "cpu" else "cuda-7b",
+        )
+    head = ", ".join(
+        f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None
+    )
     note = SETTINGS[setting].note
-    rounds = f"Setting {setting}: medians of {SETTINGS[setting].pairs} interleaved rounds{'; ' * bool(note)}{note}."
+    rounds = (
+        f"Setting {setting}: medians of {SETTINGS[setting].pairs} interleaved "
+        f"rounds{'; ' * bool(note)}{note}."
+    )
     return f"{rounds}\n{head}\n\n{markdown(lines)}\n"
 
 
@@ -105,7 +132,12 @@ def run(setting: str, names: list[str], out: Path) -> bool:
             results[name] = measure_row(setting, name, folder)
             say(f"{setting} {name}: {results[name]['seconds']} s {results[name].get('error', '')}")
             text = report(setting, facts, results)
-            content = {"format_version": 1, "setting": setting, "environment": facts, "rows": results}
+            content = {
+                "format_version": 1,
+                "setting": setting,
+                "environment": facts,
+                "rows": results,
+            }
             write_text(out / f"{setting}.json", json.dumps(content, indent=1))
             write_text(out / f"{setting}.md", text)
     print(text)
@@ -114,17 +146,38 @@ def run(setting: str, names: list[str], out: Path) -> bool:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed and memory: docs/benchmarks.md")
-    parser.add_argument("--quick", action="store_true", help="a tiny model and three rounds: a check of the suite itself")
-    parser.add_argument("--only", action="append", choices=tuple(ROWS), help="this row; may be given several times")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: shapes of 7B and 0.6B in bfloat16")
-    parser.add_argument("--setting", choices=tuple(SETTINGS), help="this configuration alone, such as cpu-135m")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", help="folder of the results")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Speed and memory: docs/benchmarks.md"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a tiny model and three rounds: a check of the suite itself",
+    )
+    parser.add_argument(
+        "--only", action="append", choices=tuple(ROWS), help="this row; may be given several times"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: shapes of 7B and 0.6B in bfloat16",
+    )
+    parser.add_argument(
+        "--setting", choices=tuple(SETTINGS), help="this configuration alone, such as cpu-135m"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "benchmarks", help="folder of the results"
+    )
     asked = parser.parse_args()
     if asked.quick and asked.device == "cuda":
         parser.error("--quick is for the CPU")
     on_device = [name for name, setting in SETTINGS.items() if setting.device == asked.device]
-    usual = [name for name in on_device if not name.startswith("cpu-135m") and (name == "quick") == asked.quick]
+    usual = [
+        name
+        for name in on_device
+        if not name.startswith("cpu-135m") and (name == "quick") == asked.quick
+    ]
     settings = [asked.setting] if asked.setting else usual
     names = [name for name in ROWS if name in (asked.only or ROWS)]
     ended_well = [run(setting, names, asked.out) for setting in settings]

@@ -1,9 +1,10 @@
-"""Rows of training beside plainer ways to do the same step: peft's own LoRA layers with stacked adapters, and stock peers.
+"""Rows of training beside plainer ways to do the same step: peft's own LoRA layers with stacked
+adapters, and stock peers.
 
 "peft's layers" is how this package trained before `backbone/lora.py`: each adapter an operation of
 its own in float32, older adapters stacked instead of folded, one attention call per packed text.
-"stock" is what a user of sentence-transformers and peft would write: their Transformer, mean pooling,
-a LoRA adapter, their ranking loss; its `ours` pools in the same way.
+"stock" is what a user of sentence-transformers and peft would write: their Transformer, mean
+pooling, a LoRA adapter, their ranking loss; its `ours` pools in the same way.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from llm2comp.training.trainers import PretextModel
 BEFORE, STOCK = "peft's layers", "stock"
 MAX_TOKENS = 512
 TARGET_SETTING = "cpu-135m-bf16"
-# Open for the life of the process: a context that nobody holds ends at once, and the adapters would be stacked again.
+# Open for the life of the process: a context that nobody holds ends at once, and the adapters would
+# be stacked again.
 FOLDED = contextlib.ExitStack()
 
 
@@ -53,7 +55,9 @@ def compressor_of(
     bos: str = "auto",
 ) -> Compressor:
     """An encoder with so many adapters, no dropout; all but the newest hold random values."""
-    backbone = Backbone(make_lm(setting, "sdpa"), make_tokenizer(setting.shape), attention, setting.name, bos)
+    backbone = Backbone(
+        make_lm(setting, "sdpa"), make_tokenizer(setting.shape), attention, setting.name, bos
+    )
     generator = torch.Generator().manual_seed(SEED)
     for number in range(adapters):
         name = f"stage{number}"
@@ -101,7 +105,10 @@ def pretext_side(setting: Setting, before: bool) -> Side:
     if before:
         as_before(compressor)
     compressor.learn(memory=True)
-    model = PretextModel(compressor, PretextStage.model_validate({"data": UNUSED, "schedule": {"learning_rate": 1e-4}}))
+    model = PretextModel(
+        compressor,
+        PretextStage.model_validate({"data": UNUSED, "schedule": {"learning_rate": 1e-4}}),
+    )
     collate = PretextCollator(compressor.backbone.pad_id)
 
     def losses(samples: list[dict[str, Any]]) -> Iterator[Tensor]:
@@ -112,7 +119,9 @@ def pretext_side(setting: Setting, before: bool) -> Side:
 
 
 def contrastive_side(setting: Setting, row: str, adapters: int, before: bool) -> Side:
-    """One step of UCL (two adapters) or SCL (three); dropout is off, so that both ways compute the same."""
+    """One step of UCL (two adapters) or SCL (three); dropout is off, so that both ways compute the
+    same.
+    """
     stage, columns = ucl(setting) if row == "ucl" else scl(setting, setting.scl_triples, None)
     compressor = compressor_of(setting, adapters)
     compressor.learn(memory=False)
@@ -121,11 +130,18 @@ def contrastive_side(setting: Setting, row: str, adapters: int, before: bool) ->
     else:
         FOLDED.enter_context(compressor.backbone.adapters.folded())
     model: Any = as_sentence_transformer(compressor, MAX_TOKENS)
-    return in_its_way(_ranking_side(setting, model, contrastive_loss(model, stage), columns, gradients=True), before)
+    return in_its_way(
+        _ranking_side(setting, model, contrastive_loss(model, stage), columns, gradients=True),
+        before,
+    )
 
 
-def _ranking_side(setting: Setting, model: Any, objective: Any, columns: Sequence[Sequence[str]], gradients: bool) -> Side:
-    """A step of a ranking loss; checked by loss and gradient, or by the embeddings of the first column alone."""
+def _ranking_side(
+    setting: Setting, model: Any, objective: Any, columns: Sequence[Sequence[str]], gradients: bool
+) -> Side:
+    """A step of a ranking loss; checked by loss and gradient, or by the embeddings of the first
+    column alone.
+    """
     step, few = learner(model, 3e-5, clip=1.0), [column[:4] for column in columns]
     lengths = [len(text.split()) + 1 for column in columns for text in column]
     model.train()
@@ -136,7 +152,9 @@ def _ranking_side(setting: Setting, model: Any, objective: Any, columns: Sequenc
 
     def run() -> tuple[int, float]:
         step([loss(columns)])
-        return sum(lengths), contrastive_flops(setting.shape, lengths, 0 if not gradients else setting.memory_tokens)
+        return sum(lengths), contrastive_flops(
+            setting.shape, lengths, 0 if not gradients else setting.memory_tokens
+        )
 
     def embeddings() -> list[Tensor]:
         model.eval()
@@ -149,7 +167,9 @@ def _ranking_side(setting: Setting, model: Any, objective: Any, columns: Sequenc
 
 
 def mean_pooled(setting: Setting, _: Path) -> Side:
-    """Ours with mean pooling and causal attention, as the stock side has them; no memory tokens, and no BOS on either side."""
+    """Ours with mean pooling and causal attention, as the stock side has them; no memory tokens,
+    and no BOS on either side.
+    """
     stage, columns = scl(setting, setting.scl_triples, None)
     compressor = compressor_of(setting, 1, EncoderSettings(pooling="mean"), "causal", bos="none")
     model: Any = as_sentence_transformer(compressor, MAX_TOKENS)
@@ -168,22 +188,36 @@ def write_lm(setting: Setting, folder: Path) -> None:
 def stock(setting: Setting, folder: Path) -> Side:
     """sentence-transformers and peft as their documentation shows them, in the setting's dtype."""
     stage, columns = scl(setting, setting.scl_triples, None)
-    transformer = Transformer(str(folder / "lm"), model_kwargs={"dtype": setting.dtype, "attn_implementation": "sdpa"})
+    transformer = Transformer(
+        str(folder / "lm"), model_kwargs={"dtype": setting.dtype, "attn_implementation": "sdpa"}
+    )
     width = setting.shape.hidden
-    model: Any = SentenceTransformer(modules=[transformer, Pooling(width, "mean")], device=setting.device)
+    model: Any = SentenceTransformer(
+        modules=[transformer, Pooling(width, "mean")], device=setting.device
+    )
     model.add_adapter(
-        peft.LoraConfig(task_type="FEATURE_EXTRACTION", r=16, lora_alpha=32, target_modules=list(DEFAULT_LORA_TARGETS))
+        peft.LoraConfig(
+            task_type="FEATURE_EXTRACTION",
+            r=16,
+            lora_alpha=32,
+            target_modules=list(DEFAULT_LORA_TARGETS),
+        )
     )
     objective = MultipleNegativesRankingLoss(model, scale=1 / stage.temperature)
     return _ranking_side(setting, model, objective, columns, gradients=False)
 
 
-def _before_row(about: str, ratio: float, sides: Callable[[bool], Callable[[Setting, Path], Side]]) -> Row:
+def _before_row(
+    about: str, ratio: float, sides: Callable[[bool], Callable[[Setting, Path], Side]]
+) -> Row:
     return Row(
         f"{about}, beside peft's own layers, stacked adapters and one attention call per text",
         {"ours": sides(False), BEFORE: sides(True)},
         BEFORE,
-        targets=(Target(TARGET_SETTING, "ours", "ratio", ">=", ratio), Target(TARGET_SETTING, "ours", "memory", "<=", 0.6)),
+        targets=(
+            Target(TARGET_SETTING, "ours", "ratio", ">=", ratio),
+            Target(TARGET_SETTING, "ours", "memory", "<=", 0.6),
+        ),
         differ=relative_error,
         limits=LIMITS,
         memory=("ours", BEFORE),
@@ -195,7 +229,9 @@ def _contrastive(name: str, adapters: int) -> Callable[[bool], Callable[[Setting
 
 
 BEFORE_ROWS: dict[str, Row] = {
-    "pretext_layers": _before_row("stage 1 (CTKD)", 1.6, lambda before: lambda setting, _: pretext_side(setting, before)),
+    "pretext_layers": _before_row(
+        "stage 1 (CTKD)", 1.6, lambda before: lambda setting, _: pretext_side(setting, before)
+    ),
     "ucl_layers": _before_row("stage 2 (UCL) over two adapters", 2.0, _contrastive("ucl", 2)),
     "scl_layers": _before_row("stage 3 (SCL) over three adapters", 2.0, _contrastive("scl", 3)),
     "scl_stock": Row(

@@ -1,4 +1,6 @@
-"""Rows of stages 2 and 3: a whole optimiser step (tokenising, loss, backward, clip, AdamW) on the trainers' own losses."""
+"""Rows of stages 2 and 3: a whole optimiser step (tokenising, loss, backward, clip, AdamW) on the
+trainers' own losses.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,21 @@ from llm2comp.recipe import SclStage, UclStage
 from llm2comp.recipe.stages import ContrastiveStage
 from llm2comp.training.contrastive import contrastive_loss
 
-UCL_SHARE = 4  # the release's side does a quarter of the batch per timed unit; else this row alone would take 10 minutes
+# the release's side does a quarter of the batch per timed unit; else this row alone would take 10
+# minutes
+UCL_SHARE = 4
 CHECKED = 4  # texts of a check
 
 
 def our_contrastive(
-    setting: Setting, stage: ContrastiveStage, columns: Sequence[Sequence[str]], savings: frozenset[str] | None = None
+    setting: Setting,
+    stage: ContrastiveStage,
+    columns: Sequence[Sequence[str]],
+    savings: frozenset[str] | None = None,
 ) -> Side:
-    """The stage's stock loss over the memory encoder, as ContrastiveTrainer runs it; columns after the first are documents."""
+    """The stage's stock loss over the memory encoder, as ContrastiveTrainer runs it; columns after
+    the first are documents.
+    """
     compressor = make_compressor(setting)
     if savings is not None:
         compressor.backbone.savings = savings
@@ -45,10 +54,19 @@ def our_contrastive(
     return _contrastive_side(setting, model, loss, columns)
 
 
-def release_contrastive(setting: Setting, stage: ContrastiveStage, columns: Sequence[Sequence[str]], share: int = 1) -> Side:
-    """Two texts at a time, recomputed. `share`: time the first 1 / share of the rows, as two cost the same in any batch."""
+def release_contrastive(
+    setting: Setting, stage: ContrastiveStage, columns: Sequence[Sequence[str]], share: int = 1
+) -> Side:
+    """Two texts at a time, recomputed. `share`: time the first 1 / share of the rows, as two cost
+    the same in any batch.
+    """
     model = ReleaseShaped(setting, decoder=False, attention_dropout=stage.attention_dropout)
-    return _contrastive_side(setting, model, model.contrastive_loss, [column[: len(column) // share] for column in columns])
+    return _contrastive_side(
+        setting,
+        model,
+        model.contrastive_loss,
+        [column[: len(column) // share] for column in columns],
+    )
 
 
 def _contrastive_side(
@@ -66,22 +84,37 @@ def _contrastive_side(
         step([loss(columns)])
         return sum(lengths), contrastive_flops(setting.shape, lengths, setting.memory_tokens)
 
-    return Side(run, lambda: loss_and_gradient(model, lambda: [loss(few)]), getattr(torch, setting.dtype))
+    return Side(
+        run, lambda: loss_and_gradient(model, lambda: [loss(few)]), getattr(torch, setting.dtype)
+    )
 
 
 def ucl(setting: Setting) -> tuple[UclStage, list[list[str]]]:
-    """The stage with the release's settings, and the batch twice; the longest text comes first: any part is as wide."""
+    """The stage with the release's settings, and the batch twice; the longest text comes first: any
+    part is as wide.
+    """
     lengths = draw_lengths(setting.ucl_texts, setting.ucl_lengths, 2)
     lengths.insert(0, lengths.pop(lengths.index(max(lengths))))
     texts = make_texts(lengths, setting.shape, 2)
-    return UclStage.model_validate({"data": UNUSED, "batch_size": setting.ucl_texts}), [texts, texts]
+    return UclStage.model_validate({"data": UNUSED, "batch_size": setting.ucl_texts}), [
+        texts,
+        texts,
+    ]
 
 
 def scl(setting: Setting, triples: int, mini_batch: int | None) -> tuple[SclStage, list[list[str]]]:
     """The stage with the release's settings, and queries, positives and hard negatives."""
     bounds = (setting.scl_query, setting.scl_passage, setting.scl_passage)
-    columns = [make_texts(draw_lengths(triples, b, 3 + i), setting.shape, 3 + i) for i, b in enumerate(bounds)]
-    settings = {"data": UNUSED, "batch_size": triples, "mini_batch_size": mini_batch, "schedule": {"learning_rate": 1e-4}}
+    columns = [
+        make_texts(draw_lengths(triples, b, 3 + i), setting.shape, 3 + i)
+        for i, b in enumerate(bounds)
+    ]
+    settings = {
+        "data": UNUSED,
+        "batch_size": triples,
+        "mini_batch_size": mini_batch,
+        "schedule": {"learning_rate": 1e-4},
+    }
     return SclStage.model_validate(settings), columns
 
 
@@ -103,10 +136,15 @@ CONTRASTIVE_ROWS: dict[str, Row] = {
         "stage 2 (UCL), one optimiser step of two views per sentence",
         {
             "ours": lambda setting, _: our_contrastive(setting, *ucl(setting)),
-            "release_shaped": lambda setting, _: release_contrastive(setting, *ucl(setting), UCL_SHARE),
+            "release_shaped": lambda setting, _: release_contrastive(
+                setting, *ucl(setting), UCL_SHARE
+            ),
         },
         "release_shaped",
-        targets=(Target("cpu", "ours", "ratio", ">=", 6.0), Target("cuda-7b", "ours", "ratio", ">=", 6.0)),
+        targets=(
+            Target("cpu", "ours", "ratio", ">=", 6.0),
+            Target("cuda-7b", "ours", "ratio", ">=", 6.0),
+        ),
         differ=relative_error,
         limits=LIMITS,
         memory=BOTH,
@@ -115,11 +153,15 @@ CONTRASTIVE_ROWS: dict[str, Row] = {
     "scl": Row(
         "stage 3 (SCL), one optimiser step of queries, positives and hard negatives",
         {
-            "ours": lambda setting, _: our_contrastive(setting, *scl(setting, setting.scl_triples, setting.scl_mini_batch)),
+            "ours": lambda setting, _: our_contrastive(
+                setting, *scl(setting, setting.scl_triples, setting.scl_mini_batch)
+            ),
             "ours, GradCache": lambda setting, _: our_contrastive(
                 setting, *scl(setting, setting.scl_triples, setting.memory_mini_batch)
             ),
-            "release_shaped": lambda setting, _: release_contrastive(setting, *scl(setting, setting.scl_triples, None)),
+            "release_shaped": lambda setting, _: release_contrastive(
+                setting, *scl(setting, setting.scl_triples, None)
+            ),
         },
         "release_shaped",
         targets=(Target("cuda-7b", "ours", "ratio", ">=", 4.0),),

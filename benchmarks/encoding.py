@@ -1,4 +1,6 @@
-"""Rows of encoding: texts → embeddings, our ways against stock sentence-transformers on the same exported folder."""
+"""Rows of encoding: texts → embeddings, our ways against stock sentence-transformers on the same
+exported folder.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ from llm2comp.use.embed import embed
 FOLDER = "model"
 MAX_TOKENS = 512
 KINDS = ("short", "mixed", "long")
-# Name of a side → precision of the graph that it runs. None where OpenVINO cannot be compared: it is not installed, or the row
-# may be run on the CUDA device that is there.
+# Name of a side → precision of the graph that it runs. None where OpenVINO cannot be compared: it
+# is not installed, or the row may be run on the CUDA device that is there.
 GRAPHS = {"ours, OpenVINO bf16": "bfloat16", "ours, OpenVINO int8": "int8"}
 if RUNTIMES["openvino"].missing() or torch.cuda.is_available():
     GRAPHS = {}
@@ -43,14 +45,18 @@ def lengths_of(setting: Setting, kind: str) -> list[int]:
 
 
 def live_model(setting: Setting) -> SentenceTransformer:
-    """A trained-looking encoder (no matrix of LoRA is zero) on its backbone, adapters not merged."""
+    """A trained-looking encoder (no matrix of LoRA is zero) on its backbone, adapters not
+    merged.
+    """
     compressor = make_compressor(setting)
     fill_adapters(compressor)
     return as_sentence_transformer(compressor.eval(), MAX_TOKENS)
 
 
 def merged_model(setting: Setting, dtype: str) -> SentenceTransformer:
-    """`live_model` as `llm2comp.load(..., merged=True, dtype=...)` gives it: LoRA in the weights, these in a dtype."""
+    """`live_model` as `llm2comp.load(..., merged=True, dtype=...)` gives it: LoRA in the weights,
+    these in a dtype.
+    """
     model = live_model(setting)
     merge_adapters(model)
     module: Any = model[0]
@@ -59,7 +65,9 @@ def merged_model(setting: Setting, dtype: str) -> SentenceTransformer:
 
 
 def write_folder(setting: Setting, folder: Path) -> None:
-    """The exported folder that all sides but the live one load, and copies of it with a graph each."""
+    """The exported folder that all sides but the live one load, and copies of it with a graph
+    each.
+    """
     export(live_model(setting), folder / FOLDER)
     for precision in GRAPHS.values():
         shutil.copytree(folder / FOLDER, folder / precision)
@@ -69,7 +77,9 @@ def write_folder(setting: Setting, folder: Path) -> None:
 def stock_model(setting: Setting, folder: Path, dtype: str) -> SentenceTransformer:
     """As a user of sentence-transformers would load it for speed."""
     kwargs = {"attn_implementation": "sdpa", "dtype": dtype}
-    return SentenceTransformer(str(folder / FOLDER), device=setting.device, local_files_only=True, model_kwargs=kwargs)
+    return SentenceTransformer(
+        str(folder / FOLDER), device=setting.device, local_files_only=True, model_kwargs=kwargs
+    )
 
 
 def _side(setting: Setting, kind: str, encode: Callable[[list[str]], Tensor], dtype: str) -> Side:
@@ -83,7 +93,9 @@ def _side(setting: Setting, kind: str, encode: Callable[[list[str]], Tensor], dt
     return Side(run, lambda: [encode(texts)], getattr(torch, dtype))
 
 
-def our_side(setting: Setting, kind: str, model: SentenceTransformer, dtype: str | None = None) -> Side:
+def our_side(
+    setting: Setting, kind: str, model: SentenceTransformer, dtype: str | None = None
+) -> Side:
     """`llm2comp.use.embed.embed` with its own batches."""
 
     def encode(texts: list[str]) -> Tensor:
@@ -93,8 +105,12 @@ def our_side(setting: Setting, kind: str, model: SentenceTransformer, dtype: str
 
 
 def graph_side(kind: str, precision: str, setting: Setting, folder: Path) -> Side:
-    """`llm2comp.use.embed.embed` on OpenVINO, held to the limit of half precision; int8 has no MFU."""
-    side = our_side(setting, kind, llm2comp.load(folder / precision, backend="openvino"), "bfloat16")
+    """`llm2comp.use.embed.embed` on OpenVINO, held to the limit of half precision; int8 has no
+    MFU.
+    """
+    side = our_side(
+        setting, kind, llm2comp.load(folder / precision, backend="openvino"), "bfloat16"
+    )
     return side if precision == "bfloat16" else replace(side, run=lambda: (side.run()[0], 0.0))
 
 
@@ -103,18 +119,28 @@ def stock_side(setting: Setting, kind: str, folder: Path, dtype: str) -> Side:
     model: Any = stock_model(setting, folder, dtype)
 
     def encode(texts: list[str]) -> Tensor:
-        found: Tensor = model.encode(texts, batch_size=setting.encode_batch, convert_to_tensor=True, show_progress_bar=False)
+        found: Tensor = model.encode(
+            texts, batch_size=setting.encode_batch, convert_to_tensor=True, show_progress_bar=False
+        )
         return found.float().cpu()
 
     return _side(setting, kind, encode, dtype)
 
 
 def _sides(kind: str) -> Mapping[str, Callable[[Setting, Path], Side]]:
-    graphs = {name: partial(graph_side, kind, precision) for name, precision in GRAPHS.items() if kind == "mixed"}
+    graphs = {
+        name: partial(graph_side, kind, precision)
+        for name, precision in GRAPHS.items()
+        if kind == "mixed"
+    }
     return {
         "ours, live": lambda setting, _: our_side(setting, kind, live_model(setting)),
-        "ours, live, merged": lambda setting, _: our_side(setting, kind, merged_model(setting, setting.dtype), setting.dtype),
-        "ours, live, merged bf16": lambda setting, _: our_side(setting, kind, merged_model(setting, "bfloat16"), "bfloat16"),
+        "ours, live, merged": lambda setting, _: our_side(
+            setting, kind, merged_model(setting, setting.dtype), setting.dtype
+        ),
+        "ours, live, merged bf16": lambda setting, _: our_side(
+            setting, kind, merged_model(setting, "bfloat16"), "bfloat16"
+        ),
         "ours, exported folder": lambda setting, folder: our_side(
             setting, kind, llm2comp.load(folder / FOLDER, device=setting.device)
         ),

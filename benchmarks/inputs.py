@@ -1,4 +1,6 @@
-"""What both sides of a row are given: the same random LM, a tokenizer of whole words, texts of known lengths."""
+"""What both sides of a row are given: the same random LM, a tokenizer of whole words, texts of
+known lengths.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SPECIALS = ("<s>", "</s>")
 
 
 def config_of(shape: Shape) -> Any:
-    """The shape as transformers' configuration. Wide initial weights, so that the LM's distributions are not all alike."""
+    """The shape as transformers' configuration. Wide initial weights, so that the LM's
+    distributions are not all alike.
+    """
     kind = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[shape.family]
     return kind(
         vocab_size=shape.vocabulary,
@@ -48,13 +52,17 @@ def make_lm(setting: Setting, attention: str, dtype: str | None = None) -> Any:
         lm = transformers.AutoModelForCausalLM.from_config(
             config_of(setting.shape),
             attn_implementation=attention,
-            dtype=getattr(torch, dtype or setting.dtype) if setting.device != "cpu" else torch.float32,
+            dtype=getattr(torch, dtype or setting.dtype)
+            if setting.device != "cpu"
+            else torch.float32,
         )
     return cast(lm, dtype or setting.dtype).requires_grad_(False).eval()
 
 
 def cast(lm: Any, dtype: str) -> Any:
-    """The weights alone, as `from_pretrained(dtype=...)` gives them: angles of rotary positions stay float32."""
+    """The weights alone, as `from_pretrained(dtype=...)` gives them: angles of rotary positions
+    stay float32.
+    """
     for weight in lm.parameters():
         weight.data = weight.data.to(getattr(torch, dtype))
     return lm
@@ -63,21 +71,35 @@ def cast(lm: Any, dtype: str) -> Any:
 def make_tokenizer(shape: Shape) -> Any:
     """A word is a token: `w2` .. up to the vocabulary."""
     words = [*SPECIALS, *(f"w{i}" for i in range(len(SPECIALS), shape.vocabulary))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIALS[1]))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIALS[1])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(f"{SPECIALS[0]} $A", special_tokens=[(SPECIALS[0], 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIALS[0], eos_token=SPECIALS[1])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        f"{SPECIALS[0]} $A", special_tokens=[(SPECIALS[0], 0)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SPECIALS[0], eos_token=SPECIALS[1]
+    )
 
 
-def make_compressor(setting: Setting, dtype: str | None = None, dropout: float | None = None) -> Compressor:
-    """Our encoder: one copy of the LM, a fresh adapter of the recipe's default settings, fresh memory."""
-    backbone = Backbone(make_lm(setting, "sdpa", dtype), make_tokenizer(setting.shape), name=setting.name)
+def make_compressor(
+    setting: Setting, dtype: str | None = None, dropout: float | None = None
+) -> Compressor:
+    """Our encoder: one copy of the LM, a fresh adapter of the recipe's default settings, fresh
+    memory.
+    """
+    backbone = Backbone(
+        make_lm(setting, "sdpa", dtype), make_tokenizer(setting.shape), name=setting.name
+    )
     backbone.add_adapter("stage", AdapterSettings(), dropout, seed=SEED)
     return Compressor.fresh(backbone, setting.memory_tokens, SEED)
 
 
 def fill_adapters(model: nn.Module) -> None:
-    """Random values for LoRA's B matrices, zero when fresh: the same for models with the same layers."""
+    """Random values for LoRA's B matrices, zero when fresh: the same for models with the same
+    layers.
+    """
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -92,7 +114,10 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def draw_lengths(count: int, bounds: tuple[int, int], seed: int) -> list[int]:
     """Uniform lengths within bounds, both included."""
-    return [int(n) for n in np.random.default_rng((SEED, seed)).integers(bounds[0], bounds[1] + 1, count)]
+    return [
+        int(n)
+        for n in np.random.default_rng((SEED, seed)).integers(bounds[0], bounds[1] + 1, count)
+    ]
 
 
 def mixed_lengths(count: int, seed: int) -> list[int]:
@@ -104,7 +129,9 @@ def mixed_lengths(count: int, seed: int) -> list[int]:
 def token_rows(lengths: Sequence[int], shape: Shape, seed: int) -> list[np.ndarray]:
     """Rows of random token ids behind BOS."""
     rng = np.random.default_rng((SEED, seed, 1))
-    rows = [rng.integers(len(SPECIALS), shape.vocabulary, length, dtype=np.int32) for length in lengths]
+    rows = [
+        rng.integers(len(SPECIALS), shape.vocabulary, length, dtype=np.int32) for length in lengths
+    ]
     for row in rows:
         row[0] = 0
     return rows

@@ -1,4 +1,6 @@
-"""Rows of single parts, without a model: the KL over the vocabulary, the making and the reading of stage 1's rows on disk."""
+"""Rows of single parts, without a model: the KL over the vocabulary, the making and the reading of
+stage 1's rows on disk.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def kl_side(setting: Setting, kl: Kl) -> Side:
     count, width, dtype = setting.kl_positions, setting.shape.hidden, getattr(torch, setting.dtype)
     generator = torch.Generator().manual_seed(SEED)
     sizes = ((count, width), (count, width), (setting.shape.vocabulary, width))
-    student, teacher, head = (torch.randn(size, generator=generator).to(setting.device, dtype) for size in sizes)
+    student, teacher, head = (
+        torch.randn(size, generator=generator).to(setting.device, dtype) for size in sizes
+    )
     head *= width**-0.5
     weights = torch.full((count,), 1.0 / count, device=setting.device)
 
@@ -58,10 +62,14 @@ def kl_side(setting: Setting, kl: Kl) -> Side:
 
 
 def store_side(setting: Setting, times: int, folder: Path) -> Side:
-    """A file of texts → rows of token ids on disk: read, tokenised and written anew in each unit."""
+    """A file of texts → rows of token ids on disk: read, tokenised and written anew in each
+    unit.
+    """
     file, root = folder / f"texts-{times}.jsonl", folder / f"made-{times}"
     if not file.exists():
-        lengths = draw_lengths(times * min(setting.data_rows, STORE_TEXTS), setting.pretext_lengths, 20)
+        lengths = draw_lengths(
+            times * min(setting.data_rows, STORE_TEXTS), setting.pretext_lengths, 20
+        )
         texts = make_texts(lengths, setting.shape, 20)
         write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
     settings = {"min_characters": 0, "long_texts": "truncate", "site_margin_tokens": MARGIN}
@@ -80,7 +88,9 @@ def store_side(setting: Setting, times: int, folder: Path) -> Side:
 
 
 def data_side(setting: Setting, times: int, folder: Path) -> Side:
-    """PretextRows and its collator over a corpus `times` as large on disk, batches of the pretext row; no model."""
+    """PretextRows and its collator over a corpus `times` as large on disk, batches of the pretext
+    row; no model.
+    """
     place, size = folder / f"rows-{times}", setting.pretext_texts
     if not place.exists():
         lengths = draw_lengths(times * setting.data_rows, setting.pretext_lengths, 20)
@@ -93,7 +103,9 @@ def data_side(setting: Setting, times: int, folder: Path) -> Side:
         tokens = 0
         for _ in range(setting.data_batches):
             first = next(numbers) * size
-            tokens += int(collate([samples[i] for i in range(first, first + size)])["text_mask"].sum())
+            tokens += int(
+                collate([samples[i] for i in range(first, first + size)])["text_mask"].sum()
+            )
         return tokens, 0.0
 
     return Side(run)
@@ -103,7 +115,9 @@ def _kl(kl: Kl) -> Callable[[Setting, Path], Side]:
     return lambda setting, _: kl_side(setting, kl)
 
 
-def _corpus(side: Callable[[Setting, int, Path], Side], times: int) -> Callable[[Setting, Path], Side]:
+def _corpus(
+    side: Callable[[Setting, int, Path], Side], times: int
+) -> Callable[[Setting, Path], Side]:
     return lambda setting, folder: side(setting, times, folder)
 
 
@@ -124,10 +138,14 @@ PART_ROWS: dict[str, Row] = {
         memory=tuple(CORPORA),
     ),
     "data": Row(
-        "stage 1's rows from the disk and their collator without a model; a corpus ten times as large",
+        "stage 1's rows from the disk and their collator without a model; a corpus ten "
+        "times as large",
         {name: _corpus(data_side, times) for name, times in CORPORA.items()},
         "corpus",
-        targets=(Target("cpu", "10 x corpus", "ratio", ">=", 0.98), Target("cuda-7b", "10 x corpus", "ratio", ">=", 0.98)),
+        targets=(
+            Target("cpu", "10 x corpus", "ratio", ">=", 0.98),
+            Target("cuda-7b", "10 x corpus", "ratio", ">=", 0.98),
+        ),
         memory=tuple(CORPORA),
     ),
 }

@@ -7,4 +7,10 @@ from benchmarks.parts import PART_ROWS
 from benchmarks.sides import Row
 from benchmarks.training import TRAINING_ROWS
 
-ROWS: dict[str, Row] = {**TRAINING_ROWS, **CONTRASTIVE_ROWS, **BEFORE_ROWS, **ENCODING_ROWS, **PART_ROWS}
+ROWS: dict[str, Row] = {
+    **TRAINING_ROWS,
+    **CONTRASTIVE_ROWS,
+    **BEFORE_ROWS,
+    **ENCODING_ROWS,
+    **PART_ROWS,
+}

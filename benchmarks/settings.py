@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal LM's shape; weights are random. `family`: llama or qwen3 (transformers' model_type)."""
+    """A causal LM's shape; weights are random. `family`: llama or qwen3 (transformers'
+    model_type).
+    """
 
     family: str
     layers: int
@@ -22,7 +24,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """One machine's configuration. Lengths are (least, most) text tokens, BOS included; `note` goes into the report."""
+    """One machine's configuration. Lengths are (least, most) text tokens, BOS included; `note` goes
+    into the report.
+    """
 
     name: str
     shape: Shape
@@ -39,8 +43,14 @@ class Setting:
     scl_triples: int = 8  # query, positive, hard negative
     scl_query: tuple[int, int] = (16, 32)
     scl_passage: tuple[int, int] = (48, 128)
-    scl_mini_batch: int | None = None  # GradCache in the timed SCL row; None: the whole batch at once
-    memory_batches: tuple[int, int] = (4, 64)  # triples of the two sides of scl_memory: 16 times as many
+    scl_mini_batch: int | None = (
+        None  # GradCache in the timed SCL row; None: the whole batch at once
+    )
+    # triples of the two sides of scl_memory: 16 times as many
+    memory_batches: tuple[int, int] = (
+        4,
+        64,
+    )
     memory_mini_batch: int = 4
     kl_positions: int = 768
     data_rows: int = 2_000
@@ -70,7 +80,8 @@ QUICK = replace(
     data_rows=200,
     data_batches=50,
     encode_texts=(16, 16, 3),
-    note="a tiny model: shows that every row runs and that its sides agree; the targets are for the full shape",
+    note="a tiny model: shows that every row runs and that its sides agree; the targets are "
+    "for the full shape",
 )
 CPU_135M = replace(
     CPU,
@@ -84,7 +95,12 @@ CPU_135M = replace(
     pretext_lengths=(64, 128),
     note="the shape of SmolLM2-135M",
 )
-CPU_135M_BF16 = replace(CPU_135M, name="cpu-135m-bf16", dtype="bfloat16", note="the shape of SmolLM2-135M, bfloat16 weights")
+CPU_135M_BF16 = replace(
+    CPU_135M,
+    name="cpu-135m-bf16",
+    dtype="bfloat16",
+    note="the shape of SmolLM2-135M, bfloat16 weights",
+)
 CUDA_7B = Setting(
     "cuda-7b",
     LLAMA2_7B,
@@ -105,6 +121,15 @@ CUDA_7B = Setting(
     encode_batch=64,
     note="bfloat16 on both sides",
 )
-CUDA_06B = replace(CUDA_7B, name="cuda-0.6b", shape=QWEN3_06B, checkpointing=False, scl_mini_batch=None, scl_triples=128)
+CUDA_06B = replace(
+    CUDA_7B,
+    name="cuda-0.6b",
+    shape=QWEN3_06B,
+    checkpointing=False,
+    scl_mini_batch=None,
+    scl_triples=128,
+)
 
-SETTINGS = {setting.name: setting for setting in (CPU, QUICK, CPU_135M, CPU_135M_BF16, CUDA_7B, CUDA_06B)}
+SETTINGS = {
+    setting.name: setting for setting in (CPU, QUICK, CPU_135M, CPU_135M_BF16, CUDA_7B, CUDA_06B)
+}

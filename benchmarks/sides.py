@@ -1,4 +1,6 @@
-"""What a row compares: sides that do the same work in other ways, and the targets held against them."""
+"""What a row compares: sides that do the same work in other ways, and the targets held against
+them.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,10 @@ class Side:
     """One way to do a row's work, built and ready.
 
     Args:
-        run: do one timed unit; returns its tokens (padding not counted) and its model FLOPs (0: no MFU).
-        check: what this side computes, to be held against the base side; called once, before anything learns.
+        run: do one timed unit; returns its tokens (padding not counted) and its model FLOPs (0: no
+            MFU).
+        check: what this side computes, to be held against the base side; called once, before
+            anything learns.
         dtype: of its matrix products.
     """
 
@@ -31,7 +35,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of the issue: `figure` is ratio (of tokens/s to the base), memory (ratio of peaks), mfu or peak_gib."""
+    """A figure of the issue: `figure` is ratio (of tokens/s to the base), memory (ratio of peaks),
+    mfu or peak_gib.
+    """
 
     setting: str
     side: str
@@ -68,18 +74,29 @@ class Row:
 
 
 def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest |found − expected| / |expected|; infinite where the expected is zero or a tensor is missing.
+    """Largest |found − expected| / |expected|; infinite where the expected is zero or a tensor is
+    missing.
 
-    A loss (a tensor of one number) counts as `LEAST_LOSS` at least: next to 0 it is rounding alone; its gradient tells more.
+    A loss (a tensor of one number) counts as `LEAST_LOSS` at least: next to 0 it is rounding alone;
+    its gradient tells more.
     """
     if len(found) != len(expected):
         return float("inf")
-    pairs = [(a.detach().float().cpu(), b.detach().float().cpu()) for a, b in zip(found, expected, strict=True)]
+    pairs = [
+        (a.detach().float().cpu(), b.detach().float().cpu())
+        for a, b in zip(found, expected, strict=True)
+    ]
     sizes = [b.norm().clamp_min(LEAST_LOSS if b.ndim == 0 else 0.0) for _, b in pairs]
-    return max(((a - b).norm() / size).item() if size > 0 else float("inf") for (a, b), size in zip(pairs, sizes, strict=True))
+    return max(
+        ((a - b).norm() / size).item() if size > 0 else float("inf")
+        for (a, b), size in zip(pairs, sizes, strict=True)
+    )
 
 
 def cosine_gap(found: list[Tensor], expected: list[Tensor]) -> float:
     """1 − the lowest cosine between texts' embeddings."""
-    cosines = [torch.cosine_similarity(a.double(), b.double(), dim=-1).min() for a, b in zip(found, expected, strict=True)]
+    cosines = [
+        torch.cosine_similarity(a.double(), b.double(), dim=-1).min()
+        for a, b in zip(found, expected, strict=True)
+    ]
     return 1.0 - torch.stack(cosines).min().item()

@@ -14,7 +14,9 @@ NAMES = {"ratio": "ratio", "memory": "memory ratio", "mfu": "MFU", "peak_gib": "
 
 
 def figures(row: Row, times: dict[str, Any], peaks: dict[str, int]) -> dict[str, dict[str, float]]:
-    """By side: `tokens_per_second`, `ratio` (median over rounds of the ratio within one), `mfu`, `peak_bytes`, `memory`."""
+    """By side: `tokens_per_second`, `ratio` (median over rounds of the ratio within one), `mfu`,
+    `peak_bytes`, `memory`.
+    """
     found: dict[str, dict[str, float]] = {name: {} for name in row.sides}
     rates = times.get("tokens_per_second", {})
     for name, of_side in rates.items():
@@ -42,8 +44,12 @@ def verdict(target: Target, of_side: dict[str, float], setting: str) -> str:
     return f"{text}: {'met' if met else 'missed'}"
 
 
-def cells(name: str, row: Row, found: dict[str, dict[str, float]], setting: str, like: str) -> list[list[str]]:
-    """Table rows of one row. `like`: the setting whose targets are shown where this one has none (cpu for quick)."""
+def cells(
+    name: str, row: Row, found: dict[str, dict[str, float]], setting: str, like: str
+) -> list[list[str]]:
+    """Table rows of one row. `like`: the setting whose targets are shown where this one has none
+    (cpu for quick).
+    """
     lines = []
     shown = setting if any(target.setting == setting for target in row.targets) else like
     for side, of_side in found.items():
@@ -69,5 +75,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     table = [COLUMNS, *lines]
     widths = [max(len(line[i]) for line in table) for i in range(len(COLUMNS))]
     table.insert(1, ["-" * width for width in widths])
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table)
+    padded = (
+        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table
+    )
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)

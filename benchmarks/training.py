@@ -1,4 +1,6 @@
-"""Rows of stage 1: a whole optimiser step (batch, loss, backward, clip, AdamW) on the trainer's own loss."""
+"""Rows of stage 1: a whole optimiser step (batch, loss, backward, clip, AdamW) on the trainer's own
+loss.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ MARGIN = 10
 BATCHES = 16  # of stage 1, drawn once: a window of length grouping
 
 
-def learner(model: nn.Module, learning_rate: float = 1e-4, clip: float = 2.0) -> Callable[[Iterable[Tensor]], None]:
+def learner(
+    model: nn.Module, learning_rate: float = 1e-4, clip: float = 2.0
+) -> Callable[[Iterable[Tensor]], None]:
     """Loss, in parts that add up to it → one step of AdamW on whatever learns in the model."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=learning_rate)
@@ -44,14 +48,18 @@ def learner(model: nn.Module, learning_rate: float = 1e-4, clip: float = 2.0) ->
 
 
 def loss_and_gradient(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
-    """Value without dropout, and the gradient of all adapters (and the memory, where it learns) as one vector."""
+    """Value without dropout, and the gradient of all adapters (and the memory, where it learns) as
+    one vector.
+    """
     model.eval()
     value = torch.zeros(())
     for loss in losses():
         loss.backward()
         value = value + loss.detach().float().cpu()
     named = dict(model.named_parameters())
-    weights = adapter_parameters(model) + [w for name, w in named.items() if name.endswith("vectors_KD")]
+    weights = adapter_parameters(model) + [
+        w for name, w in named.items() if name.endswith("vectors_KD")
+    ]
     gradient = torch.cat([w.grad.flatten().float() for w in weights if w.grad is not None])
     model.zero_grad()
     model.train()
@@ -59,10 +67,11 @@ def loss_and_gradient(model: nn.Module, losses: Callable[[], Iterable[Tensor]]) 
 
 
 def pretext_units(setting: Setting, grouped: bool) -> Iterator[list[list[dict[str, Any]]]]:
-    """The batches of one timed unit after the other; both sides get the same texts, split at the same sites.
+    """The batches of one timed unit after the other; both sides get the same texts, split at the
+    same sites.
 
-    They come from the trainer's own rows. Grouped: batches of like length, as our trainer makes them. Else: the unit's texts in
-    chance order.
+    They come from the trainer's own rows. Grouped: batches of like length, as our trainer makes
+    them. Else: the unit's texts in chance order.
     """
     size, steps = setting.pretext_texts, setting.pretext_steps
     lengths = draw_lengths(BATCHES * size, setting.pretext_lengths, seed=1)
@@ -82,7 +91,9 @@ def _pretext_side(
     dtype: str,
     half: torch.dtype | None = None,
 ) -> Side:
-    """`losses`: a batch's loss, in parts that add up to it; each part's graph is gone before the next one is made."""
+    """`losses`: a batch's loss, in parts that add up to it; each part's graph is gone before the
+    next one is made.
+    """
     units, step = pretext_units(setting, grouped), learner(model)
     checked = next(pretext_units(setting, grouped=False))[0]
     model.train()
@@ -96,12 +107,18 @@ def _pretext_side(
             flops += pretext_flops(setting.shape, lengths, sites, setting.memory_tokens)
         return tokens, flops
 
-    return Side(run, lambda: loss_and_gradient(model, lambda: losses(checked)), half or getattr(torch, dtype))
+    return Side(
+        run,
+        lambda: loss_and_gradient(model, lambda: losses(checked)),
+        half or getattr(torch, dtype),
+    )
 
 
 @dataclass(frozen=True)
 class Way:
-    """How our stage 1 runs: all that it can save by default, and what of it a row leaves out or adds."""
+    """How our stage 1 runs: all that it can save by default, and what of it a row leaves out or
+    adds.
+    """
 
     dtype: str | None = None  # of the frozen base; None = the setting's
     savings: frozenset[str] | None = None  # None = what the LM admits
@@ -119,7 +136,9 @@ def our_pretext(setting: Setting, way: Way = Way()) -> Side:  # noqa: B008
     compressor.learn(memory=True)
     compressor.backbone.set_checkpointing(setting.checkpointing)
     schedule = {"learning_rate": 1e-4}
-    model = PretextModel(compressor, PretextStage.model_validate({"data": UNUSED, "schedule": schedule}))
+    model = PretextModel(
+        compressor, PretextStage.model_validate({"data": UNUSED, "schedule": schedule})
+    )
     collate = PretextCollator(compressor.backbone.pad_id)
     if way.compile:
         compiled(model).__enter__()
@@ -145,8 +164,9 @@ def release_pretext(setting: Setting) -> Side:
     return _pretext_side(setting, model, False, losses, setting.dtype)
 
 
-# Of loss and gradient vector. In half precision every product is rounded: in a random model of 12 layers two ways to compute
-# the same gradient are each 0.25 from float32, and 0.09 from each other; deeper ones further (docs/log.md, 2026-11-27).
+# Of loss and gradient vector. In half precision every product is rounded: in a random model of 12
+# layers two ways to compute the same gradient are each 0.25 from float32, and 0.09 from each other;
+# deeper ones further (docs/log.md, 2026-11-27).
 LIMITS = (1e-3, 0.3)
 
 
@@ -182,7 +202,8 @@ TRAINING_ROWS: dict[str, Row] = {
         gemm_rows=_gemm_rows,
     ),
     "pretext_parts": Row(
-        "stage 1 (CTKD), what each saving brings: added one after the other, the last two each to all before",
+        "stage 1 (CTKD), what each saving brings: added one after the other, the last "
+        "two each to all before",
         {
             name: _in_this_way(way)
             for name, way in {

@@ -1,18 +1,22 @@
-"""Matrix work of a step by formula, and the rate at which the machine multiplies matrices of these shapes.
+"""Matrix work of a step by formula, and the rate at which the machine multiplies matrices of these
+shapes.
 
-Model FLOPs: multiply-adds count 2, padding counts nothing, nothing is recomputed, the last layer counts in full though ours
-leaves out rows that nobody reads, elementwise work is left out. With T text
-tokens in all, texts of S positions, L layers, D hidden, F intermediate, h·H = width of all heads, h·H' of key or value, r rank:
+Model FLOPs: multiply-adds count 2, padding counts nothing, nothing is recomputed, the last layer
+counts in full though ours leaves out rows that nobody reads, elementwise work is left out. With T
+text tokens in all, texts of S positions, L layers, D hidden, F intermediate, h·H = width of all
+heads, h·H' of key or value, r rank:
 
     layers, forward    P = 2·T·L·(2·D·hH + 2·D·hH' + 3·D·F)
-    attention, forward A = 4·L·hH·Σ S²                      (scores and values; a causal pass counts in full)
+    attention, forward A = 4·L·hH·Σ S²                      (scores and values; a causal pass counts
+      in full)
     LoRA, forward      R = 2·T·L·r·Σ (in + out) over q, v, o, gate, up, down
     head, forward      H = 2·N·D·V at N positions
 
-A backward pass through frozen layers needs only the gradient of the input: P again, 2·A for attention, 2·R for LoRA (input and
-weights), H for the head. Pretext: encoder forward and backward with LoRA on contexts with memory, teacher forward on texts,
-decoder forward and backward on BOS, memory, continuation, and the head three times on the compared positions.
-MFU = model FLOPs / time / GEMM rate.
+A backward pass through frozen layers needs only the gradient of the input: P again, 2·A for
+attention, 2·R for LoRA (input and weights), H for the head. Pretext: encoder forward and backward
+with LoRA on contexts with memory, teacher forward on texts, decoder forward and backward on BOS,
+memory, continuation, and the head three times on the compared positions. MFU = model FLOPs / time /
+GEMM rate.
 """
 
 from __future__ import annotations
@@ -31,19 +35,40 @@ def _linears(shape: Shape) -> dict[str, tuple[int, int]]:
     """(in, out) of a layer's seven products."""
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     d, f = shape.hidden, shape.intermediate
-    return {"q": (d, wide), "k": (d, narrow), "v": (d, narrow), "o": (wide, d), "gate": (d, f), "up": (d, f), "down": (f, d)}
+    return {
+        "q": (d, wide),
+        "k": (d, narrow),
+        "v": (d, narrow),
+        "o": (wide, d),
+        "gate": (d, f),
+        "up": (d, f),
+        "down": (f, d),
+    }
 
 
-def body_flops(shape: Shape, lengths: Sequence[int], lora: bool = False, backward: bool = False) -> float:
+def body_flops(
+    shape: Shape, lengths: Sequence[int], lora: bool = False, backward: bool = False
+) -> float:
     """Layers, attention and LoRA over texts of so many positions each."""
     linears, tokens = _linears(shape), sum(lengths)
     products = 2.0 * tokens * shape.layers * sum(i * o for i, o in linears.values())
-    attention = 4.0 * shape.layers * shape.heads * shape.head_dim * sum(length**2 for length in lengths)
-    adapters = 2.0 * tokens * shape.layers * RANK * sum(i + o for name, (i, o) in linears.items() if name != "k") * lora
+    attention = (
+        4.0 * shape.layers * shape.heads * shape.head_dim * sum(length**2 for length in lengths)
+    )
+    adapters = (
+        2.0
+        * tokens
+        * shape.layers
+        * RANK
+        * sum(i + o for name, (i, o) in linears.items() if name != "k")
+        * lora
+    )
     return products * (1 + backward) + (attention + adapters) * (1 + 2 * backward)
 
 
-def pretext_flops(shape: Shape, lengths: Sequence[int], sites: Sequence[int], memory: int, bos: bool = True) -> float:
+def pretext_flops(
+    shape: Shape, lengths: Sequence[int], sites: Sequence[int], memory: int, bos: bool = True
+) -> float:
     """One CTKD step on texts of `lengths` split at `sites`."""
     continuations = [length - site for length, site in zip(lengths, sites, strict=True)]
     encoder = body_flops(shape, [site + memory for site in sites], lora=True, backward=True)
@@ -70,11 +95,15 @@ def synchronise(device: str) -> None:
 
 
 class Gemm:
-    """The products of one layer and of the head at `positions` rows; `rate()` times each and weighs the layer's by L."""
+    """The products of one layer and of the head at `positions` rows; `rate()` times each and weighs
+    the layer's by L.
+    """
 
     def __init__(self, shape: Shape, positions: int, dtype: torch.dtype, device: str) -> None:
         self.device = device
-        sizes = [(shape.layers, *size) for size in _linears(shape).values()] + [(1, shape.hidden, shape.vocabulary)]
+        sizes = [(shape.layers, *size) for size in _linears(shape).values()] + [
+            (1, shape.hidden, shape.vocabulary)
+        ]
         self.products = [
             (
                 count,

@@ -1,7 +1,8 @@
 """One measurement, for a process of its own: `measured`.
 
-Without a side: all sides of the row, held against each other, warmed up, then timed in interleaved rounds.
-With a side: the peak memory of that side alone. With `prepare` or `about` for a side: the row's preparation; its facts.
+Without a side: all sides of the row, held against each other, warmed up, then timed in interleaved
+rounds. With a side: the peak memory of that side alone. With `prepare` or `about` for a side: the
+row's preparation; its facts.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ PREPARE, ABOUT = "prepare", "about"
 
 
 def peak_bytes(setting: Setting) -> int:
-    """Most memory that this process has held so far: of the device, or of the process where that is the CPU."""
+    """Most memory that this process has held so far: of the device, or of the process where that is
+    the CPU.
+    """
     if setting.device != "cpu":
         return torch.cuda.max_memory_allocated(setting.device)
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would start from the parent's peak
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -41,7 +48,9 @@ def peak_bytes(setting: Setting) -> int:
 
 
 def measure_peak(row: Row, side: str, setting: Setting, folder: Path) -> dict[str, Any]:
-    """Peak above the idle process, which has all imports behind it and no model yet; one timed unit, no warm-up."""
+    """Peak above the idle process, which has all imports behind it and no model yet; one timed
+    unit, no warm-up.
+    """
     idle = psutil.Process().memory_info().rss if setting.device == "cpu" else 0
     row.sides[side](setting, folder).run()
     return {"peak_bytes": peak_bytes(setting) - idle, "idle_bytes": idle}
@@ -73,7 +82,9 @@ def differences(row: Row, sides: dict[str, Side]) -> dict[str, float]:
 
 
 def measure_times(row: Row, setting: Setting, folder: Path) -> dict[str, Any]:
-    """Tokens per second and MFU of every side in every round; the order rotates from round to round."""
+    """Tokens per second and MFU of every side in every round; the order rotates from round to
+    round.
+    """
     sides = {name: build(setting, folder) for name, build in row.sides.items()}
     differ = differences(row, sides)
     positions = row.gemm_rows(setting)
@@ -106,7 +117,10 @@ def environment(setting: Setting) -> dict[str, Any]:
     """What the figures depend on beside the code."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     packages = ("llm2comp", "torch", "transformers", "peft", "sentence-transformers")
     return {
         "date": time.strftime("%Y-%m-%d"),

@@ -1,4 +1,6 @@
-"""One thread, no network, a cache of its own (the user's lends it the real LM), tests/families.py importable by its name."""
+"""One thread, no network, a cache of its own (the user's lends it the real LM), tests/families.py
+importable by its name.
+"""
 
 import atexit
 import contextlib
@@ -48,7 +50,8 @@ def smollm2():
         pytest.skip("builtin:smollm2 is not in the user's cache: llm2comp fetch")
     own.parent.mkdir(parents=True, exist_ok=True)
     if not own.exists():
-        # Links of the files, not of the folder: what a test makes anew must not take the user's place.
+        # Links of the files, not of the folder: what a test makes anew must not take the user's
+        # place.
         mine = own.with_name(f"{own.name}.{os.getpid()}")  # another worker may be at it, too
         shutil.copytree(users, mine, copy_function=_link)
         with contextlib.suppress(OSError):

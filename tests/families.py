@@ -1,4 +1,6 @@
-"""Tiny random causal LMs of several families, tokenizers for them, and encoders whose adapters are not zero."""
+"""Tiny random causal LMs of several families, tokenizers for them, and encoders whose adapters are
+not zero.
+"""
 
 import copy
 import functools
@@ -65,7 +67,11 @@ OPT = SMALL | {
     "init_std": 0.15,
     "pad_token_id": 1,
 }
-EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}  # the default one cannot run in float64
+# the default one cannot run in float64
+EXPERTS = {
+    "num_experts_per_tok": 2,
+    "experts_implementation": "eager",
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -84,23 +90,42 @@ FAMILIES = {
     "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 8}),
     "gemma2": (
         "Gemma2Config",
-        GROUPED | NARROW | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
+        GROUPED
+        | NARROW
+        | {"query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
     ),
-    "gemma3": ("Gemma3TextConfig", GROUPED | NARROW | {"query_pre_attn_scalar": 8, "tie_word_embeddings": True}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        GROUPED | NARROW | {"query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+    ),
     "phi3": ("Phi3Config", GROUPED),
     "olmo2": ("Olmo2Config", GROUPED),
-    "granite": ("GraniteConfig", GROUPED | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
+    "granite": (
+        "GraniteConfig",
+        GROUPED | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    ),
     "gpt2": ("GPT2Config", GPT2 | {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}),
     "gpt_neox": ("GPTNeoXConfig", SIZES | {"hidden_dropout": 0.3, "attention_dropout": 0.3}),
-    "llama3": ("LlamaConfig", GROUPED | {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
-    "mixtral": ("MixtralConfig", GROUPED | EXPERTS | {"num_local_experts": 4, "router_jitter_noise": 0.3}),
+    "llama3": (
+        "LlamaConfig",
+        GROUPED | {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        GROUPED | EXPERTS | {"num_local_experts": 4, "router_jitter_noise": 0.3},
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig",
-        GROUPED | EXPERTS | {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
+        GROUPED
+        | EXPERTS
+        | {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16, "mlp_only_layers": [0]},
     ),
     "smollm3": ("SmolLM3Config", GROUPED | {"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
     "opt": ("OPTConfig", OPT | {"dropout": 0.3, "attention_dropout": 0.3}),
-    "starcoder2": ("Starcoder2Config", GROUPED | {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3}),
+    "starcoder2": (
+        "Starcoder2Config",
+        GROUPED | {"residual_dropout": 0.3, "embedding_dropout": 0.3, "attention_dropout": 0.3},
+    ),
 }
 MIXTURES = {"mixtral", "qwen3_moe"}
 WITHOUT_BOS = {"qwen2", "qwen3", "qwen3_moe"}
@@ -114,18 +139,25 @@ def byte_level_bpe(specials):
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=TOKENS, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
+        vocab_size=TOKENS,
+        special_tokens=list(specials),
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES * 3, trainer)
     return tokenizer.to_str()
 
 
 def make_tokenizer(bos=True, chat=False):
-    """With BOS: as Llama's (a template puts it before the text). Without: as Qwen's, and no pad token either."""
+    """With BOS: as Llama's (a template puts it before the text). Without: as Qwen's, and no pad
+    token either.
+    """
     specials = ("<s>", "</s>") if bos else ("<|end|>", "<|start|>")
     tokenizer = Tokenizer.from_str(byte_level_bpe(specials))
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     names = {"bos_token": "<s>", "eos_token": "</s>"} if bos else {"eos_token": "<|end|>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     if chat:
@@ -134,14 +166,29 @@ def make_tokenizer(bos=True, chat=False):
 
 
 def own_tokenizer(family):
-    """A tokenizer of the family's own class, as its Hub repositories have it; these set up their template by themselves."""
+    """A tokenizer of the family's own class, as its Hub repositories have it; these set up their
+    template by themselves.
+    """
     if family in ("qwen2", "gpt2"):
         model = json.loads(byte_level_bpe(("<|endoftext|>", "<|im_end|>")))["model"]
         vocabulary, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
     else:
-        specials = {"llama": ("<unk>", "<s>", "</s>"), "gemma3": ("<pad>", "<eos>", "<bos>", "<unk>")}[family]
-        pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *string.ascii_lowercase, "\u2581t", "he"]
-        vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, [("\u2581", "t"), ("h", "e")]
+        specials = {
+            "llama": ("<unk>", "<s>", "</s>"),
+            "gemma3": ("<pad>", "<eos>", "<bos>", "<unk>"),
+        }[family]
+        pieces = [
+            *specials,
+            *(f"<0x{byte:02X}>" for byte in range(256)),
+            "\u2581",
+            *string.ascii_lowercase,
+            "\u2581t",
+            "he",
+        ]
+        vocabulary, merges = (
+            {piece: i for i, piece in enumerate(pieces)},
+            [("\u2581", "t"), ("h", "e")],
+        )
     name, settings = {
         "llama": ("LlamaTokenizer", {"add_bos_token": True}),
         "qwen2": ("Qwen2Tokenizer", {}),
@@ -182,16 +229,22 @@ def make_backbone(family="llama", attention="bidirectional", chat=False, own=Fal
 
 def push_adapter(backbone, name, seed=1, dropout=0.0, scale=0.15, **settings):
     """One more adapter; its B weights, zero at the start of a training, are random here."""
-    backbone.adapters.add(name, AdapterSettings(**{"rank": 4, "alpha": 8, "dropout": dropout} | settings), seed=seed)
+    backbone.adapters.add(
+        name, AdapterSettings(**{"rank": 4, "alpha": 8, "dropout": dropout} | settings), seed=seed
+    )
     generator = torch.Generator().manual_seed(seed)
     for parameter in backbone.adapters.parameters(name):
         if not parameter.any():
             parameter.data = scale * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
-def make_compressor(family="llama", stages=("pretext", "ucl"), dropout=0.0, memory=MEMORY, encoder=None, **settings):
+def make_compressor(
+    family="llama", stages=("pretext", "ucl"), dropout=0.0, memory=MEMORY, encoder=None, **settings
+):
     """An encoder with one non-zero adapter per stage."""
-    compressor = Compressor.fresh(make_backbone(family, **settings), memory, seed=3, settings=encoder)
+    compressor = Compressor.fresh(
+        make_backbone(family, **settings), memory, seed=3, settings=encoder
+    )
     for number, name in enumerate(stages):
         push_adapter(compressor.backbone, name, seed=number + 1, dropout=dropout)
     return compressor.eval()

@@ -17,14 +17,32 @@ ARCHITECTURES = {
 
 
 def as_gguf_spells(name, weight, config):
-    """A weight as GGUF keeps it: Llama's rotary halves interleaved, Gemma's norms with the one added."""
+    """A weight as GGUF keeps it: Llama's rotary halves interleaved, Gemma's norms with the one
+    added.
+    """
     if config.model_type in ("llama", "mistral") and name.endswith(("q_proj", "k_proj")):
-        heads = config.num_attention_heads if name.endswith("q_proj") else config.num_key_value_heads
-        return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+        heads = (
+            config.num_attention_heads if name.endswith("q_proj") else config.num_key_value_heads
+        )
+        return (
+            weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
+            .swapaxes(1, 2)
+            .reshape(weight.shape)
+        )
     return weight + 1 if config.model_type.startswith("gemma") and "norm" in name else weight
 
 
-def write_gguf(file, lm, tokenizer, kind="F32", name="tiny", licence="mit", tokens_of="gpt2", scaled=False, **facts):
+def write_gguf(
+    file,
+    lm,
+    tokenizer,
+    kind="F32",
+    name="tiny",
+    licence="mit",
+    tokens_of="gpt2",
+    scaled=False,
+    **facts,
+):
     """Write a model and its byte-level tokenizer; matrices in `kind`, the rest in float32.
 
     Returns the weights as gguf itself reads them again, by the model's names, as GGUF spells them.
@@ -52,7 +70,9 @@ def write_gguf(file, lm, tokenizer, kind="F32", name="tiny", licence="mit", toke
         writer.add_sliding_window(window)
     _write_tokenizer(writer, tokenizer, config.vocab_size, tokens_of)
     for key, value in facts.items():
-        (writer.add_uint32 if isinstance(value, int) else writer.add_string)(key.replace("__", "."), value)
+        (writer.add_uint32 if isinstance(value, int) else writer.add_string)(
+            key.replace("__", "."), value
+        )
     names, read = gguf.get_tensor_name_map(architecture, config.num_hidden_layers), {}
     tied = config.tie_word_embeddings
     for path, weight in lm.state_dict().items():
@@ -78,8 +98,12 @@ def _write_tokenizer(writer, tokenizer, rows, model):
     told = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     special = {token["content"] for token in told["added_tokens"] if token["special"]}
-    tokens = [token for token, _ in vocabulary] + [f"[PAD{i}]" for i in range(len(vocabulary), rows)]
-    types = [3 if token in special else 1 for token, _ in vocabulary] + [5] * (rows - len(vocabulary))
+    tokens = [token for token, _ in vocabulary] + [
+        f"[PAD{i}]" for i in range(len(vocabulary), rows)
+    ]
+    types = [3 if token in special else 1 for token, _ in vocabulary] + [5] * (
+        rows - len(vocabulary)
+    )
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)

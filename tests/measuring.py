@@ -8,7 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 
 class NoModules(contextlib.nullcontext):
-    """In place of the counter's look-up of modules, which cannot stand `autograd.grad` inside a forward pass."""
+    """In place of the counter's look-up of modules, which cannot stand `autograd.grad` inside a
+    forward pass.
+    """
 
     parents = ("Global",)
 

@@ -59,7 +59,11 @@ def _sts(task: Any, draw: random.Random) -> dict[str, list[Any]]:
     for number in range(12):
         alike = number % 2 == 0
         first, second = ("cooking", "cooking") if alike else ("cooking", "sailing")
-        row = (_sentence(draw, first), _sentence(draw, second), (4.0 if alike else 1.0) + draw.random())
+        row = (
+            _sentence(draw, first),
+            _sentence(draw, second),
+            (4.0 if alike else 1.0) + draw.random(),
+        )
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
     return columns
@@ -68,7 +72,11 @@ def _sts(task: Any, draw: random.Random) -> dict[str, list[Any]]:
 def _pairs(task: Any, draw: random.Random) -> dict[str, list[Any]]:
     pairs = _sts(task, draw)
     first, second, scores = pairs["sentence1"], pairs["sentence2"], pairs["score"]
-    return {"sentence1": first, "sentence2": second, task.label_column_name: [int(score >= 3) for score in scores]}
+    return {
+        "sentence1": first,
+        "sentence2": second,
+        task.label_column_name: [int(score >= 3) for score in scores],
+    }
 
 
 def _classification(task: Any, draw: random.Random) -> dict[str, list[Any]]:
@@ -81,7 +89,9 @@ def _classification(task: Any, draw: random.Random) -> dict[str, list[Any]]:
 
 
 def _clustering(task: Any, draw: random.Random) -> dict[str, list[Any]]:
-    """Rows that are whole sets, as mteb's legacy clustering has them; the newer one has a row per text."""
+    """Rows that are whole sets, as mteb's legacy clustering has them; the newer one has a row per
+    text.
+    """
     rows = [(_sentence(draw, topic), topic) for topic in TOPICS for _ in range(10)]
     texts, labels = [text for text, _ in rows], [label for _, label in rows]
     if "Legacy" in "".join(base.__name__ for base in type(task).__mro__):
@@ -90,12 +100,21 @@ def _clustering(task: Any, draw: random.Random) -> dict[str, list[Any]]:
 
 
 def _retrieval(task: Any, draw: random.Random) -> dict[str, Any]:
-    documents = {f"d{i}": (topic, _sentence(draw, topic, 14)) for i, topic in enumerate(list(TOPICS) * 5)}
+    documents = {
+        f"d{i}": (topic, _sentence(draw, topic, 14)) for i, topic in enumerate(list(TOPICS) * 5)
+    }
     queries = {f"q{i}": (topic, _sentence(draw, topic, 5)) for i, topic in enumerate(TOPICS)}
-    relevant = {q: {d: 1 for d, (about, _) in documents.items() if about == topic} for q, (topic, _) in queries.items()}
+    relevant = {
+        q: {d: 1 for d, (about, _) in documents.items() if about == topic}
+        for q, (topic, _) in queries.items()
+    }
     return {
-        "corpus": Dataset.from_list([{"id": d, "title": about, "text": text} for d, (about, text) in documents.items()]),
+        "corpus": Dataset.from_list(
+            [{"id": d, "title": about, "text": text} for d, (about, text) in documents.items()]
+        ),
         "queries": Dataset.from_list([{"id": q, "text": text} for q, (_, text) in queries.items()]),
         "relevant_docs": relevant,
-        "top_ranked": {q: list(documents) for q in queries} if task.metadata.type == "Reranking" else None,
+        "top_ranked": {q: list(documents) for q in queries}
+        if task.metadata.type == "Reranking"
+        else None,
     }

@@ -1,4 +1,6 @@
-"""One stage of a tiny encoder, run by itself: its gradients at every optimiser step, its weights, what it computed at once."""
+"""One stage of a tiny encoder, run by itself: its gradients at every optimiser step, its weights,
+what it computed at once.
+"""
 
 from dataclasses import dataclass, field
 
@@ -23,9 +25,24 @@ def make_stage(folder, name, **settings):
     else:
         rows = [{"text": sentences(1, 4 + number % 9, seed=number)[0]} for number in range(24)]
         data = {"source": str(write_rows(folder / "texts.jsonl", rows))}
-    limits = {"min_characters": 1, "max_tokens": 48, "long_texts": "truncate", "site_margin_tokens": 3}
-    own = {"pretext": limits, "ucl": {"min_characters": 1, "attention_dropout": 0.0, "train_memory": True}}
-    common = {"data": [data], "steps": 2, "batch_size": 4, "schedule": SCHEDULE, "log_every_steps": 1, "max_grad_norm": None}
+    limits = {
+        "min_characters": 1,
+        "max_tokens": 48,
+        "long_texts": "truncate",
+        "site_margin_tokens": 3,
+    }
+    own = {
+        "pretext": limits,
+        "ucl": {"min_characters": 1, "attention_dropout": 0.0, "train_memory": True},
+    }
+    common = {
+        "data": [data],
+        "steps": 2,
+        "batch_size": 4,
+        "schedule": SCHEDULE,
+        "log_every_steps": 1,
+        "max_grad_norm": None,
+    }
     return STAGES[name].model_validate(common | own.get(name, {"train_memory": True}) | settings)
 
 
@@ -34,7 +51,8 @@ class Seen:
     """What a stage did."""
 
     gradients: list = field(default_factory=list)  # per optimiser step: name → gradient
-    encoded: list = field(default_factory=list)  # masks of all encoder passes that are to be learned from
+    # masks of all encoder passes that are to be learned from
+    encoded: list = field(default_factory=list)
     batches: list = field(default_factory=list)  # text ids per batch
     said: list = field(default_factory=list)
     weights: dict = field(default_factory=dict)
@@ -54,7 +72,13 @@ def run_stage(name, stage, folder, monkeypatch, dropout=0.0, before_encoding=Non
         return encode(tokens)
 
     def watched_step(self, model, inputs, *args, **kwargs):
-        seen.batches.append([ids.clone() for key, ids in inputs.items() if key.endswith("input_ids") or key == "text_ids"])
+        seen.batches.append(
+            [
+                ids.clone()
+                for key, ids in inputs.items()
+                if key.endswith("input_ids") or key == "text_ids"
+            ]
+        )
         return step(self, model, inputs, *args, **kwargs)
 
     def before_optimizer(self, args, state, control, **kwargs):
@@ -69,7 +93,9 @@ def run_stage(name, stage, folder, monkeypatch, dropout=0.0, before_encoding=Non
         RUNNERS[name](compressor, stage, folder, 7, RunOptions())
     seen.weights = snapshot(compressor)
     assert len(seen.gradients) == stage.steps
-    assert all(gradient.any() for gradients in seen.gradients for gradient in gradients.values()), "vacuous: a zero gradient"
+    assert all(gradient.any() for gradients in seen.gradients for gradient in gradients.values()), (
+        "vacuous: a zero gradient"
+    )
     return seen
 
 

@@ -7,7 +7,12 @@ from tiny_run import sentences, write_recipe, write_rows
 STUDY = {
     "format_version": 1,
     "name": "tiny-study",
-    "overrides": ["pretext.steps=3", "ucl.steps=2", "scl.steps=2", "watch={texts: 8, max_tokens: 32}"],
+    "overrides": [
+        "pretext.steps=3",
+        "ucl.steps=2",
+        "scl.steps=2",
+        "watch={texts: 8, max_tokens: 32}",
+    ],
     "seeds": [0, 1],
     "systems": {"long": {}, "short": {"scl.steps": 1}},
     "after": ["ucl", "last"],
@@ -20,7 +25,10 @@ def write_study(folder, **changes):
         place = folder / "sets" / "sts" / name
         place.mkdir(parents=True, exist_ok=True)
         texts = sentences(40, 6, seed=10 + number)
-        rows = [{"sentence1": texts[2 * i], "sentence2": texts[2 * i + 1], "score": (i * 7) % 6} for i in range(20)]
+        rows = [
+            {"sentence1": texts[2 * i], "sentence2": texts[2 * i + 1], "score": (i * 7) % 6}
+            for i in range(20)
+        ]
         write_rows(place / "test.jsonl", rows)
     tree = STUDY | {"recipe": str(write_recipe(folder)), "scores": [str(folder / "sets")]} | changes
     file = folder / "study.yaml"
@@ -29,6 +37,9 @@ def write_study(folder, **changes):
 
 
 def weights(run):
-    found = {file.relative_to(run).as_posix(): file.read_bytes() for file in sorted(run.rglob("*.safetensors"))}
+    found = {
+        file.relative_to(run).as_posix(): file.read_bytes()
+        for file in sorted(run.rglob("*.safetensors"))
+    }
     assert len(found) >= 6
     return found

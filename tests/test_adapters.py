@@ -1,4 +1,6 @@
-"""The stack of adapters: switched as peft switches, one learns and the older ones rest, merged = on, saved = loaded."""
+"""The stack of adapters: switched as peft switches, one learns and the older ones rest, merged =
+on, saved = loaded.
+"""
 
 import json
 
@@ -8,7 +10,16 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from families import FAMILIES, TEXTS, make_backbone, make_compressor, push_adapter, relative_error, snapshot, untouched
+from families import (
+    FAMILIES,
+    TEXTS,
+    make_backbone,
+    make_compressor,
+    push_adapter,
+    relative_error,
+    snapshot,
+    untouched,
+)
 from llm2comp.errors import BackboneError, ModelFolderError
 from llm2comp.model.backbone.families import LORA_TARGETS
 from llm2comp.model.memory import MemoryTokens
@@ -71,15 +82,30 @@ def test_only_the_newest_adapter_learns_and_no_base_weight(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_default_targets_are_all_found(family):
-    """Every name in the family's table is a layer that learns; k is left alone where it stands by itself."""
+    """Every name in the family's table is a layer that learns; k is left alone where it stands by
+    itself.
+    """
     backbone = make_compressor(family, stages=["pretext"]).backbone
     model_type = backbone.config.model_type
-    expected = set(LORA_TARGETS.get(model_type, ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")))
-    layers = {path: module for path, module in backbone.lm.named_modules() if isinstance(module, BaseTunerLayer)}
-    found = [f"experts.{m.parameter_name}" if hasattr(m, "parameter_name") else p.rsplit(".", 1)[-1] for p, m in layers.items()]
+    expected = set(
+        LORA_TARGETS.get(
+            model_type, ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        )
+    )
+    layers = {
+        path: module
+        for path, module in backbone.lm.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    found = [
+        f"experts.{m.parameter_name}" if hasattr(m, "parameter_name") else p.rsplit(".", 1)[-1]
+        for p, m in layers.items()
+    ]
     assert set(found) == expected
     assert "k_proj" not in found
-    sparse = backbone.config.num_hidden_layers - len(getattr(backbone.config, "mlp_only_layers", None) or ())
+    sparse = backbone.config.num_hidden_layers - len(
+        getattr(backbone.config, "mlp_only_layers", None) or ()
+    )
     for name in expected:
         layers_with_it = sparse if name.startswith("experts") else backbone.config.num_hidden_layers
         assert found.count(name) % layers_with_it == 0, name
@@ -101,7 +127,9 @@ def test_adding_is_fixed_by_its_seed_and_leaves_the_generator_alone():
         backbone = make_backbone()
         backbone.adapters.add("pretext", AdapterSettings(), seed=seed)
         assert torch.equal(torch.get_rng_state(), before)
-        weights.append(torch.cat([p.detach().flatten() for p in backbone.adapters.parameters("pretext")]))
+        weights.append(
+            torch.cat([p.detach().flatten() for p in backbone.adapters.parameters("pretext")])
+        )
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -115,7 +143,9 @@ def test_a_new_adapter_changes_nothing_until_it_learns():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_deltas_add(family):
-    """The stack is W + Σ scale · B · A: the sum written out here, with a rank of its own for each stage."""
+    """The stack is W + Σ scale · B · A: the sum written out here, with a rank of its own for each
+    stage.
+    """
     backbone = make_backbone(family)
     push_adapter(backbone, "pretext", seed=1, rank=4, alpha=8)
     push_adapter(backbone, "ucl", seed=2, rank=2, alpha=3)
@@ -125,12 +155,21 @@ def test_deltas_add(family):
         for path, module in backbone.lm.named_modules():
             if isinstance(module, BaseTunerLayer):
                 a, b = module.lora_A, module.lora_B
-                delta = 2.0 * b["pretext"].weight @ a["pretext"].weight + 1.5 * b["ucl"].weight @ a["ucl"].weight
+                delta = (
+                    2.0 * b["pretext"].weight @ a["pretext"].weight
+                    + 1.5 * b["ucl"].weight @ a["ucl"].weight
+                )
                 weight = reference.get_submodule(path).weight
                 weight += delta if isinstance(reference.get_submodule(path), nn.Linear) else delta.T
         tokens = tokens_of(backbone)
-        arguments = {"attention_mask": tokens.mask_BT, "position_ids": position_ids(tokens.mask_BT), "is_causal": False}
-        expected = reference.base_model(inputs_embeds=backbone.embed(tokens.ids_BT), **arguments).last_hidden_state
+        arguments = {
+            "attention_mask": tokens.mask_BT,
+            "position_ids": position_ids(tokens.mask_BT),
+            "is_causal": False,
+        }
+        expected = reference.base_model(
+            inputs_embeds=backbone.embed(tokens.ids_BT), **arguments
+        ).last_hidden_state
     assert relative_error(states(backbone), expected) < 1e-5
 
 
@@ -141,16 +180,32 @@ def test_merged_equals_adapters_on(family):
     tokens = tokens_of(backbone)
     before, on = snapshot(backbone.lm), states(backbone)
     merged = backbone.adapters.merged()
-    assert not [name for name, module in merged.named_modules() if isinstance(module, BaseTunerLayer) or "lora" in name]
+    assert not [
+        name
+        for name, module in merged.named_modules()
+        if isinstance(module, BaseTunerLayer) or "lora" in name
+    ]
     reference = untouched(family)
-    assert {n: p.shape for n, p in merged.state_dict().items()} == {n: p.shape for n, p in reference.state_dict().items()}
+    assert {n: p.shape for n, p in merged.state_dict().items()} == {
+        n: p.shape for n, p in reference.state_dict().items()
+    }
     assert all(type(m) is type(reference.get_submodule(n)) for n, m in merged.named_modules())
     mask = tokens.mask_BT.bool()
     with torch.no_grad():
-        arguments = {"attention_mask": tokens.mask_BT, "position_ids": position_ids(tokens.mask_BT), "is_causal": False}
-        found = merged.base_model(inputs_embeds=backbone.embed(tokens.ids_BT), **arguments).last_hidden_state
-        off = reference.base_model(inputs_embeds=backbone.embed(tokens.ids_BT), **arguments).last_hidden_state
-    assert torch.cosine_similarity(off[mask], on[mask]).min() < 0.9, "vacuous: the adapters do little"
+        arguments = {
+            "attention_mask": tokens.mask_BT,
+            "position_ids": position_ids(tokens.mask_BT),
+            "is_causal": False,
+        }
+        found = merged.base_model(
+            inputs_embeds=backbone.embed(tokens.ids_BT), **arguments
+        ).last_hidden_state
+        off = reference.base_model(
+            inputs_embeds=backbone.embed(tokens.ids_BT), **arguments
+        ).last_hidden_state
+    assert torch.cosine_similarity(off[mask], on[mask]).min() < 0.9, (
+        "vacuous: the adapters do little"
+    )
     assert torch.cosine_similarity(found[mask], on[mask]).min() > 0.99999
     assert torch.equal(states(backbone), on)
     for name, tensor in snapshot(backbone.lm).items():
@@ -173,7 +228,12 @@ def test_merging_rounds_once():
         if isinstance(module, BaseTunerLayer):
             exact = module.get_base_layer().weight.double()
             for name in backbone.adapters.names:
-                exact = exact + 2.0 * module.lora_B[name].weight.double() @ module.lora_A[name].weight.double()
+                exact = (
+                    exact
+                    + 2.0
+                    * module.lora_B[name].weight.double()
+                    @ module.lora_A[name].weight.double()
+                )
             weight = merged.get_submodule(path).weight
             assert weight.dtype == torch.bfloat16
             assert (weight == exact.float().bfloat16()).float().mean() > 0.999
@@ -183,7 +243,11 @@ def test_merging_rounds_once():
 
 def test_older_adapters_have_no_dropout():
     compressor = make_compressor(stages=["pretext", "ucl"], dropout=0.5)
-    dropouts = [layer.lora_dropout for layer in compressor.backbone.lm.modules() if isinstance(layer, BaseTunerLayer)]
+    dropouts = [
+        layer.lora_dropout
+        for layer in compressor.backbone.lm.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
     assert dropouts
     assert all(d["pretext"].p == d["ucl"].p == 0.5 for d in dropouts)
     compressor.train()
@@ -192,7 +256,9 @@ def test_older_adapters_have_no_dropout():
     for layer in compressor.backbone.lm.modules():
         if isinstance(layer, BaseTunerLayer):
             nn.init.zeros_(layer.lora_B["ucl"].weight)
-    assert torch.equal(states(compressor.backbone), states(compressor.backbone)), "the older adapter drops"
+    assert torch.equal(states(compressor.backbone), states(compressor.backbone)), (
+        "the older adapter drops"
+    )
     compressor.eval()
     assert not any(module.training for d in dropouts for module in d.values())
 
@@ -203,7 +269,10 @@ def test_saved_stage_is_peft_s_own_format_and_loads_again(tmp_path):
     for name in ("pretext", "ucl"):
         compressor.save(tmp_path / name, name)
     other = make_compressor(stages=["pretext", "ucl"], memory=3)
-    for parameter in (*other.backbone.adapters.parameters("pretext"), *other.backbone.adapters.parameters("ucl")):
+    for parameter in (
+        *other.backbone.adapters.parameters("pretext"),
+        *other.backbone.adapters.parameters("ucl"),
+    ):
         parameter.data.fill_(0.1)
     other.memory.vectors_KD.data.zero_()
     assert not torch.allclose(states(other.backbone), before, atol=1e-2)
@@ -265,12 +334,16 @@ def test_peft_alone_reads_what_was_saved(family, tmp_path):
     tokens = tokens_of(backbone)
     with torch.no_grad():
         hidden = found.base_model.model.base_model(
-            input_ids=tokens.ids_BT, attention_mask=tokens.mask_BT, position_ids=position_ids(tokens.mask_BT)
+            input_ids=tokens.ids_BT,
+            attention_mask=tokens.mask_BT,
+            position_ids=position_ids(tokens.mask_BT),
         ).last_hidden_state
         plain = backbone.decoder_pass(backbone.embed(tokens.ids_BT), tokens.mask_BT)
     mask = tokens.mask_BT.bool()
     assert relative_error(hidden[mask], states(backbone)[mask]) < 1e-5
-    assert relative_error(plain[mask], states(backbone)[mask]) > 1e-3, "vacuous: the adapter does nothing"
+    assert relative_error(plain[mask], states(backbone)[mask]) > 1e-3, (
+        "vacuous: the adapter does nothing"
+    )
 
 
 def test_adapters_of_earlier_versions_are_read(tmp_path):

@@ -1,4 +1,6 @@
-"""`llm2comp analyze` on a tiny run, its stage, its folder, and models without memory: figures, files, weights, bad input."""
+"""`llm2comp analyze` on a tiny run, its stage, its folder, and models without memory: figures,
+files, weights, bad input.
+"""
 
 import atexit
 import copy
@@ -62,7 +64,9 @@ def plain_folder():
 def path_of(place):
     """What is asked for on the command line."""
     folder = finished()[0]
-    return {"mean": f"mean:{folder / 'backbone'}", "plain": str(plain_folder())}.get(place) or str(folder / place)
+    return {"mean": f"mean:{folder / 'backbone'}", "plain": str(plain_folder())}.get(place) or str(
+        folder / place
+    )
 
 
 @functools.cache
@@ -83,11 +87,17 @@ def no_plots(monkeypatch):
 
 @pytest.fixture(scope="module")
 def texts_file(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("texts") / "texts.jsonl", [{"text": text} for text in TEXTS])
+    return write_rows(
+        tmp_path_factory.mktemp("texts") / "texts.jsonl", [{"text": text} for text in TEXTS]
+    )
 
 
 def files_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @functools.cache
@@ -112,13 +122,19 @@ def test_figures_are_those_of_the_models_embeddings():
         "uniformity": uniformity(embeddings),
         "anisotropy": anisotropy(embeddings),
         "alignment": alignment(
-            model.encode_query([pair.anchor for pair in PAIRS]), model.encode_document([pair.positive for pair in PAIRS])
+            model.encode_query([pair.anchor for pair in PAIRS]),
+            model.encode_document([pair.positive for pair in PAIRS]),
         ),
     }
     for name, value in expected.items():
         assert measured.figures[name] == pytest.approx(value, rel=1e-4), name
-    plain = [embed_texts(model, texts) for texts in zip(*((p.anchor, p.positive) for p in PAIRS), strict=True)]
-    assert abs(alignment(*plain) - expected["alignment"]) > 1e-3, "vacuous: the query prompt does nothing"
+    plain = [
+        embed_texts(model, texts)
+        for texts in zip(*((p.anchor, p.positive) for p in PAIRS), strict=True)
+    ]
+    assert abs(alignment(*plain) - expected["alignment"]) > 1e-3, (
+        "vacuous: the query prompt does nothing"
+    )
     assert set(measured.figures) == set(FIGURES)
     assert measured.withheld == {}
     assert (measured.collapse.texts, measured.collapse.dimensions) == (len(TEXTS), 32)
@@ -129,7 +145,9 @@ def test_context_recovered_reads_texts_longer_than_the_encoder_does():
     compressor = llm2comp.load(path_of("run/3-scl"), "cpu")[0].compressor
     rows = compressor.backbone.tokenise(texts)
     assert min(map(len, rows)) > 80, "over the encoder's limit of 40, below the LM's of 157"
-    whole, cut = (context_recovered(compressor, split_sample([row[:n] for row in rows], 0)) for n in (157, 40))
+    whole, cut = (
+        context_recovered(compressor, split_sample([row[:n] for row in rows], 0)) for n in (157, 40)
+    )
     measured = analyze(path_of("run"), texts, device="cpu")
     assert measured.figures["context_recovered"] == pytest.approx(whole, abs=1e-5)
     assert abs(whole - cut) > 1e-3, "vacuous: the limit makes no difference"
@@ -157,7 +175,9 @@ def assert_memory_as_in_the_run():
     expected = memory_by_hand()
     model = llm2comp.load(path_of("run/model"), "cpu")
     states = analysis._memory(model, None, TEXTS)
-    assert (expected[:, 0] - expected[:, 1]).norm(dim=1).min() > 0.1, "vacuous: memory tokens are alike"
+    assert (expected[:, 0] - expected[:, 1]).norm(dim=1).min() > 0.1, (
+        "vacuous: memory tokens are alike"
+    )
     assert (states - expected).abs().max() < 1e-4
 
 
@@ -167,7 +187,9 @@ def test_memory_states_of_a_folder_are_those_of_the_run(monkeypatch):
 
 
 def test_memory_states_of_a_folder_ignore_padding():
-    """An exported folder whose base has no pad token is padded with its last memory token, behind the mask."""
+    """An exported folder whose base has no pad token is padded with its last memory token, behind
+    the mask.
+    """
     assert_memory_as_in_the_run()
 
 
@@ -194,7 +216,9 @@ def test_names_and_revisions():
     }
     assert found("mean").name.startswith("llm2comp/mean-")
     assert [found(place).model for place in PLACES] == [path_of(place) for place in PLACES]
-    assert len({found(place).revision for place in PLACES}) == 4, "a run and its folder are one model"
+    assert len({found(place).revision for place in PLACES}) == 4, (
+        "a run and its folder are one model"
+    )
 
 
 # ---- what is withheld
@@ -204,8 +228,16 @@ def test_names_and_revisions():
 @pytest.mark.parametrize("texts", [20, 60])
 def test_what_is_withheld_and_why(place, texts):
     measured = found(place, texts)
-    missing = {"alignment"} | (RANKS if texts == 20 else set()) | (set() if place in LIVE else {"context_recovered"})
-    assert set(measured.withheld) == {name for name in FIGURES if measured.figures[name] is None} == missing
+    missing = (
+        {"alignment"}
+        | (RANKS if texts == 20 else set())
+        | (set() if place in LIVE else {"context_recovered"})
+    )
+    assert (
+        set(measured.withheld)
+        == {name for name in FIGURES if measured.figures[name] is None}
+        == missing
+    )
     assert "--pairs" in measured.withheld["alignment"]
     if texts == 20:
         for name in NEED_MORE_TEXTS:
@@ -214,7 +246,9 @@ def test_what_is_withheld_and_why(place, texts):
         assert "frozen LM" in measured.withheld["context_recovered"]
     for name in set(FIGURES) - missing:
         assert np.isfinite(measured.figures[name])
-    assert (measured.clusters is None) is (measured.merge_weights is None) is (place in WITHOUT_MEMORY)
+    assert (
+        (measured.clusters is None) is (measured.merge_weights is None) is (place in WITHOUT_MEMORY)
+    )
     assert (measured.collapse.memory_correlation is None) is (place in WITHOUT_MEMORY)
     assert len(measured.readouts) == (3 if place in LIVE else 0)
 
@@ -248,7 +282,9 @@ def test_every_figure_is_in_the_table():
 def test_readout_lines_are_lines():
     measured = copy.copy(found("run"))
     readout = measured.readouts[0]
-    object.__setattr__(measured, "readouts", (type(readout)(**asdict(readout) | {"words": [["\n", "fox"]]}),))
+    object.__setattr__(
+        measured, "readouts", (type(readout)(**asdict(readout) | {"words": [["\n", "fox"]]}),)
+    )
     assert not [line for line in analysis.readout_lines(measured) if "\n" in line]
 
 
@@ -266,7 +302,8 @@ def spoil(weights, token):
 @pytest.mark.parametrize("place", ["run", "run/3-scl", "run/model"])
 def test_nan_in_a_weight_stops_with_the_text_that_made_it(place, run, tmp_path):
     texts = [*TEXTS[:17], "J " + TEXTS[17], *TEXTS[18:40]]
-    token = AutoTokenizer.from_pretrained(run / "model").convert_tokens_to_ids("J")  # not one that loading tries the LM with
+    # not one that loading tries the LM with
+    token = AutoTokenizer.from_pretrained(run / "model").convert_tokens_to_ids("J")
     spoil(run / "model" / "model.safetensors", token)
     backbone = Path(shutil.copytree(finished()[0] / "backbone", tmp_path / "backbone"))
     spoil(backbone / "model.safetensors", token)
@@ -281,7 +318,9 @@ def test_nan_in_a_weight_stops_with_the_text_that_made_it(place, run, tmp_path):
         analyze(path, texts, device="cpu")
     assert caught.value.where == "text 18"
     assert texts[17] in caught.value.found
-    assert analyze(path, TEXTS[:40], PAIRS, device="cpu").figures["uniformity"] < 0, "other texts are measured"
+    assert analyze(path, TEXTS[:40], PAIRS, device="cpu").figures["uniformity"] < 0, (
+        "other texts are measured"
+    )
     file = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
     said = cli("analyze", path, "--texts", file, "--device", "cpu", "--out", tmp_path / "out")
     assert_refused(said, "text 18", "not finite", "J ")
@@ -297,7 +336,11 @@ def refuse_constant(name):
 
 def assert_plots(folder, names):
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [".llm2comp.json", "analysis.json", *(f"{name}.{ending}" for name in names for ending in ("png", "svg"))]
+        [
+            ".llm2comp.json",
+            "analysis.json",
+            *(f"{name}.{ending}" for name in names for ending in ("png", "svg")),
+        ]
     )
     for name in names:
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -315,12 +358,17 @@ def assert_plots(folder, names):
 def test_the_folder_holds_valid_json_and_plots(place, tmp_path):
     measured = found(place, pairs=True)
     write_analysis(measured, tmp_path / "deep" / "out")
-    assert_plots(tmp_path / "deep" / "out", ["scores", "spectrum", *(["memory"] if place not in WITHOUT_MEMORY else [])])
+    assert_plots(
+        tmp_path / "deep" / "out",
+        ["scores", "spectrum", *(["memory"] if place not in WITHOUT_MEMORY else [])],
+    )
     text = (tmp_path / "deep" / "out" / "analysis.json").read_text(encoding="utf-8")
     tree = json.loads(text, parse_constant=refuse_constant)
     assert tree == json.loads(json.dumps(asdict(measured)))
     assert tree["figures"]["uniformity"] == measured.figures["uniformity"]
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"], "nothing is left beside it"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"], (
+        "nothing is left beside it"
+    )
 
 
 def test_a_new_analysis_takes_the_place_of_an_earlier_one(tmp_path):
@@ -328,7 +376,9 @@ def test_a_new_analysis_takes_the_place_of_an_earlier_one(tmp_path):
     before = files_of(tmp_path / "out")
     write_analysis(found("mean", 20), tmp_path / "out")
     after = files_of(tmp_path / "out")
-    assert set(before) - set(after) == {"memory.png", "memory.svg"}, "no plot of another model stays"
+    assert set(before) - set(after) == {"memory.png", "memory.svg"}, (
+        "no plot of another model stays"
+    )
     assert json.loads(after["analysis.json"])["model"] == path_of("mean")
     assert after["spectrum.png"] != before["spectrum.png"]
     write_analysis(found("run", pairs=True), tmp_path / "out")
@@ -337,7 +387,9 @@ def test_a_new_analysis_takes_the_place_of_an_earlier_one(tmp_path):
 
 def test_where_it_goes_unless_told(run, monkeypatch):
     monkeypatch.chdir(run.parent)
-    assert analysis.default_folder("run") == analysis.default_folder("run/model") == run / "analysis"
+    assert (
+        analysis.default_folder("run") == analysis.default_folder("run/model") == run / "analysis"
+    )
     assert analysis.default_folder("run/2-ucl") == run / "analysis" / "2-ucl"
     for elsewhere in (path_of("mean"), path_of("plain"), "nobody/nothing"):
         assert analysis.default_folder(elsewhere) == Path("llm2comp-analysis")
@@ -363,9 +415,14 @@ def test_out_with_things_of_ones_own_in_it(texts_file, tmp_path):
 
 
 def parting_threshold():
-    """A threshold at which exactly the two memory tokens that are most alike become one cluster, and the weights then."""
+    """A threshold at which exactly the two memory tokens that are most alike become one cluster,
+    and the weights then.
+    """
     correlation = np.array(found("run").collapse.memory_correlation)
-    (i, j), values = np.argwhere(correlation == np.triu(correlation, 1).max())[0], np.sort(correlation[np.triu_indices(3, 1)])
+    (i, j), values = (
+        np.argwhere(correlation == np.triu(correlation, 1).max())[0],
+        np.sort(correlation[np.triu_indices(3, 1)]),
+    )
     assert values[2] - values[:2].mean() > 0.02
     weights = np.full(MEMORY, 0.5)
     weights[[i, j]] = 0.25
@@ -377,7 +434,9 @@ def assert_embeds(path, expected):
 
 
 def weighed(stage, weights):
-    """Embeddings of the untouched run's stage under other weights, and a guard that they are others."""
+    """Embeddings of the untouched run's stage under other weights, and a guard that they are
+    others.
+    """
     memory = memory_by_hand(stage)
     expected = sum(float(weight) * memory[:, i] for i, weight in enumerate(weights))
     assert (expected - memory.mean(1)).abs().max() > 1e-2, "vacuous: the weights change nothing"
@@ -385,7 +444,18 @@ def weighed(stage, weights):
 
 
 def analyze_and_write(path, texts_file, threshold, *options):
-    said = cli("analyze", path, "--texts", texts_file, "--device", "cpu", "--threshold", threshold, "--write-weights", *options)
+    said = cli(
+        "analyze",
+        path,
+        "--texts",
+        texts_file,
+        "--device",
+        "cpu",
+        "--threshold",
+        threshold,
+        "--write-weights",
+        *options,
+    )
     assert (said.code, said.out) == (0, ""), said
     return said
 
@@ -396,7 +466,9 @@ def test_weights_of_a_run(run, texts_file, capsys):
     before = files_of(run)
     said = analyze_and_write(run, texts_file, threshold)
     assert said.err.count("memory tokens now weigh") == 2
-    assert json.loads((run / "analysis" / "analysis.json").read_text())["merge_weights"] == pytest.approx(weights.tolist())
+    assert json.loads((run / "analysis" / "analysis.json").read_text())[
+        "merge_weights"
+    ] == pytest.approx(weights.tolist())
     expected, _ = weighed("3-scl", weights)
     for place in (run, run / "model", run / "3-scl"):
         assert_embeds(place, expected)
@@ -413,10 +485,16 @@ def test_weights_of_a_run(run, texts_file, capsys):
     capsys.readouterr()
     train(parse_recipe(make_tree(finished()[0])), run)
     told = capsys.readouterr().err
-    assert [f"{stage}: done before" in told for stage in ("1-pretext", "2-ucl", "3-scl")] == [True] * 3
-    assert {name: content for name, content in files_of(run).items() if name in changed} == {n: after[n] for n in changed}
+    assert [f"{stage}: done before" in told for stage in ("1-pretext", "2-ucl", "3-scl")] == [
+        True
+    ] * 3
+    assert {name: content for name, content in files_of(run).items() if name in changed} == {
+        n: after[n] for n in changed
+    }
     again = analyze(str(run), TEXTS, device="cpu", threshold=threshold)
-    assert again.merge_weights == pytest.approx(weights.tolist()), "weights do not change what the memory tokens say"
+    assert again.merge_weights == pytest.approx(weights.tolist()), (
+        "weights do not change what the memory tokens say"
+    )
     assert again.figures["uniformity"] == pytest.approx(uniformity(expected.numpy()), rel=1e-4)
 
 
@@ -430,8 +508,12 @@ def test_weights_of_a_stage(stage, run, texts_file):
     said = analyze_and_write(run / stage, texts_file, threshold)
     assert said.err.count("memory tokens now weigh") == 1
     after = files_of(run)
-    assert {name for name in before if after.get(name) != before[name]} == {f"{stage}/memory.safetensors"}
-    assert {name for name in set(after) - set(before) if not name.startswith(f"analysis/{stage}/")} == set()
+    assert {name for name in before if after.get(name) != before[name]} == {
+        f"{stage}/memory.safetensors"
+    }
+    assert {
+        name for name in set(after) - set(before) if not name.startswith(f"analysis/{stage}/")
+    } == set()
     old, new = (load_file(place / stage / "memory.safetensors") for place in (finished()[1], run))
     assert set(old) == set(new)
     assert torch.equal(old["memory"], new["memory"])
@@ -456,8 +538,12 @@ def test_weights_of_a_model_folder(place, run, texts_file, tmp_path, monkeypatch
     after = files_of(tmp_path)
     changed = {name for name in before if after.get(name) != before[name]}
     assert f"{place}/golden.json" in changed
-    assert {name.rsplit("/", 1)[0] for name in changed - {f"{place}/golden.json"}} == {f"{place}/1_WordWeights"}
-    assert (tmp_path / ("llm2comp-analysis" if place == "moved" else "run/analysis") / "analysis.json").is_file()
+    assert {name.rsplit("/", 1)[0] for name in changed - {f"{place}/golden.json"}} == {
+        f"{place}/1_WordWeights"
+    }
+    assert (
+        tmp_path / ("llm2comp-analysis" if place == "moved" else "run/analysis") / "analysis.json"
+    ).is_file()
     assert_embeds(tmp_path / place, weighed("3-scl", weights)[0])
     assert_embeds(run / "3-scl", weighed("3-scl", weights)[1])
     assert verify(tmp_path / place) > 0.99999
@@ -469,7 +555,9 @@ def test_a_model_without_memory_tokens_takes_no_weights(place, texts_file, tmp_p
     monkeypatch.chdir(tmp_path)
     folder = Path(path_of(place).removeprefix("mean:"))
     before = files_of(folder)
-    said = cli("analyze", path_of(place), "--texts", texts_file, "--device", "cpu", "--write-weights")
+    said = cli(
+        "analyze", path_of(place), "--texts", texts_file, "--device", "cpu", "--write-weights"
+    )
     assert said.code == 1
     assert said.out == ""
     assert said.err.count("error: ") == 1
@@ -482,7 +570,17 @@ def test_a_model_without_memory_tokens_takes_no_weights(place, texts_file, tmp_p
 @pytest.mark.usefixtures("no_plots")
 def test_a_model_without_memory_tokens_is_refused_before_anything_is_written(texts_file, tmp_path):
     out = tmp_path / "out"
-    said = cli("analyze", path_of("mean"), "--texts", texts_file, "--device", "cpu", "--write-weights", "--out", out)
+    said = cli(
+        "analyze",
+        path_of("mean"),
+        "--texts",
+        texts_file,
+        "--device",
+        "cpu",
+        "--write-weights",
+        "--out",
+        out,
+    )
     assert_refused(said, "no memory tokens")
     assert not out.exists()
 
@@ -495,7 +593,9 @@ def test_a_threshold_that_merges_all_or_nothing(threshold, clusters, run, texts_
     tree = json.loads((run.parent / "out" / "analysis.json").read_text())
     assert tree["clusters"] == clusters
     assert tree["merge_weights"] == pytest.approx([1 / 3] * 3)
-    assert load_file(run / "3-scl" / "memory.safetensors")["weights"].tolist() == pytest.approx([1 / 3] * 3)
+    assert load_file(run / "3-scl" / "memory.safetensors")["weights"].tolist() == pytest.approx(
+        [1 / 3] * 3
+    )
     assert_embeds(run / "3-scl", memory_by_hand().mean(1))
 
 
@@ -521,9 +621,23 @@ def test_a_damaged_folder_leaves_the_whole_run_as_it_was(run):
 
 
 def test_all_is_said_on_standard_error(texts_file, tmp_path):
-    pairs = write_rows(tmp_path / "pairs.jsonl", [{"anchor": pair.anchor, "positive": pair.positive} for pair in PAIRS])
+    pairs = write_rows(
+        tmp_path / "pairs.jsonl",
+        [{"anchor": pair.anchor, "positive": pair.positive} for pair in PAIRS],
+    )
     out = tmp_path / "out"
-    said = cli("analyze", path_of("run"), "--texts", texts_file, "--pairs", pairs, "--out", out, "--device", "cpu")
+    said = cli(
+        "analyze",
+        path_of("run"),
+        "--texts",
+        texts_file,
+        "--pairs",
+        pairs,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    )
     assert (said.code, said.out) == (0, "")
     for name in (*FIGURES, "related pairs", "memory clusters"):
         assert name.replace("_", " ") in said.err
@@ -542,7 +656,20 @@ def test_all_is_said_on_standard_error(texts_file, tmp_path):
 def test_column_and_limit(tmp_path):
     file = write_rows(tmp_path / "texts.jsonl", [{"body": text} for text in TEXTS])
     out = tmp_path / "out"
-    said = cli("analyze", path_of("plain"), "--texts", file, "--column", "body", "--limit", 40, "--out", out, "--device", "cpu")
+    said = cli(
+        "analyze",
+        path_of("plain"),
+        "--texts",
+        file,
+        "--column",
+        "body",
+        "--limit",
+        40,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    )
     assert (said.code, said.out) == (0, "")
     tree = json.loads((out / "analysis.json").read_text())
     expected = found("plain", 40)
@@ -557,11 +684,17 @@ def test_column_and_limit(tmp_path):
         (["run/model", "--texts", "nothing.jsonl"], ["nothing.jsonl"]),
         (["run/model", "--texts", "texts.jsonl", "--column", "body"], ["body", "text"]),
         (["run/model", "--texts", "one.jsonl"], ["too few texts", "2 or more"]),
-        (["run/model", "--texts", "texts.jsonl", "--pairs", "wrong.jsonl"], ["wrong.jsonl", "positive"]),
+        (
+            ["run/model", "--texts", "texts.jsonl", "--pairs", "wrong.jsonl"],
+            ["wrong.jsonl", "positive"],
+        ),
         (["run/model", "--texts", "texts.jsonl", "--pairs", "nothing.jsonl"], ["nothing.jsonl"]),
         (["no-such-model", "--texts", "texts.jsonl"], ["no-such-model", "no such folder"]),
         (["nobody/nothing", "--texts", "texts.jsonl"], ["nobody/nothing", "no such folder"]),
-        (["run/1-pretext/adapter", "--texts", "texts.jsonl"], ["not a sentence-transformers folder"]),
+        (
+            ["run/1-pretext/adapter", "--texts", "texts.jsonl"],
+            ["not a sentence-transformers folder"],
+        ),
         (["run/model", "--texts", "texts.jsonl", "--device", "warp"], ["no such device"]),
     ],
     ids=lambda value: None if isinstance(value[0], str) and len(value) < 3 else " ".join(value),
@@ -579,10 +712,13 @@ def test_bad_input_is_one_clear_message(arguments, parts, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--threshold", "2"), ("--threshold", "-1.1"), ("--threshold", "high"), ("--limit", "1")]
+    ("option", "value"),
+    [("--threshold", "2"), ("--threshold", "-1.1"), ("--threshold", "high"), ("--limit", "1")],
 )
 def test_a_setting_out_of_its_range(option, value, texts_file, tmp_path):
-    said = cli("analyze", path_of("run"), "--texts", texts_file, option, value, "--out", tmp_path / "out")
+    said = cli(
+        "analyze", path_of("run"), "--texts", texts_file, option, value, "--out", tmp_path / "out"
+    )
     assert said.code == 2
     assert said.out == ""
     assert option in said.err

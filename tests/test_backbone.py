@@ -1,4 +1,6 @@
-"""The three passes over one copy of the weights: off = the untouched LM, on = bidirectional or causal; what `probe` refuses."""
+"""The three passes over one copy of the weights: off = the untouched LM, on = bidirectional or
+causal; what `probe` refuses.
+"""
 
 import pytest
 import torch
@@ -27,9 +29,12 @@ from llm2comp.model.backbone.probes import multiplies_bfloat16
 from llm2comp.model.tokens import Tokens, position_ids
 from llm2comp.recipe import ModelSettings
 
-# Own dropout everywhere in the base, as released GPT-2, OPT and StarCoder2 have it; noise before Mixtral's router.
+# Own dropout everywhere in the base, as released GPT-2, OPT and StarCoder2 have it; noise before
+# Mixtral's router.
 WITH_DROPOUT = {
-    **{family: config_of(family) for family in ("gpt2", "gpt_neox", "starcoder2", "opt", "mixtral")},
+    **{
+        family: config_of(family) for family in ("gpt2", "gpt_neox", "starcoder2", "opt", "mixtral")
+    },
     "phi3": transformers.Phi3Config(**GROUPED | {"resid_pdrop": 0.3, "attention_dropout": 0.3}),
 }
 
@@ -50,7 +55,9 @@ def test_adapters_off_is_the_untouched_lm_bit_for_bit(family, training):
         found = backbone.decoder_pass(x_BTD, tokens.mask_BT)
         embedded = reference.get_input_embeddings()(tokens.ids_BT)
         places = position_ids(tokens.mask_BT)
-        expected = reference.base_model(inputs_embeds=embedded, attention_mask=tokens.mask_BT, position_ids=places)
+        expected = reference.base_model(
+            inputs_embeds=embedded, attention_mask=tokens.mask_BT, position_ids=places
+        )
         assert torch.equal(found, expected.last_hidden_state)
         with backbone.adapters.switched(off=False):
             adapted = backbone._run(x_BTD, places, tokens.mask_BT)
@@ -70,15 +77,22 @@ def test_adding_adapters_and_training_leave_the_base_as_it_was(family):
     compressor(padded(compressor.backbone, "left")).square().sum().backward()
     optimizer.step()
     state = snapshot(compressor.backbone.lm)
-    wrapped = {name.replace(".base_layer", ""): tensor for name, tensor in state.items() if ".base_layer" in name}
+    wrapped = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in state.items()
+        if ".base_layer" in name
+    }
     assert wrapped, "vacuous: no layer has adapters"
-    for name, tensor in snapshot(untouched(family)).items():  # what has adapters keeps its own weight one level deeper or two
+    # what has adapters keeps its own weight one level deeper or two
+    for name, tensor in snapshot(untouched(family)).items():
         assert torch.equal((wrapped if name in wrapped else state)[name], tensor), name
 
 
 @pytest.mark.parametrize("family", WITH_DROPOUT)
 def test_dropout_of_the_base_itself_never_acts(family):
-    """The frozen LM is in eval mode while the adapters train: in the decoder, and in the encoder with all our rates at 0."""
+    """The frozen LM is in eval mode while the adapters train: in the decoder, and in the encoder
+    with all our rates at 0.
+    """
     lm = lm_from(WITH_DROPOUT[family])
     reference = lm_from(WITH_DROPOUT[family])
     backbone = Backbone(lm, make_tokenizer(), name=family)
@@ -86,11 +100,15 @@ def test_dropout_of_the_base_itself_never_acts(family):
     push_adapter(backbone, "pretext")
     tokens = padded(backbone)
     x = backbone.embed(tokens.ids_BT)
-    arguments = {"inputs_embeds": x, "attention_mask": tokens.mask_BT, "position_ids": position_ids(tokens.mask_BT)}
+    arguments = {
+        "inputs_embeds": x,
+        "attention_mask": tokens.mask_BT,
+        "position_ids": position_ids(tokens.mask_BT),
+    }
     with torch.no_grad():
-        assert not torch.equal(reference.train().base_model(**arguments)[0], reference.base_model(**arguments)[0]), (
-            "vacuous: this base has no dropout"
-        )
+        assert not torch.equal(
+            reference.train().base_model(**arguments)[0], reference.base_model(**arguments)[0]
+        ), "vacuous: this base has no dropout"
         quiet = backbone.eval().encoder_pass(x, tokens.mask_BT)
         expected = reference.eval().base_model(**arguments)[0]
         backbone.train()
@@ -115,9 +133,12 @@ def test_first_state_sees_the_last_token_if_and_only_if_bidirectional(family, at
         decoded = [backbone.decoder_pass(backbone.embed(x), mask)[0] for x in (ids, other)]
     assert ((first - second).abs().max() > 1e-2) == (attention == "bidirectional")
     assert attention == "bidirectional" or torch.equal(first, second)
-    # tokens of one expert are multiplied together, so elsewhere rounding depends on what the last token chose
+    # tokens of one expert are multiplied together, so elsewhere rounding depends on what the last
+    # token chose
     rounding = 1e-5 if family in MIXTURES else 0.0
-    assert (decoded[0][:-1] - decoded[1][:-1]).abs().max() <= rounding, "teacher and decoder are always causal"
+    assert (decoded[0][:-1] - decoded[1][:-1]).abs().max() <= rounding, (
+        "teacher and decoder are always causal"
+    )
     assert not torch.allclose(decoded[0][-1], decoded[1][-1], atol=1e-2)
 
 
@@ -131,7 +152,13 @@ def test_probe_accepts(family, attention):
     "config",
     [
         transformers.Gemma2Config(
-            **GROUPED | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}
+            **GROUPED
+            | {
+                "head_dim": 8,
+                "sliding_window": 8,
+                "query_pre_attn_scalar": 8,
+                "final_logit_softcapping": 3.0,
+            }
         ),
         transformers.GraniteConfig(**GROUPED | {"logits_scaling": 4.0}),
         transformers.CohereConfig(**GROUPED | {"logit_scale": 0.3}),
@@ -144,14 +171,18 @@ def test_project_knows_heads_with_a_scale_or_a_cap(config):
     probe(backbone)
     tokens = padded(backbone)
     states = backbone.decoder_pass(backbone.embed(tokens.ids_BT), tokens.mask_BT)
-    expected = lm_from(config)(tokens.ids_BT, attention_mask=tokens.mask_BT, position_ids=position_ids(tokens.mask_BT)).logits
+    expected = lm_from(config)(
+        tokens.ids_BT, attention_mask=tokens.mask_BT, position_ids=position_ids(tokens.mask_BT)
+    ).logits
     assert torch.equal(backbone.project(states), expected)
     plain = backbone.lm.get_output_embeddings()(states)
     assert (plain - expected).abs().max() > 0.1, "vacuous: the head is plain"
 
 
 STAY_CAUSAL = {
-    "falcon": transformers.FalconConfig(**SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False),
+    "falcon": transformers.FalconConfig(
+        **SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False
+    ),
     "bloom": transformers.BloomConfig(**SMALL, hidden_size=32, n_layer=2, n_head=4),
     "gptj": transformers.GPTJConfig(**SMALL, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
 }
@@ -160,7 +191,9 @@ STAY_CAUSAL = {
 @pytest.mark.parametrize("family", STAY_CAUSAL)
 def test_probe_refuses_a_backbone_that_stays_causal(family):
     lm = lm_from(STAY_CAUSAL[family])
-    with pytest.raises(BackboneError, match=rf"model_type {family}\): cannot encode with bidirectional attention") as error:
+    with pytest.raises(
+        BackboneError, match=rf"model_type {family}\): cannot encode with bidirectional attention"
+    ) as error:
         probe(Backbone(lm, make_tokenizer(), "bidirectional"))
     assert "model.attention: causal" in str(error.value)
     probe(Backbone(lm, make_tokenizer(), "causal"))
@@ -168,12 +201,26 @@ def test_probe_refuses_a_backbone_that_stays_causal(family):
 
 SHAPE = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "intermediate_size": 48}
-BART = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+BART = {
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+}
 UNFIT = {
     "mamba": (transformers.MambaConfig(**SHAPE, state_size=4), "ignores the last token"),
-    "rwkv": (transformers.RwkvConfig(**SHAPE, attention_hidden_size=32), "does not leave out masked tokens"),
-    "bert": (transformers.BertConfig(**SHAPE, **HEADS, initializer_range=0.15), "is not a causal LM"),
-    "bart": (transformers.BartConfig(vocab_size=320, d_model=32, **BART), "does not leave out masked tokens"),
+    "rwkv": (
+        transformers.RwkvConfig(**SHAPE, attention_hidden_size=32),
+        "does not leave out masked tokens",
+    ),
+    "bert": (
+        transformers.BertConfig(**SHAPE, **HEADS, initializer_range=0.15),
+        "is not a causal LM",
+    ),
+    "bart": (
+        transformers.BartConfig(vocab_size=320, d_model=32, **BART),
+        "does not leave out masked tokens",
+    ),
 }
 
 
@@ -190,7 +237,10 @@ FOREIGN = {
     "bart": (transformers.BartConfig(vocab_size=320, d_model=32, **BART), "is an encoder-decoder"),
     "gemma3": (transformers.Gemma3Config(), "is a model of more than text"),
     "qwen2_vl": (transformers.Qwen2VLConfig(), "is a model of more than text"),
-    "modernbert": (transformers.ModernBertConfig(), "cannot be loaded: Unrecognized configuration class"),
+    "modernbert": (
+        transformers.ModernBertConfig(),
+        "cannot be loaded: Unrecognized configuration class",
+    ),
     "vit": (transformers.ViTConfig(), "cannot be loaded: Unrecognized configuration class"),
 }
 
@@ -225,13 +275,25 @@ WINDOWED = [family for family, (_, settings) in FAMILIES.items() if settings.get
 
 @pytest.mark.parametrize("family", WINDOWED)
 def test_a_sliding_window_bounds_what_one_layer_sees(family):
-    """With one layer, a state moves with the tokens that the window reaches, and with those alone."""
-    layers = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]} if "gemma" in family else {"num_hidden_layers": 1}
-    backbone, width = make_compressor(family, **layers).backbone, FAMILIES[family][1]["sliding_window"]
+    """With one layer, a state moves with the tokens that the window reaches, and with those
+    alone.
+    """
+    layers = (
+        {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+        if "gemma" in family
+        else {"num_hidden_layers": 1}
+    )
+    backbone, width = (
+        make_compressor(family, **layers).backbone,
+        FAMILIES[family][1]["sliding_window"],
+    )
     ids = torch.arange(10, 10 + 3 * width)[None]
     middle, mask = ids.shape[1] // 2, torch.ones_like(ids)
     with torch.no_grad():
-        for run, reach in ((backbone.decoder_pass, (width - 1, 0)), (backbone.encoder_pass, (width, width))):
+        for run, reach in (
+            (backbone.decoder_pass, (width - 1, 0)),
+            (backbone.encoder_pass, (width, width)),
+        ):
             moved = []
             for place in range(ids.shape[1]):
                 other = ids.clone()

@@ -1,4 +1,6 @@
-"""Whatever a user gets wrong at the command line: one message, exit code 1, nothing half-written."""
+"""Whatever a user gets wrong at the command line: one message, exit code 1, nothing
+half-written.
+"""
 
 import json
 import os
@@ -37,7 +39,11 @@ def model(tmp_path):
 
 
 def files_in(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) if folder.exists() else []
+    return (
+        sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+        if folder.exists()
+        else []
+    )
 
 
 def train(folder, *overrides, **changes):
@@ -55,7 +61,10 @@ def only(*stages, **changes):
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (b"format_version: 1\nname: x\nmodell: {name: y}\n", ("modell: unknown key; did you mean 'model'?",)),
+        (
+            b"format_version: 1\nname: x\nmodell: {name: y}\n",
+            ("modell: unknown key; did you mean 'model'?",),
+        ),
         (b"format_version: 1\nname: [unclosed\n", ("not readable as YAML", "line")),
         (b"\x93\x00\xff", ("not readable as YAML",)),
         (b"name: 2020-13-45\n", ("not readable as YAML",)),
@@ -71,7 +80,11 @@ def test_recipe_files_that_are_none(tmp_path, content, parts):
 
 
 def test_missing_recipe_file(tmp_path):
-    assert_refused(cli("train", tmp_path / "tinny.yaml", "--out", tmp_path / "run"), "no such recipe", "tinny.yaml")
+    assert_refused(
+        cli("train", tmp_path / "tinny.yaml", "--out", tmp_path / "run"),
+        "no such recipe",
+        "tinny.yaml",
+    )
     assert_refused(cli("train", "tinny", "--out", tmp_path / "run"), "did you mean 'tiny'?")
     assert_refused(cli("train", tmp_path, "--out", tmp_path / "run"), "no such recipe")
     assert files_in(tmp_path) == []
@@ -117,14 +130,23 @@ def test_data_that_is_missing_is_found_before_any_training(tmp_path, stage, chan
 
 def test_bad_rows_are_counted_and_kept_out(tmp_path):
     rows = [json.dumps({"text": text}).encode() for text in sentences(12)]
-    bad = [b"", b'{"text": ""}', b'{"text": "\xff\xfe"}', b'{"text": "too short"}', b'{"text": "broken']
+    bad = [
+        b"",
+        b'{"text": ""}',
+        b'{"text": "\xff\xfe"}',
+        b'{"text": "too short"}',
+        b'{"text": "broken',
+    ]
     (tmp_path / "texts.jsonl").write_bytes(b"\n".join(bad + rows))
     tree = make_tree(tmp_path)
     (tmp_path / "texts.jsonl").write_bytes(b"\n".join(bad + rows))
-    said = train(tmp_path, **only("pretext", "ucl", pretext=tree["pretext"] | {"min_characters": 30}))
+    said = train(
+        tmp_path, **only("pretext", "ucl", pretext=tree["pretext"] | {"min_characters": 30})
+    )
     assert said.code == 0, said
     assert (
-        "texts.jsonl: 13 rows; left out: 2 empty (line 1, line 2), 1 not UTF-8 (line 3), 1 malformed JSON (line 5)" in said.err
+        "texts.jsonl: 13 rows; left out: 2 empty (line 1, line 2), 1 not UTF-8 (line 3), "
+        "1 malformed JSON (line 5)" in said.err
     )
     assert "stage 1: 12 texts of up to 48 tokens; left out: 1 under 30 characters" in said.err
     assert "stage 2: 12 texts of 20 characters or more" in said.err
@@ -142,7 +164,9 @@ def test_texts_over_the_limit(tmp_path, policy, told):
     tree = make_tree(tmp_path)
     texts = sentences(10, 8, seed=9) + [" ".join(sentences(20, seed=n)) for n in range(2)]
     write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    said = train(tmp_path, **only("pretext", pretext=tree["pretext"] | {"long_texts": policy, "steps": 1}))
+    said = train(
+        tmp_path, **only("pretext", pretext=tree["pretext"] | {"long_texts": policy, "steps": 1})
+    )
     assert said.code == 0, said
     assert told in said.err
     if policy == "chunk":
@@ -176,11 +200,20 @@ FALCON = {
 CAUSAL = {
     "falcon": lambda: lm_from(transformers.FalconConfig(**FALCON, bos_token_id=0, eos_token_id=1)),
     "bloom": lambda: lm_from(
-        transformers.BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
+        transformers.BloomConfig(
+            vocab_size=320, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
+        )
     ),
     "gptj": lambda: lm_from(
         transformers.GPTJConfig(
-            vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=160, rotary_dim=4, bos_token_id=0, eos_token_id=1
+            vocab_size=320,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=160,
+            rotary_dim=4,
+            bos_token_id=0,
+            eos_token_id=1,
         )
     ),
 }
@@ -191,9 +224,18 @@ def test_a_backbone_that_stays_causal(tmp_path, family):
     save_backbone(tmp_path / "causal", lm=CAUSAL[family]())
     model = {"name": str(tmp_path / "causal"), "device": "cpu"}
     said = train(tmp_path, model=model, adapter={"rank": 2, "targets": "all-linear"})
-    assert_refused(said, f"model_type {family}", "the first state ignores the last token", "set model.attention: causal")
-    targets = {"gptj": ["q_proj", "v_proj", "fc_in"]}.get(family, ["query_key_value", "dense_h_to_4h"])
-    changes = only("pretext", model=model | {"attention": "causal"}, adapter={"rank": 2, "targets": targets})
+    assert_refused(
+        said,
+        f"model_type {family}",
+        "the first state ignores the last token",
+        "set model.attention: causal",
+    )
+    targets = {"gptj": ["q_proj", "v_proj", "fc_in"]}.get(
+        family, ["query_key_value", "dense_h_to_4h"]
+    )
+    changes = only(
+        "pretext", model=model | {"attention": "causal"}, adapter={"rank": 2, "targets": targets}
+    )
     said = train(tmp_path, "pretext.steps=1", **changes)
     assert said.code == 0, said.err
 
@@ -203,14 +245,18 @@ def test_lora_targets_that_match_nothing(tmp_path, targets):
     said = train(tmp_path, f"adapter.targets={json.dumps(targets)}")
     assert_refused(said, "adapter" if not targets else "no_such")
     assert "[]" in said.err or "q_proj" in said.err
-    assert train(tmp_path, "pretext.steps=1", **only("pretext")).code == 0, "a run that never began does not claim its folder"
+    assert train(tmp_path, "pretext.steps=1", **only("pretext")).code == 0, (
+        "a run that never began does not claim its folder"
+    )
 
 
 def test_a_backbone_with_nan_weights_is_not_called_causal(tmp_path):
     lm = make_lm()
     lm.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     save_backbone(tmp_path / "nan", lm=lm)
-    assert_refused(train(tmp_path, model={"name": str(tmp_path / "nan"), "device": "cpu"}), "not finite")
+    assert_refused(
+        train(tmp_path, model={"name": str(tmp_path / "nan"), "device": "cpu"}), "not finite"
+    )
 
 
 def damage_truncate(path):
@@ -274,11 +320,15 @@ def test_pickled_weights_are_refused(tmp_path, model):
 
 
 def test_names_that_mean_nothing(tmp_path):
-    assert_refused(train(tmp_path, "model.name=builtin:huge"), "no such builtin model", "builtin:tiny")
+    assert_refused(
+        train(tmp_path, "model.name=builtin:huge"), "no such builtin model", "builtin:tiny"
+    )
     assert_refused(train(tmp_path, "model.device=warp"), "no such device here", "warp")
     assert_refused(train(tmp_path, "model.device=cuda:99"), "no such device here", "cuda:99")
     assert_refused(train(tmp_path, f"model.name={tmp_path}/nothing"), "cannot be loaded", "nothing")
-    assert_refused(train(tmp_path, "model.name=owner/no-such-model"), "cannot be loaded", "owner/no-such-model")
+    assert_refused(
+        train(tmp_path, "model.name=owner/no-such-model"), "cannot be loaded", "owner/no-such-model"
+    )
     assert_refused(train(tmp_path, "memory.tokens=160"), "no room")
 
 
@@ -290,8 +340,15 @@ def test_a_run_directory_of_another_recipe_names_the_fields(tmp_path):
     assert train(tmp_path, **only("ucl")).code == 0
     before = {path: (run / path).read_bytes() for path in files_in(run) if (run / path).is_file()}
     said = train(tmp_path, "ucl.steps=5", "seed=3", **only("ucl"))
-    assert_refused(said, "belongs to another recipe", "seed: 0 there, 3 asked for", "ucl.steps: 4 there, 5 asked for")
-    assert {path: (run / path).read_bytes() for path in files_in(run) if (run / path).is_file()} == before
+    assert_refused(
+        said,
+        "belongs to another recipe",
+        "seed: 0 there, 3 asked for",
+        "ucl.steps: 4 there, 5 asked for",
+    )
+    assert {
+        path: (run / path).read_bytes() for path in files_in(run) if (run / path).is_file()
+    } == before
 
 
 def test_a_directory_that_is_no_run_is_left_as_it_was(tmp_path):
@@ -317,10 +374,17 @@ def test_a_run_in_use(tmp_path):
 def test_a_learning_rate_that_runs_away(tmp_path, stage):
     overrides = (f"{stage}.schedule.learning_rate=1.0e+38", f"{stage}.schedule.warmup_steps=0")
     said = train(tmp_path, *overrides, "watch=null", **only(stage))
-    assert_refused(said, f"{stage}, step ", "the loss is not finite", f"lower {stage}.schedule.learning_rate")
+    assert_refused(
+        said, f"{stage}, step ", "the loss is not finite", f"lower {stage}.schedule.learning_rate"
+    )
     shutil.rmtree(tmp_path / "run")
     said = train(tmp_path, *overrides, **only(stage))
-    assert_refused(said, f"{stage}, step 1: the watch found", "not finite", f"lower {stage}.schedule.learning_rate")
+    assert_refused(
+        said,
+        f"{stage}, step 1: the watch found",
+        "not finite",
+        f"lower {stage}.schedule.learning_rate",
+    )
     assert not list((tmp_path / "run").glob("*/done.json"))
 
 
@@ -339,13 +403,21 @@ def commands(folder, tmp_path):
 @pytest.mark.parametrize("command", ["verify", "similarity", "embed"])
 def test_truncated_weights(tmp_path, model, command):
     damage_truncate(model / "model.safetensors")
-    assert_refused(cli(*commands(model, tmp_path)[command]), str(model), "cannot be loaded", "damaged")
+    assert_refused(
+        cli(*commands(model, tmp_path)[command]), str(model), "cannot be loaded", "damaged"
+    )
     with pytest.raises(ModelFolderError, match="cannot be loaded"):
         llm2comp.load(model)
     assert not (tmp_path / "out.npy").exists()
 
 
-HARMLESS = {".llm2comp.json", "README.md", "done.json", "1_WordWeights/model.safetensors"}  # nobody reads them
+# nobody reads them
+HARMLESS = {
+    ".llm2comp.json",
+    "README.md",
+    "done.json",
+    "1_WordWeights/model.safetensors",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -357,7 +429,9 @@ def test_every_file_of_a_model_damaged(tmp_path, damage):
         folder = Path(shutil.copytree(whole, tmp_path / name.replace("/", "-")))
         damage(folder / name)
         said = cli("verify", folder)
-        assert said.code == 0 if unnoticed(name, damage) else not assert_refused(said, str(folder)), (name, said)
+        assert (
+            said.code == 0 if unnoticed(name, damage) else not assert_refused(said, str(folder))
+        ), (name, said)
         if name != "golden.json":
             said = cli("similarity", "a", "b", "-m", folder)
             assert "Traceback" not in said.err
@@ -367,7 +441,10 @@ def test_every_file_of_a_model_damaged(tmp_path, damage):
 
 def unnoticed(name, damage):
     """Files that sentence-transformers has good defaults for."""
-    absent = damage is damage_remove and name in ("config_sentence_transformers.json", "sentence_bert_config.json")
+    absent = damage is damage_remove and name in (
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+    )
     return absent or (damage is damage_brackets and name == "sentence_bert_config.json")
 
 
@@ -386,7 +463,9 @@ def test_nan_embeddings_name_the_text(tmp_path, model):
     said = cli("embed", tmp_path / "in.txt", "-m", model, "-o", tmp_path / "out.npy")
     assert_refused(said, "text 1: the embedding is not finite", "'the first text', and 1 more")
     assert not (tmp_path / "out.npy").exists()
-    assert_refused(cli("similarity", "a", "b", "-m", model), "text 1: the embedding is not finite", "'a'")
+    assert_refused(
+        cli("similarity", "a", "b", "-m", model), "text 1: the embedding is not finite", "'a'"
+    )
     assert_refused(cli("verify", model), "gives other embeddings")
 
 
@@ -399,9 +478,10 @@ def test_folders_that_are_no_model(tmp_path, what):
         place.mkdir()
     if what == "unfinished":
         shutil.copy(finished()[1] / "recipe.yaml", place)
-    problem = {"empty": "not a sentence-transformers folder", "unfinished": "the run is not finished"}.get(
-        what, "no such folder"
-    )
+    problem = {
+        "empty": "not a sentence-transformers folder",
+        "unfinished": "the run is not finished",
+    }.get(what, "no such folder")
     assert_refused(cli("similarity", "a", "b", "-m", place), problem, str(place))
     unchecked = {"empty": "cannot be checked"}.get(what, problem)
     assert_refused(cli("verify", place), unchecked, str(place))
@@ -432,18 +512,35 @@ def test_outputs_that_cannot_be(tmp_path):
         "folder.npy": "no file can be written there",
         "in.txt/out.npy": "no file can be written there",
     }.items():
-        assert_refused(cli("embed", tmp_path / "in.txt", "-m", model, "-o", tmp_path / out), problem, str(tmp_path / out))
+        assert_refused(
+            cli("embed", tmp_path / "in.txt", "-m", model, "-o", tmp_path / out),
+            problem,
+            str(tmp_path / out),
+        )
     assert files_in(tmp_path) == ["folder.npy", "in.txt"]
 
 
 def test_texts_that_cannot_be_embedded(tmp_path):
     model, out = finished()[1], tmp_path / "out.npy"
-    assert_refused(cli("similarity", "alone", "-m", model), "nothing to compare", "two texts or more")
-    assert_refused(cli("embed", "-", "-m", model, "-o", out), "standard input", "no usable row", "nothing in it")
-    assert_refused(cli("embed", "-", "-m", model, "-o", out, stdin=b"\n \n"), "standard input", "nothing in it")
-    assert_refused(cli("similarity", "a", "\udcff", "-m", model), "text 2: not a Unicode text", "udcff")
+    assert_refused(
+        cli("similarity", "alone", "-m", model), "nothing to compare", "two texts or more"
+    )
+    assert_refused(
+        cli("embed", "-", "-m", model, "-o", out),
+        "standard input",
+        "no usable row",
+        "nothing in it",
+    )
+    assert_refused(
+        cli("embed", "-", "-m", model, "-o", out, stdin=b"\n \n"), "standard input", "nothing in it"
+    )
+    assert_refused(
+        cli("similarity", "a", "\udcff", "-m", model), "text 2: not a Unicode text", "udcff"
+    )
     assert_refused(cli("embed", tmp_path / "no.txt", "-m", model, "-o", out), "no such file")
-    assert_refused(cli("similarity", "a", "b", "-m", model, "--device", "warp"), "no such device here", "warp")
+    assert_refused(
+        cli("similarity", "a", "b", "-m", model, "--device", "warp"), "no such device here", "warp"
+    )
     long = b"short\n" + b"memory " * 200
     said = cli("embed", "-", "-m", model, "-o", out, "--long-texts", "error", stdin=long)
     assert_refused(said, "text 2: 1 texts are longer than the model reads")
@@ -451,7 +548,12 @@ def test_texts_that_cannot_be_embedded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["embed", "x.txt"], ["embed", "x.txt", "-m", "m", "-o", "o.npy", "--long-texts", "cut"], ["trian"]]
+    "arguments",
+    [
+        ["embed", "x.txt"],
+        ["embed", "x.txt", "-m", "m", "-o", "o.npy", "--long-texts", "cut"],
+        ["trian"],
+    ],
 )
 def test_usage_errors_are_told_by_the_command_line(arguments):
     said = cli(*arguments)
@@ -463,7 +565,9 @@ def test_usage_errors_are_told_by_the_command_line(arguments):
 def test_a_process_of_its_own_ends_the_same_way(tmp_path):
     (tmp_path / "recipe.yaml").write_text("format_version: 1\nname: x\nmodell: {name: y}\n")
     command = [sys.executable, "-m", "llm2comp", "train", "recipe.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("error: recipe.yaml: ")
     assert "modell: unknown key; did you mean 'model'?" in done.stderr

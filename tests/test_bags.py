@@ -38,7 +38,10 @@ def test_a_bag_is_the_set_of_a_texts_tokens(side, start):
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_loss_and_gradient_are_the_naive_ones(chunk):
     generator = torch.Generator().manual_seed(0)
-    states, head = torch.randn(7, 5, generator=generator).double(), torch.randn(5, 11, generator=generator).double()
+    states, head = (
+        torch.randn(7, 5, generator=generator).double(),
+        torch.randn(5, 11, generator=generator).double(),
+    )
     bags = [[3], [0, 10, 4], [], [1, 2], [5, 6, 7, 8], [0], [9, 1]]
     targets = torch.tensor([bag + [-1] * (4 - len(bag)) for bag in bags])
     weights = torch.rand(7, generator=generator).double()
@@ -53,7 +56,9 @@ def test_loss_and_gradient_are_the_naive_ones(chunk):
         logs = functional.log_softmax(leaf @ head, -1)
         return sum(-weights[i] * logs[i, token] for i, bag in enumerate(bags) for token in bag)
 
-    found = results(lambda leaf: chunked_bag_entropy(leaf, targets, lambda x: x @ head, weights, chunk))
+    found = results(
+        lambda leaf: chunked_bag_entropy(leaf, targets, lambda x: x @ head, weights, chunk)
+    )
     expected = results(naive)
     assert found[0] == pytest.approx(expected[0], rel=1e-12)
     assert relative_error(found[1], expected[1]) < 1e-12
@@ -68,7 +73,9 @@ def test_logits_of_few_rows_exist_at_once():
         return states @ torch.ones(4, 6)
 
     chunk = 2
-    chunked_bag_entropy(torch.ones(5, 4), torch.zeros(5, 1, dtype=torch.int64), project, torch.ones(5), chunk)
+    chunked_bag_entropy(
+        torch.ones(5, 4), torch.zeros(5, 1, dtype=torch.int64), project, torch.ones(5), chunk
+    )
     assert seen == [2, 2, 1]
 
 
@@ -91,8 +98,12 @@ def test_both_prompts_and_both_targets_count():
         loss_of(compressor, [[0, 20, 31, 20, 40, 50, 60]], [4]),
     ]
     assert all(abs(other - default) > 1e-4 for other in others), others
-    assert loss_of(compressor, [[0, 20, 30, 20, 60, 40, 50]], [4]) == pytest.approx(default, rel=1e-6), "a bag has no order"
-    assert loss_of(compressor, [[0, 20, 30, 20, 40, 50, 60, 50]], [4]) == pytest.approx(default, rel=1e-6), "nor counts"
+    assert loss_of(compressor, [[0, 20, 30, 20, 60, 40, 50]], [4]) == pytest.approx(
+        default, rel=1e-6
+    ), "a bag has no order"
+    assert loss_of(compressor, [[0, 20, 30, 20, 40, 50, 60, 50]], [4]) == pytest.approx(
+        default, rel=1e-6
+    ), "nor counts"
 
 
 def test_a_context_of_bos_alone_has_no_bag():
@@ -106,9 +117,13 @@ def test_a_context_of_bos_alone_has_no_bag():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_prompts_are_those_of_the_encoder(family):
-    """Trained by `bag_prompts.itself`, read by `encoder.prompt`: the same tokens, so the same state."""
+    """Trained by `bag_prompts.itself`, read by `encoder.prompt`: the same tokens, so the same
+    state.
+    """
     prompt = BagPrompts().itself
-    compressor = make_compressor(family, encoder=EncoderSettings(pooling="last_token", prompt=prompt))
+    compressor = make_compressor(
+        family, encoder=EncoderSettings(pooling="last_token", prompt=prompt)
+    )
     assert compressor.backbone.around(prompt) == (compressor.before, compressor.behind)
     assert compressor.backbone.tokenizer.decode(compressor.behind) == " The original sentence:"
 
@@ -122,7 +137,9 @@ def test_recipe_refuses_a_prompt(tmp_path, which, prompt):
 
 
 def test_the_prompt_has_room(tmp_path, capsys):
-    """160 positions: a prompt takes its own of them, whatever the pooling; one that leaves none is refused."""
+    """160 positions: a prompt takes its own of them, whatever the pooling; one that leaves none is
+    refused.
+    """
     file = tmp_path / "texts.txt"
     file.write_text("the lazy dog holds what the text said\n" * 8)
 

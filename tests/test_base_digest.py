@@ -1,4 +1,6 @@
-"""Other weights under the same name are noticed, wherever they differ; the digest costs nothing the second time."""
+"""Other weights under the same name are noticed, wherever they differ; the digest costs nothing the
+second time.
+"""
 
 import json
 import os
@@ -34,7 +36,9 @@ def change(folder, *names, by=0.01):
     file = folder / "model.safetensors"
     tensors, size = load_file(file), file.stat().st_size
     for name in names:
-        tensors[name] = tensors[name] + by * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(0))
+        tensors[name] = tensors[name] + by * torch.randn(
+            tensors[name].shape, generator=torch.Generator().manual_seed(0)
+        )
     save_file(tensors, file, metadata={"format": "pt"})
     assert file.stat().st_size == size
 
@@ -121,7 +125,11 @@ def test_a_time_that_was_set_back_deceives_nobody(base, cache, monkeypatch):
         out.write(content[:-4] + bytes(byte ^ 1 for byte in content[-4:]))
     os.utime(base / "model.safetensors", ns=(before.st_atime_ns, before.st_mtime_ns))
     after = (base / "model.safetensors").stat()
-    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (before.st_size, before.st_mtime_ns, before.st_ino)
+    assert (after.st_size, after.st_mtime_ns, after.st_ino) == (
+        before.st_size,
+        before.st_mtime_ns,
+        before.st_ino,
+    )
     assert weights_digest(settings(base)) != first
 
 
@@ -202,15 +210,23 @@ def test_a_stage_over_another_base_is_refused(run):
     ):
         said = cli(*command, "--model", run / "2-ucl")
         assert_refused(
-            said, "another base", done["base"]["digest"][:12], weights_digest(settings(run.parent / "backbone"))[:12]
+            said,
+            "another base",
+            done["base"]["digest"][:12],
+            weights_digest(settings(run.parent / "backbone"))[:12],
         )
     assert not (run.parent / "out").exists()
-    assert cli("similarity", "a", "b", "--model", run / "model").code == 0, "an exported folder has its own weights"
+    assert cli("similarity", "a", "b", "--model", run / "model").code == 0, (
+        "an exported folder has its own weights"
+    )
 
 
 def test_training_does_not_say_done_before_nor_replace_what_was_trained(run):
     recipe = load_recipe(run / "recipe.yaml")
-    keys, kept = stage_keys(recipe), {file: file.read_bytes() for file in run.rglob("*.safetensors")}
+    keys, kept = (
+        stage_keys(recipe),
+        {file: file.read_bytes() for file in run.rglob("*.safetensors")},
+    )
     change(run.parent / "backbone", "model.layers.0.mlp.up_proj.weight", by=0.5)
     assert not set(stage_keys(recipe).values()) & set(keys.values())
     assert_refused(cli("train", run / "recipe.yaml", "--out", run), "another base", "another --out")
@@ -238,7 +254,9 @@ def test_an_older_stage_is_loaded_with_a_line(run, capsys):
 @pytest.mark.parametrize("content", ["{", "[]", '{"base": {"name": 1}}', '{"base": "x"}'])
 def test_a_damaged_note_is_told(run, content):
     (run / "1-pretext" / "done.json").write_text(content)
-    assert_refused(cli("similarity", "a", "b", "--model", run / "1-pretext"), "done.json", "damaged")
+    assert_refused(
+        cli("similarity", "a", "b", "--model", run / "1-pretext"), "done.json", "damaged"
+    )
 
 
 @pytest.mark.parametrize("name", BUILTIN_ENCODERS)

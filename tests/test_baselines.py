@@ -1,4 +1,6 @@
-"""Training-free encoders against the plain transformers model, one text at a time; cutting, saving, loading, wrong settings."""
+"""Training-free encoders against the plain transformers model, one text at a time; cutting, saving,
+loading, wrong settings.
+"""
 
 import functools
 import hashlib
@@ -20,7 +22,13 @@ from llm2comp.lab.analyze import analyze
 from llm2comp.model.backbone import Backbone
 from llm2comp.model.backbone.sources import TINY
 from llm2comp.model.baselines.kinds import NAMES, BaselineSettings, read_saved, variant
-from llm2comp.model.baselines.module import BaselineEncoder, as_sentence, baseline, fill, pooling_weights
+from llm2comp.model.baselines.module import (
+    BaselineEncoder,
+    as_sentence,
+    baseline,
+    fill,
+    pooling_weights,
+)
 from llm2comp.model.baselines.prompts import META_EOL
 from llm2comp.storage.loading import identity, load
 from llm2comp.use.embed import embed
@@ -61,7 +69,8 @@ def make(name="mean", family="llama", **changes):
 def by_bytes(tokenizer, string, begin, end):
     """Ids of a string, and the places of those that hold one of its characters `begin` to `end`.
 
-    A byte-level token is written with one character per byte, so that sums of lengths say where it stands.
+    A byte-level token is written with one character per byte, so that sums of lengths say where it
+    stands.
     """
     ids = tokenizer(string, add_special_tokens=False)["input_ids"]
     a, b = len(string[:begin].encode()), len(string[:end].encode())
@@ -75,7 +84,9 @@ def by_bytes(tokenizer, string, begin, end):
 
 
 def prepared(text):
-    """The rule by hand: full stop unless one of . ? ' or a double quote ends it, single quotes, no question mark."""
+    """The rule by hand: full stop unless one of . ? ' or a double quote ends it, single quotes, no
+    question mark.
+    """
     if text and not text.endswith((".", "?", '"', "'")):
         text = text + "."
     text = "'".join(text.split('"'))
@@ -91,15 +102,27 @@ def naive(family, settings, text):
         said = prepared(text) if settings.as_sentence else text
         string = said.join(template.split("{text}"))
         last = len(string) - len(template.split("{text}")[-1])
-        first = {"text": template.index("{text}"), "last_copy": last - len(said), "last_token": len(string) - 1}[settings.span]
+        first = {
+            "text": template.index("{text}"),
+            "last_copy": last - len(said),
+            "last_token": len(string) - 1,
+        }[settings.span]
         assert settings.span != "text" or template.count("{text}") == 1, "the span would have gaps"
         ids, places = by_bytes(backbone.tokenizer, string, first, last)
-        bos = [backbone.tokenizer.bos_token_id] if backbone.tokenizer.bos_token_id is not None else []
-        states = lm(input_ids=torch.tensor([bos + ids]), output_hidden_states=True).hidden_states[settings.layer][0]
+        bos = (
+            [backbone.tokenizer.bos_token_id] if backbone.tokenizer.bos_token_id is not None else []
+        )
+        states = lm(input_ids=torch.tensor([bos + ids]), output_hidden_states=True).hidden_states[
+            settings.layer
+        ][0]
         chosen = states[len(bos) :][places] if settings.span != "last_token" else states[-1:]
         n = len(chosen)
-        weights = {"mean": [1] * n, "weighted_mean": range(1, n + 1), "last": [0] * (n - 1) + [1]}[settings.pooling]
-        means.append(sum(w * state for w, state in zip(weights, chosen, strict=True)) / sum(weights))
+        weights = {"mean": [1] * n, "weighted_mean": range(1, n + 1), "last": [0] * (n - 1) + [1]}[
+            settings.pooling
+        ]
+        means.append(
+            sum(w * state for w, state in zip(weights, chosen, strict=True)) / sum(weights)
+        )
     return sum(means) / len(means)
 
 
@@ -115,7 +138,9 @@ def test_an_embedding_is_that_of_the_text_alone_as_published(family):
         assert (expected[0] - expected[1]).abs().max() > 0.02, "vacuous: the texts are alike"
         found = embed_texts(model, texts)
         assert (found - expected).abs().max() < 1e-5, name
-        assert (embed_texts(model, texts[::-1], batch_size=3).flip(0) - expected).abs().max() < 1e-5, name
+        assert (
+            embed_texts(model, texts[::-1], batch_size=3).flip(0) - expected
+        ).abs().max() < 1e-5, name
         assert found.dtype == torch.float32
 
 
@@ -147,7 +172,10 @@ def test_layers(family):
         assert (found[a] - found[b]).abs().max() < 1e-6
     assert min((found[a] - found[b]).abs().max() for a, b in ((0, 1), (1, 2), (0, 2))) > 0.05
     for wrong in (3, -4):
-        with pytest.raises(BackboneError, match=rf"(?s)no such layer.*0 \(the embeddings\) to 2, or -3 to -1.*found: {wrong}"):
+        with pytest.raises(
+            BackboneError,
+            match=rf"(?s)no such layer.*0 \(the embeddings\) to 2, or -3 to -1.*found: {wrong}",
+        ):
             make("mean", family, layer=wrong)
 
 
@@ -169,12 +197,14 @@ def test_adapters_are_off_and_attention_is_causal():
     push_adapter(backbone, "pretext")
     for changes in ({}, {"layer": -2}):
         model = baseline(backbone, variant("weighted_mean", max_tokens=1024, **changes))
-        assert (embed_texts(model, ALL) - embed_texts(make("weighted_mean", **changes), ALL)).abs().max() < 1e-6
+        assert (
+            embed_texts(model, ALL) - embed_texts(make("weighted_mean", **changes), ALL)
+        ).abs().max() < 1e-6
     x_BTD = backbone.embed(torch.tensor([backbone.tokenise(TEXTS[:1])[0]]))
     mask = torch.ones(x_BTD.shape[:2], dtype=torch.int64)
-    assert (backbone.encoder_pass(x_BTD, mask) - backbone.decoder_pass(x_BTD, mask)).abs().max() > 0.05, (
-        "vacuous: the adapter does nothing"
-    )
+    assert (
+        backbone.encoder_pass(x_BTD, mask) - backbone.decoder_pass(x_BTD, mask)
+    ).abs().max() > 0.05, "vacuous: the adapter does nothing"
 
 
 def test_pooling_weights():
@@ -185,13 +215,17 @@ def test_pooling_weights():
         "last": [[0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [0, 0, 1, 0, 0]],
     }
     for pooling, weights in expected.items():
-        assert torch.allclose(pooling_weights(span_BT, pooling), torch.tensor(weights, dtype=torch.float32)), pooling
+        assert torch.allclose(
+            pooling_weights(span_BT, pooling), torch.tensor(weights, dtype=torch.float32)
+        ), pooling
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_meta_eol_is_the_mean_of_its_prompts(family):
     assert len(META_EOL) == 8
-    single = torch.stack([embed_texts(make("meta_eol", family, templates=[one]), TEXTS) for one in META_EOL])
+    single = torch.stack(
+        [embed_texts(make("meta_eol", family, templates=[one]), TEXTS) for one in META_EOL]
+    )
     assert (embed_texts(make("meta_eol", family), TEXTS) - single.mean(0)).abs().max() < 1e-5
     assert (single - single.mean(0)).abs().max() > 0.1
 
@@ -220,10 +254,16 @@ def test_texts_are_prepared_as_the_published_code_does():
     assert {text: as_sentence(text) for text in SENTENCES} == SENTENCES
     assert {text: prepared(text) for text in SENTENCES} == SENTENCES
     plain, asked = make("prompt_eol", as_sentence=False), make("prompt_eol")
-    assert {name for name, settings in NAMES.items() if settings.as_sentence} == {"prompt_eol", "meta_eol"}
+    assert {name for name, settings in NAMES.items() if settings.as_sentence} == {
+        "prompt_eol",
+        "meta_eol",
+    }
     for before, after in SENTENCES.items():
         assert (embed_texts(asked, [before]) - embed_texts(plain, [after])).abs().max() < 1e-6
-        assert before == after or (embed_texts(asked, [before]) - embed_texts(plain, [before])).abs().max() > 1e-3
+        assert (
+            before == after
+            or (embed_texts(asked, [before]) - embed_texts(plain, [before])).abs().max() > 1e-3
+        )
 
 
 # ---- which tokens
@@ -243,7 +283,9 @@ def test_echo_reads_the_whole_string_and_pools_its_second_copy(family):
     tokenizer, start = model.tokenizer, [] if family == "qwen3" else [0]
     assert len(start) == (tokenizer.bos_token_id is not None)
     features = model.preprocess(ALL)
-    for text, ids, mask, span in zip(ALL, *(features[key] for key in ("input_ids", "attention_mask", "span")), strict=True):
+    for text, ids, mask, span in zip(
+        ALL, *(features[key] for key in ("input_ids", "attention_mask", "span")), strict=True
+    ):
         string = f"Rewrite the sentence: {text}, rewritten sentence: {text}"
         row = ids[mask == 1].tolist()
         assert row == start + tokenizer(string, add_special_tokens=False)["input_ids"]
@@ -255,7 +297,9 @@ def test_echo_reads_the_whole_string_and_pools_its_second_copy(family):
 
 def test_all_copies_can_be_pooled():
     tokenizer = make_tokenizer()
-    (ids,), (span,) = (make("echo", span="text").preprocess(["the fox"])[key] for key in ("input_ids", "span"))
+    (ids,), (span,) = (
+        make("echo", span="text").preprocess(["the fox"])[key] for key in ("input_ids", "span")
+    )
     assert tokenizer.decode(ids[span == 1]) == " the fox the fox"
 
 
@@ -273,11 +317,15 @@ def test_every_token_of_a_text_counts_and_no_other(kind):
         backbone = make_backbone(kind, own=True, **size, **positions(kind))
     model = baseline(backbone, NAMES["mean"])
     features, rows = model.preprocess(ALL), backbone.tokenise(ALL)
-    for text, row, span, ids in zip(ALL, rows, features["span"].tolist(), features["input_ids"].tolist(), strict=True):
+    for text, row, span, ids in zip(
+        ALL, rows, features["span"].tolist(), features["input_ids"].tolist(), strict=True
+    ):
         bos = int(backbone.bos_id is not None)
         assert ids[: len(row)] == row
         assert span == [0] * bos + [1] * (len(row) - bos) + [0] * (len(span) - len(row)), text
-    quoted = BaselineEncoder(backbone, variant("mean", templates=["<<{text}>>"])).preprocess(["the fox", "it"])
+    quoted = BaselineEncoder(backbone, variant("mean", templates=["<<{text}>>"])).preprocess(
+        ["the fox", "it"]
+    )
     for text, ids, span in zip(["the fox", "it"], quoted["input_ids"], quoted["span"], strict=True):
         assert backbone.tokenizer.decode(ids[span == 1]).strip() == text
 
@@ -287,10 +335,14 @@ def test_an_empty_text():
     assert lms("qwen3")[0].bos_id is None
     for family, stand_in in (("llama", bos), ("qwen3", eos)):
         with torch.no_grad():
-            expected = lms(family)[1](input_ids=torch.tensor([[stand_in]]), output_hidden_states=True).hidden_states[-1][0, 0]
+            expected = lms(family)[1](
+                input_ids=torch.tensor([[stand_in]]), output_hidden_states=True
+            ).hidden_states[-1][0, 0]
         for name in ("mean", "last_token", "weighted_mean"):
             assert (embed_texts(make(name, family), [""])[0] - expected).abs().max() < 1e-5
-            assert (embed_texts(make(name, family), ["", TEXTS[1]])[0] - expected).abs().max() < 1e-5
+            assert (
+                embed_texts(make(name, family), ["", TEXTS[1]])[0] - expected
+            ).abs().max() < 1e-5
     assert embed_texts(make("echo"), [""]).isfinite().all()
     assert make("echo").preprocess([""])["span"].sum() == 1
 
@@ -301,19 +353,33 @@ def test_an_empty_text():
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("name", NAMES)
 def test_of_a_long_text_the_text_is_cut_and_not_the_prompt(name, family):
-    limit = 20 if name in ("mean", "last_token", "weighted_mean") else LIMIT if name == "meta_eol" else 60
-    model = baseline(make_backbone(family, **positions(family, LIMIT)), variant(name, max_tokens=limit))
+    limit = (
+        20
+        if name in ("mean", "last_token", "weighted_mean")
+        else LIMIT
+        if name == "meta_eol"
+        else 60
+    )
+    model = baseline(
+        make_backbone(family, **positions(family, LIMIT)), variant(name, max_tokens=limit)
+    )
     module = model[0]
     features = model.preprocess([LONG])
     cuts = []
-    for template, ids, mask in zip(module.settings.templates, features["input_ids"], features["attention_mask"], strict=True):
+    for template, ids, mask in zip(
+        module.settings.templates, features["input_ids"], features["attention_mask"], strict=True
+    ):
         row = ids[mask == 1].tolist()
         assert len(row) <= limit
         said = model.tokenizer.decode(row, skip_special_tokens=True)
         head, *_, tail = template.split("{text}")
         assert said.startswith(head)
         assert said.endswith(tail)
-        kept = [n for n in range(len(LONG)) if fill(template, prepared(LONG[:n]) if "eol" in name else LONG[:n])[0] == said]
+        kept = [
+            n
+            for n in range(len(LONG))
+            if fill(template, prepared(LONG[:n]) if "eol" in name else LONG[:n])[0] == said
+        ]
         assert kept, "both copies are cut alike, or the prompt is cut"
         cuts.append(kept[-1])
         longer = module._read(template, [LONG[: kept[-1] + 8]])[0].ids
@@ -321,7 +387,9 @@ def test_of_a_long_text_the_text_is_cut_and_not_the_prompt(name, family):
     assert min(cuts) >= 4
     expected = torch.stack(
         [
-            embed_texts(baseline(module.backbone, variant(name, templates=[template])), [LONG[:cut]])[0]
+            embed_texts(
+                baseline(module.backbone, variant(name, templates=[template])), [LONG[:cut]]
+            )[0]
             for template, cut in zip(module.settings.templates, cuts, strict=True)
         ]
     ).mean(0)
@@ -343,7 +411,12 @@ def test_bulk_embedding_knows_how_long_a_text_may_be(name, family):
     room = model[0].room
     assert room == {"mean": 90 - (family != "qwen3")}.get(name, room)
     words = " ".join(sentences(30))
-    ends = [end for _, end in model.tokenizer(words, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+    ends = [
+        end
+        for _, end in model.tokenizer(words, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+    ]
     fits, over = words[: ends[room - 1]], words[: ends[room]]
     assert embed(model, [fits], long_texts="error").long_texts == 0
     whole = BaselineEncoder(lms(family)[0], variant(name, max_tokens=1024)).preprocess([fits])
@@ -354,10 +427,20 @@ def test_bulk_embedding_knows_how_long_a_text_may_be(name, family):
 
 
 def test_too_few_positions_for_the_prompt():
-    with pytest.raises(BackboneError, match=r"(?s)gpt2: too few positions for the prompt \"In this task.*LM's limit 160"):
+    with pytest.raises(
+        BackboneError,
+        match=r"(?s)gpt2: too few positions for the prompt \"In this task.*LM's limit 160",
+    ):
         baseline(make_backbone("gpt2"), NAMES["meta_eol"])
-    least = len(BaselineEncoder(lms("llama")[0], NAMES["prompt_eol"])._read(NAMES["prompt_eol"].templates[0], ["a"])[0].ids)
-    with pytest.raises(BackboneError, match=rf"(?s)expected: {least} or more.*found: {least - 1}: max_tokens is {least - 1}"):
+    least = len(
+        BaselineEncoder(lms("llama")[0], NAMES["prompt_eol"])
+        ._read(NAMES["prompt_eol"].templates[0], ["a"])[0]
+        .ids
+    )
+    with pytest.raises(
+        BackboneError,
+        match=rf"(?s)expected: {least} or more.*found: {least - 1}: max_tokens is {least - 1}",
+    ):
         make("prompt_eol", max_tokens=least - 1)
     assert embed_texts(make("prompt_eol", max_tokens=least), [LONG]).isfinite().all()
 
@@ -369,7 +452,9 @@ def test_too_few_positions_for_the_prompt():
 def test_a_prompt_stands_before_the_text_within_the_template(name):
     model = make(name)
     model.prompts["query"] = "find: "
-    expected = torch.stack([naive("llama", model[0].settings, f"find: {text}") for text in TEXTS[:2]])
+    expected = torch.stack(
+        [naive("llama", model[0].settings, f"find: {text}") for text in TEXTS[:2]]
+    )
     for found in (model.encode_query(TEXTS[:2]), model.encode(TEXTS[:2], prompt="find: ")):
         assert (torch.tensor(found) - expected).abs().max() < 1e-5
     assert (torch.tensor(model.encode_document(TEXTS[:2])) - expected).abs().max() > 1e-3
@@ -390,13 +475,21 @@ def test_a_variant_is_a_value():
         ("echoo", {}, ["no such training-free encoder", "did you mean 'echo'?"]),
         ("echo", {"templtes": ["{text}"]}, ["templtes: unknown key; did you mean 'templates'?"]),
         ("echo", {"zzz": 1}, ["zzz: unknown key; valid keys: templates, span, pooling, layer"]),
-        ("echo", {"templates": ["Rewrite {Text}"]}, ["templates: a template must contain {text}, found 'Rewrite {Text}'"]),
+        (
+            "echo",
+            {"templates": ["Rewrite {Text}"]},
+            ["templates: a template must contain {text}, found 'Rewrite {Text}'"],
+        ),
         ("echo", {"templates": []}, ["templates", "at least 1"]),
         ("echo", {"templates": "{text}"}, ["templates", "valid tuple"]),
         ("echo", {"layer": True}, ["layer", "valid integer"]),
         ("echo", {"layer": "-2"}, ["layer", "valid integer"]),
         ("echo", {"pooling": "max"}, ["pooling", "'weighted_mean'", 'found "max"']),
-        ("echo", {"span": "copy", "max_tokens": 0}, ["span", "'last_copy'", "max_tokens", "greater than or equal to 1"]),
+        (
+            "echo",
+            {"span": "copy", "max_tokens": 0},
+            ["span", "'last_copy'", "max_tokens", "greater than or equal to 1"],
+        ),
     ],
 )
 def test_wrong_settings(name, changes, parts):
@@ -420,14 +513,19 @@ def test_every_kind_is_loaded_by_its_name(kind):
 def test_names_are_known_without_torch():
     program = (
         "import sys; from llm2comp.model.baselines.kinds import NAMES; assert 'meta_eol' in NAMES; "
-        "heavy = {'torch', 'transformers', 'sentence_transformers'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'transformers', 'sentence_transformers'} & set(sys.modules); "
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("promt_eol:builtin:tiny", "prompt_eol"), ("mena:Qwen/Qwen3-0.6B", "mean")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("promt_eol:builtin:tiny", "prompt_eol"), ("mena:Qwen/Qwen3-0.6B", "mean")]
+)
 def test_a_mistyped_kind(name, hint):
-    with pytest.raises(ModelFolderError, match=rf"(?s){name}: no such folder.*did you mean '{hint}'\?"):
+    with pytest.raises(
+        ModelFolderError, match=rf"(?s){name}: no such folder.*did you mean '{hint}'\?"
+    ):
         load(name)
     with pytest.raises(ModelFolderError) as caught:
         load("warp:builtin:tiny")
@@ -440,7 +538,11 @@ def test_saved_and_loaded(tmp_path):
     model = baseline(tiny, variant("prompt_eol", layer=-2))
     model.prompts["query"] = "find: "
     model.save(str(tmp_path / "mine"))
-    assert not [file for file in (tmp_path / "mine").rglob("*") if file.is_file() and file.stat().st_size > 20_000]
+    assert not [
+        file
+        for file in (tmp_path / "mine").rglob("*")
+        if file.is_file() and file.stat().st_size > 20_000
+    ]
     assert yaml.safe_load((tmp_path / "mine" / "baseline.yaml").read_text()) == {
         "format_version": 1,
         "model": {"name": "builtin:tiny", "revision": None, "dtype": "float32", "bos": "auto"},
@@ -456,7 +558,8 @@ def test_saved_and_loaded(tmp_path):
     by_hand = tmp_path / "by-hand"
     by_hand.mkdir()
     (by_hand / "baseline.yaml").write_text(
-        "format_version: 1\nmodel: {name: 'builtin:tiny', dtype: bfloat16}\nencoder: {layer: 2, pooling: last}\n"
+        "format_version: 1\nmodel: {name: 'builtin:tiny', dtype: bfloat16}\nencoder: "
+        "{layer: 2, pooling: last}\n"
     )
     second = load(by_hand, "cpu")
     assert second[0].settings == BaselineSettings(layer=2, pooling="last")
@@ -489,12 +592,19 @@ def test_name_and_revision_change_with_all_that_changes_embeddings(tmp_path):
         saved("echo", dtype="bfloat16"),
         saved("echo", str(copy)),
     ]
-    save_file({key: tensor * 2 for key, tensor in weights.items()}, copy / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: tensor * 2 for key, tensor in weights.items()},
+        copy / "model.safetensors",
+        {"format": "pt"},
+    )
     found.append(saved("echo", str(copy)))
     assert {one.name for one in found} == {"local/same-name"}
     assert len({one.revision for one in found}) == len(found)
     assert saved("echo") == found[0]
-    kinds = {identity(f"{kind}:builtin:tiny", load(f"{kind}:builtin:tiny", "cpu")) for kind in ("mean", "echo")}
+    kinds = {
+        identity(f"{kind}:builtin:tiny", load(f"{kind}:builtin:tiny", "cpu"))
+        for kind in ("mean", "echo")
+    }
     assert len({one.name for one in kinds}) == len({one.revision for one in kinds}) == 2
 
 
@@ -505,10 +615,19 @@ def test_name_and_revision_change_with_all_that_changes_embeddings(tmp_path):
             "format_version: 1\nmodl: {name: x}\nencoder: {}\n",
             ["modl: unknown key; did you mean 'model'?", "model: Field required"],
         ),
-        ("format_version: 1\nmodel: {name: x}\nencoder: {layr: 1}\n", ["encoder.layr: unknown key; did you mean 'layer'?"]),
-        ("format_version: 1\nmodel: {nme: x}\nencoder: {}\n", ["model.nme: unknown key; did you mean 'name'?"]),
+        (
+            "format_version: 1\nmodel: {name: x}\nencoder: {layr: 1}\n",
+            ["encoder.layr: unknown key; did you mean 'layer'?"],
+        ),
+        (
+            "format_version: 1\nmodel: {nme: x}\nencoder: {}\n",
+            ["model.nme: unknown key; did you mean 'name'?"],
+        ),
         ("model: {name: x}\nencoder: {}\n", ["format_version: Field required"]),
-        ("format_version: 1\nmodel: {name: x, device: cpu}\nencoder: {}\n", ["model.device: unknown key; valid keys: name"]),
+        (
+            "format_version: 1\nmodel: {name: x, device: cpu}\nencoder: {}\n",
+            ["model.device: unknown key; valid keys: name"],
+        ),
         ("format_version: 2\nmodel: {name: x}\nencoder: {}\n", ["format_version", "found 2"]),
         (
             "format_version: 1\nmodel: {name: x}\nencoder: {templates: [x]}\n",
@@ -531,7 +650,9 @@ def test_a_wrong_file(text, parts, tmp_path):
 @pytest.fixture(scope="module")
 def echo_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("baseline") / "my-echo"
-    baseline(load("mean:builtin:tiny", "cpu")[0].backbone, variant("echo", layer=-2)).save(str(folder))
+    baseline(load("mean:builtin:tiny", "cpu")[0].backbone, variant("echo", layer=-2)).save(
+        str(folder)
+    )
     return folder
 
 
@@ -551,11 +672,16 @@ def test_analyze_and_evaluate_take_them(tmp_path, echo_folder):
     from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
 
     texts = sentences(24, words=5)
-    rows = [{"sentence1": a, "sentence2": b, "score": i} for i, (a, b) in enumerate(zip(texts[::2], texts[1::2], strict=True))]
+    rows = [
+        {"sentence1": a, "sentence2": b, "score": i}
+        for i, (a, b) in enumerate(zip(texts[::2], texts[1::2], strict=True))
+    ]
     (tmp_path / "sets" / "sts" / "One").mkdir(parents=True)
     write_rows(tmp_path / "sets" / "sts" / "One" / "test.jsonl", rows)
     models = ["weighted_mean:builtin:tiny", str(echo_folder)]
-    found = evaluate(models, EvaluateOptions(local=(tmp_path / "sets",), device="cpu"), tmp_path / "out")
+    found = evaluate(
+        models, EvaluateOptions(local=(tmp_path / "sets",), device="cpu"), tmp_path / "out"
+    )
     assert [row.name for row in found] == ["llm2comp/weighted_mean-builtin-tiny", "local/my-echo"]
     assert [row.failed for row in found] == [{}, {}]
     figures = [row.scores["Local-One"]["score"] for row in found]

@@ -1,4 +1,6 @@
-"""Batches by tokens: the same optimiser step, computed in parts; the same samples whoever prepares them."""
+"""Batches by tokens: the same optimiser step, computed in parts; the same samples whoever prepares
+them.
+"""
 
 from types import SimpleNamespace
 
@@ -22,14 +24,30 @@ from test_nested import make_nested
 from test_resume import StoppedError, make_recipe, stop, train_until
 from tiny_run import make_tree
 
-LENGTHS = [(5, 2), (31, 30), (12, 4), (12, 11), (6, 1), (20, 7), (19, 3)]  # texts, and where they are split
+# texts, and where they are split
+LENGTHS = [
+    (5, 2),
+    (31, 30),
+    (12, 4),
+    (12, 11),
+    (6, 1),
+    (20, 7),
+    (19, 3),
+]
 
 
 def samples():
     found = []
     for number, (length, site) in enumerate(LENGTHS):
         ids = list(range(number * 40 + 2, number * 40 + 2 + length))
-        found.append({"ids": ids, "site": site, "replaced": [-1, *ids[1:]], "teacher": torch.full((3,), float(number)).numpy()})
+        found.append(
+            {
+                "ids": ids,
+                "site": site,
+                "replaced": [-1, *ids[1:]],
+                "teacher": torch.full((3,), float(number)).numpy(),
+            }
+        )
     return found
 
 
@@ -75,27 +93,46 @@ def test_an_optimiser_step_is_the_same_under_any_budget(tmp_path, monkeypatch, o
         seen = run_stage("pretext", limited, tmp_path / str(budget), monkeypatch)
         sizes = [len(mask) for mask in seen.encoded]
         assert sum(sizes) == 8
-        assert {1: sizes == [1] * 8, 90: 1 < max(sizes) < 8 and 2 < len(sizes) < 8, 10**6: sizes == [8]}[budget], sizes
+        assert {
+            1: sizes == [1] * 8,
+            90: 1 < max(sizes) < 8 and 2 < len(sizes) < 8,
+            10**6: sizes == [8],
+        }[budget], sizes
         (found,), (expected,) = seen.gradients, reference.gradients
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert relative_error(found[name], gradient) < 1e-4, name
-        texts = [[row[row > 0].tolist() for (ids,) in s.batches for row in ids] for s in (seen, reference)]
+        texts = [
+            [row[row > 0].tolist() for (ids,) in s.batches for row in ids]
+            for s in (seen, reference)
+        ]
         assert texts[0] == texts[1]
         assert len(texts[0]) == 8
 
 
-@pytest.mark.parametrize("settings", [*({"mini_batch_tokens": n} for n in (1, 40, 999)), {"mini_batch_size": 2}], ids=str)
-@pytest.mark.parametrize("stage", [UclStage(**DATA, denominator="both_views"), SclStage(**DATA)], ids=["ucl", "scl"])
+@pytest.mark.parametrize(
+    "settings", [*({"mini_batch_tokens": n} for n in (1, 40, 999)), {"mini_batch_size": 2}], ids=str
+)
+@pytest.mark.parametrize(
+    "stage", [UclStage(**DATA, denominator="both_views"), SclStage(**DATA)], ids=["ucl", "scl"]
+)
 def test_gradcache_by_tokens_equals_the_formula(stage, settings, monkeypatch):
     """Texts of several lengths, padded in front; the formula encodes each alone."""
     compressor = make_compressor("llama").train()
     model = as_sentence_transformer(compressor, 64).train()
-    columns, seen, encode = columns_of(0 if isinstance(stage, UclStage) else 2), [], compressor.memory_states
+    columns, seen, encode = (
+        columns_of(0 if isinstance(stage, UclStage) else 2),
+        [],
+        compressor.memory_states,
+    )
     features = features_of(model, columns)
     assert any((f["attention_mask"][:, 0] == 0).any() for f in features)
-    monkeypatch.setattr(compressor, "memory_states", lambda tokens: seen.append(tokens.mask_BT) or encode(tokens))
-    loss = contrastive_loss(model, stage.model_copy(update=settings | {"temperature": 0.3}))(features, None)
+    monkeypatch.setattr(
+        compressor, "memory_states", lambda tokens: seen.append(tokens.mask_BT) or encode(tokens)
+    )
+    loss = contrastive_loss(model, stage.model_copy(update=settings | {"temperature": 0.3}))(
+        features, None
+    )
     for mask_BT in seen:
         assert mask_BT[:, 0].any(), "a column of padding alone"
         assert len(mask_BT) == 1 or mask_BT.sum() <= settings.get("mini_batch_tokens", 10**6)
@@ -136,19 +173,31 @@ def test_workers_change_nothing(tmp_path, monkeypatch, name):
 
 def test_a_stopped_run_goes_on_under_another_budget(tmp_path):
     """As one does whose memory ran out: the setting makes no other training of it."""
-    recipe = make_recipe(tmp_path, steps=4, adapter_dropout=0.0, attention_dropout=0.0, ucl=None, scl=None)
+    recipe = make_recipe(
+        tmp_path, steps=4, adapter_dropout=0.0, attention_dropout=0.0, ucl=None, scl=None
+    )
     stage = recipe.pretext.model_copy(update={"max_tokens_per_batch": 60})
     smaller = recipe.model_copy(update={"pretext": stage})
     assert stage_keys(smaller) == stage_keys(recipe)
-    assert stage_keys(recipe.model_copy(update={"pretext": stage.model_copy(update={"steps": 5})})) != stage_keys(recipe)
+    assert stage_keys(
+        recipe.model_copy(update={"pretext": stage.model_copy(update={"steps": 5})})
+    ) != stage_keys(recipe)
     reference, seen = train(recipe, tmp_path / "reference"), tmp_path / "seen.jsonl"
     with pytest.raises(StoppedError):
         train_until(recipe, tmp_path / "run", ("pretext", 3), stop, seen)
     run = train_until(smaller, tmp_path / "run", ("never", 0), stop, seen)
-    assert [line.split()[-1] for line in seen.read_text().splitlines()] == ["1]", "2]", "3]", "3]", "4]"]
+    assert [line.split()[-1] for line in seen.read_text().splitlines()] == [
+        "1]",
+        "2]",
+        "3]",
+        "3]",
+        "4]",
+    ]
     from safetensors.torch import load_file
 
-    found, expected = (load_file(path / "1-pretext" / "memory.safetensors")["memory"] for path in (run, reference))
+    found, expected = (
+        load_file(path / "1-pretext" / "memory.safetensors")["memory"] for path in (run, reference)
+    )
     assert relative_error(found, expected) < 1e-3
     assert not torch.equal(found, expected), "vacuous: the budget was not used"
 
@@ -157,7 +206,9 @@ def test_texts_that_stand_in_memory_together(tmp_path):
     tree = make_tree(tmp_path)
 
     def pretext(**settings):
-        return texts_at_once(parse_recipe(tree | {"pretext": tree["pretext"] | settings}).pretext, 1, 30.0)
+        return texts_at_once(
+            parse_recipe(tree | {"pretext": tree["pretext"] | settings}).pretext, 1, 30.0
+        )
 
     def scl(**settings):
         return texts_at_once(parse_recipe(tree | {"scl": tree["scl"] | settings}).scl, 3, 30.0)
@@ -184,4 +235,9 @@ def test_a_budget_over_sharded_weights_is_refused(tmp_path, monkeypatch):
     stage = make_stage(tmp_path / "data", "pretext", steps=1)
     run_stage("pretext", stage, tmp_path / "without", monkeypatch)
     with pytest.raises(RunError, match="do not go with sharded weights"):
-        run_stage("pretext", stage.model_copy(update={"max_tokens_per_batch": 90}), tmp_path / "with", monkeypatch)
+        run_stage(
+            "pretext",
+            stage.model_copy(update={"max_tokens_per_batch": 90}),
+            tmp_path / "with",
+            monkeypatch,
+        )

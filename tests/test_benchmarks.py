@@ -1,4 +1,6 @@
-"""The benchmark compares like with like: equal loss and gradients, FLOPs as counted, verdicts and peaks that can fail."""
+"""The benchmark compares like with like: equal loss and gradients, FLOPs as counted, verdicts and
+peaks that can fail.
+"""
 
 import json
 import subprocess
@@ -17,7 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import release_shaped, training
 from benchmarks.contrastive import scl, ucl
 from benchmarks.encoding import lengths_of
-from benchmarks.inputs import adapter_parameters, draw_lengths, fill_adapters, make_compressor, make_lm, make_texts, token_rows
+from benchmarks.inputs import (
+    adapter_parameters,
+    draw_lengths,
+    fill_adapters,
+    make_compressor,
+    make_lm,
+    make_texts,
+    token_rows,
+)
 from benchmarks.parts import data_side, kl_side, naive_kl, store_side
 from benchmarks.release_shaped import ReleaseShaped
 from benchmarks.rows import ROWS
@@ -40,7 +50,8 @@ from llm2comp.training.trainers import PretextModel
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {
     "llama": Shape("llama", 2, 32, 48, 4, 4, 8, 120),
-    "qwen3": Shape("qwen3", 2, 32, 48, 4, 2, 16, 120, tied=True),  # grouped keys, heads wider than the hidden states
+    # grouped keys, heads wider than the hidden states
+    "qwen3": Shape("qwen3", 2, 32, 48, 4, 2, 16, 120, tied=True),
 }
 BARE = QUICK.__class__(
     "bare",
@@ -67,7 +78,11 @@ def bare(family):
 
 def gradients(model):
     found = {"adapters": [p.grad for p in adapter_parameters(model)]}
-    found["memory"] = [p.grad for name, p in model.named_parameters() if name.endswith("vectors_KD") and p.grad is not None]
+    found["memory"] = [
+        p.grad
+        for name, p in model.named_parameters()
+        if name.endswith("vectors_KD") and p.grad is not None
+    ]
     return {name: torch.cat([g.flatten() for g in group]) for name, group in found.items() if group}
 
 
@@ -92,7 +107,9 @@ def test_release_shaped_pretext_is_ours_in_loss_and_gradients(family):
     assert len({len(s["ids"]) for s in samples}) > 1, "vacuous: no padding"
     compressor = make_compressor(setting)
     compressor.learn(memory=True)
-    stage = PretextStage.model_validate({"data": training.UNUSED, "schedule": {"learning_rate": 1e-4}})
+    stage = PretextStage.model_validate(
+        {"data": training.UNUSED, "schedule": {"learning_rate": 1e-4}}
+    )
     ours, batch = PretextModel(compressor, stage), PretextCollator(0)(samples)
     theirs = ReleaseShaped(setting, decoder=True)
     found = assert_equal_learning(
@@ -108,9 +125,15 @@ def test_release_shaped_pretext_is_ours_in_loss_and_gradients(family):
 @pytest.mark.parametrize("stage_of", [ucl, scl])
 def test_release_shaped_contrastive_is_ours_in_loss_and_gradients(stage_of, mini_batch):
     setting = bare("llama")
-    stage, columns = ucl(setting) if stage_of is ucl else scl(setting, setting.scl_triples, mini_batch)
+    stage, columns = (
+        ucl(setting) if stage_of is ucl else scl(setting, setting.scl_triples, mini_batch)
+    )
     if stage_of is ucl:
-        columns = [columns[0], columns[0][1:] + columns[0][:1]]  # without dropout two views of one text would be the same
+        # without dropout two views of one text would be the same
+        columns = [
+            columns[0],
+            columns[0][1:] + columns[0][:1],
+        ]
         stage = stage.model_copy(update={"mini_batch_size": mini_batch})
     compressor = make_compressor(setting)
     compressor.learn(memory=False)
@@ -130,12 +153,16 @@ def test_release_shaped_has_the_cost_structure_that_it_claims(monkeypatch):
     setting = bare("llama")
     theirs = ReleaseShaped(setting, decoder=True, attention_dropout=0.2).train()
     copies = [theirs.encoder.get_base_model(), theirs.frozen]
-    pointers = [{p.data_ptr() for name, p in lm.named_parameters() if "lora_" not in name} for lm in copies]
+    pointers = [
+        {p.data_ptr() for name, p in lm.named_parameters() if "lora_" not in name} for lm in copies
+    ]
     assert not pointers[0] & pointers[1]
     assert all(lm.config._attn_implementation == "eager" for lm in copies)
     logits = []
     for lm in copies:
-        lm.get_output_embeddings().register_forward_hook(lambda _, args, out: logits.append(tuple(out.shape[:2])))
+        lm.get_output_embeddings().register_forward_hook(
+            lambda _, args, out: logits.append(tuple(out.shape[:2]))
+        )
     unit = next(pretext_units(setting, grouped=False))[0]
     theirs.pretext_loss([s["ids"] for s in unit], [s["site"] for s in unit])
     longest = max(len(s["ids"]) for s in unit)
@@ -143,12 +170,16 @@ def test_release_shaped_has_the_cost_structure_that_it_claims(monkeypatch):
     assert logits[1] == (setting.pretext_texts, longest)
     sizes, reentrant = [], []
     body = copies[0].model
-    body.register_forward_hook(lambda _, args, kwargs, out: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True)
+    body.register_forward_hook(
+        lambda _, args, kwargs, out: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
     plain = release_shaped.checkpoint
     monkeypatch.setattr(
         release_shaped,
         "checkpoint",
-        lambda *args, use_reentrant: reentrant.append(use_reentrant) or plain(*args, use_reentrant=use_reentrant),
+        lambda *args, use_reentrant: (
+            reentrant.append(use_reentrant) or plain(*args, use_reentrant=use_reentrant)
+        ),
     )
     theirs.contrastive_loss(ucl(setting)[1]).backward()
     assert sizes[:6] == [2, 2, 1] * 2  # two views
@@ -164,17 +195,25 @@ def test_both_sides_of_a_unit_read_the_same_texts():
     padding = {True: 0, False: 0}
     for _ in range(BATCHES // 4):
         units = {True: next(ours), False: next(theirs)}
-        flat = [sorted((s["ids"], s["site"]) for batch in unit for s in batch) for unit in units.values()]
+        flat = [
+            sorted((s["ids"], s["site"]) for batch in unit for s in batch)
+            for unit in units.values()
+        ]
         assert flat[0] == flat[1]
         assert all(len(batch) == setting.pretext_texts for unit in units.values() for batch in unit)
         for grouped, unit in units.items():
-            padding[grouped] += sum(max(len(s["ids"]) for s in batch) - len(s["ids"]) for batch in unit for s in batch)
+            padding[grouped] += sum(
+                max(len(s["ids"]) for s in batch) - len(s["ids"]) for batch in unit for s in batch
+            )
     assert padding[True] < 0.5 * padding[False]
 
 
 def eager_compressor(setting, monkeypatch):
     """The flop counter does not see inside sdpa on a CPU."""
-    monkeypatch.setattr("benchmarks.inputs.make_lm", lambda setting, attention, dtype=None: make_lm(setting, "eager", dtype))
+    monkeypatch.setattr(
+        "benchmarks.inputs.make_lm",
+        lambda setting, attention, dtype=None: make_lm(setting, "eager", dtype),
+    )
     return make_compressor(setting)
 
 
@@ -185,12 +224,16 @@ def test_pretext_flops_are_those_that_torch_counts(family, monkeypatch):
     compressor = eager_compressor(setting, monkeypatch)
     compressor.backbone.savings = frozenset()  # what they save counts as done in a model's FLOPs
     compressor.learn(memory=True)
-    stage = PretextStage.model_validate({"data": training.UNUSED, "schedule": {"learning_rate": 1e-4}})
+    stage = PretextStage.model_validate(
+        {"data": training.UNUSED, "schedule": {"learning_rate": 1e-4}}
+    )
     model = PretextModel(compressor, stage).train()
     ids = [s["ids"] for s in next(pretext_units(setting, grouped=True))[0]]
     batch = PretextCollator(0)([{"ids": row, "site": 25} for row in ids])
     found = counted(lambda: model(items=model.items(batch), **batch).backward())
-    assert found == pytest.approx(pretext_flops(setting.shape, [40] * 3, [25] * 3, setting.memory_tokens), rel=3e-3)
+    assert found == pytest.approx(
+        pretext_flops(setting.shape, [40] * 3, [25] * 3, setting.memory_tokens), rel=3e-3
+    )
 
 
 @pytest.mark.parametrize("family", SHAPES)
@@ -199,12 +242,18 @@ def test_encoder_flops_are_those_that_torch_counts(family, monkeypatch):
     compressor = eager_compressor(setting, monkeypatch)
     compressor.backbone.savings = frozenset()  # what they save counts as done in a model's FLOPs
     compressor.learn(memory=True)
-    tokens = Tokens.pad(compressor.backbone.tokenise(make_texts([12] * 4, setting.shape, 5)), "left")
+    tokens = Tokens.pad(
+        compressor.backbone.tokenise(make_texts([12] * 4, setting.shape, 5)), "left"
+    )
     step = counted(lambda: compressor.train()(tokens).sum().backward())
-    assert step == pytest.approx(contrastive_flops(setting.shape, [12] * 4, setting.memory_tokens), rel=5e-3)
+    assert step == pytest.approx(
+        contrastive_flops(setting.shape, [12] * 4, setting.memory_tokens), rel=5e-3
+    )
     with torch.no_grad(), compressor.backbone.adapters.switched(off=True):
         alone = counted(lambda: compressor.eval()(tokens))
-    assert alone == pytest.approx(encode_flops(setting.shape, [12] * 4, setting.memory_tokens), rel=5e-3)
+    assert alone == pytest.approx(
+        encode_flops(setting.shape, [12] * 4, setting.memory_tokens), rel=5e-3
+    )
 
 
 def test_gemm_rate_counts_the_products_that_it_runs(monkeypatch):
@@ -238,12 +287,17 @@ def test_data_counts_tokens_without_padding(tmp_path):
 
 
 def test_store_makes_every_text_anew_in_each_unit(tmp_path):
-    side, lengths = store_side(BARE, 2, tmp_path), draw_lengths(2 * BARE.data_rows, BARE.pretext_lengths, 20)
+    side, lengths = (
+        store_side(BARE, 2, tmp_path),
+        draw_lengths(2 * BARE.data_rows, BARE.pretext_lengths, 20),
+    )
     times = set()
     for _ in range(2):
         assert side.run() == (sum(lengths), 0.0)
         (folder,) = [path for path in (tmp_path / "made-2").iterdir() if path.is_dir()]
-        assert [row.tolist() for row in TokenStore(folder)] == [row.tolist() for row in token_rows(lengths, BARE.shape, 20)]
+        assert [row.tolist() for row in TokenStore(folder)] == [
+            row.tolist() for row in token_rows(lengths, BARE.shape, 20)
+        ]
         times.add((folder / "stored.json").stat().st_mtime_ns)
     assert len(times) == 2
 
@@ -261,7 +315,11 @@ def test_lengths_of_encode_texts():
 def row_of(rates, differ=None, **settings):
     """A row whose sides' clocks are under control: (tokens, flops) by side."""
     sides = {
-        name: (lambda *_, name=name: Side(lambda: rates[name], lambda: [torch.tensor([rates[name][0] * 1.0])]))
+        name: (
+            lambda *_, name=name: Side(
+                lambda: rates[name], lambda: [torch.tensor([rates[name][0] * 1.0])]
+            )
+        )
         for name in rates
     }
     return Row("a row", sides, "base", differ=differ, **settings)
@@ -285,12 +343,17 @@ def test_errors_of_checks():
     assert side_error([torch.ones(3)], [torch.zeros(3)]) == float("inf")
     assert side_error([torch.ones(3)], [torch.ones(3), torch.ones(3)]) == float("inf")
     turned = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    assert cosine_gap([turned], [torch.tensor([[2.0, 0.0], [1.0, 0.0]])]) == pytest.approx(1 - 0.5**0.5)
+    assert cosine_gap([turned], [torch.tensor([[2.0, 0.0], [1.0, 0.0]])]) == pytest.approx(
+        1 - 0.5**0.5
+    )
 
 
 def test_rounds_are_interleaved_and_warmed_up():
     ran = []
-    sides = {name: (lambda *_, name=name: Side(lambda: (ran.append(name), (7, 0.0))[1])) for name in ("a", "b", "base")}
+    sides = {
+        name: (lambda *_, name=name: Side(lambda: (ran.append(name), (7, 0.0))[1]))
+        for name in ("a", "b", "base")
+    }
     found = measure_times(Row("a row", sides, "base"), replace(BARE, pairs=4), Path())
     assert [ran[i : i + 3] for i in range(0, len(ran), 3)] == [
         ["a", "b", "base"],
@@ -299,7 +362,11 @@ def test_rounds_are_interleaved_and_warmed_up():
         ["base", "a", "b"],
         ["a", "b", "base"],
     ]
-    assert {name: len(rates) for name, rates in found["tokens_per_second"].items()} == {"a": 4, "b": 4, "base": 4}
+    assert {name: len(rates) for name, rates in found["tokens_per_second"].items()} == {
+        "a": 4,
+        "b": 4,
+        "base": 4,
+    }
 
 
 def test_figures_are_medians_of_ratios_within_rounds():
@@ -324,11 +391,15 @@ def test_figures_are_medians_of_ratios_within_rounds():
 
 
 @pytest.mark.parametrize(
-    ("sense", "value", "expected"), [(">=", 1.8, "met"), (">=", 1.79, "missed"), ("<=", 1.8, "met"), ("<=", 1.81, "missed")]
+    ("sense", "value", "expected"),
+    [(">=", 1.8, "met"), (">=", 1.79, "missed"), ("<=", 1.8, "met"), ("<=", 1.81, "missed")],
 )
 def test_verdicts(sense, value, expected):
     target = Target("cpu", "ours", "ratio", sense, 1.8)
-    assert verdict(target, {"ratio": value}, "cpu") == f"ratio {'≥' if sense == '>=' else '≤'} 1.8: {expected}"
+    assert (
+        verdict(target, {"ratio": value}, "cpu")
+        == f"ratio {'≥' if sense == '>=' else '≤'} 1.8: {expected}"
+    )
     assert verdict(target, {"ratio": value}, "quick").endswith("(cpu): not judged")
     assert verdict(target, {}, "cpu").endswith("not measured")
 
@@ -348,22 +419,35 @@ def test_rows_name_sides_and_settings_that_exist():
 
 
 def test_command_writes_json_and_table(tmp_path):
-    """The whole way through processes of its own: times, peaks, environment; the naive KL holds memory that ours does not."""
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "kl", "--out", str(tmp_path)]
+    """The whole way through processes of its own: times, peaks, environment; the naive KL holds
+    memory that ours does not.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--quick",
+        "--only",
+        "kl",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "quick.json").read_text(encoding="utf-8"))
     assert content["environment"]["torch"] == torch.__version__
     kl = content["rows"]["kl"]
-    assert {name: len(rates) for name, rates in kl["times"]["tokens_per_second"].items()} == dict.fromkeys(
-        ("chunked", "naive"), QUICK.pairs
-    )
+    assert {
+        name: len(rates) for name, rates in kl["times"]["tokens_per_second"].items()
+    } == dict.fromkeys(("chunked", "naive"), QUICK.pairs)
     assert 0 <= kl["times"]["difference"]["chunked"] < 1e-4
     logits = 4 * QUICK.kl_positions * QUICK.shape.vocabulary
     assert kl["peaks"]["naive"] > 2 * logits
     assert kl["peaks"]["chunked"] < kl["peaks"]["naive"]
     assert (tmp_path / "quick.md").read_text(encoding="utf-8") in done.stdout
     assert "| kl " in done.stdout
-    refused = subprocess.run([*command[:-2], "--only", "nonsense"], cwd=ROOT, capture_output=True, text=True, check=False)
+    refused = subprocess.run(
+        [*command[:-2], "--only", "nonsense"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert refused.returncode == 2
     assert "pretext" in refused.stderr

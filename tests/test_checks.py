@@ -1,4 +1,6 @@
-"""What can be known before training is told before training: by `train` and `--dry-run` alike, in one line."""
+"""What can be known before training is told before training: by `train` and `--dry-run` alike, in
+one line.
+"""
 
 import json
 import shutil
@@ -24,7 +26,16 @@ from llm2comp.training import plan as plan_module
 from llm2comp.training import run as run_module
 from llm2comp.training.checks import check
 from llm2comp.training.estimates import fitted
-from tiny_run import assert_refused, cli, finished, make_tree, save_backbone, sentences, write_recipe, write_rows
+from tiny_run import (
+    assert_refused,
+    cli,
+    finished,
+    make_tree,
+    save_backbone,
+    sentences,
+    write_recipe,
+    write_rows,
+)
 
 LONG = "words " * 40
 
@@ -39,12 +50,30 @@ def pairs(folder, **settings):
 
 
 LATE = {
-    "dimensions": (lambda f: changed(f, "ucl", matryoshka_dims=[9999]), RecipeError, r"ucl\.matryoshka_dims.*\n.*up to 32"),
-    "dimensions of scl": (lambda f: changed(f, "scl", matryoshka_dims=[8, 33]), RecipeError, "found: \\[33\\]"),
-    "long instruction": (lambda f: changed(f, "scl", data=pairs(f, instruction=LONG)), RecipeError, "leaves no room"),
-    "mask token": (lambda f: changed(f, "pretext", objective="mntp", mask_token="two tokens"), BackboneError, "not one token"),
+    "dimensions": (
+        lambda f: changed(f, "ucl", matryoshka_dims=[9999]),
+        RecipeError,
+        r"ucl\.matryoshka_dims.*\n.*up to 32",
+    ),
+    "dimensions of scl": (
+        lambda f: changed(f, "scl", matryoshka_dims=[8, 33]),
+        RecipeError,
+        "found: \\[33\\]",
+    ),
+    "long instruction": (
+        lambda f: changed(f, "scl", data=pairs(f, instruction=LONG)),
+        RecipeError,
+        "leaves no room",
+    ),
+    "mask token": (
+        lambda f: changed(f, "pretext", objective="mntp", mask_token="two tokens"),
+        BackboneError,
+        "not one token",
+    ),
     "bag prompts": (
-        lambda f: changed(f, "pretext", objective="ebae_ebar", bag_prompts={"itself": LONG * 4 + "{text}"}),
+        lambda f: changed(
+            f, "pretext", objective="ebae_ebar", bag_prompts={"itself": LONG * 4 + "{text}"}
+        ),
         BackboneError,
         "no room",
     ),
@@ -64,7 +93,9 @@ def test_settings_that_a_later_stage_would_stumble_over(tmp_path, tree, kind, pa
 def test_one_usable_row_is_none_to_learn_from(tmp_path, stage):
     tree = make_tree(tmp_path)
     (text,) = sentences(1)
-    write_rows(tmp_path / "one.jsonl", [{"text": text, "anchor": "who reads", "positive": text}] * 9)
+    write_rows(
+        tmp_path / "one.jsonl", [{"text": text, "anchor": "who reads", "positive": text}] * 9
+    )
     data = [{"source": str(tmp_path / "one.jsonl")}]
     tree[stage] = tree.get(stage, {}) | {"data": data}
     with pytest.raises(DataError, match="too few usable rows(.*\n)*.*found: 1"):
@@ -76,7 +107,9 @@ def test_train_and_dry_run_ask_the_same(tmp_path, monkeypatch):
     assert plan_module.check is run_module.check is checks.check
     recipe = write_recipe(tmp_path, **changed(tmp_path, "scl", matryoshka_dims=[9999]))
     for more in (("--dry-run",), ()):
-        assert_refused(cli("train", recipe, "--out", tmp_path / "run", *more), "scl.matryoshka_dims", "9999")
+        assert_refused(
+            cli("train", recipe, "--out", tmp_path / "run", *more), "scl.matryoshka_dims", "9999"
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -88,12 +121,17 @@ def test_batches_are_no_larger_than_the_data(tmp_path, stage, size, rows):
     said = cli("train", write_recipe(tmp_path), f"{stage}.batch_size={size}", "--dry-run")
     assert said.code == 0, said
     assert f"{stage}: batches of {rows}, as there are no more different rows" in said.err
-    planned = plan_module.plan(load_recipe(tmp_path / "recipe.yaml", [f"{stage}.batch_size={size}"]))[0]
+    planned = plan_module.plan(
+        load_recipe(tmp_path / "recipe.yaml", [f"{stage}.batch_size={size}"])
+    )[0]
     assert {p.name: p.samples for p in planned}[stage] == 4 * rows
 
 
 def test_what_is_computed_at_once_follows_the_memory(monkeypatch):
-    backbone, stage = make_compressor().backbone, UclStage(data=[{"source": "x"}], batch_size=64, max_tokens=64)
+    backbone, stage = (
+        make_compressor().backbone,
+        UclStage(data=[{"source": "x"}], batch_size=64, max_tokens=64),
+    )
     cut = {}
     for free in (2**40, 2**26, 2**24):
         monkeypatch.setattr(estimates, "free_memory", lambda _, free=free: free)
@@ -102,7 +140,9 @@ def test_what_is_computed_at_once_follows_the_memory(monkeypatch):
     assert 64 <= cut[2**24] < cut[2**26] <= 8192
     assert estimates.activations(backbone.config, stage, 1, cut[2**26], True) <= 2**26
     for own in ({"mini_batch_size": 7}, {"mini_batch_tokens": 9}):
-        assert fitted("ucl", stage.model_copy(update=own), backbone, False).mini_batch_size == own.get("mini_batch_size")
+        assert fitted(
+            "ucl", stage.model_copy(update=own), backbone, False
+        ).mini_batch_size == own.get("mini_batch_size")
 
 
 # ---- learning rates
@@ -110,7 +150,11 @@ def test_what_is_computed_at_once_follows_the_memory(monkeypatch):
 
 def test_auto_is_the_release_s_rate_at_its_width_and_goes_with_the_inverse_width():
     stage = UclStage(data=[{"source": "x"}], schedule=Schedule(warmup_steps=3))
-    release, tiny, full = stage.at_width(4096).schedule, stage.at_width(256).schedule, stage.at_width(256, full=True).schedule
+    release, tiny, full = (
+        stage.at_width(4096).schedule,
+        stage.at_width(256).schedule,
+        stage.at_width(256, full=True).schedule,
+    )
     assert (release.peak, release.floor_learning_rate, release.warmup_steps) == (3e-5, 1e-5, 3)
     assert (tiny.peak, tiny.floor_learning_rate) == (16 * 3e-5, 16 * 1e-5)
     assert full.peak == pytest.approx(tiny.peak / 10)
@@ -142,7 +186,10 @@ def sts_set(folder):
     home = folder / "sets" / "sts" / "One"
     home.mkdir(parents=True)
     texts = sentences(40)
-    rows = [{"sentence1": a, "sentence2": b, "score": i % 5} for i, (a, b) in enumerate(zip(texts, texts[1:], strict=False))]
+    rows = [
+        {"sentence1": a, "sentence2": b, "score": i % 5}
+        for i, (a, b) in enumerate(zip(texts, texts[1:], strict=False))
+    ]
     write_rows(home / "test.jsonl", rows)
     return folder / "sets"
 
@@ -150,7 +197,9 @@ def sts_set(folder):
 @pytest.mark.parametrize("place", ["model", "3-scl"])
 def test_a_long_instruction_is_refused_by_evaluate(tmp_path, place):
     (tmp_path / "told.yaml").write_text(f"Local-One: {LONG}\n")
-    options = EvaluateOptions(local=(sts_set(tmp_path),), device="cpu", instructions=str(tmp_path / "told.yaml"))
+    options = EvaluateOptions(
+        local=(sts_set(tmp_path),), device="cpu", instructions=str(tmp_path / "told.yaml")
+    )
     with pytest.raises(RecipeError, match="instruction of Local-One"):
         evaluate([str(finished()[1] / place)], options, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.json"))
@@ -160,7 +209,9 @@ def test_a_score_that_is_no_number_is_no_score(tmp_path):
     """One embedding for all texts: Spearman's correlation is NaN."""
     task = local_tasks(sts_set(tmp_path))[0]
     encoder = MtebEncoder(as_sentence_transformer(make_compressor(), 40), "x/y", "z")
-    encoder.encode = lambda inputs, **_: np.ones((sum(len(batch["text"]) for batch in inputs), 4), dtype=np.float32)
+    encoder.encode = lambda inputs, **_: np.ones(
+        (sum(len(batch["text"]) for batch in inputs), 4), dtype=np.float32
+    )
     with pytest.raises(TaskFailedError, match="not a number"):
         run_task(encoder, task, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("Local-One.json")), "no file with NaN in it"
@@ -174,7 +225,10 @@ def test_an_encoder_is_no_model_to_train(tmp_path, place):
     folder, run = finished()
     with pytest.raises(BackboneError, match=f"is an encoder(.*\n)*.*{folder / 'backbone'}"):
         check(parse_recipe(make_tree(tmp_path) | {"model": {"name": str(run / place)}}))
-    for name, base in (("builtin:general-tiny", "builtin:tiny"), ("builtin:general", "builtin:smollm2")):
+    for name, base in (
+        ("builtin:general-tiny", "builtin:tiny"),
+        ("builtin:general", "builtin:smollm2"),
+    ):
         with pytest.raises(BackboneError, match=f"model.name={base}"):
             check(parse_recipe(make_tree(tmp_path) | {"model": {"name": name}}))
 
@@ -185,9 +239,13 @@ def test_a_name_that_looks_like_a_path_is_answered_at_once(tmp_path, monkeypatch
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     for name in ("runs/dmeo", "./runs/dmeo", str(tmp_path / "runs" / "dmeo"), "runs/dmeo/3-scl"):
-        with pytest.raises(ModelFolderError, match=f"no such folder(.*\n)*.*{tmp_path / 'runs' / 'demo'}"):
+        with pytest.raises(
+            ModelFolderError, match=f"no such folder(.*\n)*.*{tmp_path / 'runs' / 'demo'}"
+        ):
             llm2comp.load(name)
-        with pytest.raises(BackboneError, match=f"no such folder(.*\n)*.*{tmp_path / 'runs' / 'demo'}"):
+        with pytest.raises(
+            BackboneError, match=f"no such folder(.*\n)*.*{tmp_path / 'runs' / 'demo'}"
+        ):
             check(parse_recipe(make_tree(tmp_path) | {"model": {"name": name}}))
     with pytest.raises(DataError, match="no such file"):
         check(parse_recipe(changed(tmp_path, "ucl", data=[{"source": "runs/texts"}])))
@@ -224,7 +282,13 @@ def project(folder):
     folder.mkdir()
     tree = make_tree(folder)
     ucl = tree["ucl"] | {"steps": 1, "data": [{"source": "texts.jsonl"}]}
-    changes = {"model": {"name": "backbone", "device": "cpu"}, "ucl": ucl, "pretext": None, "scl": None, "watch": None}
+    changes = {
+        "model": {"name": "backbone", "device": "cpu"},
+        "ucl": ucl,
+        "pretext": None,
+        "scl": None,
+        "watch": None,
+    }
     return write_recipe(folder, **changes)
 
 
@@ -236,30 +300,47 @@ def test_a_moved_or_copied_project_does_not_train_again(tmp_path, monkeypatch):
     assert kept.model.name == str(tmp_path / "here" / "backbone")
     assert kept.ucl.data[0].source == str(tmp_path / "here" / "texts.jsonl")
     monkeypatch.chdir(tmp_path)
-    assert llm2comp.load("here/runs/x/2-ucl").encode(["a text"]).shape == (1, 32), "from another working directory"
+    assert llm2comp.load("here/runs/x/2-ucl").encode(["a text"]).shape == (1, 32), (
+        "from another working directory"
+    )
     shutil.copytree(tmp_path / "here", tmp_path / "copy")
     names = [Run(tmp_path / place / "runs" / "x").recipe.model.name for place in ("here", "copy")]
-    assert names == [str(tmp_path / place / "backbone") for place in ("here", "copy")], "each its own"
+    assert names == [str(tmp_path / place / "backbone") for place in ("here", "copy")], (
+        "each its own"
+    )
     (tmp_path / "here").rename(tmp_path / "there")
-    assert llm2comp.load("there/runs/x/2-ucl").encode(["a text"]).shape == (1, 32), "found beside the moved run"
+    assert llm2comp.load("there/runs/x/2-ucl").encode(["a text"]).shape == (1, 32), (
+        "found beside the moved run"
+    )
     monkeypatch.chdir(tmp_path / "there")
     said = cli("train", "recipe.yaml", "--out", "runs/x")
     assert said.code == 0, said
     assert "2-ucl: done before" in said.err
     shutil.move(tmp_path / "there" / "runs" / "x", tmp_path / "x")
     said = cli("train", "recipe.yaml", "--out", tmp_path / "x")
-    assert "2-ucl: done before" in said.err, "the run alone was moved: the absolute names still hold"
+    assert "2-ucl: done before" in said.err, (
+        "the run alone was moved: the absolute names still hold"
+    )
 
 
 def test_home_is_expanded_everywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_backbone(tmp_path / "lm")
-    tree = make_tree(tmp_path) | {"watch": {"tasks": ["~/sets"], "data": [{"source": "~/texts.jsonl"}]}}
+    tree = make_tree(tmp_path) | {
+        "watch": {"tasks": ["~/sets"], "data": [{"source": "~/texts.jsonl"}]}
+    }
     tree |= {"model": {"name": "~/lm"}}
     tree["scl"]["data"] = [{"source": "~/pairs.jsonl"}]
     recipe = parse_recipe(tree)
-    names = (recipe.model.name, recipe.watch.tasks[0], recipe.watch.data[0].source, recipe.scl.data[0].source)
-    assert names == tuple(str(tmp_path / name) for name in ("lm", "sets", "texts.jsonl", "pairs.jsonl"))
+    names = (
+        recipe.model.name,
+        recipe.watch.tasks[0],
+        recipe.watch.data[0].source,
+        recipe.scl.data[0].source,
+    )
+    assert names == tuple(
+        str(tmp_path / name) for name in ("lm", "sets", "texts.jsonl", "pairs.jsonl")
+    )
     assert llm2comp.load("mean:~/lm", "cpu").encode(["a text"]).shape == (1, 32)
     (tmp_path / "recipe.yaml").write_text(json.dumps(tree))
     assert load_recipe("~/recipe.yaml") == recipe

@@ -1,4 +1,6 @@
-"""The command line as such: help, what it imports, how it ends, and what a person sees meanwhile."""
+"""The command line as such: help, what it imports, how it ends, and what a person sees
+meanwhile.
+"""
 
 import io
 import json
@@ -55,13 +57,18 @@ def test_help_names_every_command_and_so_does_no_argument():
 def test_commands_stand_in_groups_make_use_judge():
     out = cli("--help").out
     places = [
-        out.index(line) for group, commands in GROUPS.items() for line in (f"─ {group} ─", *(f"│ {c} " for c in commands))
+        out.index(line)
+        for group, commands in GROUPS.items()
+        for line in (f"─ {group} ─", *(f"│ {c} " for c in commands))
     ]
     assert places == sorted(places)
 
 
 def test_no_command_is_in_no_group():
-    found = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
+    found = {
+        command.name or command.callback.__name__.replace("_", "-")
+        for command in app.registered_commands
+    }
     assert found >= set(COMMANDS)
     assert {command.rich_help_panel for command in app.registered_commands} == set(GROUPS)
 
@@ -78,7 +85,10 @@ def test_nothing_in_help_is_cut_at_80_columns(command):
     node = get_command(app)
     for name in command:
         node = node.commands[name]
-    options = ["--help", *(name for parameter in node.params for name in parameter.opts if name.startswith("--"))]
+    options = [
+        "--help",
+        *(name for parameter in node.params for name in parameter.opts if name.startswith("--")),
+    ]
     for name in options:
         assert re.search(rf"{name}[ ,]", out), f"{name} is not whole"
 
@@ -97,7 +107,9 @@ names = "torch transformers sentence_transformers datasets numpy pyarrow yaml"
 heavy = set(names.split()) & set(sys.modules)
 assert not heavy, heavy
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -107,7 +119,9 @@ def test_python_m_and_the_version():
     assert llm2comp.__version__ == version("llm2comp")
     assert cli("--version") == Said(0, f"llm2comp {version('llm2comp')}\n", "")
     command = [sys.executable, "-m", "llm2comp", "train", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "100"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "100"}
+    )
     assert "Usage: llm2comp train " in done.stdout
     assert "--dry-run" in done.stdout
 
@@ -123,7 +137,9 @@ heavy = set(names.split()) & set(sys.modules)
 assert not heavy, heavy
 assert all(callable(getattr(llm2comp, name)) for name in ("load", "train"))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -131,9 +147,15 @@ assert all(callable(getattr(llm2comp, name)) for name in ("load", "train"))
     ("origin", "command"),
     [
         (None, "pip install 'llm2comp[lab]'"),
-        ({"url": "file:///home/me/llm2comp", "dir_info": {"editable": True}}, "pip install -e '/home/me/llm2comp[lab]'"),
+        (
+            {"url": "file:///home/me/llm2comp", "dir_info": {"editable": True}},
+            "pip install -e '/home/me/llm2comp[lab]'",
+        ),
         ({"url": "file:///home/me/a%20b", "dir_info": {}}, "pip install '/home/me/a b[lab]'"),
-        ({"url": "file:///x/llm2comp-1.whl", "archive_info": {}}, "pip install '/x/llm2comp-1.whl[lab]'"),
+        (
+            {"url": "file:///x/llm2comp-1.whl", "archive_info": {}},
+            "pip install '/x/llm2comp-1.whl[lab]'",
+        ),
         (
             {"url": "https://host/llm2comp", "vcs_info": {"vcs": "git", "commit_id": "1"}},
             "pip install 'llm2comp[lab] @ git+https://host/llm2comp'",
@@ -171,7 +193,9 @@ def test_errors_end_in_one_message(monkeypatch, error, message):
     assert (said.code, said.out, said.err) == (1, "", message)
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), AttributeError("a bug")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), RuntimeError("a bug"), AttributeError("a bug")]
+)
 def test_programming_errors_keep_their_traceback(monkeypatch, error):
     def fails(*_):
         raise error
@@ -191,10 +215,18 @@ def test_interrupted(monkeypatch):
 
 
 def test_train_and_verify_say_where_the_result_is(tmp_path):
-    said = cli("train", write_recipe(tmp_path, pretext=None, scl=None), "ucl.steps=1", "--out", tmp_path / "run")
+    said = cli(
+        "train",
+        write_recipe(tmp_path, pretext=None, scl=None),
+        "ucl.steps=1",
+        "--out",
+        tmp_path / "run",
+    )
     assert said.code == 0, said
     assert said.out == ""
-    assert said.err.endswith(f"finished: {tmp_path / 'run' / 'model'}\nreport: {tmp_path / 'run' / 'report.html'}\n")
+    assert said.err.endswith(
+        f"finished: {tmp_path / 'run' / 'model'}\nreport: {tmp_path / 'run' / 'report.html'}\n"
+    )
     assert "tiny-run" in (tmp_path / "run" / "report.html").read_text()
     said = cli("verify", tmp_path / "run" / "model")
     assert said.code == 0
@@ -205,7 +237,9 @@ def test_default_run_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = cli("train", write_recipe(tmp_path, pretext=None, scl=None), "ucl.steps=1", "name=mine")
     assert said.code == 0, said
-    assert json.loads((tmp_path / "runs" / "mine" / "2-ucl" / "done.json").read_text())["steps"] == 1
+    assert (
+        json.loads((tmp_path / "runs" / "mine" / "2-ucl" / "done.json").read_text())["steps"] == 1
+    )
 
 
 # ---- what a person sees
@@ -269,7 +303,9 @@ def test_progress_on_a_terminal_is_a_live_bar(monkeypatch):
     assert "loss 0.5" in out.getvalue()
 
 
-@pytest.mark.parametrize("text", ["[bold]x[/bold]", "[/INST]", "runs/[x]/model", "a" * 500, ":smile:"])
+@pytest.mark.parametrize(
+    "text", ["[bold]x[/bold]", "[/INST]", "runs/[x]/model", "a" * 500, ":smile:"]
+)
 def test_lines_are_printed_as_they_are(shown, text):
     say(text)
     assert shown.getvalue() == text + "\n"
@@ -306,13 +342,20 @@ def test_brackets_in_paths_are_printed_as_they_are(tmp_path):
     said = cli("embed", odd / "in.txt", "-m", finished()[1], "-o", odd / "out.npy")
     assert said.code == 0, said
     assert f"{odd / 'out.npy'}: 2 embeddings" in said.err
-    assert_refused(cli("embed", odd / "no" / "[/x].txt", "-m", finished()[1], "-o", odd / "out.npy"), "[/x].txt")
+    assert_refused(
+        cli("embed", odd / "no" / "[/x].txt", "-m", finished()[1], "-o", odd / "out.npy"),
+        "[/x].txt",
+    )
 
 
 def test_a_hub_name_that_cannot_be_looked_up(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "_ADVICE", "advice")
-    said = cli("embed", "no-such-owner/no-such-set", "-m", finished()[1], "-o", tmp_path / "out.npy")
-    assert_refused(said, "no-such-owner/no-such-set: not a file, nor a loadable Hub data set", "advice")
+    said = cli(
+        "embed", "no-such-owner/no-such-set", "-m", finished()[1], "-o", tmp_path / "out.npy"
+    )
+    assert_refused(
+        said, "no-such-owner/no-such-set: not a file, nor a loadable Hub data set", "advice"
+    )
 
 
 def test_out_of_device_memory_says_what_to_do(tmp_path, monkeypatch):
@@ -320,4 +363,8 @@ def test_out_of_device_memory_says_what_to_do(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("llm2comp.training.run.train", run_out)
-    assert_refused(cli("train", write_recipe(tmp_path), "--out", tmp_path / "run"), "out of device memory", "batch_size")
+    assert_refused(
+        cli("train", write_recipe(tmp_path), "--out", tmp_path / "run"),
+        "out of device memory",
+        "batch_size",
+    )

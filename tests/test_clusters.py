@@ -1,4 +1,6 @@
-"""Memory correlation against loops, clusters against a naive average linkage, merge weights against means of means."""
+"""Memory correlation against loops, clusters against a naive average linkage, merge weights against
+means of means.
+"""
 
 import itertools
 import math
@@ -16,10 +18,14 @@ PLANTED = [0, 1, 0, 2, 1, 0, 3, 2]
 
 
 def planted_memory(labels, noise, seed=0, texts=TEXTS):
-    """Memory states (texts, K, D): for each text one direction a cluster, at right angles, plus noise, of many lengths."""
+    """Memory states (texts, K, D): for each text one direction a cluster, at right angles, plus
+    noise, of many lengths.
+    """
     rng = np.random.default_rng(seed)
     directions = np.linalg.qr(rng.standard_normal((texts, D, D)))[0]
-    states = directions[:, labels] + noise * rng.standard_normal((texts, len(labels), D)) / math.sqrt(D)
+    states = directions[:, labels] + noise * rng.standard_normal(
+        (texts, len(labels), D)
+    ) / math.sqrt(D)
     return states * rng.uniform(0.1, 10, (texts, len(labels), 1))
 
 
@@ -34,7 +40,9 @@ def naive_correlation(memory):
 
 
 def naive_clusters(correlation, threshold):
-    """Average linkage as defined: join the two groups with the highest mean correlation while that is high enough."""
+    """Average linkage as defined: join the two groups with the highest mean correlation while that
+    is high enough.
+    """
     groups = [[i] for i in range(len(correlation))]
     while len(groups) > 1:
         means = {
@@ -46,7 +54,10 @@ def naive_clusters(correlation, threshold):
             break
         groups[a] += groups.pop(b)
     order = sorted(groups, key=min)
-    return [next(number for number, group in enumerate(order) if i in group) for i in range(len(correlation))]
+    return [
+        next(number for number, group in enumerate(order) if i in group)
+        for i in range(len(correlation))
+    ]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
@@ -84,7 +95,11 @@ def test_correlation_knows_neither_scale_nor_rotation():
 
 def test_smallest_memories():
     assert memory_correlation(np.full((1, 1, 1), -3.0)).tolist() == [[1.0]]
-    assert memory_correlation([[[2.0], [-1.0], [4.0]]]).tolist() == [[1, -1, 1], [-1, 1, -1], [1, -1, 1]]
+    assert memory_correlation([[[2.0], [-1.0], [4.0]]]).tolist() == [
+        [1, -1, 1],
+        [-1, 1, -1],
+        [1, -1, 1],
+    ]
     single = memory_correlation(planted_memory([0], 1.0).astype(np.float32))
     assert (single.dtype, single.tolist()) == (np.float64, [[1.0]])
 
@@ -100,7 +115,9 @@ def test_planted_clusters_are_recovered(noise):
 
 
 def test_first_appearance_gives_the_numbers():
-    """The same groups in any order of tokens: numbers rise in the order in which groups are first met."""
+    """The same groups in any order of tokens: numbers rise in the order in which groups are first
+    met.
+    """
     correlation = memory_correlation(planted_memory(PLANTED, 0.1))
     orders = [np.random.default_rng(seed).permutation(8) for seed in range(10)]
     for order in orders:
@@ -118,11 +135,15 @@ def test_clusters_are_those_of_naive_average_linkage(threshold):
         found = clusters(correlation, threshold).tolist()
         assert found == naive_clusters(correlation, threshold)
         sizes.add(len(set(found)))
-    assert sizes - {9} if threshold < 0.9 else sizes == {9}, "the noise must leave something to decide"
+    assert sizes - {9} if threshold < 0.9 else sizes == {9}, (
+        "the noise must leave something to decide"
+    )
 
 
 def test_average_linkage_neither_single_nor_complete():
-    """A chain 0 – 1 – 2: {0, 1} joins 2 by the mean of 0.8 and 0.5, neither by the nearer nor by the farther."""
+    """A chain 0 – 1 – 2: {0, 1} joins 2 by the mean of 0.8 and 0.5, neither by the nearer nor by
+    the farther.
+    """
     chain = np.array([[1.0, 0.9, 0.5], [0.9, 1.0, 0.8], [0.5, 0.8, 1.0]])
     assert clusters(chain, 0.64).tolist() == [0, 0, 0], "complete linkage would ask 0.5 to do"
     assert clusters(chain, 0.66).tolist() == [0, 0, 1], "single linkage would take 0.8"
@@ -142,7 +163,9 @@ def test_one_memory_token():
     assert copies([[1.0]]) == 0
 
 
-@pytest.mark.parametrize("labels", [PLANTED, [0] * 8, list(range(8)), [0, 1, 1, 1, 1, 1, 1, 1], [5, 2, 5, 9]])
+@pytest.mark.parametrize(
+    "labels", [PLANTED, [0] * 8, list(range(8)), [0, 1, 1, 1, 1, 1, 1, 1], [5, 2, 5, 9]]
+)
 def test_merge_weights_give_the_mean_of_means(labels):
     weights = merge_weights(labels)
     assert weights.sum() == pytest.approx(1.0)
@@ -180,11 +203,15 @@ def test_copies_is_the_loop():
     assert max(counts) == 7
 
 
-@pytest.mark.parametrize(("value", "problem"), [(0.0, "zero"), (np.nan, "not finite"), (np.inf, "not finite")])
+@pytest.mark.parametrize(
+    ("value", "problem"), [(0.0, "zero"), (np.nan, "not finite"), (np.inf, "not finite")]
+)
 def test_bad_state_is_named_by_text_and_token(value, problem):
     memory = planted_memory(PLANTED, 0.1)
     memory[5, 2] = value
-    with pytest.raises(DataError, match=rf"(?s)memory states: .*{problem}.*row 5, memory token 2, 1 in all"):
+    with pytest.raises(
+        DataError, match=rf"(?s)memory states: .*{problem}.*row 5, memory token 2, 1 in all"
+    ):
         memory_correlation(memory)
 
 

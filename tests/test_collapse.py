@@ -1,4 +1,6 @@
-"""All measures of a sample at once are the single measures, and say when there are too few texts for the rank figures."""
+"""All measures of a sample at once are the single measures, and say when there are too few texts
+for the rank figures.
+"""
 
 import json
 import math
@@ -17,7 +19,9 @@ D, K = 16, 3
 
 
 def sample(texts, seed=0):
-    """Embeddings that lean one way, with a falling spectrum, and the memory states that they are the mean of."""
+    """Embeddings that lean one way, with a falling spectrum, and the memory states that they are
+    the mean of.
+    """
     rng = np.random.default_rng(seed)
     memory = rng.standard_normal((texts, K, D)) * np.geomspace(1, 0.05, D) + 0.3
     return memory.mean(1), memory
@@ -35,7 +39,9 @@ def test_each_field_is_the_single_measure(texts):
     assert found.uniformity == uniformity(embeddings)
     assert found.anisotropy == anisotropy(embeddings)
     np.testing.assert_allclose(found.memory_correlation, memory_correlation(memory), atol=5.1e-6)
-    assert len({found.effective_rank, found.participation_ratio, found.uniformity, found.anisotropy}) == (4 if texts > 2 else 3)
+    assert len(
+        {found.effective_rank, found.participation_ratio, found.uniformity, found.anisotropy}
+    ) == (4 if texts > 2 else 3)
     assert collapse(embeddings).memory_correlation is None
     assert collapse(embeddings.tolist(), memory.tolist()) == found
 
@@ -64,7 +70,9 @@ def test_full_collapse():
 
 
 def test_no_collapse():
-    """The 2·D points of a cross: every direction used alike; cosines −1 for D of the pairs, 0 for the others."""
+    """The 2·D points of a cross: every direction used alike; cosines −1 for D of the pairs, 0 for
+    the others.
+    """
     found = collapse(np.concatenate([np.eye(D), -np.eye(D)]))
     assert found.effective_rank == pytest.approx(D)
     assert found.participation_ratio == pytest.approx(D)
@@ -72,7 +80,9 @@ def test_no_collapse():
     assert found.spectrum == pytest.approx([1 / D] * D)
     pairs = D * (2 * D - 1)
     assert found.anisotropy == pytest.approx(-D / pairs)
-    assert found.uniformity == pytest.approx(math.log((D * math.exp(-8) + (pairs - D) * math.exp(-4)) / pairs))
+    assert found.uniformity == pytest.approx(
+        math.log((D * math.exp(-8) + (pairs - D) * math.exp(-4)) / pairs)
+    )
 
 
 def test_it_can_be_written_as_json():

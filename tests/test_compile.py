@@ -1,4 +1,6 @@
-"""`compile: true`: the same loss and gradients, dropout included; no graph for every batch; plain modules again afterwards."""
+"""`compile: true`: the same loss and gradients, dropout included; no graph for every batch; plain
+modules again afterwards.
+"""
 
 import shutil
 
@@ -53,12 +55,20 @@ CASES = {
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for the CPU needs g++")
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_stage_equals_the_plain_one(tmp_path, monkeypatch, name):
-    """Teacher, decoder and encoder pass, adapters off and on; for SCL also GradCache, whose two passes drop alike."""
+    """Teacher, decoder and encoder pass, adapters off and on; for SCL also GradCache, whose two
+    passes drop alike.
+    """
     stage = make_stage(tmp_path / "data", name, steps=12, attention_dropout=0.2, **CASES[name])
     expected, graphs = run_stage(name, stage, tmp_path / "plain", monkeypatch, 0.2), []
-    monkeypatch.setattr(ProgressCallback, "on_step_end", lambda *_, **__: graphs.append(counters["stats"]["unique_graphs"]))
+    monkeypatch.setattr(
+        ProgressCallback,
+        "on_step_end",
+        lambda *_, **__: graphs.append(counters["stats"]["unique_graphs"]),
+    )
     counters.clear()
-    found = run_stage(name, stage.model_copy(update={"compile": True}), tmp_path / "compiled", monkeypatch, 0.2)
+    found = run_stage(
+        name, stage.model_copy(update={"compile": True}), tmp_path / "compiled", monkeypatch, 0.2
+    )
     assert graphs[0] >= 2, "vacuous: nothing was compiled"
     assert graphs[8] == graphs[11], "compiled again and again"
     first, reference = found.gradients[0], expected.gradients[0]

@@ -1,4 +1,6 @@
-"""Compiled graphs embed as torch does: any batch, any length, any weighting, in a process of their own; else a clear error."""
+"""Compiled graphs embed as torch does: any batch, any length, any weighting, in a process of their
+own; else a clear error.
+"""
 
 import copy
 import json
@@ -37,7 +39,11 @@ VARIANTS = {
     "gpt2": ("gpt2", {}),
     "causal": ("llama", {"attention": "causal"}),
     "one-memory-token": ("llama", {"memory": 1}),
-    "mean": ("qwen3", {"encoder": EncoderSettings(pooling="mean")}),  # no BOS: an empty text has no token at all
+    # no BOS: an empty text has no token at all
+    "mean": (
+        "qwen3",
+        {"encoder": EncoderSettings(pooling="mean")},
+    ),
     "bfloat16": ("llama", {"dtype": torch.bfloat16}),
     "window": ("mistral-window", {}),
 }
@@ -45,15 +51,24 @@ VARIANTS = {
 
 def needs(backend):
     missing = RUNTIMES[backend].missing()
-    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed (extra `{backend}`)")
+    return pytest.mark.skipif(
+        bool(missing), reason=f"{', '.join(missing)} not installed (extra `{backend}`)"
+    )
 
 
-backends = pytest.mark.parametrize("backend", [pytest.param(name, marks=needs(name)) for name in RUNTIMES])
+backends = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=needs(name)) for name in RUNTIMES]
+)
 
 
 def write_folder(place, variant):
     family, settings = VARIANTS[variant]
-    export(as_sentence_transformer(make_compressor(family, **settings), LIMIT, prompts={"query": "find: "}), place)
+    export(
+        as_sentence_transformer(
+            make_compressor(family, **settings), LIMIT, prompts={"query": "find: "}
+        ),
+        place,
+    )
     return place
 
 
@@ -93,14 +108,17 @@ def close(found, expected, tolerance=1e-5):
 
 
 @needs("openvino")
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "window"])  # as Gemma 3 does
+# as Gemma 3 does
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "window"])
 def test_openvino_embeds_as_torch_does(folder_of, variant):
     model, expected = load_compiled(folder_of(variant, "openvino")), torch_model(folder_of(variant))
     want = embed_texts(expected, READ)
     assert (want[:3] - want[1:4]).norm(dim=1).min() > 0.1, "vacuous: all embeddings alike"
     for batch_size in (1, 3, len(READ)):  # one graph for all shapes
         assert close(embed_texts(model, READ, batch_size), want)
-        assert close(embed_texts(model, READ[::-1], batch_size).flip(0), want), "mates and order do not matter"
+        assert close(embed_texts(model, READ[::-1], batch_size).flip(0), want), (
+            "mates and order do not matter"
+        )
     query = torch.as_tensor(expected.encode_query(READ))
     assert close(torch.as_tensor(model.encode_query(READ)), query)
     assert not close(want, query, 0.1), "vacuous: the prompt does nothing"
@@ -111,7 +129,10 @@ def test_openvino_embeds_as_torch_does(folder_of, variant):
 
 @needs("onnx")
 def test_onnx_embeds_as_torch_does(folder_of):
-    model, want = load_compiled(folder_of("window", "onnx"), "onnx"), embed_texts(torch_model(folder_of("window")), READ)
+    model, want = (
+        load_compiled(folder_of("window", "onnx"), "onnx"),
+        embed_texts(torch_model(folder_of("window")), READ),
+    )
     for batch_size in (1, 3, len(READ)):
         assert close(embed_texts(model, READ, batch_size), want)
 
@@ -122,7 +143,9 @@ def states(model, ids_BT, mask_BT):
 
 
 @needs("openvino")
-@pytest.mark.parametrize(("variant", "moves"), [("llama", True), ("gemma3", True), ("gpt2", True), ("causal", False)])
+@pytest.mark.parametrize(
+    ("variant", "moves"), [("llama", True), ("gemma3", True), ("gpt2", True), ("causal", False)]
+)
 def test_the_first_state_sees_the_last_token_only_if_bidirectional(folder_of, variant, moves):
     model = load_compiled(folder_of(variant, "openvino"))
     ids_BT = torch.tensor([[5, 17, 40, 60, 33]])  # within a window of 8
@@ -142,7 +165,9 @@ def test_padding_does_not_matter(folder_of, backend):
     alone = states(model, ids_BT, mask_BT)
     for token, padding in ((0, 1), (7, 3), (9, 40)):
         wide = torch.cat([ids_BT, torch.full((1, padding), token)], 1)
-        found = states(model, wide, torch.cat([mask_BT, torch.zeros(1, padding, dtype=torch.int64)], 1))
+        found = states(
+            model, wide, torch.cat([mask_BT, torch.zeros(1, padding, dtype=torch.int64)], 1)
+        )
         assert found.isfinite().all()
         assert relative_error(found[:, :4], alone) < 1e-5
 
@@ -174,7 +199,10 @@ def test_coarser_precisions_are_near_and_smaller(folder_of, precision):
     cosines = torch.cosine_similarity(found, want)
     assert cosines.min() > MIN_COSINE[precision]
     assert not close(found, want, 1e-4), "vacuous: nothing was rounded"
-    size = {place: (place / "openvino" / "openvino_model.bin").stat().st_size for place in (fine, coarse)}
+    size = {
+        place: (place / "openvino" / "openvino_model.bin").stat().st_size
+        for place in (fine, coarse)
+    }
     assert size[coarse] < {"bfloat16": 0.55, "int8": 0.35}[precision] * size[fine]
 
 
@@ -189,7 +217,9 @@ def test_rounded_weights_are_those_of_the_formula(transposed):
     x = ops.parameter([-1, 5 if transposed else 6], np.float32)
     ids = ops.parameter([-1], np.int64)
     table = ops.gather(ops.constant(weights), ids, ops.constant(0))
-    graph = openvino.Model([ops.matmul(x, ops.constant(weights), False, transposed), table], [x, ids])
+    graph = openvino.Model(
+        [ops.matmul(x, ops.constant(weights), False, transposed), table], [x, ids]
+    )
     assert round_weights(graph) == 2
 
     def rounded(axis):
@@ -209,7 +239,9 @@ def test_rounded_weights_are_those_of_the_formula(transposed):
 def test_int8_that_embeds_otherwise_is_refused_and_the_old_graph_stays(folder, monkeypatch):
     before = {file: file.read_bytes() for file in sorted((folder / "openvino").iterdir())}
     monkeypatch.setitem(MIN_COSINE, "int8", 1.0)
-    with pytest.raises(ModelFolderError, match="openvino in int8 does not embed as torch does") as error:
+    with pytest.raises(
+        ModelFolderError, match="openvino in int8 does not embed as torch does"
+    ) as error:
         compile_folder(folder, "openvino", "int8")
     assert error.value.expected == "cosine ≥ 1.0"
     assert "bfloat16" in error.value.fix
@@ -226,14 +258,20 @@ def test_a_graph_of_other_weights_is_refused(folder, monkeypatch):
         body.layers[1].mlp.down_proj.weight.data.zero_()
         write(body, *rest)
 
-    monkeypatch.setitem(RUNTIMES, "openvino", type(RUNTIMES["openvino"])(**vars(RUNTIMES["openvino"]) | {"write": forgetful}))
+    monkeypatch.setitem(
+        RUNTIMES,
+        "openvino",
+        type(RUNTIMES["openvino"])(**vars(RUNTIMES["openvino"]) | {"write": forgetful}),
+    )
     with pytest.raises(ModelFolderError, match="does not embed as torch does"):
         compile_folder(folder)
 
 
 @needs("openvino")
 def test_weights_of_memory_tokens_need_no_new_graph(folder):
-    expected = {first: embed_texts(llm2comp.load(folder, num_memory=first), READ) for first in (1, 2)}
+    expected = {
+        first: embed_texts(llm2comp.load(folder, num_memory=first), READ) for first in (1, 2)
+    }
     for first, want in expected.items():
         model = llm2comp.load(folder, num_memory=first, backend="openvino")
         assert close(embed_texts(model, READ), want)
@@ -262,7 +300,9 @@ found = [model.encode(texts, batch_size=3).tolist() for model in models]
 json.dump(found, sys.stdout)
 """
     command = [sys.executable, "-c", program, *RUNTIMES]
-    done = subprocess.run(command, input=json.dumps(READ), capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        command, input=json.dumps(READ), capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     want = embed_texts(torch_model(folder_of("window")), READ)
     for backend, found in zip(RUNTIMES, json.loads(done.stdout), strict=True):
@@ -291,7 +331,12 @@ def test_a_damaged_graph_is_one_clear_error(folder, name, damage):
 @needs("openvino")
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "holds no compiled graph"), ("{", "cannot be read"), ("[]", "cannot be read"), ("{}", "cannot be read")]
+    [
+        (None, "holds no compiled graph"),
+        ("{", "cannot be read"),
+        ("[]", "cannot be read"),
+        ("{}", "cannot be read"),
+    ]
     + [(json.dumps({"format_version": 9, "precision": "int8", "files": {}}), "unknown format")]
     + [(json.dumps({"format_version": 1, "precision": "int4", "files": {}}), "unknown format")],
 )
@@ -350,7 +395,10 @@ def test_unknown_names(tmp_path, backend, precision, message):
 @pytest.mark.parametrize("backend", RUNTIMES)
 def test_without_the_extra_the_error_names_it(tmp_path, backend, monkeypatch):
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
-    for call in (lambda: compile_folder(tmp_path, backend), lambda: llm2comp.load(tmp_path, backend=backend)):
+    for call in (
+        lambda: compile_folder(tmp_path, backend),
+        lambda: llm2comp.load(tmp_path, backend=backend),
+    ):
         with pytest.raises(ModelFolderError, match="is not installed") as error:
             call()
         assert f"[{backend}]'" in str(error.value)
@@ -366,7 +414,18 @@ def test_command_line(tmp_path, monkeypatch):
     assert "int8, lowest cosine 0.99" in said.err
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     for backend in ("torch", "openvino"):
-        said = cli("embed", tmp_path / "texts.txt", "-m", out, "-o", tmp_path / f"{backend}.npy", "--backend", backend)
+        said = cli(
+            "embed",
+            tmp_path / "texts.txt",
+            "-m",
+            out,
+            "-o",
+            tmp_path / f"{backend}.npy",
+            "--backend",
+            backend,
+        )
         assert said.code == 0, said.err
-    a, b = (torch.from_numpy(np.load(tmp_path / f"{backend}.npy")) for backend in ("torch", "openvino"))
+    a, b = (
+        torch.from_numpy(np.load(tmp_path / f"{backend}.npy")) for backend in ("torch", "openvino")
+    )
     assert MIN_COSINE["int8"] < torch.cosine_similarity(a, b).min() < 0.999999

@@ -1,4 +1,6 @@
-"""Texts → memory states: the same alone, padded on either side, in any company and order; what learns; saved = loaded."""
+"""Texts → memory states: the same alone, padded on either side, in any company and order; what
+learns; saved = loaded.
+"""
 
 import pytest
 import torch
@@ -19,9 +21,17 @@ def ids_of(compressor):
 def alone(compressor, row):
     """One text, no padding, no mask to speak of, the LM called by hand."""
     backbone = compressor.backbone
-    x = torch.cat([backbone.embed(torch.tensor([row], dtype=torch.int64)), compressor.memory.vectors_KD[None]], 1)
+    x = torch.cat(
+        [
+            backbone.embed(torch.tensor([row], dtype=torch.int64)),
+            compressor.memory.vectors_KD[None],
+        ],
+        1,
+    )
     attention = {"is_causal": False} if backbone.attention == "bidirectional" else {}
-    return backbone.lm.base_model(inputs_embeds=x, use_cache=False, **attention).last_hidden_state[0, -MEMORY:]
+    return backbone.lm.base_model(inputs_embeds=x, use_cache=False, **attention).last_hidden_state[
+        0, -MEMORY:
+    ]
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
@@ -31,15 +41,20 @@ def test_memory_states_do_not_depend_on_padding_mates_or_order(family, attention
     rows = ids_of(compressor)
     expected = torch.stack([alone(compressor, row) for row in rows])
     assert expected.abs().max() > 0.5
-    assert (expected[0] - expected[1]).abs().max() > 0.1, "vacuous: all texts are the same to this encoder"
+    assert (expected[0] - expected[1]).abs().max() > 0.1, (
+        "vacuous: all texts are the same to this encoder"
+    )
     with torch.no_grad():
         together = compressor.memory_states(Tokens.pad(rows, "left", pad_id=7))
         assert (together - expected).abs().max() < 1e-5
         backwards = compressor.memory_states(Tokens.pad(rows[::-1], "left"))
         assert (backwards.flip(0) - expected).abs().max() < 1e-5
         longer = [*rows, list(range(2, 90))]
-        assert (compressor.memory_states(Tokens.pad(longer, "left"))[:-1] - expected).abs().max() < 1e-5
-        if family not in WINDOWED:  # padding in the middle pushes the text out of a window that counts places
+        assert (
+            compressor.memory_states(Tokens.pad(longer, "left"))[:-1] - expected
+        ).abs().max() < 1e-5
+        # padding in the middle pushes the text out of a window that counts places
+        if family not in WINDOWED:
             right = compressor.memory_states(Tokens.pad(rows, "right", pad_id=7))
             assert (right - expected).abs().max() < 1e-5
         means = compressor(Tokens.pad(rows, "left"))
@@ -83,7 +98,10 @@ def test_an_empty_text_has_an_embedding(family):
 
 def test_append_and_gather():
     memory = MemoryTokens(torch.arange(6.0).view(2, 3))
-    x, mask = torch.full((4, 5, 3), -1.0, dtype=torch.bfloat16), torch.zeros(4, 5, dtype=torch.int64)
+    x, mask = (
+        torch.full((4, 5, 3), -1.0, dtype=torch.bfloat16),
+        torch.zeros(4, 5, dtype=torch.int64),
+    )
     x_BSD, mask_BS = memory.append(x, mask)
     assert x_BSD.dtype == torch.bfloat16
     assert torch.equal(x_BSD[:, -2:], memory.vectors_KD.bfloat16().expand(4, 2, 3))
@@ -105,8 +123,14 @@ def test_what_learns(memory):
     compressor.learn(memory=memory)
     assert compressor.input_table is None
     compressor(Tokens.pad(ids_of(compressor), "left")).square().sum().backward()
-    learned = {name for name, parameter in compressor.named_parameters() if parameter.grad is not None and parameter.grad.any()}
-    assert learned == {name for name, parameter in compressor.named_parameters() if parameter.requires_grad}
+    learned = {
+        name
+        for name, parameter in compressor.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
+    assert learned == {
+        name for name, parameter in compressor.named_parameters() if parameter.requires_grad
+    }
     assert ("memory.vectors_KD" in learned) == memory
     assert any(".ucl." in name for name in learned)
     assert all(".ucl." in name for name in learned - {"memory.vectors_KD"})
@@ -147,7 +171,9 @@ def test_saved_stage_gives_the_same_states(family, embeddings, tmp_path):
         other.load(tmp_path / name, name)
     tokens = Tokens.pad(ids_of(compressor), "left")
     with torch.no_grad():
-        assert torch.equal(other.eval().memory_states(tokens), compressor.eval().memory_states(tokens))
+        assert torch.equal(
+            other.eval().memory_states(tokens), compressor.eval().memory_states(tokens)
+        )
         assert torch.equal(other(tokens), compressor(tokens))
     assert (other.input_table is not None) == embeddings
 
@@ -165,13 +191,16 @@ def test_length_limit_leaves_room_for_the_memory():
     assert compressor.max_tokens(100) == 100
     tokens = Tokens.pad([[2] * 157], "left")
     assert compressor(tokens).isfinite().all()
-    gpt2 = make_compressor("gpt2")  # its learned positions end at 160: one more would be out of the table
+    # its learned positions end at 160: one more would be out of the table
+    gpt2 = make_compressor("gpt2")
     assert gpt2(Tokens.pad([[2] * gpt2.max_tokens(512)], "left")).isfinite().all()
 
 
 def test_fixed_seed_fixes_the_memory():
     backbone = make_backbone()
-    first, same, other = (Compressor.fresh(backbone, 4, seed).memory.vectors_KD for seed in (1, 1, 2))
+    first, same, other = (
+        Compressor.fresh(backbone, 4, seed).memory.vectors_KD for seed in (1, 1, 2)
+    )
     assert torch.equal(first, same)
     assert relative_error(first, other) > 0.1
 

@@ -1,13 +1,30 @@
-"""Context recovered against full logits of an LM without adapters, text by text, unpadded, in float64; and its known values."""
+"""Context recovered against full logits of an LM without adapters, text by text, unpadded, in
+float64; and its known values.
+"""
 
 import copy
 
 import pytest
 import torch
 
-from families import FAMILIES, MEMORY, make_compressor, make_lm, make_tokenizer, push_adapter, untouched
+from families import (
+    FAMILIES,
+    MEMORY,
+    make_compressor,
+    make_lm,
+    make_tokenizer,
+    push_adapter,
+    untouched,
+)
 from llm2comp.errors import DataError
-from llm2comp.measures.context import BATCH, SAMPLE, SITE_MARGIN, context_kl, context_recovered, split_sample
+from llm2comp.measures.context import (
+    BATCH,
+    SAMPLE,
+    SITE_MARGIN,
+    context_kl,
+    context_recovered,
+    split_sample,
+)
 from llm2comp.model.backbone import Backbone
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.tokens import SplitTexts, split_site
@@ -43,22 +60,34 @@ def naive(family, compressor, rows, sites=SITES):
     found = []
     for row, site in zip(rows, sites, strict=True):
         context, text = torch.tensor([row[:site]]), torch.tensor([row[site:]])
-        read = torch.cat([encoder.get_input_embeddings()(context), compressor.memory.vectors_KD[None].double()], 1)
-        memory = encoder.base_model(inputs_embeds=read, use_cache=False, is_causal=False).last_hidden_state[:, site:]
+        read = torch.cat(
+            [encoder.get_input_embeddings()(context), compressor.memory.vectors_KD[None].double()],
+            1,
+        )
+        memory = encoder.base_model(
+            inputs_embeds=read, use_cache=False, is_causal=False
+        ).last_hidden_state[:, site:]
         start = table(torch.tensor([[] if bos is None else [bos]], dtype=torch.int64))
         teacher = frozen(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
         places = teacher[site - 1 :] if bos is not None else teacher[site:]
         sums = []
         for between in (memory, memory[:, :0]):
             x = torch.cat([start, between, table(text)], 1)
-            student = frozen(inputs_embeds=x, use_cache=False).logits[0].log_softmax(-1)[-len(places) :]
+            student = (
+                frozen(inputs_embeds=x, use_cache=False).logits[0].log_softmax(-1)[-len(places) :]
+            )
             sums.append((places.exp() * (places - student)).sum().item())
         assert len(places) == len(row) - site + (bos is not None)
         found.append((*sums, len(places)))
     return found
 
 
-CASES = [(family, None) for family in FAMILIES] + [("llama", False), ("gpt2", False), ("qwen2", True), ("gemma2", False)]
+CASES = [(family, None) for family in FAMILIES] + [
+    ("llama", False),
+    ("gpt2", False),
+    ("qwen2", True),
+    ("gemma2", False),
+]
 
 
 @pytest.mark.parametrize(("family", "bos"), CASES)
@@ -74,7 +103,11 @@ def test_kl_equals_full_logits_text_by_text(family, bos):
     assert found[2] == count
     for row, site, expected in zip(rows, SITES, texts, strict=True):
         alone = context_kl(compressor, batch_of(compressor, [row], [site]))
-        assert alone == (pytest.approx(expected[0], rel=2e-4), pytest.approx(expected[1], rel=2e-4), expected[2])
+        assert alone == (
+            pytest.approx(expected[0], rel=2e-4),
+            pytest.approx(expected[1], rel=2e-4),
+            expected[2],
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -85,9 +118,13 @@ def test_recovered_is_over_the_sums_of_all_batches(family):
     expected = 1 - sum(text[0] for text in texts) / sum(text[1] for text in texts)
     parts = [batch_of(compressor, rows[:1], SITES[:1]), batch_of(compressor, rows[1:], SITES[1:])]
     assert context_recovered(compressor, parts) == pytest.approx(expected, abs=1e-3)
-    assert context_recovered(compressor, [batch_of(compressor, rows)]) == pytest.approx(expected, abs=1e-3)
+    assert context_recovered(compressor, [batch_of(compressor, rows)]) == pytest.approx(
+        expected, abs=1e-3
+    )
     means = [1 - text[0] / text[1] for text in texts]
-    assert abs(sum(means) / len(means) - expected) > 3e-3, "vacuous: the mean of the texts' shares is the same here"
+    assert abs(sum(means) / len(means) - expected) > 3e-3, (
+        "vacuous: the mean of the texts' shares is the same here"
+    )
 
 
 def test_the_encoder_is_left_as_it_was():
@@ -97,7 +134,9 @@ def test_the_encoder_is_left_as_it_was():
     context_kl(compressor, batch)
     assert torch.equal(compressor.memory_states(batch.context), before), "adapters are on again"
     with compressor.backbone.base_only():
-        assert (compressor.memory_states(batch.context) - before).abs().max() > 0.1, "vacuous: adapters do nothing"
+        assert (compressor.memory_states(batch.context) - before).abs().max() > 0.1, (
+            "vacuous: adapters do nothing"
+        )
     assert not any(p.grad is not None for p in compressor.parameters())
 
 
@@ -113,10 +152,16 @@ def equal_contexts(compressor, site=13):
 def memory_is_the_context(compressor, monkeypatch):
     """k = tokens of the context: what the decoder reads is the teacher's text itself."""
     skip = int(compressor.backbone.bos_id is not None)
-    monkeypatch.setattr(compressor, "memory_states", lambda tokens: compressor.backbone.embed(tokens.ids_BT[:, skip:]))
+    monkeypatch.setattr(
+        compressor,
+        "memory_states",
+        lambda tokens: compressor.backbone.embed(tokens.ids_BT[:, skip:]),
+    )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3", "granite", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "gemma2", "gemma3", "granite", "gpt2", "gpt_neox"]
+)
 def test_memory_that_is_the_context_recovers_all(family, monkeypatch):
     compressor = compressor_of(family)
     batch = equal_contexts(compressor)
@@ -132,7 +177,9 @@ def test_memory_that_is_the_context_recovers_all(family, monkeypatch):
 def test_memory_without_states_recovers_nothing(family, monkeypatch):
     compressor = compressor_of(family)
     batch = equal_contexts(compressor)
-    monkeypatch.setattr(compressor, "memory_states", lambda tokens: compressor.backbone.embed(tokens.ids_BT[:, :0]))
+    monkeypatch.setattr(
+        compressor, "memory_states", lambda tokens: compressor.backbone.embed(tokens.ids_BT[:, :0])
+    )
     assert context_recovered(compressor, [batch]) == 0
 
 
@@ -176,7 +223,8 @@ def texts_in(batches):
     for batch in batches:
         for i in range(len(batch.text.ids_BT)):
             text, context, rest = (
-                part.ids_BT[i][part.mask_BT[i].bool()].tolist() for part in (batch.text, batch.context, batch.continuation)
+                part.ids_BT[i][part.mask_BT[i].bool()].tolist()
+                for part in (batch.text, batch.context, batch.continuation)
             )
             assert context + rest == text
             found.append((text, len(context)))
@@ -203,12 +251,18 @@ def test_sample_is_the_first_long_rows_split_where_the_seed_says():
         assert SITE_MARGIN <= site <= len(text) - SITE_MARGIN
         assert site == split_site(len(text), SITE_MARGIN, 0, text[0])
     assert len({site for _, site in found}) > 10
-    assert [len(text) for text, _ in found] == sorted(len(text) for text, _ in found), "texts of like length together"
+    assert [len(text) for text, _ in found] == sorted(len(text) for text, _ in found), (
+        "texts of like length together"
+    )
 
 
 def test_sample_is_the_same_each_time_and_another_for_another_seed():
     rows = many_rows(100)
-    assert texts_in(split_sample(rows, 0)) == texts_in(split_sample(rows, 9)) == texts_in(split_sample(rows, 0, seed=0))
+    assert (
+        texts_in(split_sample(rows, 0))
+        == texts_in(split_sample(rows, 9))
+        == texts_in(split_sample(rows, 0, seed=0))
+    )
     first, second = texts_in(split_sample(rows, 0)), texts_in(split_sample(rows, 0, seed=1))
     assert [text for text, _ in first] == [text for text, _ in second]
     assert [site for _, site in first] != [site for _, site in second]

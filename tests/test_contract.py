@@ -1,4 +1,6 @@
-"""What users set on a sentence-transformers model works on live encoders, exported folders and baselines, or is refused."""
+"""What users set on a sentence-transformers model works on live encoders, exported folders and
+baselines, or is refused.
+"""
 
 import numpy as np
 import pytest
@@ -28,7 +30,10 @@ VARIANTS = {
 
 def live(variant="memory", family="llama"):
     return as_sentence_transformer(
-        make_compressor(family, **VARIANTS[variant]), 100, {"query": 60, "document": 80}, dict(PROMPTS)
+        make_compressor(family, **VARIANTS[variant]),
+        100,
+        {"query": 60, "document": 80},
+        dict(PROMPTS),
     )
 
 
@@ -46,8 +51,14 @@ def pair(folders, variant="memory"):
 
 def same(a, b, texts=(*TEXTS, LONG)):
     assert relative_error(embed_texts(a, texts), embed_texts(b, texts)) < 1e-5
-    assert relative_error(*(torch.tensor(embed(model, list(texts)).embeddings_ND) for model in (a, b))) < 1e-5
-    assert relative_error(torch.tensor(embed(a, list(texts)).embeddings_ND), embed_texts(b, texts)) < 1e-5
+    assert (
+        relative_error(*(torch.tensor(embed(model, list(texts)).embeddings_ND) for model in (a, b)))
+        < 1e-5
+    )
+    assert (
+        relative_error(torch.tensor(embed(a, list(texts)).embeddings_ND), embed_texts(b, texts))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -65,7 +76,10 @@ def test_max_seq_length_cuts_alike(folders, variant, room):
     assert relative_error(embed_texts(exported, [LONG]), expected) < 1e-5
     assert relative_error(embed_texts(model, [LONG]), expected) < 1e-5
     assert relative_error(whole, expected) > 1e-3, "vacuous: nothing is cut"
-    roles = [encode([LONG], prompt="", convert_to_tensor=True) for encode in (model.encode_query, model.encode_document)]
+    roles = [
+        encode([LONG], prompt="", convert_to_tensor=True)
+        for encode in (model.encode_query, model.encode_document)
+    ]
     assert all(relative_error(found, expected) < 1e-5 for found in roles), "for all roles alike"
 
 
@@ -110,7 +124,10 @@ def test_other_settings(folders):
         one.default_prompt_name, one.prompts = None, {"query": "another: "}
     found = [one.encode_query(TEXTS, convert_to_tensor=True) for one in (model, exported)]
     assert relative_error(*found) < 1e-5
-    assert relative_error(torch.tensor(embed(model, TEXTS, role="query").embeddings_ND), found[1]) < 1e-5
+    assert (
+        relative_error(torch.tensor(embed(model, TEXTS, role="query").embeddings_ND), found[1])
+        < 1e-5
+    )
     for name in ("dot", "euclidean", "manhattan", "cosine"):
         for one in (model, exported):
             one.similarity_fn_name = name
@@ -125,7 +142,11 @@ def test_what_was_set_goes_into_the_folder(tmp_path):
     expected = embed_texts(model, [*TEXTS, LONG])
     export(model, tmp_path / "model")
     found = SentenceTransformer(str(tmp_path / "model"), device="cpu")
-    assert (found.max_seq_length, found.truncate_dim, found.default_prompt_name) == (30, 16, "other")
+    assert (found.max_seq_length, found.truncate_dim, found.default_prompt_name) == (
+        30,
+        16,
+        "other",
+    )
     assert found.similarity_fn_name == "dot"
     assert found.prompts == PROMPTS
     assert relative_error(embed_texts(found, [*TEXTS, LONG]), expected) < 1e-5

@@ -1,4 +1,6 @@
-"""Stages 2 and 3: dropout where it belongs and only there, and losses equal to the published formula written out naively."""
+"""Stages 2 and 3: dropout where it belongs and only there, and losses equal to the published
+formula written out naively.
+"""
 
 import pytest
 import torch
@@ -47,7 +49,9 @@ def test_two_views_differ_in_training_alone(family, source):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_acts_in_the_encoder_pass_alone(family):
-    """Teacher and decoder stay the untouched LM, before and after an encoder pass, in training, with all dropout on."""
+    """Teacher and decoder stay the untouched LM, before and after an encoder pass, in training,
+    with all dropout on.
+    """
     compressor = make_compressor(family, dropout=0.3).train()
     backbone = compressor.backbone
     backbone.savings = frozenset()  # bits are compared, at padding too
@@ -57,7 +61,9 @@ def test_dropout_acts_in_the_encoder_pass_alone(family):
     places = position_ids(tokens.mask_BT)
     reference = untouched(family).base_model
     with torch.no_grad():
-        expected = reference(inputs_embeds=x, attention_mask=tokens.mask_BT, position_ids=places).last_hidden_state
+        expected = reference(
+            inputs_embeds=x, attention_mask=tokens.mask_BT, position_ids=places
+        ).last_hidden_state
         for _ in range(2):
             assert torch.equal(backbone.decoder_pass(x, tokens.mask_BT), expected)
             assert gap(compressor) > 1e-2
@@ -71,7 +77,9 @@ def test_dropout_acts_in_the_encoder_pass_alone(family):
 
 
 def test_attention_dropout_drops_attention_weights_at_its_rate():
-    """Values of ones: an attention output is then the sum of the kept weights, 1 on average, with the spread of the rate."""
+    """Values of ones: an attention output is then the sum of the kept weights, 1 on average, with
+    the spread of the rate.
+    """
     compressor = make_compressor("llama").train()
     backbone = compressor.backbone
     backbone.savings = frozenset()  # one shape for all batches
@@ -105,7 +113,11 @@ def columns_of(negatives):
     """anchor, positive and so many hard negatives per row."""
     positives = [SENTENCES[i] for i in (1, 3, 0, 1, 4)]
     positives[3] = "from the left"
-    return [ANCHORS, positives, *[[f"{text} not {number}" for text in reversed(SENTENCES)] for number in range(negatives)]]
+    return [
+        ANCHORS,
+        positives,
+        *[[f"{text} not {number}" for text in reversed(SENTENCES)] for number in range(negatives)],
+    ]
 
 
 def features_of(model, columns):
@@ -119,7 +131,9 @@ def embeddings(compressor, columns):
 
 
 def naive(anchors, candidates, temperature, others=None):
-    """−log exp(s(a_i, c_i)/τ) / (Σ_j exp(s(a_i, c_j)/τ) + Σ_{j≠i} exp(s(a_i, o_j)/τ)), mean over i, in double precision."""
+    """−log exp(s(a_i, c_i)/τ) / (Σ_j exp(s(a_i, c_j)/τ) + Σ_{j≠i} exp(s(a_i, o_j)/τ)), mean over i,
+    in double precision.
+    """
     losses = []
     for i, anchor in enumerate(anchors.double()):
 
@@ -127,13 +141,19 @@ def naive(anchors, candidates, temperature, others=None):
             return functional.cosine_similarity(anchor, x.double(), dim=0) / temperature  # noqa: B023
 
         terms = [score(candidate) for candidate in candidates]
-        terms += [score(other) for j, other in enumerate(others if others is not None else []) if j != i]
+        terms += [
+            score(other) for j, other in enumerate(others if others is not None else []) if j != i
+        ]
         losses.append(-torch.log(terms[i].exp() / torch.stack(terms).exp().sum()))
     return torch.stack(losses).mean()
 
 
 def lora_gradients(compressor):
-    found = {n: p.grad.clone() for n, p in compressor.backbone.lm.named_parameters() if p.grad is not None}
+    found = {
+        n: p.grad.clone()
+        for n, p in compressor.backbone.lm.named_parameters()
+        if p.grad is not None
+    }
     compressor.zero_grad()
     assert found
     return found
@@ -155,10 +175,14 @@ def assert_same(loss, expected, compressor, tolerance=1e-4):
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 @pytest.mark.parametrize("denominator", ["second_views", "both_views"])
 def test_ucl_equals_the_formula(denominator, temperature, mini_batch_size):
-    """Two different texts stand for the two views, so that first and second view cannot be taken for each other."""
+    """Two different texts stand for the two views, so that first and second view cannot be taken
+    for each other.
+    """
     compressor = make_compressor("llama").train()
     model = as_sentence_transformer(compressor, 64).train()
-    stage = UclStage(**DATA, denominator=denominator, temperature=temperature, mini_batch_size=mini_batch_size)
+    stage = UclStage(
+        **DATA, denominator=denominator, temperature=temperature, mini_batch_size=mini_batch_size
+    )
     columns = columns_of(0)
     loss = contrastive_loss(model, stage)(features_of(model, columns), None)
     first, second = embeddings(compressor, columns)
@@ -183,7 +207,9 @@ def test_denominators_differ():
     model = as_sentence_transformer(make_compressor("llama"), 64)
     features = features_of(model, columns_of(0))
     losses = [
-        contrastive_loss(model, UclStage(**DATA, denominator=name))([dict(f) for f in features], None).item()
+        contrastive_loss(model, UclStage(**DATA, denominator=name))(
+            [dict(f) for f in features], None
+        ).item()
         for name in ("second_views", "both_views")
     ]
     assert losses[1] > losses[0] + 1e-3
@@ -191,7 +217,9 @@ def test_denominators_differ():
 
 @pytest.mark.parametrize("mini_batch_size", [None, 2])
 def test_a_small_loss_keeps_its_digits(mini_batch_size):
-    """Both views alike: scores of 1 / temperature cancel, in float32 all but the first digit if taken as they are."""
+    """Both views alike: scores of 1 / temperature cancel, in float32 all but the first digit if
+    taken as they are.
+    """
     compressor = make_compressor("llama")
     model = as_sentence_transformer(compressor, 64)
     stage = UclStage(**DATA, temperature=0.02, mini_batch_size=mini_batch_size)
@@ -206,8 +234,9 @@ def test_a_small_loss_keeps_its_digits(mini_batch_size):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradcache_draws_the_same_dropout_twice(checkpointing):
-    """With dropout on, the second encoding of a mini-batch must drop what the first one dropped: a small step along the
-    gradient then lowers the loss, under the same draw, by step · |gradient|²."""
+    """With dropout on, the second encoding of a mini-batch must drop what the first one dropped: a
+    small step along the gradient then lowers the loss, under the same draw, by step · |gradient|².
+    """
     compressor = make_compressor("llama", dropout=0.3).train()
     compressor.backbone.set_attention_dropout(0.2)
     compressor.backbone.set_checkpointing(checkpointing)
@@ -234,12 +263,24 @@ def test_gradcache_draws_the_same_dropout_twice(checkpointing):
 
 
 def test_pairs_are_grouped_by_their_number_of_hard_negatives():
-    pairs = [Pair("a", "b", ("c", "d")), Pair("e", "f"), Pair("g", "h", ("i", "j")), Pair("k", "l", ("m",))]
-    two = {"anchor": ["a", "g"], "positive": ["b", "h"], "negative_1": ["c", "i"], "negative_2": ["d", "j"]}
+    pairs = [
+        Pair("a", "b", ("c", "d")),
+        Pair("e", "f"),
+        Pair("g", "h", ("i", "j")),
+        Pair("k", "l", ("m",)),
+    ]
+    two = {
+        "anchor": ["a", "g"],
+        "positive": ["b", "h"],
+        "negative_1": ["c", "i"],
+        "negative_2": ["d", "j"],
+    }
     assert [table.to_dict() for table in pair_datasets(pairs, batch_size=1).values()] == [
         {"anchor": ["e"], "positive": ["f"]},
         {"anchor": ["k"], "positive": ["l"], "negative_1": ["m"]},
         two,
     ]
     fewer = [table.to_dict() for table in pair_datasets(pairs, batch_size=2).values()]
-    assert fewer == [{"anchor": ["e", "k"], "positive": ["f", "l"]}, two], "one pair with one negative fills no batch"
+    assert fewer == [{"anchor": ["e", "k"], "positive": ["f", "l"]}, two], (
+        "one pair with one negative fills no batch"
+    )

@@ -1,4 +1,6 @@
-"""`train --dry-run --gpu`: FLOPs by hand and as torch counts them, hours, price, what is printed."""
+"""`train --dry-run --gpu`: FLOPs by hand and as torch counts them, hours, price, what is
+printed.
+"""
 
 import re
 import sys
@@ -63,7 +65,9 @@ def test_stage_1_is_the_mean_over_all_sites(size):
 
 
 def plain_compressor(monkeypatch, checkpointing, memory):
-    """Eager attention, which the counter sees into, and every position computed in the last layer."""
+    """Eager attention, which the counter sees into, and every position computed in the last
+    layer.
+    """
     eager = make_lm(SETTING, "eager")
     monkeypatch.setattr("benchmarks.inputs.make_lm", lambda *_: eager)
     compressor = make_compressor(SETTING)
@@ -113,7 +117,9 @@ def test_a_whole_copy_learns_at_the_price_of_its_weights(size):
 
 
 def test_passes_of_a_stage(size):
-    """Stage 1: five passes a batch. Stage 2: each view there and back, under GradCache once more."""
+    """Stage 1: five passes a batch. Stage 2: each view there and back, under GradCache once
+    more.
+    """
     stage = PRETEXT.model_copy(update={"steps": 10, "batch_size": 4})
     assert layer_passes(stage, 2, 1, 4) == 10 * 5 * 2
     assert layer_passes(stage, 2, 1, 1) == 10 * 4 * 5 * 2

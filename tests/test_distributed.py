@@ -1,4 +1,6 @@
-"""Two processes with b texts each are one process with 2b: gradients, trained weights, and what rank 0 does for both."""
+"""Two processes with b texts each are one process with 2b: gradients, trained weights, and what
+rank 0 does for both.
+"""
 
 import subprocess
 import sys
@@ -22,10 +24,17 @@ FLOAT32 = 2e-6
 
 
 def mean_of(objective, accumulated=1):
-    return "pretext", PLAIN | {"objective": objective, "gradient_accumulation_steps": accumulated}, {}
+    return (
+        "pretext",
+        PLAIN | {"objective": objective, "gradient_accumulation_steps": accumulated},
+        {},
+    )
 
 
-FAST = [mean_of("continuation", accumulated=2), ("scl", {"train_memory": True, "mini_batch_size": 2}, NESTED)]
+FAST = [
+    mean_of("continuation", accumulated=2),
+    ("scl", {"train_memory": True, "mini_batch_size": 2}, NESTED),
+]
 OTHERS = [
     mean_of("ctkd"),
     mean_of("ctkd", accumulated=2),
@@ -43,11 +52,15 @@ OTHERS = [
 
 
 def of_size(cases, batch_size):
-    return [(name, settings | {"batch_size": batch_size}, changes) for name, settings, changes in cases]
+    return [
+        (name, settings | {"batch_size": batch_size}, changes) for name, settings, changes in cases
+    ]
 
 
 def furthest(found, expected):
-    """Largest relative distance of two gradients over the parameters, of which there must be all and none zero."""
+    """Largest relative distance of two gradients over the parameters, of which there must be all
+    and none zero.
+    """
     assert found.keys() == expected.keys()
     assert len(expected) >= 20
     sizes = {name: np.linalg.norm(gradient) for name, gradient in expected.items()}
@@ -78,12 +91,19 @@ def test_two_ranks_have_the_gradients_of_one_process_in_all_stages(tmp_path):
 
 @pytest.mark.slow
 def test_batches_are_drawn_for_all_ranks_together(tmp_path):
-    """Pairs with and without hard negatives, which are tables of their own, and texts that are there twice."""
+    """Pairs with and without hard negatives, which are tables of their own, and texts that are
+    there twice.
+    """
     make_tree(tmp_path)
     pairs = str(write_pairs(tmp_path / "mixed.jsonl", [0, 1] * 8))
-    twice = str(write_rows(tmp_path / "twice.jsonl", [{"text": text} for text in sentences(10) * 2]))
+    twice = str(
+        write_rows(tmp_path / "twice.jsonl", [{"text": text} for text in sentences(10) * 2])
+    )
     scl = make_tree(tmp_path)["scl"]["data"][0] | {"source": pairs}
-    cases = [("scl", {"data": [scl], "steps": 3}, {}), ("ucl", {"data": [{"source": twice}], "steps": 2}, {})]
+    cases = [
+        ("scl", {"data": [scl], "steps": 3}, {}),
+        ("ucl", {"data": [{"source": twice}], "steps": 2}, {}),
+    ]
     assert_two_are_one(tmp_path, cases)
 
 
@@ -96,12 +116,22 @@ def test_a_short_last_batch_is_left_out(tmp_path):
 
 
 def weights_of(run):
-    files = [f"{stage}/{part}" for stage in ("1-pretext", "2-ucl", "3-scl") for part in ("memory", "adapter/adapter_model")]
-    return {(file, name): x for file in files for name, x in load_file(run / f"{file}.safetensors").items()}
+    files = [
+        f"{stage}/{part}"
+        for stage in ("1-pretext", "2-ucl", "3-scl")
+        for part in ("memory", "adapter/adapter_model")
+    ]
+    return {
+        (file, name): x
+        for file in files
+        for name, x in load_file(run / f"{file}.safetensors").items()
+    }
 
 
 def assert_same_run(found, expected):
-    """Weights after all three stages, and an exported encoder. Adam's step is a gradient's sign at first: noise grows."""
+    """Weights after all three stages, and an exported encoder. Adam's step is a gradient's sign at
+    first: noise grows.
+    """
     found, expected, trained = weights_of(found), weights_of(expected), 0
     assert found.keys() == expected.keys()
     for name, x in expected.items():
@@ -173,7 +203,9 @@ def launched(name):
 
 def test_launch_files_say_to_accelerate_what_they_mean(monkeypatch):
     kinds = {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP", "zero3.yaml": "DEEPSPEED"}
-    files = {file.name: load_config_from_file(str(file)) for file in (RECIPES / "launch").glob("*.yaml")}
+    files = {
+        file.name: load_config_from_file(str(file)) for file in (RECIPES / "launch").glob("*.yaml")
+    }
     assert {name: config.distributed_type.value for name, config in files.items()} == kinds
     for name, kind in (("ddp.yaml", None), ("fsdp2.yaml", "FSDP")):
         args, environment = launched(name)
@@ -203,7 +235,9 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         (FSDP2, {}, None),
     ],
 )
-def test_what_a_launch_cannot_go_with_is_refused(tmp_path, monkeypatch, environment, changes, expected):
+def test_what_a_launch_cannot_go_with_is_refused(
+    tmp_path, monkeypatch, environment, changes, expected
+):
     tree = make_tree(tmp_path, watch={})
     tree["pretext"] |= changes
     recipe = parse_recipe(tree)

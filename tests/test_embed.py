@@ -1,4 +1,6 @@
-"""Bulk embedding equals `model.encode`, in order and in batches of so many tokens; long texts are cut, averaged or refused."""
+"""Bulk embedding equals `model.encode`, in order and in batches of so many tokens; long texts are
+cut, averaged or refused.
+"""
 
 import gzip
 import json
@@ -24,7 +26,14 @@ from llm2comp.use.writing import Embedded, Places, check_output, rows_file, writ
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished, no_file_over, sentences, write_rows
 
-TEXTS = ["one vector", "", " the fox ", "Ünicode 記憶 🧠\nsecond line", "[INST] no {markup} [/INST]", *sentences(40, words=5)]
+TEXTS = [
+    "one vector",
+    "",
+    " the fox ",
+    "Ünicode 記憶 🧠\nsecond line",
+    "[INST] no {markup} [/INST]",
+    *sentences(40, words=5),
+]
 LIMIT = 30
 PROMPT = "find the text:"
 
@@ -60,7 +69,9 @@ def room(model):
 def text_of(model, count, seed=0):
     """A text of exactly so many tokens."""
     words = " ".join(sentences(20, seed=seed))
-    spans = model.tokenizer(words, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    spans = model.tokenizer(words, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
     text = words[: spans[count - 1][1]]
     assert len(tokens(model, text)) == count
     return text
@@ -80,10 +91,14 @@ def test_rows_in_order_equal_encode_whatever_the_batch(model, tokens_at_once, mo
     found = embed(model, texts, max_tokens_per_batch=tokens_at_once)
     assert found.embeddings_ND.dtype == np.float32
     assert found.long_texts == 0
-    assert len(np.unique(found.embeddings_ND.round(4), axis=0)) == len(TEXTS), "texts are told apart"
+    assert len(np.unique(found.embeddings_ND.round(4), axis=0)) == len(TEXTS), (
+        "texts are told apart"
+    )
     for text, row in zip(texts, found.embeddings_ND, strict=True):
         np.testing.assert_allclose(row, one(model, text), atol=2e-6)
-    np.testing.assert_allclose(embed(model, texts[:1]).embeddings_ND, found.embeddings_ND[:1], atol=2e-6)
+    np.testing.assert_allclose(
+        embed(model, texts[:1]).embeddings_ND, found.embeddings_ND[:1], atol=2e-6
+    )
 
 
 def batches_of(model, texts, **settings):
@@ -91,7 +106,9 @@ def batches_of(model, texts, **settings):
     module, seen = model[0], []
     beside = module.compressor.added if isinstance(module, MemoryEncoder) else 0
     handle = model.register_forward_pre_hook(
-        lambda _, args: seen.append((args[0]["input_ids"].shape[0], args[0]["input_ids"].shape[1] + beside))
+        lambda _, args: seen.append(
+            (args[0]["input_ids"].shape[0], args[0]["input_ids"].shape[1] + beside)
+        )
     )
     try:
         embed(model, texts, **settings)
@@ -105,11 +122,15 @@ def test_batches_hold_so_many_tokens(model):
     seen = batches_of(model, texts, max_tokens_per_batch=120)
     assert sum(count for count, _ in seen) == len(texts)
     assert all(count * longest <= 120 for count, longest in seen)
-    assert [longest for _, longest in seen] == sorted((longest for _, longest in seen), reverse=True)
+    assert [longest for _, longest in seen] == sorted(
+        (longest for _, longest in seen), reverse=True
+    )
     for (count, longest), (_, following) in zip(seen, seen[1:], strict=False):
         assert (count + 1) * longest > 120, f"a batch stays small, before {following}"
     assert max(count for count, _ in seen) > min(count for count, _ in seen) > 1
-    assert [count for count, _ in batches_of(model, texts, max_tokens_per_batch=1)] == [1] * len(texts)
+    assert [count for count, _ in batches_of(model, texts, max_tokens_per_batch=1)] == [1] * len(
+        texts
+    )
 
 
 def count_tokenised(model, monkeypatch):
@@ -127,7 +148,11 @@ def count_tokenised(model, monkeypatch):
 
 @pytest.mark.parametrize("role", [None, "query"])
 def test_each_text_is_tokenised_once(model, monkeypatch, role):
-    texts = [*TEXTS[2:], text_of(model, 100)]  # the tokenizer is asked what it makes of an empty text
+    # the tokenizer is asked what it makes of an empty text
+    texts = [
+        *TEXTS[2:],
+        text_of(model, 100),
+    ]
     seen = count_tokenised(model, monkeypatch)
     embed(model, texts, role=role, max_tokens_per_batch=64)
     assert {seen[(PROMPT if role else "") + text] for text in texts} == {1}
@@ -147,7 +172,11 @@ def test_a_model_that_reads_texts_in_its_own_way_is_left_to_it(pair, monkeypatch
     finally:
         exported.truncate_dim = None
     preprocess = exported[0].preprocess
-    monkeypatch.setattr(exported[0], "preprocess", lambda texts, **kwargs: preprocess([t.upper() for t in texts], **kwargs))
+    monkeypatch.setattr(
+        exported[0],
+        "preprocess",
+        lambda texts, **kwargs: preprocess([t.upper() for t in texts], **kwargs),
+    )
     assert frame_of(exported) is None
     found = embed(exported, TEXTS, max_tokens_per_batch=64).embeddings_ND
     np.testing.assert_allclose(found, exported.encode(TEXTS), atol=2e-6)
@@ -157,7 +186,12 @@ def test_a_model_that_reads_texts_in_its_own_way_is_left_to_it(pair, monkeypatch
 
 def test_live_and_exported_agree_on_everything(pair):
     texts = [*TEXTS, text_of(pair[0], 200), text_of(pair[0], LIMIT), text_of(pair[0], LIMIT - 1)]
-    for settings in ({}, {"role": "query"}, {"long_texts": "chunk-mean"}, {"long_texts": "chunk-mean", "role": "query"}):
+    for settings in (
+        {},
+        {"role": "query"},
+        {"long_texts": "chunk-mean"},
+        {"long_texts": "chunk-mean", "role": "query"},
+    ):
         live, exported = (embed(model, texts, **settings) for model in pair)
         np.testing.assert_allclose(live.embeddings_ND, exported.embeddings_ND, atol=1e-5)
         assert live.long_texts == exported.long_texts > 0
@@ -167,13 +201,20 @@ def test_role_puts_the_stored_prompt_before_the_text(model):
     plain, query = embed(model, TEXTS), embed(model, TEXTS, role="query")
     assert np.abs(plain.embeddings_ND - query.embeddings_ND).max() > 1e-2
     np.testing.assert_allclose(query.embeddings_ND, model.encode_query(TEXTS), atol=1e-5)
-    np.testing.assert_allclose(embed(model, TEXTS, role="document").embeddings_ND, plain.embeddings_ND, atol=1e-6)
+    np.testing.assert_allclose(
+        embed(model, TEXTS, role="document").embeddings_ND, plain.embeddings_ND, atol=1e-6
+    )
 
 
 def test_normalise(model):
-    plain, unit = embed(model, TEXTS).embeddings_ND, embed(model, TEXTS, normalise=True).embeddings_ND
+    plain, unit = (
+        embed(model, TEXTS).embeddings_ND,
+        embed(model, TEXTS, normalise=True).embeddings_ND,
+    )
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
-    np.testing.assert_allclose(unit * np.linalg.norm(plain, axis=1, keepdims=True), plain, atol=1e-5)
+    np.testing.assert_allclose(
+        unit * np.linalg.norm(plain, axis=1, keepdims=True), plain, atol=1e-5
+    )
     assert not np.allclose(np.linalg.norm(plain, axis=1), 1, atol=0.1)
 
 
@@ -185,7 +226,9 @@ def test_a_text_that_just_fits_is_not_long(model):
     assert embed(model, [fits]).long_texts == 0
     assert embed(model, [fits], long_texts="error").long_texts == 0
     assert embed(model, [fits, over, "short", over]).long_texts == 2
-    np.testing.assert_allclose(embed(model, [fits]).embeddings_ND, embed(model, [over]).embeddings_ND, atol=1e-5)
+    np.testing.assert_allclose(
+        embed(model, [fits]).embeddings_ND, embed(model, [over]).embeddings_ND, atol=1e-5
+    )
 
 
 def test_the_prompt_takes_room(model):
@@ -198,7 +241,9 @@ def test_the_prompt_takes_room(model):
 
 
 def test_every_byte_may_be_a_token(model):
-    """Characters of several tokens each: shorter than the limit in characters, over it in tokens."""
+    """Characters of several tokens each: shorter than the limit in characters, over it in
+    tokens.
+    """
     text = "記" * (room(model) // 3 + 1)
     assert len(text) < LIMIT < len(tokens(model, text)) + 3
     assert embed(model, [text]).long_texts == 1
@@ -215,14 +260,25 @@ def test_chunk_mean_is_the_mean_weighted_by_tokens(model, role):
     prompt = PROMPT if role else ""
     free = room(model) - len(tokens(model, prompt)) if role else room(model)
     long = text_of(model, 2 * free + 7)
-    spans = model.tokenizer(long, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    parts = [long[spans[i][0] : spans[min(i + free, len(spans)) - 1][1]] for i in range(0, len(spans), free)]
+    spans = model.tokenizer(long, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    parts = [
+        long[spans[i][0] : spans[min(i + free, len(spans)) - 1][1]]
+        for i in range(0, len(spans), free)
+    ]
     assert "".join(parts) == long
     counts = [len(tokens(model, part)) for part in parts]
     assert counts == [free, free, 7]
     states = np.stack([one(model, prompt + part) for part in parts])
     expected = (states * np.array(counts)[:, None]).sum(0) / sum(counts)
-    found = embed(model, ["short", long, "short too"], role=role, long_texts="chunk-mean", max_tokens_per_batch=64)
+    found = embed(
+        model,
+        ["short", long, "short too"],
+        role=role,
+        long_texts="chunk-mean",
+        max_tokens_per_batch=64,
+    )
     np.testing.assert_allclose(found.embeddings_ND[1], expected, atol=1e-5)
     np.testing.assert_allclose(found.embeddings_ND[0], one(model, prompt + "short"), atol=1e-5)
     assert found.long_texts == 1
@@ -232,7 +288,9 @@ def test_chunk_mean_is_the_mean_weighted_by_tokens(model, role):
 def test_chunks_never_split_a_character_nor_lose_one(model, monkeypatch):
     long = "記憶 ünïcode 🧠🧠🧠🧠🧠🧠🧠 " * 9
     seen = []
-    monkeypatch.setattr("llm2comp.use.embed._pieces", lambda *args: seen.extend(_pieces(*args)) or seen)
+    monkeypatch.setattr(
+        "llm2comp.use.embed._pieces", lambda *args: seen.extend(_pieces(*args)) or seen
+    )
     assert embed(model, [long], long_texts="chunk-mean").long_texts == 1
     assert "".join(seen) == long
     assert all(0 < len(tokens(model, part)) <= room(model) for part in seen)
@@ -243,7 +301,10 @@ def test_error_names_the_first_long_text(model):
     with pytest.raises(DataError, match="2 texts are longer") as caught:
         embed(model, ["short", long, long], long_texts="error")
     assert caught.value.where == "text 2"
-    assert (caught.value.expected, caught.value.found) == (f"{room(model)} tokens or fewer", "64 tokens")
+    assert (caught.value.expected, caught.value.found) == (
+        f"{room(model)} tokens or fewer",
+        "64 tokens",
+    )
 
 
 def test_a_prompt_that_leaves_no_room(model):
@@ -255,7 +316,10 @@ def test_a_prompt_that_leaves_no_room(model):
         model.prompts["query"] = before
 
 
-@pytest.mark.parametrize(("texts", "says"), [([], "nothing to embed"), (["a", "\udcff"], "text 2"), (["a", None], "text 2")])
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [([], "nothing to embed"), (["a", "\udcff"], "text 2"), (["a", None], "text 2")],
+)
 def test_texts_that_are_none(model, texts, says):
     with pytest.raises(DataError, match=says):
         embed(model, texts)
@@ -263,7 +327,9 @@ def test_texts_that_are_none(model, texts, says):
 
 def test_embeddings_that_are_not_finite(model):
     def spoil(_, args, features):
-        for row, (ids, mask) in enumerate(zip(args[0]["input_ids"], args[0]["attention_mask"], strict=True)):
+        for row, (ids, mask) in enumerate(
+            zip(args[0]["input_ids"], args[0]["attention_mask"], strict=True)
+        ):
             if model.tokenizer.decode(ids[mask == 1], skip_special_tokens=True).strip() == "bad":
                 features["sentence_embedding"][row] = np.inf
 
@@ -315,9 +381,15 @@ def test_half_precision_on_request(dtype, place):
     assert found.dtype == np.float32
     assert lowest_cosine(found, expected) >= 0.999
     assert np.abs(found - expected).max() > 1e-5
-    weights = [weight for name, weight in half.named_parameters() if "layers.0.mlp.up_proj" in name and "lora" not in name]
+    weights = [
+        weight
+        for name, weight in half.named_parameters()
+        if "layers.0.mlp.up_proj" in name and "lora" not in name
+    ]
     assert [weight.dtype for weight in weights] == [getattr(torch, dtype)]
-    assert {buffer.dtype for name, buffer in half.named_buffers() if "inv_freq" in name} == {torch.float32}
+    assert {buffer.dtype for name, buffer in half.named_buffers() if "inv_freq" in name} == {
+        torch.float32
+    }
     if place == "model":
         stock = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": dtype})
         np.testing.assert_allclose(found[:5], stock.encode(TEXTS[:5], batch_size=5), atol=3e-2)
@@ -334,7 +406,9 @@ def test_dtypes_that_there_are_not():
 def test_merged_adapters_give_the_same_embeddings(pair):
     folder = finished()[1] / "3-scl"
     live, merged = llm2comp.load(folder, "cpu"), llm2comp.load(folder, "cpu", merged=True)
-    counts = [sum("lora_" in name for name, _ in model.named_parameters()) for model in (live, merged)]
+    counts = [
+        sum("lora_" in name for name, _ in model.named_parameters()) for model in (live, merged)
+    ]
     assert counts[0] > counts[1] == 0
     found, expected = (embed(model, TEXTS).embeddings_ND for model in (merged, live))
     assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
@@ -366,14 +440,18 @@ def test_parquet_reads_back(tmp_path, made):
     write_embeddings(tmp_path / "x.parquet", *made)
     table = pq.read_table(tmp_path / "x.parquet")
     assert table["text"].to_pylist() == made[1]
-    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), dtype=np.float32), made[0].embeddings_ND)
+    np.testing.assert_array_equal(
+        np.array(table["embedding"].to_pylist(), dtype=np.float32), made[0].embeddings_ND
+    )
 
 
 def test_jsonl_reads_back(tmp_path, made):
     write_embeddings(tmp_path / "x.jsonl", *made)
     rows = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text("utf-8").split("\n")[:-1]]
     assert [row["text"] for row in rows] == made[1]
-    np.testing.assert_array_equal(np.array([row["embedding"] for row in rows], dtype=np.float32), made[0].embeddings_ND)
+    np.testing.assert_array_equal(
+        np.array([row["embedding"] for row in rows], dtype=np.float32), made[0].embeddings_ND
+    )
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet", ".jsonl"])
@@ -394,14 +472,18 @@ def test_full_disk_leaves_the_old_file(tmp_path, made, suffix):
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """The finished run, what its model gives for TEXTS, and those of TEXTS that a file of lines can hold."""
+    """The finished run, what its model gives for TEXTS, and those of TEXTS that a file of lines can
+    hold.
+    """
     texts = [text for text in TEXTS if text.strip() and "\n" not in text]
     folder = finished()[1]
     return folder, texts, load_folder(folder / "model", "cpu").encode(texts)
 
 
 def compressed(content, suffix):
-    return {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix](content)
+    return {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix](
+        content
+    )
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -410,7 +492,18 @@ def test_command_reads_files(tmp_path, command, suffix):
     source = write_rows(tmp_path / "in.jsonl", [{"body": text} for text in texts])
     packed = tmp_path / f"in.jsonl{suffix}"
     packed.write_bytes(compressed(source.read_bytes(), suffix))
-    said = cli("embed", packed, "-m", folder, "-o", tmp_path / "out.npy", "--column", "body", "--max-tokens-per-batch", 70)
+    said = cli(
+        "embed",
+        packed,
+        "-m",
+        folder,
+        "-o",
+        tmp_path / "out.npy",
+        "--column",
+        "body",
+        "--max-tokens-per-batch",
+        70,
+    )
     assert said.code == 0, said
     assert said.out == ""
     assert f"in.jsonl{suffix}: {len(texts)} rows" in said.err
@@ -420,12 +513,31 @@ def test_command_reads_files(tmp_path, command, suffix):
 
 def test_command_reads_standard_input_and_says_what_it_left_out(tmp_path, command):
     folder, texts, expected = command
-    lines = [b"", *(text.encode() for text in texts[:3]), b"\xff", *(text.encode() for text in texts[3:])]
-    arguments = ("embed", "-", "-m", folder / "model", "-o", tmp_path / "x" / "out.jsonl", "--bad-rows", "skip")
+    lines = [
+        b"",
+        *(text.encode() for text in texts[:3]),
+        b"\xff",
+        *(text.encode() for text in texts[3:]),
+    ]
+    arguments = (
+        "embed",
+        "-",
+        "-m",
+        folder / "model",
+        "-o",
+        tmp_path / "x" / "out.jsonl",
+        "--bad-rows",
+        "skip",
+    )
     said = cli(*arguments, stdin=b"\r\n".join(lines))
     assert said.code == 0, said
-    assert f"standard-input.txt: {len(texts)} rows; left out: 1 empty (line 1), 1 not UTF-8 (line 5)" in said.err
-    rows = [json.loads(line) for line in (tmp_path / "x" / "out.jsonl").read_text("utf-8").splitlines()]
+    assert (
+        f"standard-input.txt: {len(texts)} rows; left out: 1 empty (line 1), 1 not UTF-8 (line 5)"
+        in said.err
+    )
+    rows = [
+        json.loads(line) for line in (tmp_path / "x" / "out.jsonl").read_text("utf-8").splitlines()
+    ]
     assert [row["text"] for row in rows] == texts
     np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-5)
 
@@ -434,7 +546,9 @@ def test_command_reads_standard_input_and_says_what_it_left_out(tmp_path, comman
 def test_commands_take_a_dtype_and_merge(tmp_path, command, dtype):
     folder, texts, expected = command
     arguments = ("-m", folder / "3-scl", "--dtype", dtype)
-    said = cli("embed", "-", *arguments, "-o", tmp_path / "out.npy", stdin="\n".join(texts).encode())
+    said = cli(
+        "embed", "-", *arguments, "-o", tmp_path / "out.npy", stdin="\n".join(texts).encode()
+    )
     assert said.code == 0, said
     rows = np.load(tmp_path / "out.npy")
     assert lowest_cosine(rows, expected) >= 0.999
@@ -449,17 +563,40 @@ def test_commands_take_a_dtype_and_merge(tmp_path, command, dtype):
 def test_command_counts_long_texts(tmp_path, command, policy):
     stdin = b"short\n" + 2 * (" ".join(sentences(30)).encode() + b"\n")
     out = tmp_path / "out.parquet"
-    arguments = ("embed", "-", "-m", command[0], "-o", out, "--long-texts", policy, "--role", "query", "--normalise")
+    arguments = (
+        "embed",
+        "-",
+        "-m",
+        command[0],
+        "-o",
+        out,
+        "--long-texts",
+        policy,
+        "--role",
+        "query",
+        "--normalise",
+    )
     said = cli(*arguments, stdin=stdin)
     assert said.code == 0, said
-    done = {"truncate": "cut there: --long-texts chunk-mean reads them whole", "chunk-mean": "read in parts"}[policy]
+    done = {
+        "truncate": "cut there: --long-texts chunk-mean reads them whole",
+        "chunk-mean": "read in parts",
+    }[policy]
     assert re.search(rf"; 2 over the model's limit of \d+ tokens, {done}$", said.err, re.MULTILINE)
     rows = np.array(pq.read_table(out)["embedding"].to_pylist())
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
 
 
 def test_command_prints_progress_lines_without_control_codes(tmp_path, command):
-    said = cli("embed", "-", "-m", command[0], "-o", tmp_path / "out.npy", stdin="\n".join(command[1]).encode())
+    said = cli(
+        "embed",
+        "-",
+        "-m",
+        command[0],
+        "-o",
+        tmp_path / "out.npy",
+        stdin="\n".join(command[1]).encode(),
+    )
     assert said.err.count("embed ") == 1, "the last state, once"
     assert f"embed {len(command[1])}/{len(command[1])}: 0 s, 0 s left\n" in said.err
     assert "\x1b" not in said.err
@@ -502,9 +639,13 @@ def gaps(tmp_path, kind, texts):
     """A file of each kind that has no text in rows 1, 3 and 6; the rows that have."""
     cells = [texts[0], "", texts[1], " ", texts[2], texts[3], ""]
     if kind == ".parquet":
-        pq.write_table(pa.table({"text": [cell or None for cell in cells]}), tmp_path / "in.parquet")
+        pq.write_table(
+            pa.table({"text": [cell or None for cell in cells]}), tmp_path / "in.parquet"
+        )
     elif kind == ".csv":
-        (tmp_path / "in.csv").write_text("n,text\n" + "".join(f'{n},"{cell}"\n' for n, cell in enumerate(cells)))
+        (tmp_path / "in.csv").write_text(
+            "n,text\n" + "".join(f'{n},"{cell}"\n' for n, cell in enumerate(cells))
+        )
     else:
         write_rows(tmp_path / "in.jsonl", [{"text": cell} for cell in cells])
     return tmp_path / f"in{kind}", [0, 2, 4, 5]
@@ -516,13 +657,21 @@ def test_rows_without_a_text_stop_embedding_and_are_named(tmp_path, command, kin
     said = cli("embed", source, "-m", command[0], "-o", tmp_path / "out.npy")
     shift, word = {".csv": (2, "line"), ".jsonl": (1, "line"), ".parquet": (1, "row")}[kind]
     places = ", ".join(f"{word} {row + shift}" for row in (1, 3, 6))
-    assert_refused(said, f"in{kind}: 3 of 7 rows cannot be embedded", f"3 empty ({places})", "--bad-rows skip", "zero")
+    assert_refused(
+        said,
+        f"in{kind}: 3 of 7 rows cannot be embedded",
+        f"3 empty ({places})",
+        "--bad-rows skip",
+        "zero",
+    )
     assert not (tmp_path / "out.npy").exists()
 
 
 @pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
 def test_rows_keep_their_numbers_or_their_places(tmp_path, command, kind):
-    """What is left of the others' rows is what these texts have by themselves; zeros are where no text is."""
+    """What is left of the others' rows is what these texts have by themselves; zeros are where no
+    text is.
+    """
     source, rows = gaps(tmp_path, kind, command[1])
     expected = command[2][:4]
     for suffix in (".npy", ".parquet", ".jsonl"):
@@ -531,17 +680,29 @@ def test_rows_keep_their_numbers_or_their_places(tmp_path, command, kind):
             said = cli("embed", source, "-m", command[0], "-o", out, "--bad-rows", policy)
             assert said.code == 0, said
             assert "left out: 3 empty (" in said.err
-            assert ("zeros in the place of 3 rows" if policy == "zero" else "their rows (from 0): ") in said.err
+            assert (
+                "zeros in the place of 3 rows" if policy == "zero" else "their rows (from 0): "
+            ) in said.err
         if suffix == ".npy":
-            skipped, zeros, numbers = np.load(outs["skip"]), np.load(outs["zero"]), np.load(rows_file(outs["skip"]))
+            skipped, zeros, numbers = (
+                np.load(outs["skip"]),
+                np.load(outs["zero"]),
+                np.load(rows_file(outs["skip"])),
+            )
             assert not rows_file(outs["zero"]).exists()
         else:
-            read = pq.read_table if suffix == ".parquet" else lambda file: pa.Table.from_pylist(lines(file))
+            read = (
+                pq.read_table
+                if suffix == ".parquet"
+                else lambda file: pa.Table.from_pylist(lines(file))
+            )
             tables = {policy: read(out) for policy, out in outs.items()}
             skipped, zeros = (np.array(tables[policy]["embedding"].to_pylist()) for policy in outs)
             numbers = tables["skip"]["row"].to_numpy()
             assert tables["zero"].column_names == ["text", "embedding"]
-            assert [text is None for text in tables["zero"]["text"].to_pylist()] == [n not in rows for n in range(7)]
+            assert [text is None for text in tables["zero"]["text"].to_pylist()] == [
+                n not in rows for n in range(7)
+            ]
         assert numbers.tolist() == rows
         assert zeros.shape == (7, 32)
         np.testing.assert_allclose(skipped, expected, atol=1e-5)
@@ -599,6 +760,11 @@ def test_the_input_is_not_replaced(tmp_path, command, suffix):
 
 def test_a_column_that_is_not_there_is_told_as_an_option(tmp_path, command):
     write_rows(tmp_path / "in.jsonl", [{"id": "1", "the body": "a"}])
-    for column, told in (([], "--column 'the body'"), (["--column", "the bdy"], "--column 'the body'")):
-        said = cli("embed", tmp_path / "in.jsonl", "-m", command[0], "-o", tmp_path / "out.npy", *column)
+    for column, told in (
+        ([], "--column 'the body'"),
+        (["--column", "the bdy"], "--column 'the body'"),
+    ):
+        said = cli(
+            "embed", tmp_path / "in.jsonl", "-m", command[0], "-o", tmp_path / "out.npy", *column
+        )
         assert_refused(said, "no column", "columns id, the body", f"to do: {told}\n")

@@ -1,4 +1,6 @@
-"""Texts → embeddings through sentence-transformers: padding, company, order, limits, prompts, chat templates."""
+"""Texts → embeddings through sentence-transformers: padding, company, order, limits, prompts, chat
+templates.
+"""
 
 import pytest
 import torch
@@ -36,7 +38,9 @@ def test_texts_are_padded_on_the_left():
     features = module.preprocess(TEXTS)
     rows = module.compressor.backbone.tokenise(TEXTS)
     assert features["input_ids"].shape[1] == max(map(len, rows))
-    for ids, mask, row in zip(features["input_ids"].tolist(), features["attention_mask"].tolist(), rows, strict=True):
+    for ids, mask, row in zip(
+        features["input_ids"].tolist(), features["attention_mask"].tolist(), rows, strict=True
+    ):
         assert ids[-len(row) :] == row
         assert mask == [0] * (len(ids) - len(row)) + [1] * len(row)
 
@@ -49,7 +53,9 @@ def test_truncation_keeps_all_memory_tokens(family, monkeypatch):
     read = compressor.backbone.encoder_pass
 
     def watched(x_BSD, mask_BS, *others):
-        assert torch.equal(x_BSD[:, -MEMORY:], compressor.memory.vectors_KD.expand(len(x_BSD), -1, -1))
+        assert torch.equal(
+            x_BSD[:, -MEMORY:], compressor.memory.vectors_KD.expand(len(x_BSD), -1, -1)
+        )
         assert mask_BS[:, -MEMORY:].all()
         widths.append(x_BSD.shape[1])
         return read(x_BSD, mask_BS, *others)
@@ -61,7 +67,9 @@ def test_truncation_keeps_all_memory_tokens(family, monkeypatch):
     assert widths == [LIMIT + MEMORY]
     assert (found[0] - alone(compressor, cut)).abs().max() < 1e-5
     assert model.max_seq_length == LIMIT + MEMORY
-    assert not torch.allclose(found[0], alone(compressor, cut[:-1]), atol=1e-3), "vacuous: the last token has no effect"
+    assert not torch.allclose(found[0], alone(compressor, cut[:-1]), atol=1e-3), (
+        "vacuous: the last token has no effect"
+    )
 
 
 def test_limit_is_no_more_than_the_lm_s_positions():
@@ -75,7 +83,10 @@ def test_roles_have_limits_and_prompts_of_their_own():
     prompts = {"query": "find: ", "document": ""}
     model = as_sentence_transformer(compressor, LIMIT, {"query": 12, "document": LIMIT}, prompts)
     query, document = (compressor.backbone.tokenise([text])[0] for text in (f"find: {LONG}", LONG))
-    expected = {"query": alone(compressor, query[:12]), "document": alone(compressor, document[:LIMIT])}
+    expected = {
+        "query": alone(compressor, query[:12]),
+        "document": alone(compressor, document[:LIMIT]),
+    }
     found = {"query": model.encode_query(LONG), "document": model.encode_document(LONG)}
     for role, embedding in expected.items():
         assert (torch.tensor(found[role]) - embedding).abs().max() < 1e-5, role
@@ -101,7 +112,9 @@ def test_a_chat_template_is_never_applied():
     plain, chat = make_compressor(), make_compressor(chat=True)
     assert chat.backbone.tokenizer.chat_template == CHAT_TEMPLATE
     assert make_tokenizer().chat_template is None
-    assert "<|user|>" in chat.backbone.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert "<|user|>" in chat.backbone.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False
+    )
     first, second = (MemoryEncoder(c, 64) for c in (plain, chat))
     assert torch.equal(first.preprocess(TEXTS)["input_ids"], second.preprocess(TEXTS)["input_ids"])
     models = [as_sentence_transformer(c, 64, prompts={"query": "find: "}) for c in (plain, chat)]

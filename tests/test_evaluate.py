@@ -1,4 +1,6 @@
-"""`llm2comp evaluate`: mteb's figures for any model, under names that cannot collide; resumed; clear when something fails."""
+"""`llm2comp evaluate`: mteb's figures for any model, under names that cannot collide; resumed;
+clear when something fails.
+"""
 
 import json
 import shutil
@@ -16,7 +18,14 @@ from transformers import AutoTokenizer
 
 import llm2comp
 from llm2comp.errors import DataError, ModelFolderError, RecipeError, RunError
-from llm2comp.lab.evaluation.evaluate import EvaluateOptions, ModelScores, earlier_rows, evaluate, read_summary, table
+from llm2comp.lab.evaluation.evaluate import (
+    EvaluateOptions,
+    ModelScores,
+    earlier_rows,
+    evaluate,
+    read_summary,
+    table,
+)
 from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
 from llm2comp.lab.evaluation.paper14 import PAPER14
 from llm2comp.lab.evaluation.published import published
@@ -42,8 +51,14 @@ def sets(tmp_path):
     folder = home / "retrieval" / "Found"
     (folder / "qrels").mkdir(parents=True)
     documents = sentences(12, 8, seed=3)
-    write_rows(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)])
-    write_rows(folder / "queries.jsonl", [{"_id": f"q{i}", "text": text[:20]} for i, text in enumerate(documents[:6])])
+    write_rows(
+        folder / "corpus.jsonl",
+        [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)],
+    )
+    write_rows(
+        folder / "queries.jsonl",
+        [{"_id": f"q{i}", "text": text[:20]} for i, text in enumerate(documents[:6])],
+    )
     lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(6))]
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
     return home
@@ -71,8 +86,13 @@ def plain_model(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "lm")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder / "lm")
-    modules = [transformer := Transformer(str(folder / "lm")), Pooling(transformer.get_embedding_dimension(), "mean")]
-    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "plain"), create_model_card=False)
+    modules = [
+        transformer := Transformer(str(folder / "lm")),
+        Pooling(transformer.get_embedding_dimension(), "mean"),
+    ]
+    SentenceTransformer(modules=modules, device="cpu").save(
+        str(folder / "plain"), create_model_card=False
+    )
     return folder / "plain"
 
 
@@ -81,11 +101,16 @@ def plain_model(folder):
 
 def test_exported_folder_run_and_native_encoder_score_alike(tmp_path, sets):
     _, run = finished()
-    found = {place: run_local(run / place, sets, tmp_path / "out") for place in ("", "model", "3-scl", "1-pretext")}
+    found = {
+        place: run_local(run / place, sets, tmp_path / "out")
+        for place in ("", "model", "3-scl", "1-pretext")
+    }
     assert set(found[""].scores) == {"Local-One", "Local-Two", "Local-Found"}
     assert scores(found["model"]) == scores(found[""])
     assert scores(found["3-scl"]) == pytest.approx(scores(found["model"]), abs=1e-3)
-    assert scores(found["1-pretext"]) != pytest.approx(scores(found["model"]), abs=1e-3), "the stages differ"
+    assert scores(found["1-pretext"]) != pytest.approx(scores(found["model"]), abs=1e-3), (
+        "the stages differ"
+    )
 
 
 def test_scores_are_those_of_the_model_s_own_vectors(tmp_path, sets):
@@ -95,17 +120,26 @@ def test_scores_are_those_of_the_model_s_own_vectors(tmp_path, sets):
     model = llm2comp.load(run, "cpu")
     data = rows_of(sets / "sts" / "One")
     first, second = (
-        model.encode([item[key] for item in data], normalize_embeddings=True) for key in ("sentence1", "sentence2")
+        model.encode([item[key] for item in data], normalize_embeddings=True)
+        for key in ("sentence1", "sentence2")
     )
     expected = spearmanr((first * second).sum(1), [item["score"] for item in data]).statistic
     assert row.scores["Local-One"]["score"] == pytest.approx(expected, abs=1e-5)
     assert row.scores["Local-One"]["metric"] == "cosine_spearman"
 
-    queries = [json.loads(line)["text"] for line in (sets / "retrieval" / "Found" / "queries.jsonl").read_text().splitlines()]
-    documents = [json.loads(line)["text"] for line in (sets / "retrieval" / "Found" / "corpus.jsonl").read_text().splitlines()]
+    queries = [
+        json.loads(line)["text"]
+        for line in (sets / "retrieval" / "Found" / "queries.jsonl").read_text().splitlines()
+    ]
+    documents = [
+        json.loads(line)["text"]
+        for line in (sets / "retrieval" / "Found" / "corpus.jsonl").read_text().splitlines()
+    ]
 
     def ndcg(prompt):
-        a = model.encode([prompt + query for query in queries], prompt="", normalize_embeddings=True)
+        a = model.encode(
+            [prompt + query for query in queries], prompt="", normalize_embeddings=True
+        )
         cosines = a @ model.encode_document(documents, normalize_embeddings=True).T
         ranks = [1 + int((row > row[i]).sum()) for i, row in enumerate(cosines)]
         return float(np.mean([1 / np.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks]))
@@ -129,7 +163,10 @@ def test_texts_come_back_in_order():
     encoder = MtebEncoder(model, "a/b", "c", max_tokens_per_batch=40, progress=False)
     texts = [" ".join(["word"] * n) for n in (5, 1, 9, 3, 7, 2, 60)] + sentences(70, 5)
     found = encoder.encode(
-        [{"text": texts[:4]}, {"text": texts[4:]}], task_metadata=metadata("STS12"), hf_split="", hf_subset=""
+        [{"text": texts[:4]}, {"text": texts[4:]}],
+        task_metadata=metadata("STS12"),
+        hf_split="",
+        hf_subset="",
     )
     assert np.allclose(found, model.encode(texts), atol=1e-5)
 
@@ -146,11 +183,15 @@ def metadata(name):
 def test_who_gets_which_prompt():
     model = llm2comp.load(finished()[1], "cpu")
     query, document = mteb.types.PromptType.query, mteb.types.PromptType.document
-    encoder = MtebEncoder(model, "a/b", "c", {"SciFact": "find it", "STS12": "alike"}, "[{instruction}] ")
+    encoder = MtebEncoder(
+        model, "a/b", "c", {"SciFact": "find it", "STS12": "alike"}, "[{instruction}] "
+    )
     assert encoder._prompt(metadata("SciFact"), query) == "[find it] "
     assert encoder._prompt(metadata("SciFact"), document) == ""
     assert encoder._prompt(metadata("STS12"), None) == "[alike] "
-    assert encoder._prompt(metadata("NFCorpus"), query) == "find the text:", "no instruction: the stored prompt"
+    assert encoder._prompt(metadata("NFCorpus"), query) == "find the text:", (
+        "no instruction: the stored prompt"
+    )
     assert encoder._prompt(metadata("STS13"), None) is None
 
 
@@ -158,7 +199,13 @@ def test_the_instruction_reaches_the_texts(tmp_path, sets):
     _, run = finished()
     (tmp_path / "table.yaml").write_text("Local-One: alike or not\n")
     plain = run_local(run, sets, tmp_path / "out")
-    told = run_local(run, sets, tmp_path / "out", instructions=str(tmp_path / "table.yaml"), template="{instruction} = ")
+    told = run_local(
+        run,
+        sets,
+        tmp_path / "out",
+        instructions=str(tmp_path / "table.yaml"),
+        template="{instruction} = ",
+    )
     assert scores(told)["Local-Two"] == scores(plain)["Local-Two"]
     model, data = llm2comp.load(run, "cpu"), rows_of(sets / "sts" / "One")
     first, second = (
@@ -173,7 +220,9 @@ def test_the_instruction_reaches_the_texts(tmp_path, sets):
 
 @pytest.fixture
 def room(monkeypatch):
-    """Models read longer queries than those of `finished` do: the paper's instructions fit before a text."""
+    """Models read longer queries than those of `finished` do: the paper's instructions fit before a
+    text.
+    """
     usual = llm2comp.load
 
     def load(*arguments):
@@ -211,7 +260,10 @@ def test_instructions_are_for_models_that_know_them(tmp_path, monkeypatch, room)
 
 def test_no_two_checkpoints_share_name_and_revision(tmp_path):
     _, run = finished()
-    stages = [identity(run / place, llm2comp.load(run / place, "cpu")) for place in ("1-pretext", "2-ucl", "3-scl", "")]
+    stages = [
+        identity(run / place, llm2comp.load(run / place, "cpu"))
+        for place in ("1-pretext", "2-ucl", "3-scl", "")
+    ]
     assert len({(who.name, who.revision) for who in stages}) == 4
     copy = shutil.copytree(run / "model", tmp_path / "a" / "model")
     twin = shutil.copytree(run / "model", tmp_path / "b" / "model")
@@ -287,7 +339,17 @@ def test_the_paper_s_tasks_run_on_made_up_data(tmp_path, monkeypatch, room):
         raise AssertionError("a data set was asked for")
 
     monkeypatch.setattr("datasets.load_dataset", no_network)
-    said = cli("evaluate", finished()[1], "--tasks", "paper14", "--compare", "--out", tmp_path, "--device", "cpu")
+    said = cli(
+        "evaluate",
+        finished()[1],
+        "--tasks",
+        "paper14",
+        "--compare",
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+    )
     assert said.code == 0, said
     lines = [line.split() for line in said.err.splitlines() if "/14 " in line]
     assert [words[1] for words in lines] == [f"{task}:" for task in PAPER14]
@@ -304,16 +366,24 @@ def test_the_paper_s_tasks_are_the_versions_and_figures_it_used(tmp_path, monkey
     assert set(PAPER14) == set(published()[0].scores)
     assert tasks["STS17"].hf_subsets == ["en-en"]
     assert all(task.eval_splits == ["test"] for task in tasks.values())
-    renamed = {name for name, task in tasks.items() if task.metadata.main_score != PAPER14[name].metric}
-    assert renamed == {"SprintDuplicateQuestions"}, "mteb 2 takes the best of five similarities there"
+    renamed = {
+        name for name, task in tasks.items() if task.metadata.main_score != PAPER14[name].metric
+    }
+    assert renamed == {"SprintDuplicateQuestions"}, (
+        "mteb 2 takes the best of five similarities there"
+    )
     rehearse(monkeypatch)
-    row = evaluate([str(finished()[1])], EvaluateOptions(tasks=("paper14",), device="cpu"), tmp_path)[0]
+    row = evaluate(
+        [str(finished()[1])], EvaluateOptions(tasks=("paper14",), device="cpu"), tmp_path
+    )[0]
     assert {task: found["metric"] for task, found in row.scores.items()} == {
         name: task.metric for name, task in PAPER14.items()
     }
     (file,) = tmp_path.rglob("SprintDuplicateQuestions.json")
     stored = json.loads(file.read_text())["scores"]["test"][0]
-    assert row.scores["SprintDuplicateQuestions"]["score"] == pytest.approx(stored["cosine_ap"], abs=1e-5)
+    assert row.scores["SprintDuplicateQuestions"]["score"] == pytest.approx(
+        stored["cosine_ap"], abs=1e-5
+    )
 
 
 def test_a_task_s_name_in_a_benchmark_and_by_itself_is_one():
@@ -323,8 +393,12 @@ def test_a_task_s_name_in_a_benchmark_and_by_itself_is_one():
 
 
 def test_a_typo_names_the_nearest(tmp_path):
-    assert_refused(cli("evaluate", finished()[1], "--tasks", "SciFacts"), "SciFacts", "did you mean 'SciFact'?")
-    assert_refused(cli("evaluate", finished()[1], "--tasks", "MTEB(eng,v2)"), "did you mean 'MTEB(eng, v2)'?")
+    assert_refused(
+        cli("evaluate", finished()[1], "--tasks", "SciFacts"), "SciFacts", "did you mean 'SciFact'?"
+    )
+    assert_refused(
+        cli("evaluate", finished()[1], "--tasks", "MTEB(eng,v2)"), "did you mean 'MTEB(eng, v2)'?"
+    )
     assert_refused(cli("evaluate", finished()[1], "--tasks", "paper-14"), "did you mean 'paper14'?")
 
 
@@ -355,7 +429,10 @@ def test_a_hub_that_fails_stops_only_its_tasks(tmp_path, sets, monkeypatch, room
     assert said.code == 1
     assert "Traceback" not in said.err
     for name in ("SciFact", "STS17"):
-        assert f"{name}: left out: {name}: its data cannot be had: ConnectionError: Network is unreachable" in said.err
+        assert (
+            f"{name}: left out: {name}: its data cannot be had: ConnectionError: Network "
+            "is unreachable" in said.err
+        )
     assert "error: 2 tasks could not be run: STS17, SciFact" in " ".join(said.err.split())
     (row,) = read_summary(tmp_path / "summary.json")
     assert set(row.scores) == {"Local-One", "Local-Two", "Local-Found"}
@@ -433,7 +510,10 @@ def test_batches_shrink_until_they_fit_and_stay_small(tokens):
     [
         ([], ["nothing to evaluate", "--tasks paper14"]),
         (["--tasks", "STS12", "--template", "none"], ["--template", "{instruction}"]),
-        (["--tasks", "STS12", "--instructions", "no.yaml"], ["no.yaml", "auto, none, or a YAML file"]),
+        (
+            ["--tasks", "STS12", "--instructions", "no.yaml"],
+            ["no.yaml", "auto, none, or a YAML file"],
+        ),
         (["--local", "nowhere"], ["nowhere", "no such folder"]),
     ],
 )
@@ -445,7 +525,9 @@ def test_bad_options(tmp_path, arguments, parts):
 def test_instructions_that_are_no_table(tmp_path):
     for content in ("- a\n", "a: [b]\n", "a: {\n", "SciFact\n"):
         (tmp_path / "table.yaml").write_text(content)
-        said = cli("evaluate", finished()[1], "--tasks", "STS12", "--instructions", tmp_path / "table.yaml")
+        said = cli(
+            "evaluate", finished()[1], "--tasks", "STS12", "--instructions", tmp_path / "table.yaml"
+        )
         assert_refused(said, "table.yaml")
 
 
@@ -455,12 +537,17 @@ def test_a_malformed_local_set_says_file_and_line(tmp_path, sets):
     lines[6] = lines[6].replace('"score"', '"scoore"')
     file.write_text("\n".join(lines) + "\n")
     assert_refused(
-        cli("evaluate", finished()[1], "--local", sets, "--out", tmp_path / "out"), "Two/test.jsonl", "line 7", "score"
+        cli("evaluate", finished()[1], "--local", sets, "--out", tmp_path / "out"),
+        "Two/test.jsonl",
+        "line 7",
+        "score",
     )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["no/such-model", "nowhere", "mean:no/such-model", "no-such-folder/"])
+@pytest.mark.parametrize(
+    "name", ["no/such-model", "nowhere", "mean:no/such-model", "no-such-folder/"]
+)
 def test_a_model_that_is_none(tmp_path, sets, monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = cli("evaluate", name, "--local", sets, "--out", tmp_path / "out")
@@ -475,7 +562,10 @@ def test_a_model_that_is_none(tmp_path, sets, monkeypatch, name):
 
 
 def rows_for(*tasks, **failed):
-    found = {task: {"score": 0.5 + i / 100, "metric": "m", "split": "test"} for i, task in enumerate(tasks)}
+    found = {
+        task: {"score": 0.5 + i / 100, "metric": "m", "split": "test"}
+        for i, task in enumerate(tasks)
+    }
     return ModelScores("mine", "local/mine", "1", found, failed)
 
 
@@ -494,18 +584,27 @@ def test_table_averages_only_what_is_whole():
 def test_compare_shows_the_published_rows():
     shown = table([rows_for(*PAPER14)], compare=True)
     assert len(shown.columns) == 3 + len(published())
-    best = next(i for i, column in enumerate(shown.columns) if column.header == "LLM2Comp-KL\nSCL, paper")
+    best = next(
+        i for i, column in enumerate(shown.columns) if column.header == "LLM2Comp-KL\nSCL, paper"
+    )
     assert cells(shown)[best][-1] == "66.78"
     assert cells(shown)[best][list(PAPER14).index("STS17")] == "91.40"
-    missing = next(i for i, column in enumerate(shown.columns) if str(column.header).startswith("RepLLaMA"))
+    missing = next(
+        i for i, column in enumerate(shown.columns) if str(column.header).startswith("RepLLaMA")
+    )
     assert cells(shown)[missing][0] == "–"
     few = table([rows_for("SciFact", "ArguAna")], compare=True)
-    assert cells(few)[best] == ["76.79", "59.37", ""], "an average over other tasks would compare what cannot be compared"
+    assert cells(few)[best] == ["76.79", "59.37", ""], (
+        "an average over other tasks would compare what cannot be compared"
+    )
     assert len(table([rows_for("Local-One")], compare=True).columns) == 3
 
 
 def test_models_evaluated_before_are_compared(tmp_path):
-    summary = [vars(rows_for("A", "B")), vars(ModelScores("other", "local/other", "2", rows_for("A", "C").scores))]
+    summary = [
+        vars(rows_for("A", "B")),
+        vars(ModelScores("other", "local/other", "2", rows_for("A", "C").scores)),
+    ]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     now = [rows_for("A")]
     (other,) = earlier_rows(now, tmp_path)
@@ -523,7 +622,10 @@ def test_the_summary_keeps_other_models_and_other_tasks(tmp_path, sets):
     run_local(run / "1-pretext", sets / "sts" / "One", tmp_path)
     run_local(run, sets / "sts" / "Two", tmp_path)
     found = {row.name: set(row.scores) for row in read_summary(tmp_path / "summary.json")}
-    assert found == {"llm2comp/run": {"Local-One", "Local-Two"}, "llm2comp/run-1-pretext": {"Local-One"}}
+    assert found == {
+        "llm2comp/run": {"Local-One", "Local-Two"},
+        "llm2comp/run-1-pretext": {"Local-One"},
+    }
 
 
 @pytest.mark.parametrize("path", ["a/b", "x"])

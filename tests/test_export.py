@@ -1,4 +1,6 @@
-"""The exported folder embeds as the native encoder does: in a process of its own that cannot import this package."""
+"""The exported folder embeds as the native encoder does: in a process of its own that cannot import
+this package.
+"""
 
 import json
 import shutil
@@ -19,7 +21,15 @@ from llm2comp.model.memory import prefix_weights
 from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import EncoderSettings
 from llm2comp.storage import stock
-from llm2comp.storage.export import GOLDEN_TEXTS, export, load_folder, memory_ids, memory_names, reweight, verify
+from llm2comp.storage.export import (
+    GOLDEN_TEXTS,
+    export,
+    load_folder,
+    memory_ids,
+    memory_names,
+    reweight,
+    verify,
+)
 from oracles import embed_texts
 
 LIMIT = 40
@@ -55,7 +65,8 @@ VARIANTS = {family: (family, {}) for family in FAMILIES} | {
 
 OWN_TOKENIZER = [variant for variant in VARIANTS if variant.endswith("-tokenizer")]
 
-# The user's side, without this package. argv: the folders; standard input: texts; standard output: embeddings per folder.
+# The user's side, without this package. argv: the folders; standard input: texts; standard output:
+# embeddings per folder.
 USER = """
 import importlib.abc, json, sys
 
@@ -92,7 +103,9 @@ def make_model(variant):
     compressor = make_compressor(family, **settings)
     if variant == "own-embeddings":
         compressor.learn(memory=True, embeddings=True)
-        noise = torch.randn(compressor.input_table.weight.shape, generator=torch.Generator().manual_seed(2))
+        noise = torch.randn(
+            compressor.input_table.weight.shape, generator=torch.Generator().manual_seed(2)
+        )
         compressor.input_table.weight.data += 0.1 * noise
     if variant == "weighted":
         compressor.get_buffer("weights_K").copy_(torch.tensor([0.6, 0.0, 0.4]))
@@ -107,7 +120,9 @@ def exported(tmp_path_factory):
         export(make_model(variant), root / variant)
     folders = [str(root / variant) for variant in VARIANTS]
     command = [sys.executable, "-c", USER, *folders]
-    user = subprocess.run(command, input=json.dumps(READ), capture_output=True, text=True, check=False, cwd=root)
+    user = subprocess.run(
+        command, input=json.dumps(READ), capture_output=True, text=True, check=False, cwd=root
+    )
     assert user.returncode == 0, user.stderr[-3000:]
     found = json.loads(user.stdout)
     return root, {variant: found[str(root / variant)] for variant in VARIANTS}
@@ -122,7 +137,9 @@ def test_exported_equals_native_without_this_package(exported, variant):
             "query": model.encode_query(READ, convert_to_tensor=True).float(),
             "document": embed_texts(model, READ),
         }
-    assert (native["plain"][:3] - native["plain"][1:4]).norm(dim=1).min() > 0.1, "vacuous: all embeddings alike"
+    assert (native["plain"][:3] - native["plain"][1:4]).norm(dim=1).min() > 0.1, (
+        "vacuous: all embeddings alike"
+    )
     assert (native["plain"] - native["query"])[0].norm() > 0.1, "vacuous: the prompt does nothing"
     for role, expected in native.items():
         found = torch.tensor(exported[1][variant][role])
@@ -130,7 +147,9 @@ def test_exported_equals_native_without_this_package(exported, variant):
             assert torch.cosine_similarity(found, expected).min() > 0.99, role
         else:
             norms = expected.norm(dim=1)
-            assert (norms == 0).tolist() == [variant == "mean-no-bos" and role != "query" and not text for text in READ]
+            assert (norms == 0).tolist() == [
+                variant == "mean-no-bos" and role != "query" and not text for text in READ
+            ]
             assert ((found - expected).abs().amax(1) / norms.clamp_min(1e-6)).max() < 1e-5, role
 
 
@@ -139,7 +158,9 @@ def test_verify_passes(exported, variant):
     assert verify(exported[0] / variant) > (0.999 if "bfloat16" in variant else 0.99999)
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma3", "gpt2", "full-table", "chat", *OWN_TOKENIZER])
+@pytest.mark.parametrize(
+    "variant", ["llama", "qwen3", "gemma3", "gpt2", "full-table", "chat", *OWN_TOKENIZER]
+)
 def test_truncation_keeps_bos_and_all_memory_tokens(exported, variant):
     model = SentenceTransformer(str(exported[0] / variant))
     native = make_model(variant)[0].compressor.backbone
@@ -147,7 +168,9 @@ def test_truncation_keeps_bos_and_all_memory_tokens(exported, variant):
     memory = list(memory_ids(model).values())
     assert model.max_seq_length == LIMIT + MEMORY
     features = model.preprocess([LONG, TEXTS[0], ""])
-    for text, ids, mask in zip((LONG, TEXTS[0], ""), features["input_ids"], features["attention_mask"], strict=True):
+    for text, ids, mask in zip(
+        (LONG, TEXTS[0], ""), features["input_ids"], features["attention_mask"], strict=True
+    ):
         assert ids[mask.bool()].tolist() == native.tokenise([text], LIMIT)[0] + memory
         assert mask.tolist() == sorted(mask.tolist(), reverse=True), "padded on the right"
     assert features["attention_mask"].sum(1)[0] == LIMIT + MEMORY
@@ -177,13 +200,17 @@ def test_a_chat_template_is_gone_and_changes_nothing(exported):
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma3", "gpt2", "causal"])
 def test_transformers_alone_gives_the_memory_states(exported, variant):
-    """The folder is an ordinary model and tokenizer: AutoModel's last states are the native memory states."""
+    """The folder is an ordinary model and tokenizer: AutoModel's last states are the native memory
+    states.
+    """
     folder = exported[0] / variant
     tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     compressor = make_model(variant)[0].compressor
     assert getattr(lm.config, "is_causal", True) is (variant == "causal")
     for text in TEXTS:
-        expected = compressor.memory_states(Tokens.pad(compressor.backbone.tokenise([text]), "left"))[0]
+        expected = compressor.memory_states(
+            Tokens.pad(compressor.backbone.tokenise([text]), "left")
+        )[0]
         with torch.no_grad():
             found = lm(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, -MEMORY:]
         assert (found - expected).abs().max() < 1e-5
@@ -223,7 +250,11 @@ def test_an_exported_folder_is_not_exported_again(exported, tmp_path):
 def test_an_export_that_embeds_otherwise_leaves_the_old_folder(tmp_path, monkeypatch):
     model = make_model("llama")
     export(model, tmp_path / "model")
-    before = {path: path.read_bytes() for path in sorted((tmp_path / "model").rglob("*")) if path.is_file()}
+    before = {
+        path: path.read_bytes()
+        for path in sorted((tmp_path / "model").rglob("*"))
+        if path.is_file()
+    }
     write = stock._write_transformer
 
     def forgetful(module, folder):
@@ -234,7 +265,11 @@ def test_an_export_that_embeds_otherwise_leaves_the_old_folder(tmp_path, monkeyp
     monkeypatch.setattr(stock, "_write_transformer", forgetful)
     with pytest.raises(ModelFolderError, match="does not embed as the native encoder"):
         export(model, tmp_path / "model")
-    assert {path: path.read_bytes() for path in sorted((tmp_path / "model").rglob("*")) if path.is_file()} == before
+    assert {
+        path: path.read_bytes()
+        for path in sorted((tmp_path / "model").rglob("*"))
+        if path.is_file()
+    } == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -255,7 +290,9 @@ def test_verify_finds_a_truncated_weights_file(folder, share):
 @pytest.mark.parametrize("name", ["layers.1.mlp.down_proj.weight", "embed_tokens.weight"])
 def test_verify_finds_changed_weights(folder, name):
     weights = load_file(folder / "model.safetensors")
-    weights[name] = weights[name] + 0.05 * torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(0))
+    weights[name] = weights[name] + 0.05 * torch.randn(
+        weights[name].shape, generator=torch.Generator().manual_seed(0)
+    )
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelFolderError, match="gives other embeddings"):
         verify(folder)
@@ -294,7 +331,9 @@ def test_verify_finds_a_missing_file(folder, name, message):
         verify(folder / "nowhere")
 
 
-@pytest.mark.parametrize(("key", "value"), [("format_version", 99), ("embeddings", [[1.0, 2.0]]), ("texts", None)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("format_version", 99), ("embeddings", [[1.0, 2.0]]), ("texts", None)]
+)
 def test_verify_refuses_a_golden_file_of_another_kind(folder, key, value):
     golden = json.loads((folder / "golden.json").read_text())
     (folder / "golden.json").write_text(json.dumps(golden | {key: value}))

@@ -1,4 +1,6 @@
-"""Half precision and export: the folder is held against the native encoder in float32, and what half precision does is told."""
+"""Half precision and export: the folder is held against the native encoder in float32, and what
+half precision does is told.
+"""
 
 import json
 
@@ -18,7 +20,8 @@ from llm2comp.storage.export import GOLDEN_TEXTS, export, reweight, verify
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished
 
-# A tiny LM in which rounding grows from layer to layer, as real ones do under an attention that they were not made for.
+# A tiny LM in which rounding grows from layer to layer, as real ones do under an attention that
+# they were not made for.
 ROUGH = {"initializer_range": 0.6, "num_hidden_layers": 8}
 
 
@@ -31,7 +34,9 @@ def rough(dtype=torch.bfloat16, kind="lora", **settings):
         compressor = Compressor.fresh(backbone, 3, seed=3)
         backbone.add_adapter("pretext", AdapterSettings(kind=kind))
         for parameter in backbone.adapters.parameters("pretext"):
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+            parameter.data += 0.02 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(4)
+            )
         compressor.eval()
     return as_sentence_transformer(compressor, 40)
 
@@ -62,16 +67,22 @@ def test_a_sound_export_is_written_however_far_half_precision_drifts(tmp_path, v
     dtype, settings = VARIANTS[variant]
     model = rough(dtype, **settings)
     exact, own = in_32(model), embed_texts(model, list(GOLDEN_TEXTS))
-    assert (cosine(own, exact) < 0.995) == (variant != "full"), "a full copy computes in float32; else: vacuous"
+    assert (cosine(own, exact) < 0.995) == (variant != "full"), (
+        "a full copy computes in float32; else: vacuous"
+    )
     export(model, tmp_path / "model")
     golden = golden_of(tmp_path / "model")
     figures = golden["precision"]
     assert figures["dtype"] == "bfloat16"
-    kept = SentenceTransformer(str(tmp_path / "model"), device="cpu", model_kwargs={"dtype": "float32"})
+    kept = SentenceTransformer(
+        str(tmp_path / "model"), device="cpu", model_kwargs={"dtype": "float32"}
+    )
     found = embed_texts(kept, list(GOLDEN_TEXTS))
     assert cosine(torch.tensor(golden["embeddings"]), found) > 0.999999
     assert figures["weights"] == pytest.approx(cosine(found, exact), abs=1e-5)
-    half = embed_texts(SentenceTransformer(str(tmp_path / "model"), device="cpu"), list(GOLDEN_TEXTS))
+    half = embed_texts(
+        SentenceTransformer(str(tmp_path / "model"), device="cpu"), list(GOLDEN_TEXTS)
+    )
     assert figures["computing"] == pytest.approx(cosine(half, found), abs=1e-3)
     assert figures["computing"] < 0.995
     assert f"{figures['computing']:.5f}" in (tmp_path / "model" / "README.md").read_text()
@@ -83,8 +94,12 @@ def test_another_dtype_can_be_asked_for(tmp_path, dtype, capsys):
     model = rough()
     exact = in_32(model)
     export(model, tmp_path / "model", dtype=dtype)
-    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "model" / "model.safetensors").values()} == {f"torch.{dtype}"}
-    kept = SentenceTransformer(str(tmp_path / "model"), device="cpu", model_kwargs={"dtype": "float32"})
+    assert {
+        str(tensor.dtype) for tensor in load_file(tmp_path / "model" / "model.safetensors").values()
+    } == {f"torch.{dtype}"}
+    kept = SentenceTransformer(
+        str(tmp_path / "model"), device="cpu", model_kwargs={"dtype": "float32"}
+    )
     weights = golden_of(tmp_path / "model")["precision"]["weights"]
     assert weights == pytest.approx(cosine(embed_texts(kept, list(GOLDEN_TEXTS)), exact), abs=1e-5)
     assert weights > (0.99999 if dtype == "float32" else 0.999), "finer than bfloat16"
@@ -97,7 +112,9 @@ def test_another_dtype_can_be_asked_for(tmp_path, dtype, capsys):
 def test_what_drifts_far_is_told(tmp_path, capsys):
     export(rough(), tmp_path / "model")
     said = capsys.readouterr()
-    assert ("computed in bfloat16" in said.out + said.err) == (golden_of(tmp_path / "model")["precision"]["computing"] < 0.99)
+    assert ("computed in bfloat16" in said.out + said.err) == (
+        golden_of(tmp_path / "model")["precision"]["computing"] < 0.99
+    )
     export(rough(), tmp_path / "model", dtype="float32")
     said = capsys.readouterr()
     assert "computed in" not in said.out + said.err
@@ -112,7 +129,10 @@ def test_the_live_encoder_gets_its_own_bits_back(tmp_path):
             raise RuntimeError("in between")
         after = snapshot(model)
         assert after.keys() == before.keys()
-        assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items())
+        assert all(
+            torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype
+            for name, tensor in before.items()
+        )
         assert torch.equal(embed_texts(model, TEXTS), embeddings)
 
 
@@ -124,7 +144,9 @@ def test_an_unsound_export_is_found_although_half_precision_would_hide_it(tmp_pa
     def changed(module, folder):
         memory = module.compressor.memory.vectors_KD
         before = memory.data.clone()
-        memory.data *= 1 + 0.03 * torch.randn(memory.shape, generator=torch.Generator().manual_seed(5))
+        memory.data *= 1 + 0.03 * torch.randn(
+            memory.shape, generator=torch.Generator().manual_seed(5)
+        )
         try:
             return write(module, folder)
         finally:
@@ -142,7 +164,9 @@ def test_other_weights_renew_the_figure(tmp_path):
     reweight(tmp_path / "model", [1.0, 0.0, 0.0])
     after = golden_of(tmp_path / "model")["precision"]
     assert after["computing"] != before["computing"]
-    assert after["weights"] == before["weights"], "not measured anew: the trained encoder is not at hand"
+    assert after["weights"] == before["weights"], (
+        "not measured anew: the trained encoder is not at hand"
+    )
     assert verify(tmp_path / "model") > 0.99999
 
 

@@ -70,7 +70,12 @@ def test_failed_write_keeps_what_was_there(tmp_path, monkeypatch, failing):
     elif failing == "replace":
         monkeypatch.setattr("pathlib.Path.replace", full)
     limit = no_file_over(1000) if failing in ("write", "flush") else contextlib.nullcontext()
-    with pytest.raises(RunError, match=r"x\.txt: cannot write: (No space left on device|File too large)"), limit:
+    with (
+        pytest.raises(
+            RunError, match=r"x\.txt: cannot write: (No space left on device|File too large)"
+        ),
+        limit,
+    ):
         write_bytes(place, b"new" * (100_000 if failing == "write" else 400))
     assert place.read_text() == "old"
     assert names(tmp_path) == ["x.txt"]
@@ -110,12 +115,20 @@ def written(folder, kind=KIND, files=("x/y.bin", "z")):
 
 def refused(folder, kind, *parts):
     """Neither replaced nor removed, and nothing changes."""
-    before = {name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()}
-    for attempt in (lambda: refuse_foreign(folder, kind), lambda: written(folder, kind), lambda: remove_folder(folder, kind)):
+    before = {
+        name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()
+    }
+    for attempt in (
+        lambda: refuse_foreign(folder, kind),
+        lambda: written(folder, kind),
+        lambda: remove_folder(folder, kind),
+    ):
         with pytest.raises(RunError, match="would replace what is not its own") as caught:
             attempt()
         assert all(part in str(caught.value) for part in (str(folder), *parts)), caught.value
-    assert {name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()} == before
+    assert {
+        name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()
+    } == before
 
 
 def test_a_folder_that_was_written_before_is_replaced_whole_and_removed(tmp_path):
@@ -129,7 +142,9 @@ def test_a_folder_that_was_written_before_is_replaced_whole_and_removed(tmp_path
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "x/notes.md", ".git/config", "deep/er/a.txt", "A.TXT"])
+@pytest.mark.parametrize(
+    "name", ["thesis.txt", "x/notes.md", ".git/config", "deep/er/a.txt", "A.TXT"]
+)
 def test_a_file_of_others_in_it_stops_that(tmp_path, name):
     folder = written(tmp_path / "m")
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +200,10 @@ def test_a_folder_that_is_filled_bit_by_bit(tmp_path):
     claim(folder, KIND)  # of nothing that is there would its files take the place
     assert set(json.loads((folder / MARK_FILE).read_text())) == {"another", "a test"}
     whole = Kind("all of a folder")
-    for kind, found in ((Kind("a third", ("thesis.*",)), "thesis.txt"), (whole, "b.txt, thesis.txt")):
+    for kind, found in (
+        (Kind("a third", ("thesis.*",)), "thesis.txt"),
+        (whole, "b.txt, thesis.txt"),
+    ):
         for attempt in (refuse_taken, claim):
             with pytest.raises(RunError, match=f"(?s)not its own.*found: {found}"):
                 attempt(folder, kind)
@@ -228,21 +246,32 @@ def test_what_is_written_has_the_umasks_mode(tmp_path, mask):
         open_to_others(tmp_path / "one")
     finally:
         os.umask(before)
-    modes = {path: (tmp_path / path).stat().st_mode & 0o777 for path in ("m", "m/a", "m/a/b.safetensors", "m/tool", "one")}
-    modes |= {path: (tmp_path / path).stat().st_mode & 0o777 for path in ("deep", "deep/file", f"m/{MARK_FILE}")}
+    modes = {
+        path: (tmp_path / path).stat().st_mode & 0o777
+        for path in ("m", "m/a", "m/a/b.safetensors", "m/tool", "one")
+    }
+    modes |= {
+        path: (tmp_path / path).stat().st_mode & 0o777
+        for path in ("deep", "deep/file", f"m/{MARK_FILE}")
+    }
     executable = {"m", "m/a", "deep", "m/tool"}
     files = set(modes) - executable
     assert {modes[path] for path in executable} == {0o777 & ~mask}
     assert {modes[path] for path in files} == {0o666 & ~mask}
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a bug"), OSError(28, "No space left on device"), KeyboardInterrupt()]
+)
 @pytest.mark.parametrize("old", [False, True])
 def test_new_folder_changes_nothing_on_an_error(tmp_path, error, old):
     if old:
         filled(tmp_path / "model")
     before = names(tmp_path)
-    with pytest.raises(RunError if isinstance(error, OSError) else type(error)), new_folder(tmp_path / "model", KIND) as target:
+    with (
+        pytest.raises(RunError if isinstance(error, OSError) else type(error)),
+        new_folder(tmp_path / "model", KIND) as target,
+    ):
         write_half(target, error)
     assert names(tmp_path) == before
 
@@ -304,16 +333,25 @@ def test_every_librarys_failed_write_is_explained(tmp_path, write, kind):
     place = tmp_path / "disk"
     place.mkdir()
     full = no_file_over(65_536) if kind == "limit" else small_disk(place, 65_536)
-    with full, pytest.raises(RunError, match="disk: cannot write: ") as caught, whole_or_gone(place):
+    with (
+        full,
+        pytest.raises(RunError, match="disk: cannot write: ") as caught,
+        whole_or_gone(place),
+    ):
         write(place)
     assert caught.value.fix == "free space or choose another place, then run again"
     assert names(tmp_path) in ([], ["disk"])
     if write is not by_torch:
-        assert "File too large" in str(caught.value) if kind == "limit" else "No space left" in str(caught.value)
+        assert (
+            "File too large" in str(caught.value)
+            if kind == "limit"
+            else "No space left" in str(caught.value)
+        )
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("a bug"), RuntimeError("CUDA error"), DataError("bad"), RunError("(os error 28)")]
+    "error",
+    [ValueError("a bug"), RuntimeError("CUDA error"), DataError("bad"), RunError("(os error 28)")],
 )
 def test_other_errors_pass(tmp_path, error):
     with pytest.raises(type(error)) as caught, explain_disk_errors(tmp_path):
@@ -323,7 +361,9 @@ def test_other_errors_pass(tmp_path, error):
 
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
-    assert sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float64("nan")])
@@ -334,4 +374,6 @@ def test_what_is_not_finite_is_null_in_json(value):
         "b": [1.5, {"c": [None, "NaN"]}],
         "d": None,
     }
-    assert to_json({"x": [1, 2.5, True]}, sort_keys=True) == json.dumps({"x": [1, 2.5, True]}), "all else as ever"
+    assert to_json({"x": [1, 2.5, True]}, sort_keys=True) == json.dumps({"x": [1, 2.5, True]}), (
+        "all else as ever"
+    )

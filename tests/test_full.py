@@ -1,4 +1,6 @@
-"""`adapter.kind: full`: a trained copy of the LM encodes, the LM itself stays teacher and decoder, bit for bit."""
+"""`adapter.kind: full`: a trained copy of the LM encodes, the LM itself stays teacher and decoder,
+bit for bit.
+"""
 
 import copy
 import json
@@ -8,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 import llm2comp
-from families import FAMILIES, SENTENCES, make_backbone, relative_error, snapshot, stage_1, untouched
+from families import (
+    FAMILIES,
+    SENTENCES,
+    make_backbone,
+    relative_error,
+    snapshot,
+    stage_1,
+    untouched,
+)
 from llm2comp.errors import BackboneError, RecipeError
 from llm2comp.model.backbone.full import FullCopy
 from llm2comp.model.compressor import Compressor
@@ -44,7 +54,9 @@ def ctkd(compressor, batch):
 
 def split_batch(compressor):
     rows = compressor.backbone.tokenise([" ".join(SENTENCES[i : i + 3]) for i in (0, 2)])
-    return SplitTexts.from_rows(rows, [len(rows[0]) // 2, len(rows[1]) // 3], compressor.backbone.pad_id)
+    return SplitTexts.from_rows(
+        rows, [len(rows[0]) // 2, len(rows[1]) // 3], compressor.backbone.pad_id
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +66,9 @@ def test_a_fresh_copy_reads_as_the_lm_and_the_lm_never_changes(family):
     backbone.savings = plain.savings = frozenset()  # bits are compared, at padding too
     tokens = Tokens.pad(backbone.tokenise(SENTENCES[:3]), "left", backbone.pad_id)
     x = backbone.embed(tokens.ids_BT)
-    assert torch.equal(backbone.encoder_pass(x, tokens.mask_BT), plain.encoder_pass(x, tokens.mask_BT))
+    assert torch.equal(
+        backbone.encoder_pass(x, tokens.mask_BT), plain.encoder_pass(x, tokens.mask_BT)
+    )
     before = snapshot(backbone.lm)
     compressor.learn(memory=True)
     compressor.train()
@@ -67,10 +81,18 @@ def test_a_fresh_copy_reads_as_the_lm_and_the_lm_never_changes(family):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     with torch.no_grad():
-        assert not torch.allclose(backbone.encoder_pass(x, tokens.mask_BT), plain.encoder_pass(x, tokens.mask_BT), atol=1e-4)
+        assert not torch.allclose(
+            backbone.encoder_pass(x, tokens.mask_BT),
+            plain.encoder_pass(x, tokens.mask_BT),
+            atol=1e-4,
+        )
         reference = (
             untouched(family)
-            .base_model(inputs_embeds=x, attention_mask=tokens.mask_BT, position_ids=position_ids(tokens.mask_BT))
+            .base_model(
+                inputs_embeds=x,
+                attention_mask=tokens.mask_BT,
+                position_ids=position_ids(tokens.mask_BT),
+            )
             .last_hidden_state
         )
         assert torch.equal(backbone.decoder_pass(x, tokens.mask_BT), reference)
@@ -105,9 +127,13 @@ def test_gradient_is_that_of_two_separate_models(family, checkpointing):
     total.backward()
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
     pairs = [(compressor.memory.vectors_KD.grad, encoder.memory.vectors_KD.grad)]
-    mine, theirs = (dict(c.backbone.adapters.copy.named_parameters()) for c in (compressor, encoder))
+    mine, theirs = (
+        dict(c.backbone.adapters.copy.named_parameters()) for c in (compressor, encoder)
+    )
     pairs += [
-        (mine[name].grad, theirs[name].grad) for name in mine if theirs[name].grad is not None and theirs[name].grad.any()
+        (mine[name].grad, theirs[name].grad)
+        for name in mine
+        if theirs[name].grad is not None and theirs[name].grad.any()
     ]
     assert len(pairs) > 10
     assert all(relative_error(found, expected) < 1e-3 for found, expected in pairs)
@@ -137,7 +163,9 @@ def test_export_equals_native(family, tmp_path):
     found = embed_texts(llm2comp.load(tmp_path / "model", "cpu"), SENTENCES)
     assert torch.allclose(found, embed_texts(model, SENTENCES), atol=1e-4)
     plain = as_sentence_transformer(make_full(family, moved=False), 40)
-    assert not torch.allclose(found, embed_texts(plain, SENTENCES), atol=1e-2), "vacuous: nothing was trained"
+    assert not torch.allclose(found, embed_texts(plain, SENTENCES), atol=1e-2), (
+        "vacuous: nothing was trained"
+    )
 
 
 def full_tree(folder):
@@ -153,22 +181,34 @@ def test_a_run_from_end_to_end(tmp_path):
     """All stages, the plan's count, stages loaded back, done before, exported."""
     recipe = parse_recipe(full_tree(tmp_path))
     run = train(recipe, tmp_path / "run")
-    weights = [load_file(run / place / "adapter" / "encoder.safetensors") for place in FOLDERS.values()]
-    tables = [load_file(run / place / "memory.safetensors")["embeddings"] for place in FOLDERS.values()]
+    weights = [
+        load_file(run / place / "adapter" / "encoder.safetensors") for place in FOLDERS.values()
+    ]
+    tables = [
+        load_file(run / place / "memory.safetensors")["embeddings"] for place in FOLDERS.values()
+    ]
     assert weights[0].keys() == weights[2].keys()
     for one, other in ((0, 1), (1, 2)):
-        assert all(not torch.equal(weights[one][key], weights[other][key]) for key in weights[0]), "every layer learns"
+        assert all(not torch.equal(weights[one][key], weights[other][key]) for key in weights[0]), (
+            "every layer learns"
+        )
     assert torch.equal(tables[0], tables[1]), "UCL was not asked to train the embeddings"
     assert not torch.equal(tables[1], tables[2])
     live, model = llm2comp.load(run / "3-scl", "cpu"), llm2comp.load(run, "cpu")
     assert isinstance(live[0].compressor.backbone.adapters, FullCopy)
     assert torch.allclose(embed_texts(live, SENTENCES), embed_texts(model, SENTENCES), atol=1e-4)
     earlier = llm2comp.load(run / "2-ucl", "cpu")
-    assert not torch.allclose(embed_texts(live, SENTENCES), embed_texts(earlier, SENTENCES), atol=1e-2)
+    assert not torch.allclose(
+        embed_texts(live, SENTENCES), embed_texts(earlier, SENTENCES), atol=1e-2
+    )
     plans, _ = plan(recipe)
     memory, table = 3 * 32, tables[0].numel()
     layers = sum(tensor.numel() for tensor in weights[0].values())
-    assert [p.trainable for p in plans] == [layers + memory + table, layers, layers + memory + table]
+    assert [p.trainable for p in plans] == [
+        layers + memory + table,
+        layers,
+        layers + memory + table,
+    ]
     before = (run / "1-pretext" / "done.json").read_text()
     assert train(recipe, tmp_path / "run") == run
     assert (run / "1-pretext" / "done.json").read_text() == before
@@ -184,7 +224,9 @@ def test_matryoshka_sums_the_loss_over_first_dimensions():
 
     def loss(**settings):
         with torch.no_grad():
-            return contrastive_loss(model, SclStage(**data, **settings))([dict(f) for f in features], None).item()
+            return contrastive_loss(model, SclStage(**data, **settings))(
+                [dict(f) for f in features], None
+            ).item()
 
     first, second = (embed_texts(model, column).double() for column in texts)
 
@@ -192,7 +234,9 @@ def test_matryoshka_sums_the_loss_over_first_dimensions():
         a, b = (torch.nn.functional.normalize(x[:, :width], dim=-1) for x in (first, second))
         return torch.nn.functional.cross_entropy(a @ b.T / 0.05, torch.arange(4)).item()
 
-    assert loss(matryoshka_dims=[8, 16]) == pytest.approx(naive(32) + naive(16) + naive(8), rel=1e-3)
+    assert loss(matryoshka_dims=[8, 16]) == pytest.approx(
+        naive(32) + naive(16) + naive(8), rel=1e-3
+    )
     assert loss() == pytest.approx(naive(32), rel=1e-3)
     assert naive(8) != pytest.approx(naive(32), rel=1e-2)
     with pytest.raises(RecipeError, match="more dimensions"):

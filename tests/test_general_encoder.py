@@ -1,6 +1,8 @@
-"""The encoders that come with the package: each fits its LM, and every command takes the larger unless told otherwise.
+"""The encoders that come with the package: each fits its LM, and every command takes the larger
+unless told otherwise.
 
-`builtin:general` needs SmolLM2-135M, which is not part of the package: its tests are skipped where the cache has none.
+`builtin:general` needs SmolLM2-135M, which is not part of the package: its tests are skipped where
+the cache has none.
 """
 
 import json
@@ -50,7 +52,10 @@ def model(request):
 def test_it_fits_its_lm(name, request):
     """A new LM without a new encoder would still load, and mean nothing."""
     model, known = loaded(name, request), golden(name)
-    assert weights_digest(load_recipe(BUILTIN_ENCODERS[name] / "recipe.yaml").model) == known["backbone"]
+    assert (
+        weights_digest(load_recipe(BUILTIN_ENCODERS[name] / "recipe.yaml").model)
+        == known["backbone"]
+    )
     found = model.encode(known["texts"])
     expected = np.array(known["embeddings"])
     assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
@@ -58,12 +63,20 @@ def test_it_fits_its_lm(name, request):
 
 @both
 def test_it_knows_what_is_alike(name, request):
-    question, answer, other = loaded(name, request).encode(golden(name)["texts"], normalize_embeddings=True)
+    question, answer, other = loaded(name, request).encode(
+        golden(name)["texts"], normalize_embeddings=True
+    )
     assert question @ answer > question @ other + 0.2
 
 
 def test_like_meaning_is_nearer_than_like_words(model):
-    texts = ["a cat", "a kitten", "a tax form", "a dog runs in the park", "a puppy is running outside"]
+    texts = [
+        "a cat",
+        "a kitten",
+        "a tax form",
+        "a dog runs in the park",
+        "a puppy is running outside",
+    ]
     cat, kitten, form, dog, puppy = model.encode(texts, normalize_embeddings=True)
     assert cat @ kitten > cat @ form + 0.3
     assert dog @ puppy > dog @ form + 0.3
@@ -73,9 +86,14 @@ def test_like_meaning_is_nearer_than_like_words(model):
 def test_its_recipe_is_the_shipped_one(name):
     def learned(recipe):
         tree = recipe.model_dump(mode="json")
-        return {key: tree[key] for key in ("model", "memory", "encoder", "adapter", "seed", "pretext", "ucl", "scl")}
+        return {
+            key: tree[key]
+            for key in ("model", "memory", "encoder", "adapter", "seed", "pretext", "ucl", "scl")
+        }
 
-    assert learned(load_recipe(BUILTIN_ENCODERS[name] / "recipe.yaml")) == learned(load_recipe(RECIPES[name]))
+    assert learned(load_recipe(BUILTIN_ENCODERS[name] / "recipe.yaml")) == learned(
+        load_recipe(RECIPES[name])
+    )
 
 
 @both
@@ -99,7 +117,11 @@ def test_its_last_memory_state_alone_is_nearly_the_embedding(model):
 def test_one_line_in_another_process(model):
     program = "import llm2comp; print(llm2comp.load().encode(['a']).shape)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert done.stdout.strip() == f"(1, {model.get_embedding_dimension()})", done.stderr[-2000:]
 
@@ -151,6 +173,10 @@ def test_exported_with_fewer_memory_tokens(tmp_path):
 
 
 def test_a_mistyped_name_is_told(tmp_path):
-    assert_refused(cli("similarity", "a", "b", "--model", "builtin:generl"), "did you mean 'builtin:general'")
-    assert_refused(cli("export", tmp_path / "x", "--model", "mean:builtin:tiny"), "a live memory encoder")
+    assert_refused(
+        cli("similarity", "a", "b", "--model", "builtin:generl"), "did you mean 'builtin:general'"
+    )
+    assert_refused(
+        cli("export", tmp_path / "x", "--model", "mean:builtin:tiny"), "a live memory encoder"
+    )
     assert not (tmp_path / "x").exists()

@@ -1,4 +1,6 @@
-"""Responses equal a naive greedy loop; shards come whole, are shared out without overlap, and go on after a stop."""
+"""Responses equal a naive greedy loop; shards come whole, are shared out without overlap, and go on
+after a stop.
+"""
 
 import json
 
@@ -8,7 +10,13 @@ import torch
 
 import llm2comp
 from families import make_backbone, make_lm
-from llm2comp.data.responses import MANIFEST_FILE, read_manifest, shard_file, source_digest, teacher_file
+from llm2comp.data.responses import (
+    MANIFEST_FILE,
+    read_manifest,
+    shard_file,
+    source_digest,
+    teacher_file,
+)
 from llm2comp.data.sources import read_responses, read_texts
 from llm2comp.errors import DataError, RunError
 from llm2comp.recipe import TextData
@@ -27,7 +35,9 @@ def lm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(lm, tmp_path_factory):
-    """(folder, what it says): responses to TEXTS with a teacher's embeddings, made in one go. Not to be changed."""
+    """(folder, what it says): responses to TEXTS with a teacher's embeddings, made in one go. Not
+    to be changed.
+    """
     folder = tmp_path_factory.mktemp("made") / "responses"
     return folder, generate_responses(lm, TEXTS, folder, changed(teacher=f"mean:{lm}"))
 
@@ -55,14 +65,23 @@ def greedy(backbone, ids, count, ends):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_responses_are_those_of_a_naive_greedy_loop(family):
-    """Also where the model's own generation settings ask for something else, and where one response ends before others."""
+    """Also where the model's own generation settings ask for something else, and where one response
+    ends before others.
+    """
     backbone = make_backbone(family, "causal")
     plain = make_backbone(family, "causal")
     rows = backbone.tokenise(TEXTS)
     free = [greedy(plain, row, 9, ())[0] for row in rows]
-    end = next(token for ids in free for token in ids[1:] if not any(token == other[0] for other in free))
+    end = next(
+        token for ids in free for token in ids[1:] if not any(token == other[0] for other in free)
+    )
     config = backbone.lm.generation_config
-    config.eos_token_id, config.repetition_penalty, config.do_sample, config.top_k = [end], 9.0, True, 2
+    config.eos_token_id, config.repetition_penalty, config.do_sample, config.top_k = (
+        [end],
+        9.0,
+        True,
+        2,
+    )
     responder = Responder(backbone, SHORT)
     ends = {end, backbone.tokenizer.eos_token_id}
     assert set(responder.eos_ids) == ends
@@ -78,12 +97,27 @@ def test_responses_are_those_of_a_naive_greedy_loop(family):
 
 def test_shards_hold_texts_and_responses_in_order(lm, made):
     folder, said = made
-    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    assert [len(path.read_text().splitlines()) for path in sorted(folder.glob("*.jsonl"))] == [4, 4, 3]
+    rows = [
+        json.loads(line)
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    assert [len(path.read_text().splitlines()) for path in sorted(folder.glob("*.jsonl"))] == [
+        4,
+        4,
+        3,
+    ]
     assert [row["text"] for row in rows] == TEXTS
-    backbone = generate.load_backbone(generate.ModelSettings(name=lm, device="cpu", attention="causal"))
-    naive = [greedy(backbone, ids, 9, {backbone.tokenizer.eos_token_id})[0] for ids in backbone.tokenise(TEXTS)]
-    assert [row["response"] for row in rows] == [backbone.tokenizer.decode(ids, skip_special_tokens=True) for ids in naive]
+    backbone = generate.load_backbone(
+        generate.ModelSettings(name=lm, device="cpu", attention="causal")
+    )
+    naive = [
+        greedy(backbone, ids, 9, {backbone.tokenizer.eos_token_id})[0]
+        for ids in backbone.tokenise(TEXTS)
+    ]
+    assert [row["response"] for row in rows] == [
+        backbone.tokenizer.decode(ids, skip_special_tokens=True) for ids in naive
+    ]
     assert "11 responses, 0 empty; 3 of 3 shards" in said
     teacher = llm2comp.load(f"mean:{lm}", "cpu")
     expected = teacher.encode([row["response"] for row in rows])
@@ -91,7 +125,9 @@ def test_shards_hold_texts_and_responses_in_order(lm, made):
     assert found.dtype == np.float16
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
     answers = read_responses(TextData(source=str(folder), response="response"), teacher=True).rows
-    assert [(a.text, a.response) for a in answers] == [(row["text"], row["response"]) for row in rows]
+    assert [(a.text, a.response) for a in answers] == [
+        (row["text"], row["response"]) for row in rows
+    ]
     assert np.array_equal(np.stack([a.teacher_D for a in answers]), found.astype(np.float32))
     assert read_texts(TextData(source=str(folder))).rows == TEXTS
 
@@ -129,9 +165,18 @@ def test_a_stopped_run_goes_on_to_identical_files(lm, tmp_path, monkeypatch, tem
 def test_drawing_follows_the_seed(lm, tmp_path):
     def drawn(name, **settings):
         generate_responses(lm, TEXTS, tmp_path / name, changed(**settings))
-        return [answer.response for answer in read_responses(TextData(source=str(tmp_path / name), response="response")).rows]
+        return [
+            answer.response
+            for answer in read_responses(
+                TextData(source=str(tmp_path / name), response="response")
+            ).rows
+        ]
 
-    greedy_ones, first, second = drawn("0"), drawn("1", temperature=0.9, seed=1), drawn("2", temperature=0.9, seed=2)
+    greedy_ones, first, second = (
+        drawn("0"),
+        drawn("1", temperature=0.9, seed=1),
+        drawn("2", temperature=0.9, seed=2),
+    )
     assert len({tuple(greedy_ones), tuple(first), tuple(second)}) == 3
     assert drawn("1 again", temperature=0.9, seed=1) == first
 
@@ -140,7 +185,9 @@ def test_shares_are_disjoint_and_complete(lm, made, tmp_path):
     seen = []
     for i in range(1, 5):
         before = set(tmp_path.rglob("*.jsonl"))
-        said = generate_responses(lm, TEXTS, tmp_path / "shared", changed(teacher=f"mean:{lm}"), (i, 4))
+        said = generate_responses(
+            lm, TEXTS, tmp_path / "shared", changed(teacher=f"mean:{lm}"), (i, 4)
+        )
         seen.append({path.name for path in set(tmp_path.rglob("*.jsonl")) - before})
     assert [len(each) for each in seen] == [1, 1, 1, 0]
     assert len(set().union(*seen)) == 3
@@ -155,7 +202,9 @@ def test_an_incomplete_folder_is_no_source(lm, tmp_path):
 
 
 def test_empty_responses_stay_in_the_shards_and_are_counted(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr(Responder, "respond", lambda self, rows: ([" \n"] + ["x"] * (len(rows) - 1), len(rows)))
+    monkeypatch.setattr(
+        Responder, "respond", lambda self, rows: ([" \n"] + ["x"] * (len(rows) - 1), len(rows))
+    )
     assert "11 responses, 5 empty" in generate_responses(lm, TEXTS, tmp_path / "r", SHORT)
     loaded = read_responses(TextData(source=str(tmp_path / "r"), response="response"))
     assert len(loaded.rows) == 6
@@ -168,10 +217,16 @@ def test_chat_template(lm, tmp_path):
     generate_responses(chat, TEXTS[:4], tmp_path / "without", changed(chat_template=False))
     assert read_manifest(tmp_path / "with").chat_template.startswith("{% for m in messages %}")
     assert read_manifest(tmp_path / "without").chat_template is None
-    assert shard_file(tmp_path / "with", 0).read_bytes() != shard_file(tmp_path / "without", 0).read_bytes()
+    assert (
+        shard_file(tmp_path / "with", 0).read_bytes()
+        != shard_file(tmp_path / "without", 0).read_bytes()
+    )
     backbone = make_backbone("llama", "causal", chat=True)
     ids, _ = Responder(backbone, changed(prompt="say: {text}")).prompt("the fox")
-    assert ids == backbone.tokenizer("<|user|>say: the fox<|end|>", add_special_tokens=False)["input_ids"]
+    assert (
+        ids
+        == backbone.tokenizer("<|user|>say: the fox<|end|>", add_special_tokens=False)["input_ids"]
+    )
     with pytest.raises(DataError, match="chat template cannot be applied"):
         generate_responses(lm, TEXTS, tmp_path / "none", changed(chat_template=True))
     assert not (tmp_path / "none").exists()
@@ -198,7 +253,13 @@ def test_long_texts_are_cut_at_their_end_so_that_the_prompt_fits(chat):
 def test_other_settings_are_refused(lm, made, tmp_path):
     folder, _ = made
     before = content(folder)
-    for settings in ({"max_new_tokens": 8}, {"temperature": 1.0}, {"prompt": "{text}?"}, {"shard_size": 5}, {"teacher": None}):
+    for settings in (
+        {"max_new_tokens": 8},
+        {"temperature": 1.0},
+        {"prompt": "{text}?"},
+        {"shard_size": 5},
+        {"teacher": None},
+    ):
         (name,) = settings
         with pytest.raises(RunError, match=f"made otherwise(.|\n)*{name}: .* there, .* asked for"):
             generate_responses(lm, TEXTS, folder, changed(**{"teacher": f"mean:{lm}"} | settings))
@@ -235,7 +296,12 @@ def test_damage_is_named(lm, made, tmp_path):
     fresh()
     shard = shard_file(folder, 1)
     shard.write_bytes(shard.read_bytes()[:-30])
-    refused("responses-00001.jsonl: is damaged", "malformed JSON", "delete responses-00001.jsonl", teacher=False)
+    refused(
+        "responses-00001.jsonl: is damaged",
+        "malformed JSON",
+        "delete responses-00001.jsonl",
+        teacher=False,
+    )
     with pytest.raises(DataError, match="responses-00001.jsonl: is damaged"):
         generate_responses(lm, TEXTS, folder, changed(teacher=f"mean:{lm}"))
     shard.unlink()
@@ -250,7 +316,10 @@ def test_damage_is_named(lm, made, tmp_path):
     np.save(file, np.zeros((2, 32), np.float16))
     refused("responses-00002.npy: is damaged", "expected: 3 rows")
     np.save(file, np.full((3, 32), np.nan, np.float16))
-    assert len(read_responses(TextData(source=str(folder), response="response"), teacher=True).rows) == 8
+    assert (
+        len(read_responses(TextData(source=str(folder), response="response"), teacher=True).rows)
+        == 8
+    )
     np.save(file, np.zeros((3, 7), np.float16))
     refused("several widths", "[7, 32]")
     fresh()
@@ -267,8 +336,29 @@ def test_a_teacher_is_asked_for_that_was_not_there(lm, tmp_path):
 def test_command(lm, made, tmp_path):
     file = write_rows(tmp_path / "texts.jsonl", [{"query": text} for text in TEXTS])
     out = tmp_path / "r"
-    usual = ["generate-responses", "-m", lm, "--texts", file, "--column", "query", "-o", out, "--device", "cpu"]
-    usual += ["--max-new-tokens", 9, "--shard-size", 4, "--batch-size", 3, "--teacher", f"mean:{lm}"]
+    usual = [
+        "generate-responses",
+        "-m",
+        lm,
+        "--texts",
+        file,
+        "--column",
+        "query",
+        "-o",
+        out,
+        "--device",
+        "cpu",
+    ]
+    usual += [
+        "--max-new-tokens",
+        9,
+        "--shard-size",
+        4,
+        "--batch-size",
+        3,
+        "--teacher",
+        f"mean:{lm}",
+    ]
     assert cli(*usual, "--shards", "1/2").code == 0
     assert len(list(out.glob("*.jsonl"))) == 2
     assert cli(*usual, "--shards", "2/2").code == 0

@@ -24,7 +24,9 @@ D = 6
 
 
 def draw(rows, width=D, seed=0, shift=0.0, lengths=True):
-    """Embeddings of many lengths around a common direction; read-only, since no measure may change its input."""
+    """Embeddings of many lengths around a common direction; read-only, since no measure may change
+    its input.
+    """
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((rows, width)) + shift
     x *= rng.uniform(0.1, 10, (rows, 1)) if lengths else 1
@@ -42,15 +44,23 @@ def power_law(rows, exponent, seed=0):
 
 
 def unit(x):
-    return [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in np.asarray(x, dtype=float).tolist()]
+    return [
+        [v / math.sqrt(sum(w * w for w in row)) for v in row]
+        for row in np.asarray(x, dtype=float).tolist()
+    ]
 
 
 def squared_distances(x):
-    return [sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for p, q in itertools.combinations(unit(x), 2)]
+    return [
+        sum((a - b) ** 2 for a, b in zip(p, q, strict=True))
+        for p, q in itertools.combinations(unit(x), 2)
+    ]
 
 
 def cosines(x):
-    return [sum(a * b for a, b in zip(p, q, strict=True)) for p, q in itertools.combinations(unit(x), 2)]
+    return [
+        sum(a * b for a, b in zip(p, q, strict=True)) for p, q in itertools.combinations(unit(x), 2)
+    ]
 
 
 def naive_uniformity(x, t=2.0):
@@ -109,13 +119,17 @@ def test_orthonormal_rows():
 
 
 def test_both_ends_of_orthonormal_axes():
-    """The covariance is exactly isotropic; D of the pairs are opposite (distance 4), the others at a right angle (2)."""
+    """The covariance is exactly isotropic; D of the pairs are opposite (distance 4), the others at
+    a right angle (2).
+    """
     rows, _ = np.linalg.qr(draw(D))
     x = np.concatenate([rows, -rows])
     np.testing.assert_allclose(np.cov(x, rowvar=False, bias=True), np.eye(D) / D, atol=1e-12)
     pairs = D * (2 * D - 1)
     assert anisotropy(x) == pytest.approx(-1 / (2 * D - 1))
-    assert uniformity(x) == pytest.approx(math.log((D * math.exp(-8) + (pairs - D) * math.exp(-4)) / pairs))
+    assert uniformity(x) == pytest.approx(
+        math.log((D * math.exp(-8) + (pairs - D) * math.exp(-4)) / pairs)
+    )
 
 
 def test_one_direction_is_the_worst():
@@ -140,7 +154,9 @@ def test_uniformity_never_holds_all_pairs(monkeypatch):
 
 def test_random_pairs_never_holds_all_pairs():
     x = draw(20_000, width=2)
-    assert peak_bytes(lambda: random_pair_cosines(x, 1000)) < 20_000 * 8 * 20, "a few copies of the embeddings, no more"
+    assert peak_bytes(lambda: random_pair_cosines(x, 1000)) < 20_000 * 8 * 20, (
+        "a few copies of the embeddings, no more"
+    )
 
 
 def test_alignment_by_hand():
@@ -155,7 +171,10 @@ def test_alignment_by_hand():
 def test_related_cosines_are_in_order_and_give_the_alignment():
     anchors, positives = draw(9, seed=3), draw(9, seed=4, shift=0.5)
     found = related_pair_cosines(anchors, positives)
-    expected = [sum(a * b for a, b in zip(p, q, strict=True)) for p, q in zip(unit(anchors), unit(positives), strict=True)]
+    expected = [
+        sum(a * b for a, b in zip(p, q, strict=True))
+        for p, q in zip(unit(anchors), unit(positives), strict=True)
+    ]
     np.testing.assert_allclose(found, expected, atol=1e-12)
     assert len(set(np.round(found, 6))) == 9
     assert alignment(anchors, positives) == pytest.approx(2 - 2 * found.mean())
@@ -171,7 +190,9 @@ def test_every_pair_once_when_there_are_no_more(rows):
 
 
 def test_random_pairs_are_distinct_and_never_of_a_row_with_itself():
-    """Rows on a circle at angles whose differences are all different: a cosine tells which pair it came from."""
+    """Rows on a circle at angles whose differences are all different: a cosine tells which pair it
+    came from.
+    """
     angles = np.pi * 2.0 ** -np.arange(1, 12)
     x = np.stack([np.cos(angles), np.sin(angles)], 1)
     known = np.sort(cosines(x))
@@ -209,7 +230,9 @@ def test_random_pairs_average_to_the_anisotropy():
     assert random_pair_cosines(x, 10_000).mean() == pytest.approx(anisotropy(x), abs=1e-12)
 
 
-@pytest.mark.parametrize("measure", [uniformity, anisotropy, random_pair_cosines, lambda x: alignment(x[:5], x[5:10])])
+@pytest.mark.parametrize(
+    "measure", [uniformity, anisotropy, random_pair_cosines, lambda x: alignment(x[:5], x[5:10])]
+)
 def test_scale_and_rotation_change_nothing(measure):
     x = draw(12, shift=0.3)
     turn, _ = np.linalg.qr(np.random.default_rng(9).standard_normal((D, D)))
@@ -240,7 +263,9 @@ def naive_quantile(values, percent):
 
 
 def naive_auc(random, related):
-    return sum((r > x) + 0.5 * (r == x) for r in related for x in random) / (len(random) * len(related))
+    return sum((r > x) + 0.5 * (r == x) for r in related for x in random) / (
+        len(random) * len(related)
+    )
 
 
 def test_score_summary():
@@ -324,7 +349,9 @@ def test_first_of_several_bad_rows_is_named():
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 4), (3, 0), (2, 3, 4), ()])
-@pytest.mark.parametrize("measure", [*ONE_SET.values(), lambda x: alignment(x, x)], ids=[*ONE_SET, "alignment"])
+@pytest.mark.parametrize(
+    "measure", [*ONE_SET.values(), lambda x: alignment(x, x)], ids=[*ONE_SET, "alignment"]
+)
 def test_wrong_shape(measure, shape):
     with pytest.raises(DataError, match="shape") as error:
         measure(np.ones(shape))

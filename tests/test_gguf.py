@@ -33,7 +33,11 @@ def cache(tmp_path, monkeypatch):
 
 
 def tiny(family="llama"):
-    tokenizer = own_tokenizer("gemma3") if family.startswith("gemma") else make_tokenizer(family not in WITHOUT_BOS)
+    tokenizer = (
+        own_tokenizer("gemma3")
+        if family.startswith("gemma")
+        else make_tokenizer(family not in WITHOUT_BOS)
+    )
     return make_lm(family, **WIDE | ASSUMED.get(family, {})), tokenizer
 
 
@@ -55,7 +59,9 @@ def test_it_is_the_model_that_was_written(tmp_path, family):
     ids = torch.tensor([[5, 9, 2, 77, 31, 200]])
     with torch.no_grad():
         assert torch.equal(backbone.lm(input_ids=ids).logits, lm(input_ids=ids).logits)
-    assert [row[-len(own) :] for row, own in zip(backbone.tokenise(TEXTS), rows(tokenizer), strict=True)] == rows(tokenizer)
+    assert [
+        row[-len(own) :] for row, own in zip(backbone.tokenise(TEXTS), rows(tokenizer), strict=True)
+    ] == rows(tokenizer)
     assert backbone.bos_id == tokenizer.bos_token_id
     assert backbone.tokenizer.model_max_length == 160
 
@@ -65,10 +71,13 @@ def rows(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")]
+    ("kind", "dtype"),
+    [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("Q8_0", "bfloat16")],
 )
 def test_weights_are_what_gguf_itself_reads(tmp_path, kind, dtype):
-    """Each weight, rounded once to the dtype that is kept; Llama's rotary halves put back in order."""
+    """Each weight, rounded once to the dtype that is kept; Llama's rotary halves put back in
+    order.
+    """
     lm, tokenizer = tiny()
     expected = write_gguf(tmp_path / "x.gguf", lm, tokenizer, kind)
     folder = fetch(str(tmp_path / "x.gguf"))
@@ -78,8 +87,12 @@ def test_weights_are_what_gguf_itself_reads(tmp_path, kind, dtype):
     assert set(found) == set(expected) == set(lm.state_dict())
     for path, weight in found.items():
         spelled = as_gguf_spells(path.removesuffix(".weight"), weight.float().numpy(), lm.config)
-        assert torch.equal(torch.from_numpy(spelled), torch.from_numpy(expected[path]).to(kept.dtype).float()), path
-    exact = all(torch.equal(found[path].float(), weight) for path, weight in lm.state_dict().items())
+        assert torch.equal(
+            torch.from_numpy(spelled), torch.from_numpy(expected[path]).to(kept.dtype).float()
+        ), path
+    exact = all(
+        torch.equal(found[path].float(), weight) for path, weight in lm.state_dict().items()
+    )
     assert exact == (kind == "F32")
 
 
@@ -131,7 +144,10 @@ def test_other_content_under_the_same_name_is_another_model(tmp_path):
     assert weights_digest(settings(file)) != digest
 
 
-@pytest.mark.parametrize("harm", ["older version", "newer version", "truncated", "missing", "no manifest", "another file's"])
+@pytest.mark.parametrize(
+    "harm",
+    ["older version", "newer version", "truncated", "missing", "no manifest", "another file's"],
+)
 def test_a_cache_that_is_not_whole_is_made_anew(tmp_path, harm):
     file = tiny_file(tmp_path)
     folder = fetch(str(file))
@@ -168,7 +184,9 @@ def _fetch_in_turn(file, cache, start, out):
 def test_two_processes_convert_once(tmp_path, cache):
     context = multiprocessing.get_context("fork")
     start, out, file = context.Event(), context.Queue(), tiny_file(tmp_path)
-    processes = [context.Process(target=_fetch_in_turn, args=(file, cache, start, out)) for _ in range(2)]
+    processes = [
+        context.Process(target=_fetch_in_turn, args=(file, cache, start, out)) for _ in range(2)
+    ]
     for process in processes:
         process.start()
     start.set()
@@ -181,7 +199,10 @@ def test_two_processes_convert_once(tmp_path, cache):
 
 def test_a_full_disk_leaves_nothing(tmp_path, cache):
     file = tiny_file(tmp_path)
-    with pytest.raises(RunError, match="cannot write: File too large") as error, no_file_over(20_000):
+    with (
+        pytest.raises(RunError, match="cannot write: File too large") as error,
+        no_file_over(20_000),
+    ):
         fetch(str(file))
     assert "LLM2COMP_CACHE" in error.value.fix
     assert [path.name for path in (cache / "models").iterdir() if path.suffix != ".lock"] == []
@@ -228,7 +249,10 @@ def test_a_damaged_file_is_refused(tmp_path, cache, damage):
     for command in (("fetch", file), ("similarity", "a", "b", "--model", f"mean:{file}")):
         said = cli(*command)
         assert_refused(said, str(file), "cannot be read", READ)
-    assert not (cache / "models").exists() or [p for p in (cache / "models").iterdir() if p.suffix != ".lock"] == []
+    assert (
+        not (cache / "models").exists()
+        or [p for p in (cache / "models").iterdir() if p.suffix != ".lock"] == []
+    )
 
 
 def test_what_transformers_cannot_read_is_said(tmp_path):
@@ -244,14 +268,19 @@ def test_what_transformers_cannot_read_is_said(tmp_path):
     assert_refused(cli("fetch", tmp_path / "vision.gguf"), "clip", "cannot be read")
     part = tiny_file(tmp_path, split__count=3)
     assert_refused(cli("fetch", part), "one part of several", "--merge")
-    narrow = make_lm("qwen3", **WIDE)  # 8 wide heads: a size that the file does tell, and transformers does not read
+    # 8 wide heads: a size that the file does tell, and transformers does not read
+    narrow = make_lm("qwen3", **WIDE)
     write_gguf(tmp_path / "narrow.gguf", narrow, make_tokenizer(bos=False))
     assert_refused(cli("fetch", tmp_path / "narrow.gguf"), "cannot be read")
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("none.gguf", "no such file"), ("owner/model", "nothing to fetch"), ("builtin:smollm", "did you mean 'builtin:smollm2'")],
+    [
+        ("none.gguf", "no such file"),
+        ("owner/model", "nothing to fetch"),
+        ("builtin:smollm", "did you mean 'builtin:smollm2'"),
+    ],
 )
 def test_names_that_are_nothing(name, said):
     assert_refused(cli("fetch", name), name, said)

@@ -1,4 +1,6 @@
-"""The parts of work for a GPU, rehearsed on the CPU: packed, put together elsewhere, cut off, gone on with, collected."""
+"""The parts of work for a GPU, rehearsed on the CPU: packed, put together elsewhere, cut off, gone
+on with, collected.
+"""
 
 import json
 import os
@@ -19,7 +21,8 @@ STUDY = """
 format_version: 1
 name: small
 recipe: tiny
-overrides: [pretext=null, ucl=null, scl.steps=2, scl.batch_size=4, scl.schedule.warmup_steps=1, watch=null]
+overrides:
+  [pretext=null, ucl=null, scl.steps=2, scl.batch_size=4, scl.schedule.warmup_steps=1, watch=null]
 systems:
   one: {scl.data: [{source: PAIRS}]}
 after: [last]
@@ -32,13 +35,20 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     for part in ("src", "tools", "recipes"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    pairs = [{"anchor": f"question {n} of {n * 7}", "positive": f"answer {n} to {n * 7}"} for n in range(24)]
+    pairs = [
+        {"anchor": f"question {n} of {n * 7}", "positive": f"answer {n} to {n * 7}"}
+        for n in range(24)
+    ]
     write_rows(folder / "pairs.jsonl", pairs)
     (folder / "small.yaml").write_text(STUDY.replace("PAIRS", str(folder / "pairs.jsonl")))
     sts = folder / "sets" / "sts" / "Small"
     sts.mkdir(parents=True)
     some = pairs[:6]
-    rows = [{"sentence1": p["anchor"], "sentence2": q["positive"], "score": float(p is q)} for p in some for q in some]
+    rows = [
+        {"sentence1": p["anchor"], "sentence2": q["positive"], "score": float(p is q)}
+        for p in some
+        for q in some
+    ]
     write_rows(sts / "test.jsonl", rows)
     return folder
 
@@ -55,7 +65,13 @@ def run(place, *arguments, script="run.sh", **changes):
     }
     command = ["bash", str(place / "tools" / "gpu" / script), *map(str, arguments)]
     return subprocess.run(
-        command, cwd=place, env=os.environ | settings | changes, capture_output=True, text=True, check=False, timeout=240
+        command,
+        cwd=place,
+        env=os.environ | settings | changes,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
     )
 
 

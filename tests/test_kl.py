@@ -1,4 +1,6 @@
-"""Chunked losses over the vocabulary equal the plain ones, in value and gradient, whatever the chunk and the head."""
+"""Chunked losses over the vocabulary equal the plain ones, in value and gradient, whatever the
+chunk and the head.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ CHUNKS = [1, 2, 3, N - 1, N, N + 5, 256]
 
 
 def draw(*shape, seed, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 HEAD = draw(V, D, seed=0)
@@ -25,14 +29,19 @@ HEADS = {
 
 
 def case(dtype=torch.float64):
-    student, teacher = draw(N, D, seed=2, dtype=dtype).requires_grad_(), draw(N, D, seed=3, dtype=dtype)
+    student, teacher = (
+        draw(N, D, seed=2, dtype=dtype).requires_grad_(),
+        draw(N, D, seed=3, dtype=dtype),
+    )
     weights = draw(N, seed=4).abs().to(torch.promote_types(dtype, torch.float32))
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(5))
     return student, teacher, targets, weights
 
 
 def naive_kl(student, teacher, project, weights, temperature=1.0):
-    logs = [functional.log_softmax(project(states) / temperature, -1) for states in (student, teacher)]
+    logs = [
+        functional.log_softmax(project(states) / temperature, -1) for states in (student, teacher)
+    ]
     return (functional.kl_div(*logs, reduction="none", log_target=True).sum(-1) * weights).sum()
 
 
@@ -52,8 +61,12 @@ def value_and_gradient(loss, states):
 @pytest.mark.parametrize("head", HEADS)
 def test_kl_equals_naive(head, temperature, chunk):
     student, teacher, _, weights = case()
-    expected = value_and_gradient(naive_kl(student, teacher, HEADS[head], weights, temperature), student)
-    found = value_and_gradient(chunked_kl(student, teacher, HEADS[head], weights, temperature, chunk), student)
+    expected = value_and_gradient(
+        naive_kl(student, teacher, HEADS[head], weights, temperature), student
+    )
+    found = value_and_gradient(
+        chunked_kl(student, teacher, HEADS[head], weights, temperature, chunk), student
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
@@ -61,8 +74,12 @@ def test_kl_equals_naive(head, temperature, chunk):
 @pytest.mark.parametrize("head", HEADS)
 def test_cross_entropy_equals_naive(head, chunk):
     student, _, targets, weights = case()
-    expected = value_and_gradient(naive_cross_entropy(student, targets, HEADS[head], weights), student)
-    found = value_and_gradient(chunked_cross_entropy(student, targets, HEADS[head], weights, chunk), student)
+    expected = value_and_gradient(
+        naive_cross_entropy(student, targets, HEADS[head], weights), student
+    )
+    found = value_and_gradient(
+        chunked_cross_entropy(student, targets, HEADS[head], weights, chunk), student
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
@@ -71,9 +88,15 @@ def test_cross_entropy_equals_naive(head, chunk):
 def test_gradcheck(head, chunk):
     student, teacher, targets, weights = case()
     project = HEADS[head]
-    assert torch.autograd.gradcheck(lambda s: chunked_kl(s, teacher, project, weights, 1.0, chunk), student)
-    assert torch.autograd.gradcheck(lambda s: chunked_kl(s, teacher, project, weights, 1.7, chunk), student)
-    assert torch.autograd.gradcheck(lambda s: chunked_cross_entropy(s, targets, project, weights, chunk), student)
+    assert torch.autograd.gradcheck(
+        lambda s: chunked_kl(s, teacher, project, weights, 1.0, chunk), student
+    )
+    assert torch.autograd.gradcheck(
+        lambda s: chunked_kl(s, teacher, project, weights, 1.7, chunk), student
+    )
+    assert torch.autograd.gradcheck(
+        lambda s: chunked_cross_entropy(s, targets, project, weights, chunk), student
+    )
 
 
 def test_incoming_gradient_is_multiplied_in():
@@ -128,7 +151,9 @@ def test_head_and_teacher_get_no_gradient():
 
 @pytest.mark.parametrize("chunk", [2, 256])
 def test_half_precision_states_are_compared_in_float32(chunk):
-    """Against the plain loss on the same bf16 logits in float32: no error of our own beyond one rounding of the gradient."""
+    """Against the plain loss on the same bf16 logits in float32: no error of our own beyond one
+    rounding of the gradient.
+    """
     student, teacher, targets, weights = case(torch.bfloat16)
     project = HEADS["plain"]
 
@@ -139,7 +164,10 @@ def test_half_precision_states_are_compared_in_float32(chunk):
         chunked_kl(student, teacher, project, weights, chunk=chunk),
         chunked_cross_entropy(student, targets, project, weights, chunk),
     ]
-    expected = [naive_kl(student, teacher, upcast, weights), naive_cross_entropy(student, targets, upcast, weights)]
+    expected = [
+        naive_kl(student, teacher, upcast, weights),
+        naive_cross_entropy(student, targets, upcast, weights),
+    ]
     for pair in zip(found, expected, strict=True):
         assert pair[0].dtype == torch.float32
         assert pair[0].item() == pytest.approx(pair[1].item(), rel=1e-6)

@@ -1,4 +1,6 @@
-"""Late interaction: memory states as a text's vectors, scored by MaxSim; live, and in a stock folder without this package."""
+"""Late interaction: memory states as a text's vectors, scored by MaxSim; live, and in a stock
+folder without this package.
+"""
 
 import json
 import shutil
@@ -72,7 +74,9 @@ def exported(tmp_path_factory):
     folders = [str(root / variant) for variant in VARIANTS]
     given = json.dumps({"queries": QUERIES, "documents": DOCUMENTS})
     command = [sys.executable, "-c", LATE_USER, *folders]
-    user = subprocess.run(command, input=given, capture_output=True, text=True, check=False, cwd=root)
+    user = subprocess.run(
+        command, input=given, capture_output=True, text=True, check=False, cwd=root
+    )
     assert user.returncode == 0, user.stderr[-3000:]
     found = json.loads(user.stdout)
     return root, {variant: found[str(root / variant)] for variant in VARIANTS}
@@ -80,19 +84,26 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_stock_multi_vector_folder_scores_as_maxsim_of_the_memory_states(exported, variant):
-    model, found = make_model(variant), {key: torch.tensor(value) for key, value in exported[1][variant].items()}
+    model, found = (
+        make_model(variant),
+        {key: torch.tensor(value) for key, value in exported[1][variant].items()},
+    )
     compressor = model[0].compressor
     rows = compressor.backbone.tokenise([PROMPTS["query"] + text for text in QUERIES], LIMIT)
     with torch.no_grad():
         states = torch.cat([compressor.memory_states(Tokens.pad([row], "left")) for row in rows])
     queries = states / states.norm(dim=-1, keepdim=True)
     documents = memory_vectors(model, DOCUMENTS, "document", max_tokens_per_batch=40)
-    assert found["queries"].shape == (len(QUERIES), compressor.memory.count, 32), "as many vectors for any text"
+    assert found["queries"].shape == (len(QUERIES), compressor.memory.count, 32), (
+        "as many vectors for any text"
+    )
     assert (found["queries"] - queries).abs().max() < 1e-5
     assert (memory_vectors(model, QUERIES, "query") - queries).abs().max() < 1e-5
     assert (found["documents"] - documents).abs().max() < 1e-5
     assert (found["plain"] - documents).abs().max() < 1e-5
-    expected = torch.tensor([[naive_maxsim(query, document) for document in documents] for query in queries])
+    expected = torch.tensor(
+        [[naive_maxsim(query, document) for document in documents] for query in queries]
+    )
     assert expected.std() > 0.05, "vacuous: all scores alike"
     assert (found["scores"] - expected).abs().max() < 1e-4
     assert (maxsim(queries, documents) - expected).abs().max() < 1e-4

@@ -1,6 +1,8 @@
-"""Packed texts and a last layer for the needed rows alone: the same states, loss and gradients as padded batches in full.
+"""Packed texts and a last layer for the needed rows alone: the same states, loss and gradients as
+padded batches in full.
 
-The oracles of tests/test_pretext.py, text by text and unpadded, run over packed batches too; here is shown that they do.
+The oracles of tests/test_pretext.py, text by text and unpadded, run over packed batches too; here
+is shown that they do.
 """
 
 import pytest
@@ -63,8 +65,15 @@ def test_memory_states_are_those_of_the_padded_batch_in_full(family, packed_pass
     compressor = make_compressor(family)
     tokens = Tokens.pad(rows(), "left")
     found = compressor.memory_states(tokens)
-    windowed = family in ("mistral-window", "gemma2", "gemma3")  # longer texts than half the window stay padded
-    assert [tuple(n + 3 for n in LENGTHS)] * (not windowed) == [lengths for lengths in packed_passes if lengths][1:]
+    # longer texts than half the window stay padded
+    windowed = family in (
+        "mistral-window",
+        "gemma2",
+        "gemma3",
+    )
+    assert [tuple(n + 3 for n in LENGTHS)] * (not windowed) == [
+        lengths for lengths in packed_passes if lengths
+    ][1:]
     compressor.backbone.savings = NOTHING
     assert relative_error(found, compressor.memory_states(tokens)) < 1e-6
 
@@ -81,7 +90,8 @@ def test_loss_and_gradients_are_the_same(family, kind, checkpointing, packed_pas
         return Compressor.fresh(backbone, 3, seed=3)
 
     found = step(make(), checkpointing=checkpointing)
-    assert sum(lengths is not None for lengths in packed_passes) >= 3  # encoder, teacher and decoder
+    # encoder, teacher and decoder
+    assert sum(lengths is not None for lengths in packed_passes) >= 3
     padded = make()
     padded.backbone.savings = NOTHING
     expected = step(padded, checkpointing=checkpointing)
@@ -95,7 +105,8 @@ def test_no_text_sees_another(family):
     first, second = rows(seed=7), rows(seed=8)
     mixed = [*first[:2], *second[2:]]
     one, other = (compressor.memory_states(Tokens.pad(texts, "left")) for texts in (first, mixed))
-    tolerance = 1e-6 if family == "qwen3_moe" else 0.0  # experts compute the tokens that chose them together
+    # experts compute the tokens that chose them together
+    tolerance = 1e-6 if family == "qwen3_moe" else 0.0
     assert (one[:2] - other[:2]).abs().max() <= tolerance
     assert (one[2:] - other[2:]).abs().max() > 1e-3
 
@@ -106,12 +117,18 @@ def test_the_last_layer_computes_the_needed_rows_alone():
     for number, layer in enumerate(compressor.backbone.lm.base_model.layers):
         for name in ("q_proj", "k_proj", "o_proj"):
             module = getattr(layer.self_attn, name)
-            module.register_forward_hook(lambda m, args, _, key=(number, name): seen.__setitem__(key, args[0].shape[1]))
-        layer.mlp.register_forward_hook(lambda m, args, _, key=(number, "mlp"): seen.__setitem__(key, args[0].shape[1]))
+            module.register_forward_hook(
+                lambda m, args, _, key=(number, name): seen.__setitem__(key, args[0].shape[1])
+            )
+        layer.mlp.register_forward_hook(
+            lambda m, args, _, key=(number, "mlp"): seen.__setitem__(key, args[0].shape[1])
+        )
     assert compressor.backbone.savings == ALL
     compressor.memory_states(Tokens.pad(rows(), "left"))
     every, memory = sum(LENGTHS) + 3 * len(LENGTHS), 3 * len(LENGTHS)
-    assert {key: n for key, n in seen.items() if key[0] == 0} == {(0, n): every for n in ("q_proj", "k_proj", "o_proj", "mlp")}
+    assert {key: n for key, n in seen.items() if key[0] == 0} == {
+        (0, n): every for n in ("q_proj", "k_proj", "o_proj", "mlp")
+    }
     # our hooks come and go behind these, so the query's sees what came in
     assert seen[1, "k_proj"] == every
     assert seen[1, "o_proj"] == seen[1, "mlp"] == memory
@@ -156,4 +173,7 @@ def test_one_kernel_for_all_texts_gives_the_padded_states(family, packed_passes)
     found = compressor.memory_states(tokens).float()
     assert packed_passes[-1] is not None
     compressor.backbone.savings = NOTHING
-    assert torch.cosine_similarity(found, compressor.memory_states(tokens).float(), dim=-1).min() > 0.999
+    assert (
+        torch.cosine_similarity(found, compressor.memory_states(tokens).float(), dim=-1).min()
+        > 0.999
+    )

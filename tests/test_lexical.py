@@ -32,8 +32,13 @@ def retrieval(folder):
     home = folder / "retrieval" / "Found"
     (home / "qrels").mkdir(parents=True)
     documents = [f"{text} word{i}" for i, text in enumerate(sentences(12, 6, seed=3))]
-    write_rows(home / "corpus.jsonl", [{"_id": f"d{i}", "title": f"title{i}", "text": t} for i, t in enumerate(documents)])
-    write_rows(home / "queries.jsonl", [{"_id": f"q{i}", "text": f"word{i} title{i}"} for i in range(6)])
+    write_rows(
+        home / "corpus.jsonl",
+        [{"_id": f"d{i}", "title": f"title{i}", "text": t} for i, t in enumerate(documents)],
+    )
+    write_rows(
+        home / "queries.jsonl", [{"_id": f"q{i}", "text": f"word{i} title{i}"} for i in range(6)]
+    )
     lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in range(6))]
     (home / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
     return folder
@@ -42,12 +47,22 @@ def retrieval(folder):
 def test_figure_is_sklearn_s_on_the_texts_compared(tmp_path):
     texts = sentences(40, 5, seed=8)
     rows = [
-        {"sentence1": texts[2 * i], "sentence2": texts[2 * i + 1] + " " + texts[2 * i][: 4 * i], "score": i} for i in range(20)
+        {
+            "sentence1": texts[2 * i],
+            "sentence2": texts[2 * i + 1] + " " + texts[2 * i][: 4 * i],
+            "score": i,
+        }
+        for i in range(20)
     ]
-    found = evaluate(["tfidf"], EvaluateOptions(local=(sts(tmp_path / "sets", rows),)), tmp_path / "out")[0]
+    found = evaluate(
+        ["tfidf"], EvaluateOptions(local=(sts(tmp_path / "sets", rows),)), tmp_path / "out"
+    )[0]
     vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english")
     vectorizer.fit([row[key] for row in rows for key in ("sentence1", "sentence2")])
-    first, second = (vectorizer.transform([row[key] for row in rows]).toarray() for key in ("sentence1", "sentence2"))
+    first, second = (
+        vectorizer.transform([row[key] for row in rows]).toarray()
+        for key in ("sentence1", "sentence2")
+    )
     expected = spearmanr((first * second).sum(1), [row["score"] for row in rows]).statistic
     assert found.scores["Local-One"]["score"] == pytest.approx(expected, abs=1e-5)
     assert 0.2 < expected < 1
@@ -57,7 +72,9 @@ def test_figure_is_sklearn_s_on_the_texts_compared(tmp_path):
 
 def test_titles_and_queries_count(tmp_path):
     """Words that only titles share with the queries find their documents."""
-    row = evaluate(["tfidf"], EvaluateOptions(local=(retrieval(tmp_path / "sets"),)), tmp_path / "out")[0]
+    row = evaluate(
+        ["tfidf"], EvaluateOptions(local=(retrieval(tmp_path / "sets"),)), tmp_path / "out"
+    )[0]
     assert row.scores["Local-Found"]["score"] == 1.0
 
 
@@ -71,7 +88,9 @@ def test_texts_of_every_layout(tmp_path):
 
 @pytest.mark.parametrize("model", LEXICAL)
 def test_all_kinds_of_tasks(tmp_path, monkeypatch, model):
-    """The paper's 14 tasks on made-up data: clustering, retrieval, STS, classification, pairs, reranking."""
+    """The paper's 14 tasks on made-up data: clustering, retrieval, STS, classification, pairs,
+    reranking.
+    """
     rehearse(monkeypatch)
     row = evaluate([model], EvaluateOptions(tasks=("paper14",)), tmp_path)[0]
     assert set(row.scores) == set(PAPER14)
@@ -101,7 +120,9 @@ def searched(documents, queries, **options):
     """Query → document → score, by place."""
     encoder = LEXICAL["bm25"]()
     asked = Dataset.from_list([{"id": f"q{i}", "text": text} for i, text in enumerate(queries)])
-    corpus = Dataset.from_list([{"id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)])
+    corpus = Dataset.from_list(
+        [{"id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)]
+    )
     encoder.index(corpus, task_metadata=SimpleNamespace(name="here"))
     return encoder.search(asked, **({"top_k": len(documents)} | options))
 
@@ -113,7 +134,9 @@ def test_bm25_is_bm25s_s():
     found = searched(documents, queries)
     assert (expected > 0).any(axis=1).sum() == len(queries) - 1
     for i, scores in enumerate(expected):
-        assert found[f"q{i}"] == pytest.approx({f"d{j}": float(s) for j, s in enumerate(scores) if s > 0}, rel=1e-4)
+        assert found[f"q{i}"] == pytest.approx(
+            {f"d{j}": float(s) for j, s in enumerate(scores) if s > 0}, rel=1e-4
+        )
 
 
 def test_bm25_ranks_candidates_and_those_without_a_word_in_common_last():
@@ -131,14 +154,23 @@ def test_bm25_is_the_demo_s(tmp_path):
     relevant = {name: task.relevant[name] for name in names}
     home = tmp_path / "retrieval" / "Docs"
     (home / "qrels").mkdir(parents=True)
-    write_rows(home / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in task.documents.items()])
-    write_rows(home / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries.items()])
+    write_rows(
+        home / "corpus.jsonl",
+        [{"_id": key, "title": "", "text": text} for key, text in task.documents.items()],
+    )
+    write_rows(
+        home / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries.items()]
+    )
     lines = [f"{query}\t{document}\t1" for query, ids in relevant.items() for document in ids]
-    (home / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
+    (home / "qrels" / "test.tsv").write_text(
+        "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n"
+    )
     found = evaluate(["BM25"], EvaluateOptions(local=(tmp_path,)), tmp_path / "out")[0]
     expected = Collection(queries, task.documents, relevant).score_bm25().ndcg_at_10
     assert 0.2 < expected < 0.95
-    assert found.scores["Local-Docs"]["score"] == pytest.approx(expected, abs=2e-3), "but for the order of equal scores"
+    assert found.scores["Local-Docs"]["score"] == pytest.approx(expected, abs=2e-3), (
+        "but for the order of equal scores"
+    )
     assert (found.model, found.name) == ("BM25", "llm2comp/bm25")
 
 
@@ -150,7 +182,9 @@ def test_no_word_that_documents_have(tmp_path):
 def test_a_figure_that_is_no_number_is_a_failure(tmp_path):
     """Pairs that share no word have one similarity: no correlation with anything."""
     rows = [{"sentence1": f"alpha{i}", "sentence2": f"beta{i}", "score": i} for i in range(5)]
-    found = evaluate(list(LEXICAL), EvaluateOptions(local=(sts(tmp_path / "sets", rows),)), tmp_path / "out")
+    found = evaluate(
+        list(LEXICAL), EvaluateOptions(local=(sts(tmp_path / "sets", rows),)), tmp_path / "out"
+    )
     for row in found:
         assert row.scores == {}
         assert "score is not a number" in row.failed["Local-One"]

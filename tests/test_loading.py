@@ -46,7 +46,10 @@ def test_an_earlier_stage_is_what_a_run_that_ends_there_exports(tmp_path, stage)
     folder, run = finished()
     tree = make_tree(folder)
     later = list(STAGES)[list(STAGES).index(stage) + 1 :]
-    shorter = llm2comp.train(parse_recipe({key: value for key, value in tree.items() if key not in later}), tmp_path / "run")
+    shorter = llm2comp.train(
+        parse_recipe({key: value for key, value in tree.items() if key not in later}),
+        tmp_path / "run",
+    )
     live = llm2comp.load(run / STAGES[stage])
     assert isinstance(live[0], MemoryEncoder)
     assert same(live, llm2comp.load(shorter))
@@ -112,7 +115,9 @@ def test_train_takes_a_recipe_a_path_and_overrides(tmp_path, monkeypatch):
     ]
     assert runs[:3] == [tmp_path / name for name in "abc"]
     assert runs[3] == Path("runs/tiny-run"), "the default place"
-    weights = [(run / "2-ucl" / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs]
+    weights = [
+        (run / "2-ucl" / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs
+    ]
     assert len(set(weights)) == 1
     assert len({(run / "recipe.yaml").read_bytes() for run in runs}) == 1
     with pytest.raises(RecipeError, match=r"did you mean 'steps'\?"):
@@ -123,7 +128,8 @@ def test_train_takes_a_recipe_a_path_and_overrides(tmp_path, monkeypatch):
 def test_the_package_loads_nothing_heavy_until_asked():
     program = (
         "import sys, llm2comp; assert llm2comp.__version__; "
-        "heavy = {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules); "
+        "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):

@@ -1,4 +1,6 @@
-"""LoRA as one operation equals peft's layer; older adapters folded into the weights equal the stack; the bare LM stays."""
+"""LoRA as one operation equals peft's layer; older adapters folded into the weights equal the
+stack; the bare LM stays.
+"""
 
 import pytest
 import torch
@@ -56,7 +58,10 @@ def test_one_operation_equals_pefts_layer(family, stages, checkpointing):
 
 def test_dropout_is_drawn_as_peft_draws_it():
     found = []
-    for compressor in (encoder(dropout=0.5, stages=("pretext",)), as_peft(encoder(dropout=0.5, stages=("pretext",)))):
+    for compressor in (
+        encoder(dropout=0.5, stages=("pretext",)),
+        as_peft(encoder(dropout=0.5, stages=("pretext",))),
+    ):
         torch.manual_seed(0)
         found.append(step(compressor))
     still = step(encoder(stages=("pretext",)))
@@ -111,7 +116,11 @@ def test_the_bare_lm_is_what_decodes_while_adapters_are_folded_and_nothing_is_le
     x_BTD, before = backbone.embed(tokens.ids_BT), snapshot(backbone.lm)
     compressor.eval()
     with torch.no_grad():
-        bare, stacked, merged = backbone.decoder_pass(x_BTD, tokens.mask_BT), compressor(tokens), backbone.adapters.merged()
+        bare, stacked, merged = (
+            backbone.decoder_pass(x_BTD, tokens.mask_BT),
+            compressor(tokens),
+            backbone.adapters.merged(),
+        )
         with backbone.adapters.folded():
             assert torch.equal(backbone.decoder_pass(x_BTD, tokens.mask_BT), bare)
             assert not torch.equal(compressor(tokens), stacked), "vacuous: nothing was folded"
@@ -127,7 +136,9 @@ def test_the_bare_lm_is_what_decodes_while_adapters_are_folded_and_nothing_is_le
 
 
 def test_a_graph_made_before_a_switch_keeps_its_weights():
-    """Backward after the decoder has run, and the decoder's backward after the encoder has: both as without folding."""
+    """Backward after the decoder has run, and the decoder's backward after the encoder has: both as
+    without folding.
+    """
 
     def gradients(folded):
         compressor = encoder()

@@ -1,4 +1,6 @@
-"""The plan's estimate of memory against what autograd really keeps, and how it must move with the settings."""
+"""The plan's estimate of memory against what autograd really keeps, and how it must move with the
+settings.
+"""
 
 import pytest
 import torch
@@ -33,7 +35,9 @@ def peaks(recipe):
 
 
 def kept_by_autograd(recipe, run, monkeypatch):
-    """Per stage: most bytes that one training step keeps for its backward passes, the model's own weights not counted."""
+    """Per stage: most bytes that one training step keeps for its backward passes, the model's own
+    weights not counted.
+    """
     found = dict.fromkeys(STAGES, 0)
     real = trainers.StageMixin.training_step
 
@@ -73,7 +77,9 @@ def test_how_it_moves(tree, stage):
     assert peaks(with_all(tree, batch_size=8))[stage] > 1.5 * plain
     assert peaks(with_all(tree, gradient_checkpointing=True))[stage] < 0.6 * plain
     assert peaks(with_all(tree, precision="bfloat16"))[stage] < plain
-    assert peaks(parse_recipe(tree | {"model": tree["model"] | {"dtype": "bfloat16"}}))[stage] < plain
+    assert (
+        peaks(parse_recipe(tree | {"model": tree["model"] | {"dtype": "bfloat16"}}))[stage] < plain
+    )
     assert peaks(parse_recipe(tree | {"memory": {"tokens": 24}}))[stage] > plain
     if stage != "pretext":
         cached = tree | {stage: tree[stage] | {"mini_batch_size": 1}}
@@ -82,5 +88,7 @@ def test_how_it_moves(tree, stage):
 
 def test_older_adapters_stay(tree):
     plans, _ = plan(parse_recipe(tree))
-    alone, _ = plan(parse_recipe({key: value for key, value in tree.items() if key not in ("pretext", "scl")}))
+    alone, _ = plan(
+        parse_recipe({key: value for key, value in tree.items() if key not in ("pretext", "scl")})
+    )
     assert {p.name: p.peak for p in plans}["ucl"] - alone[0].peak == 4 * alone[0].trainable

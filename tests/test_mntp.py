@@ -1,4 +1,5 @@
-"""Masks of MNTP (LLM2Vec): which tokens, what stands in for them, and the stage that trains with them.
+"""Masks of MNTP (LLM2Vec): which tokens, what stands in for them, and the stage that trains with
+them.
 
 Loss and gradients against the naive form, for every family: test_pretext.py.
 """
@@ -45,7 +46,9 @@ def test_a_share_of_the_tokens_is_masked_and_never_the_first(rate):
 
 
 def test_every_other_token_is_as_likely():
-    counts = Counter(place for sample in range(4000) for place in places(masking()(ROW[:11], sample)))
+    counts = Counter(
+        place for sample in range(4000) for place in places(masking()(ROW[:11], sample))
+    )
     assert set(counts) == set(range(1, 11))
     assert all(abs(count / 4000 - 0.2) < 0.03 for count in counts.values()), counts
 
@@ -70,7 +73,9 @@ def test_all_become_the_mask_token():
 def test_fixed_by_seed_and_sample():
     first = [masking()(ROW, sample) for sample in range(20)]
     assert [masking()(ROW, sample) for sample in reversed(range(20))] == first[::-1]
-    assert len({tuple(places(replaced)) for replaced in first}) > 15, "the same places in each sample"
+    assert len({tuple(places(replaced)) for replaced in first}) > 15, (
+        "the same places in each sample"
+    )
     assert [masking(seed=4)(ROW, sample) for sample in range(20)] != first
 
 
@@ -79,11 +84,15 @@ def test_batches_and_workers_change_no_mask():
 
     def samples(batch_size, workers):
         drawn = PretextRows(rows, samples=24, margin=2, seed=4, masking=masking())
-        batches = DataLoader(drawn, batch_size=batch_size, num_workers=workers, collate_fn=PretextCollator(0))
+        batches = DataLoader(
+            drawn, batch_size=batch_size, num_workers=workers, collate_fn=PretextCollator(0)
+        )
         return [
             (ids[mask.bool()].tolist(), new[mask.bool()].tolist(), new[~mask.bool()].tolist())
             for batch in batches
-            for ids, mask, new in zip(batch["text_ids"], batch["text_mask"], batch["replaced"], strict=True)
+            for ids, mask, new in zip(
+                batch["text_ids"], batch["text_mask"], batch["replaced"], strict=True
+            )
         ]
 
     alone = samples(1, 0)
@@ -98,7 +107,10 @@ def test_masks_go_where_the_batch_goes():
     again = SplitTexts.from_tensors(split.to("cpu").to_tensors())
     assert torch.equal(again.replaced_BT, split.replaced_BT)
     assert count_items(stage_1("mntp"), split, bos=False) == {"mntp": 2}
-    assert SplitTexts.from_tensors(SplitTexts.from_rows([[1, 2]], [1]).to_tensors()).replaced_BT is None
+    assert (
+        SplitTexts.from_tensors(SplitTexts.from_rows([[1, 2]], [1]).to_tensors()).replaced_BT
+        is None
+    )
 
 
 def test_without_masks_there_is_no_loss():
@@ -138,7 +150,10 @@ def test_recipe_refuses_a_rate(tmp_path, rate):
 
 STUDIES = {
     "mntp": ("mntp", {"pooling": "mean"}),
-    "ebae_ebar": ("ebae_ebar", {"pooling": "last_token", "prompt": "{text} The original sentence:"}),
+    "ebae_ebar": (
+        "ebae_ebar",
+        {"pooling": "last_token", "prompt": "{text} The original sentence:"},
+    ),
     "both kinds": ({"ctkd": 1.0, "mntp": 0.5, "ebae_ebar": 0.2}, {}),
 }
 
@@ -148,7 +163,12 @@ def test_a_run_stopped_and_run_again_ends_as_if_never_stopped(tmp_path, study):
     """Through `train`, with accumulation and dropout."""
     objective, encoder = STUDIES[study]
     tree = make_tree(tmp_path, encoder=encoder, ucl=None, scl=None) | {"watch": None}
-    tree["pretext"] |= {"objective": objective, "steps": 5, "save_every_steps": 2, "gradient_accumulation_steps": 2}
+    tree["pretext"] |= {
+        "objective": objective,
+        "steps": 5,
+        "save_every_steps": 2,
+        "gradient_accumulation_steps": 2,
+    }
     recipe, seen = parse_recipe(tree), tmp_path / "seen.jsonl"
     reference = train(recipe, tmp_path / "reference")
     with pytest.raises(StoppedError):
@@ -156,7 +176,10 @@ def test_a_run_stopped_and_run_again_ends_as_if_never_stopped(tmp_path, study):
     run = train_until(recipe, tmp_path / "run", ("never", 0), stop, seen)
     assert trained(seen) == [("pretext", step) for step in (1, 2, 3, 3, 4, 5)]
     assert weights_of(run) == weights_of(reference)
-    losses = [json.loads(line)["loss"] for line in (run / "1-pretext" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (run / "1-pretext" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 5
     assert losses[-1] < losses[0], "nothing was learned"
 

@@ -1,4 +1,6 @@
-"""LoRA on the fused weights of a mixture's experts: W_e + Σ scale · B_e · A_e, beside q, v and o, and peft's format on disk."""
+"""LoRA on the fused weights of a mixture's experts: W_e + Σ scale · B_e · A_e, beside q, v and o,
+and peft's format on disk.
+"""
 
 import peft
 import pytest
@@ -6,7 +8,15 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from families import MIXTURES, TEXTS, make_backbone, make_compressor, push_adapter, relative_error, untouched
+from families import (
+    MIXTURES,
+    TEXTS,
+    make_backbone,
+    make_compressor,
+    push_adapter,
+    relative_error,
+    untouched,
+)
 from llm2comp.errors import BackboneError
 from llm2comp.model.backbone.families import split_targets
 from llm2comp.model.tokens import Tokens, position_ids
@@ -22,7 +32,11 @@ def states(backbone):
 
 
 def wrappers(backbone):
-    return {path: module for path, module in backbone.lm.named_modules() if isinstance(module, ParamWrapper)}
+    return {
+        path: module
+        for path, module in backbone.lm.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
 
 
 def stacked(family, **settings):
@@ -38,23 +52,43 @@ def test_experts_deltas_add(family):
     """The published formula, written out expert by expert."""
     backbone, reference = stacked(family), untouched(family)
     backbone.savings = frozenset()  # states at padding are compared too
-    number, changed = backbone.config.num_local_experts if family == "mixtral" else backbone.config.num_experts, 0
+    number, changed = (
+        backbone.config.num_local_experts if family == "mixtral" else backbone.config.num_experts,
+        0,
+    )
     for path, module in backbone.lm.named_modules():
-        layers = [(module, name, scale) for name, scale in (("pretext", 2.0), ("ucl", 1.5)) if hasattr(module, "lora_A")]
+        layers = [
+            (module, name, scale)
+            for name, scale in (("pretext", 2.0), ("ucl", 1.5))
+            if hasattr(module, "lora_A")
+        ]
         for layer, name, scale in layers:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             if not isinstance(layer, ParamWrapper):
                 reference.get_submodule(path).weight.add_(scale * b @ a)
                 continue
-            weight = getattr(reference.get_submodule(path.replace(".base_layer", "")), layer.parameter_name)
+            weight = getattr(
+                reference.get_submodule(path.replace(".base_layer", "")), layer.parameter_name
+            )
             rank = len(a) // number
-            for expert in range(number):  # peft keeps A in blocks of one expert, and B in blocks of one rank
-                weight[expert] += scale * b[:, expert::number] @ a[expert * rank : (expert + 1) * rank]
+            # peft keeps A in blocks of one expert, and B in blocks of one rank
+            for expert in range(number):
+                weight[expert] += (
+                    scale * b[:, expert::number] @ a[expert * rank : (expert + 1) * rank]
+                )
                 changed += 1
     tokens = Tokens.pad(backbone.tokenise(TEXTS), "left", backbone.pad_id)
-    arguments = {"attention_mask": tokens.mask_BT, "position_ids": position_ids(tokens.mask_BT), "is_causal": False}
-    expected = reference.base_model(inputs_embeds=backbone.embed(tokens.ids_BT), **arguments).last_hidden_state
-    assert changed == number * 2 * 2 * (2 if family == "mixtral" else 1), "experts · weights · adapters · sparse layers"
+    arguments = {
+        "attention_mask": tokens.mask_BT,
+        "position_ids": position_ids(tokens.mask_BT),
+        "is_causal": False,
+    }
+    expected = reference.base_model(
+        inputs_embeds=backbone.embed(tokens.ids_BT), **arguments
+    ).last_hidden_state
+    assert changed == number * 2 * 2 * (2 if family == "mixtral" else 1), (
+        "experts · weights · adapters · sparse layers"
+    )
     assert relative_error(states(backbone), expected) < 1e-5
 
 
@@ -63,7 +97,9 @@ def test_every_expert_that_is_chosen_learns(family):
     states(backbone).square().sum().backward()
     assert len(wrappers(backbone)) == (4 if family == "mixtral" else 2)
     for path, layer in wrappers(backbone).items():
-        assert layer.lora_A["ucl"].weight.grad.abs().sum(1).count_nonzero() == len(layer.lora_A["ucl"].weight), path
+        assert layer.lora_A["ucl"].weight.grad.abs().sum(1).count_nonzero() == len(
+            layer.lora_A["ucl"].weight
+        ), path
         assert layer.lora_B["ucl"].weight.grad.any(), path
         assert layer.lora_A["pretext"].weight.grad is None
         assert layer.get_param().grad is None
@@ -80,7 +116,9 @@ def test_dropout_of_the_newest_adapter_acts_beside_the_experts_alone(family):
         for layer in layers.values():
             if not isinstance(layer, ParamWrapper):
                 nn.init.zeros_(layer.lora_B["ucl"].weight)
-        assert torch.equal(states(backbone), states(backbone)), "an older adapter, an expert or the router's noise is random"
+        assert torch.equal(states(backbone), states(backbone)), (
+            "an older adapter, an expert or the router's noise is random"
+        )
         assert torch.equal(states(backbone), states(backbone.eval()))
 
 
@@ -91,7 +129,10 @@ def test_merged_experts_are_rounded_once(family, dtype):
     for name in ("pretext", "ucl"):
         for parameter in backbone.adapters.parameters(name):
             parameter.data = parameter.data.float()
-    merged, before = backbone.adapters.merged(), {path: m.get_param().clone() for path, m in wrappers(backbone).items()}
+    merged, before = (
+        backbone.adapters.merged(),
+        {path: m.get_param().clone() for path, m in wrappers(backbone).items()},
+    )
     for path, layer in wrappers(backbone).items():
         exact = before[path].double()
         for name, scale in (("pretext", 2.0), ("ucl", 1.5)):
@@ -130,7 +171,9 @@ def test_saved_is_peft_s_own_format_and_loads_again(tmp_path, family):
 
 
 def test_the_default_implementation_of_experts_gives_the_same(family):
-    """The tests' families loop over the experts; users get one grouped product. Also with adapters, and their gradients."""
+    """The tests' families loop over the experts; users get one grouped product. Also with adapters,
+    and their gradients.
+    """
     found = []
     for implementation in ("eager", "grouped_mm"):
         compressor = make_compressor(family, experts_implementation=implementation).train()
@@ -138,7 +181,12 @@ def test_the_default_implementation_of_experts_gives_the_same(family):
         assert backbone.config._experts_implementation == implementation
         out = states(backbone)
         out.square().sum().backward()
-        found.append((out.detach(), {n: p.grad for n, p in backbone.lm.named_parameters() if p.grad is not None}))
+        found.append(
+            (
+                out.detach(),
+                {n: p.grad for n, p in backbone.lm.named_parameters() if p.grad is not None},
+            )
+        )
     assert relative_error(found[1][0], found[0][0]) < 1e-5
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
@@ -148,8 +196,16 @@ def test_the_default_implementation_of_experts_gives_the_same(family):
 def test_targets_may_name_experts_alone_or_not_at_all(family):
     backbone = make_backbone(family)
     push_adapter(backbone, "pretext", targets=EXPERTS)
-    assert all("experts" in path for path, module in backbone.lm.named_modules() if hasattr(module, "lora_A"))
-    assert split_targets(backbone.lm, (*EXPERTS, "q_proj", "w1")) == (["q_proj"], list(EXPERTS), ["w1"])
+    assert all(
+        "experts" in path
+        for path, module in backbone.lm.named_modules()
+        if hasattr(module, "lora_A")
+    )
+    assert split_targets(backbone.lm, (*EXPERTS, "q_proj", "w1")) == (
+        ["q_proj"],
+        list(EXPERTS),
+        ["w1"],
+    )
     with torch.no_grad(), backbone.adapters.switched(off=True):
         off = states(backbone)
     assert not torch.allclose(states(backbone), off, atol=1e-2)

@@ -13,12 +13,28 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 import llm2comp
-from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, push_adapter, relative_error, stage_1
+from families import (
+    FAMILIES,
+    MEMORY,
+    TEXTS,
+    make_backbone,
+    make_compressor,
+    push_adapter,
+    relative_error,
+    stage_1,
+)
 from llm2comp.errors import ModelFolderError, RecipeError
 from llm2comp.lab.analyze import write_weights
 from llm2comp.model.compressor import STATE_FILE, Compressor
 from llm2comp.model.encoder import as_sentence_transformer
-from llm2comp.model.memory import MemoryTokens, maxsim, mean_weights, prefix_embeddings, prefix_of, prefix_weights
+from llm2comp.model.memory import (
+    MemoryTokens,
+    maxsim,
+    mean_weights,
+    prefix_embeddings,
+    prefix_of,
+    prefix_weights,
+)
 from llm2comp.model.tokens import SplitTexts, Tokens
 from llm2comp.objectives import stage_loss
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, parse_recipe
@@ -55,8 +71,15 @@ def padded(compressor, texts=TEXTS):
 def test_settings():
     assert MemorySettings().prefixes == (8,)
     assert MemorySettings(tokens=8, nested=(4, 1, 8)).prefixes == (1, 4, 8)
-    tree = {"format_version": 1, "name": "x", "model": {"name": "builtin:tiny"}, "ucl": {"data": [{"source": "x.txt"}]}}
-    assert parse_recipe(tree | {"memory": {"tokens": 64, "nested": [1, 2, 4, 8]}}).memory.prefixes == (1, 2, 4, 8, 64)
+    tree = {
+        "format_version": 1,
+        "name": "x",
+        "model": {"name": "builtin:tiny"},
+        "ucl": {"data": [{"source": "x.txt"}]},
+    }
+    assert parse_recipe(
+        tree | {"memory": {"tokens": 64, "nested": [1, 2, 4, 8]}}
+    ).memory.prefixes == (1, 2, 4, 8, 64)
     for memory, told in [
         ({"tokens": 4, "nested": [1, 8]}, "nested [8] is more than the 4 memory tokens"),
         ({"nested": [0]}, "greater than or equal to 1"),
@@ -67,12 +90,16 @@ def test_settings():
             parse_recipe(tree | {"memory": memory})
         assert told in str(caught.value)
     of_before = parse_recipe(tree | {"memory": {"tokens": 4, "attention": "full"}})
-    assert of_before == parse_recipe(tree | {"memory": {"tokens": 4}}), "recipes of earlier runs are read"
+    assert of_before == parse_recipe(tree | {"memory": {"tokens": 4}}), (
+        "recipes of earlier runs are read"
+    )
 
 
 def test_nothing_nests_without_memory_tokens():
     with pytest.raises(RecipeError, match="without memory tokens") as caught:
-        Compressor.fresh(make_backbone(), MemorySettings(nested=(1,)), 0, EncoderSettings(pooling="mean"))
+        Compressor.fresh(
+            make_backbone(), MemorySettings(nested=(1,)), 0, EncoderSettings(pooling="mean")
+        )
     assert "encoder.pooling: memory" in str(caught.value)
 
 
@@ -99,7 +126,9 @@ def test_maxsim_is_the_naive_double_loop():
     assert found.shape == (2, 4)
     for b, query in enumerate(queries):
         for c, document in enumerate(documents):
-            assert found[b, c].item() == pytest.approx(sum(max((q @ d).item() for d in document) for q in query), rel=1e-5)
+            assert found[b, c].item() == pytest.approx(
+                sum(max((q @ d).item() for d in document) for q in query), rel=1e-5
+            )
 
 
 # --- stage 1
@@ -111,7 +140,11 @@ def batch_of(compressor):
 
 
 def all_gradients(compressor):
-    found = {n: p.grad.clone() for n, p in compressor.named_parameters() if p.grad is not None and p.grad.any()}
+    found = {
+        n: p.grad.clone()
+        for n, p in compressor.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
     compressor.zero_grad()
     assert "memory.vectors_KD" in found
     assert len(found) > 10
@@ -124,7 +157,9 @@ def assert_gradients(found, expected, tolerance=1e-4):
         assert relative_error(found[name], gradient) < tolerance, name
 
 
-@pytest.mark.parametrize("objectives", [{"ctkd": 1.0}, {"ctkd": 1.0, "continuation": 0.3, "reconstruction": 0.1}])
+@pytest.mark.parametrize(
+    "objectives", [{"ctkd": 1.0}, {"ctkd": 1.0, "continuation": 0.3, "reconstruction": 0.1}]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @orders
 def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(order, family, objectives, monkeypatch):
@@ -133,7 +168,9 @@ def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(order, family, objec
     compressor.learn(memory=True)
     batch, stage = batch_of(compressor), stage_1(objectives)
     encode, decode, calls = compressor.memory_states, compressor.backbone.decoder_pass, []
-    monkeypatch.setattr(compressor, "memory_states", lambda tokens: calls.append("encoder") or encode(tokens))
+    monkeypatch.setattr(
+        compressor, "memory_states", lambda tokens: calls.append("encoder") or encode(tokens)
+    )
     counted = lambda *given: calls.append("frozen LM") or decode(*given)  # noqa: E731
     monkeypatch.setattr(compressor.backbone, "decoder_pass", counted)
     loss = stage_loss(compressor, batch, stage)
@@ -145,7 +182,9 @@ def test_stage_1_is_the_mean_over_prefixes_and_encodes_once(order, family, objec
     singles = []
     for first in (1, 2, K):
         part = slice(0, first) if order == "first" else slice(K - first, K)
-        monkeypatch.setattr(compressor, "memory_states", lambda tokens, part=part: encode(tokens)[:, part])
+        monkeypatch.setattr(
+            compressor, "memory_states", lambda tokens, part=part: encode(tokens)[:, part]
+        )
         singles.append(stage_loss(compressor, batch, stage))
     assert max(singles) - min(singles) > 1e-3, "vacuous: all prefixes alike"
     expected = torch.stack(singles).mean()
@@ -171,7 +210,10 @@ def naive_nested(compressor, stage, columns, prefixes, dims):
     """Mean over prefixes of the sum over dimensions of the published formula, each text alone."""
     both, total = getattr(stage, "denominator", "") == "both_views", []
     rows = [compressor.backbone.tokenise(column) for column in columns]
-    states = [torch.cat([compressor.memory_states(Tokens.pad([ids], "left")) for ids in column]) for column in rows]
+    states = [
+        torch.cat([compressor.memory_states(Tokens.pad([ids], "left")) for ids in column])
+        for column in rows
+    ]
     for first in prefixes:
         begin = 0 if compressor.order == "first" else K - first
         part = slice(begin, begin + first)
@@ -186,13 +228,20 @@ def naive_nested(compressor, stage, columns, prefixes, dims):
 @pytest.mark.parametrize("mini_batch_size", [None, 2])
 @pytest.mark.parametrize(
     ("stage", "negatives"),
-    [(UclStage(**DATA), 0), (UclStage(**DATA, denominator="both_views"), 0), (SclStage(**DATA), 0), (SclStage(**DATA), 2)],
+    [
+        (UclStage(**DATA), 0),
+        (UclStage(**DATA, denominator="both_views"), 0),
+        (SclStage(**DATA), 0),
+        (SclStage(**DATA), 2),
+    ],
 )
 @orders
 def test_contrastive_loss_is_the_mean_over_prefixes(order, stage, negatives, mini_batch_size, dims):
     compressor = make_nested(order=order).train()
     model = as_sentence_transformer(compressor, 64).train()
-    stage = stage.model_copy(update={"mini_batch_size": mini_batch_size, "matryoshka_dims": dims, "temperature": 0.2})
+    stage = stage.model_copy(
+        update={"mini_batch_size": mini_batch_size, "matryoshka_dims": dims, "temperature": 0.2}
+    )
     columns = columns_of(negatives)
     loss = contrastive_loss(model, stage)(features_of(model, columns), None)
     loss.backward()
@@ -213,7 +262,9 @@ def test_contrastive_loss_encodes_each_text_once_per_pass(mini_batch_size, monke
         model = as_sentence_transformer(compressor, 64).train()
         encode, seen = compressor.memory_states, []
         monkeypatch.setattr(
-            compressor, "memory_states", lambda tokens, e=encode, s=seen: s.append(len(tokens.ids_BT)) or e(tokens)
+            compressor,
+            "memory_states",
+            lambda tokens, e=encode, s=seen: s.append(len(tokens.ids_BT)) or e(tokens),
         )
         stage = SclStage(**DATA, mini_batch_size=mini_batch_size)
         contrastive_loss(model, stage)(features_of(model, columns_of(1)), None).backward()
@@ -237,7 +288,9 @@ def test_gradcache_gives_a_loss_without_gradients_too():
 
 
 def prefix_gap(family, **settings):
-    """How far the first j states of a K-token encoder are from those of a j-token encoder with the same vectors."""
+    """How far the first j states of a K-token encoder are from those of a j-token encoder with the
+    same vectors.
+    """
     backbone = make_backbone(family, **settings)
     push_adapter(backbone, "pretext")
     whole = Compressor.fresh(backbone, K, 3).eval()
@@ -262,9 +315,16 @@ def test_prefixes_nest_under_causal_attention_alone(family):
 def test_the_card_names_the_prefixes(tmp_path):
     backbone = make_backbone(attention="causal")
     push_adapter(backbone, "pretext")
-    live = as_sentence_transformer(Compressor.fresh(backbone, MemorySettings(tokens=K, nested=(1, 2)), 3).eval(), 40)
+    live = as_sentence_transformer(
+        Compressor.fresh(backbone, MemorySettings(tokens=K, nested=(1, 2)), 3).eval(), 40
+    )
     export(live, tmp_path / "model")
-    assert relative_error(embed_texts(llm2comp.load(tmp_path / "model"), TEXTS), embed_texts(live, TEXTS)) < 1e-5
+    assert (
+        relative_error(
+            embed_texts(llm2comp.load(tmp_path / "model"), TEXTS), embed_texts(live, TEXTS)
+        )
+        < 1e-5
+    )
     assert "last 1, 2 memory states are trained" in (tmp_path / "model" / "README.md").read_text()
 
 
@@ -301,13 +361,19 @@ def test_num_memory_of_a_run_and_its_stages(place, first):
     compressor = live[0].compressor
     with torch.no_grad():
         expected = compressor.memory_states(padded(compressor))[:, -first:].mean(1)
-    assert relative_error(embed_texts(llm2comp.load(run / place, "cpu", first), TEXTS), expected) < 1e-5
+    assert (
+        relative_error(embed_texts(llm2comp.load(run / place, "cpu", first), TEXTS), expected)
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("place", ["model", "2-ucl"])
 def test_num_memory_has_an_identity_of_its_own(place):
     run = Path(finished()[1])
-    found = {first: identity(run / place, llm2comp.load(run / place, "cpu", first)) for first in (None, 1, 2, 3)}
+    found = {
+        first: identity(run / place, llm2comp.load(run / place, "cpu", first))
+        for first in (None, 1, 2, 3)
+    }
     assert found[None] == found[3], "all of them, by the mean, is what is stored"
     assert len({who.revision for who in found.values()}) == 3
     assert found[2].name == f"{found[None].name}-last-2"
@@ -331,14 +397,23 @@ def test_more_states_than_there_are(folder, first):
 
 
 def test_a_model_without_memory_tokens_or_with_one(tmp_path):
-    export(as_sentence_transformer(make_compressor(encoder=EncoderSettings(pooling="mean")), 40), tmp_path / "mean")
+    export(
+        as_sentence_transformer(make_compressor(encoder=EncoderSettings(pooling="mean")), 40),
+        tmp_path / "mean",
+    )
     for place in (tmp_path / "mean", "mean:builtin:tiny"):
         with pytest.raises(ModelFolderError, match="cannot give so many memory states") as caught:
             llm2comp.load(place, "cpu", num_memory=1)
         assert "a model with memory tokens" in str(caught.value)
     single = as_sentence_transformer(make_compressor(memory=1), 40)
     export(single, tmp_path / "one")
-    assert relative_error(embed_texts(llm2comp.load(tmp_path / "one", "cpu", 1), TEXTS), embed_texts(single, TEXTS)) < 1e-5
+    assert (
+        relative_error(
+            embed_texts(llm2comp.load(tmp_path / "one", "cpu", 1), TEXTS),
+            embed_texts(single, TEXTS),
+        )
+        < 1e-5
+    )
     with pytest.raises(ModelFolderError, match="cannot give so many"):
         llm2comp.load(tmp_path / "one", "cpu", 2)
 
@@ -350,7 +425,9 @@ def test_num_memory_on_the_command_line(tmp_path):
     assert said.code == 0, said.err
     found = torch.from_numpy(np.load(tmp_path / "out.npy"))
     assert relative_error(found, embed_texts(llm2comp.load(run, "cpu", 2), TEXTS)) < 1e-5
-    assert_refused(cli("embed", file, "-m", run, "-o", tmp_path / "out.npy", "--num-memory", 4), "1 to 3")
+    assert_refused(
+        cli("embed", file, "-m", run, "-o", tmp_path / "out.npy", "--num-memory", 4), "1 to 3"
+    )
 
 
 # --- whole runs
@@ -364,7 +441,10 @@ def test_a_nested_run_learns_otherwise_and_is_exported(tmp_path):
         runs[name] = llm2comp.train(recipe, tmp_path / name)
     live = llm2comp.load(runs["nested"] / "3-scl")
     assert live[0].compressor.prefixes == (1, 2, 3)
-    assert relative_error(embed_texts(live, TEXTS), embed_texts(llm2comp.load(runs["nested"]), TEXTS)) < 1e-5
+    assert (
+        relative_error(embed_texts(live, TEXTS), embed_texts(llm2comp.load(runs["nested"]), TEXTS))
+        < 1e-5
+    )
     for stage in ("1-pretext", "2-ucl", "3-scl"):
         plain, nested = (embed_texts(llm2comp.load(run / stage), TEXTS) for run in runs.values())
         assert relative_error(nested, plain) > 1e-3, stage
@@ -376,7 +456,9 @@ def test_evaluation_of_the_last_states():
     run = Path(finished()[1])
     encoder = _encoder(str(run), [], {}, EvaluateOptions(device="cpu", num_memory=2))
     assert encoder.mteb_model_meta.name.endswith("-last-2")
-    assert torch.equal(embed_texts(encoder.model, TEXTS), embed_texts(llm2comp.load(run, "cpu", 2), TEXTS))
+    assert torch.equal(
+        embed_texts(encoder.model, TEXTS), embed_texts(llm2comp.load(run, "cpu", 2), TEXTS)
+    )
 
 
 # --- the order

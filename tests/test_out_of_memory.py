@@ -1,4 +1,6 @@
-"""Memory that runs out in the middle of a step costs time, not the gradient: the step is done again with less at once."""
+"""Memory that runs out in the middle of a step costs time, not the gradient: the step is done again
+with less at once.
+"""
 
 import re
 from types import SimpleNamespace
@@ -14,13 +16,21 @@ from small_stages import make_stage, run_stage, same
 
 ERRORS = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "cpu": lambda: RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
 }
-SETTINGS = {"pretext": "max_tokens_per_batch", "ucl": "mini_batch_tokens", "scl": "mini_batch_tokens"}
+SETTINGS = {
+    "pretext": "max_tokens_per_batch",
+    "ucl": "mini_batch_tokens",
+    "scl": "mini_batch_tokens",
+}
 
 
 class Memory:
-    """Runs out at the given encoder passes (numbered from 0), or at all: in the pass itself, or late in its backward pass."""
+    """Runs out at the given encoder passes (numbered from 0), or at all: in the pass itself, or
+    late in its backward pass.
+    """
 
     def __init__(self, fails, where="forward", error="cuda"):
         self.fails, self.where, self.error = fails, where, ERRORS[error]
@@ -30,14 +40,18 @@ class Memory:
         if not (compressor.training and torch.is_grad_enabled()):
             return
         if not self.passes:
-            compressor.memory.vectors_KD.register_hook(lambda gradient_KD: self._backward(compressor))
+            compressor.memory.vectors_KD.register_hook(
+                lambda gradient_KD: self._backward(compressor)
+            )
         self._due |= self.fails is None or self.passes in self.fails
         self.passes += 1
         if self._due and self.where == "forward":
             self._fail()
 
     def _backward(self, compressor):
-        """The memory's gradient comes after those of all layers behind it, which are added up already."""
+        """The memory's gradient comes after those of all layers behind it, which are added up
+        already.
+        """
         if self._due and self.where == "backward":
             self.partial += any(p.grad is not None for p in compressor.backbone.parameters())
             self._fail()
@@ -50,7 +64,11 @@ class Memory:
 def limit_of(said, name):
     """The one line that was said, and the size it names."""
     (line,) = [line for line in said if "memory" in line]
-    found = re.fullmatch(rf"{name}: out of memory; going on with ([\d,]+) tokens at once \({name}.{SETTINGS[name]}\)", line)
+    found = re.fullmatch(
+        rf"{name}: out of memory; going on with ([\d,]+) tokens at once "
+        rf"\({name}.{SETTINGS[name]}\)",
+        line,
+    )
     assert found, line
     return int(found[1].replace(",", ""))
 
@@ -68,7 +86,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "where", "error", "settings"), CASES)
 def test_the_run_is_that_of_the_smaller_size(tmp_path, monkeypatch, name, where, error, settings):
-    """Bit for bit, dropout included: the failed attempt leaves no gradient and draws nothing; the size stays."""
+    """Bit for bit, dropout included: the failed attempt leaves no gradient and draws nothing; the
+    size stays.
+    """
     stage = make_stage(tmp_path / "data", name, attention_dropout=0.2, **settings)
     memory = Memory({0}, where, error)
     seen = run_stage(name, stage, tmp_path / "run", monkeypatch, 0.2, memory)
@@ -85,17 +105,26 @@ def test_the_run_is_that_of_the_smaller_size(tmp_path, monkeypatch, name, where,
     assert sizes[-len(expected.encoded) :] == [len(mask) for mask in expected.encoded]
     assert len(sizes) > len(expected.encoded), "vacuous: nothing was tried twice"
     undisturbed = run_stage(name, stage, tmp_path / "undisturbed", monkeypatch, 0.2)
-    assert not same(seen.gradients[0], undisturbed.gradients[0]), "vacuous: the limit changed nothing"
+    assert not same(seen.gradients[0], undisturbed.gradients[0]), (
+        "vacuous: the limit changed nothing"
+    )
 
 
-@pytest.mark.parametrize(("name", "fails"), [("pretext", {1}), ("pretext", {1, 3}), ("ucl", {0, 2}), ("scl", {0, 3})])
+@pytest.mark.parametrize(
+    ("name", "fails"), [("pretext", {1}), ("pretext", {1, 3}), ("ucl", {0, 2}), ("scl", {0, 3})]
+)
 def test_the_gradient_is_that_of_the_whole_batch(tmp_path, monkeypatch, name, fails):
-    """Failures late in a step, again at the smaller size, and under accumulation: what was there before the step stays."""
+    """Failures late in a step, again at the smaller size, and under accumulation: what was there
+    before the step stays.
+    """
     settings = {"gradient_accumulation_steps": 2} if name == "pretext" else {}
     stage = make_stage(tmp_path / "data", name, steps=1, **settings)
     memory = Memory(fails, "backward")
     seen = run_stage(name, stage, tmp_path / "run", monkeypatch, before_encoding=memory)
-    assert memory.failed == memory.partial == len(fails) == len(seen.said), (memory.passes, seen.encoded)
+    assert memory.failed == memory.partial == len(fails) == len(seen.said), (
+        memory.passes,
+        seen.encoded,
+    )
     expected = run_stage(name, stage, tmp_path / "expected", monkeypatch)
     (found,), (reference,) = seen.gradients, expected.gradients
     assert found.keys() == reference.keys()
@@ -116,7 +145,9 @@ def test_one_text_that_does_not_fit(tmp_path, monkeypatch, name, error):
 
 @pytest.mark.parametrize("name", ["pretext", "scl"])
 def test_several_processes_do_not_choose_each_for_itself(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(memory_limits, "DistributedType", SimpleNamespace(NO="as if it were another"))
+    monkeypatch.setattr(
+        memory_limits, "DistributedType", SimpleNamespace(NO="as if it were another")
+    )
     stage, memory = make_stage(tmp_path / "data", name), Memory({0})
     with pytest.raises(RunError, match=rf"set {name}.{SETTINGS[name]}, or lower {name}.batch_size"):
         run_stage(name, stage, tmp_path / "run", monkeypatch, before_encoding=memory)
@@ -128,5 +159,11 @@ def test_other_errors_are_not_for_memory(tmp_path, monkeypatch):
         raise RuntimeError("shapes do not fit")
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        run_stage("pretext", make_stage(tmp_path / "data", "pretext"), tmp_path / "run", monkeypatch, before_encoding=fail)
+        run_stage(
+            "pretext",
+            make_stage(tmp_path / "data", "pretext"),
+            tmp_path / "run",
+            monkeypatch,
+            before_encoding=fail,
+        )
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))

@@ -1,4 +1,6 @@
-"""No command replaces what it did not write, nor its input; others can read what is written; paths are tried first."""
+"""No command replaces what it did not write, nor its input; others can read what is written; paths
+are tried first.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ FOREIGN = "would replace what is not its own"
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def refused(folder, *command, parts=(FOREIGN,)):
@@ -59,9 +63,16 @@ def test_export_replaces_an_export_alone(copied, exported, tmp_path):
     assert cli("export", copied, "-m", stage).code == 0, "one from before there were marks"
     run = Path(shutil.copytree(finished()[1], tmp_path / "run"))
     refused(
-        run, "export", run, "-m", stage, parts=(FOREIGN, "1-pretext", "expected: a new or empty folder, or an exported model")
+        run,
+        "export",
+        run,
+        "-m",
+        stage,
+        parts=(FOREIGN, "1-pretext", "expected: a new or empty folder, or an exported model"),
     )
-    refused(run, "export", run / "3-scl", "-m", run / "3-scl", parts=(FOREIGN, "memory.safetensors"))
+    refused(
+        run, "export", run / "3-scl", "-m", run / "3-scl", parts=(FOREIGN, "memory.safetensors")
+    )
     thesis = put(tmp_path / "m", "thesis.txt")
     refused(thesis, "export", thesis, "-m", stage, parts=(FOREIGN, "thesis.txt"))
     (tmp_path / "link").symlink_to(thesis)
@@ -70,7 +81,9 @@ def test_export_replaces_an_export_alone(copied, exported, tmp_path):
 
 
 @pytest.mark.parametrize("marked", [True, False])
-@pytest.mark.parametrize("name", ["thesis.txt", "1_Pooling/notes.md", ".git/HEAD", "openvino/mine.xml", "results.json"])
+@pytest.mark.parametrize(
+    "name", ["thesis.txt", "1_Pooling/notes.md", ".git/HEAD", "openvino/mine.xml", "results.json"]
+)
 def test_export_does_not_take_a_users_file_along(copied, exported, name, marked):
     put(copied, name)
     if not marked:
@@ -118,14 +131,18 @@ def test_a_stage_folder_of_a_run_holds_no_file_of_others(tmp_path):
     refused(run, "train", file, "ucl.steps=1", "--out", run, parts=(FOREIGN, "notes.md"))
     put(run, "notes.md")
     (run / "model" / "notes.md").unlink()
-    assert cli("train", file, "ucl.steps=1", "--out", run).code == 0, "beside its stages anything may stand"
+    assert cli("train", file, "ucl.steps=1", "--out", run).code == 0, (
+        "beside its stages anything may stand"
+    )
     assert (run / "notes.md").exists()
 
 
 def test_an_analysis_does_not_take_the_place_of_other_plots(tmp_path, exported):
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in sentences(40)])
     out = put(tmp_path / "out", "spectrum.png")
-    refused(out, "analyze", exported[0], "--texts", texts, "--out", out, parts=(FOREIGN, "spectrum.png"))
+    refused(
+        out, "analyze", exported[0], "--texts", texts, "--out", out, parts=(FOREIGN, "spectrum.png")
+    )
     (out / "spectrum.png").rename(out / "mine.png")
     for _ in range(2):
         assert cli("analyze", exported[0], "--texts", texts, "--out", out).code == 0
@@ -135,9 +152,15 @@ def test_an_analysis_does_not_take_the_place_of_other_plots(tmp_path, exported):
 def test_scores_do_not_take_the_place_of_anothers_summary(tmp_path):
     (tmp_path / "sets/sts/A").mkdir(parents=True)
     pair = {"sentence1": "a", "sentence2": "b"}
-    write_rows(tmp_path / "sets/sts/A/test.jsonl", [pair | {"score": 1}, pair | {"sentence1": "c", "score": 2}])
+    write_rows(
+        tmp_path / "sets/sts/A/test.jsonl",
+        [pair | {"score": 1}, pair | {"sentence1": "c", "score": 2}],
+    )
     out = put(tmp_path / "out", "summary.json")
-    assert_refused(cli("evaluate", "tfidf", "--local", tmp_path / "sets", "--out", out), str(out / "summary.json"))
+    assert_refused(
+        cli("evaluate", "tfidf", "--local", tmp_path / "sets", "--out", out),
+        str(out / "summary.json"),
+    )
     assert contents(out) == {Path("summary.json"): b"years of work"}
 
 
@@ -157,15 +180,28 @@ def test_a_study_and_responses_want_a_folder_of_their_own(tmp_path):
     study = tmp_path / "mine" / "study.yaml"
     study.parent.mkdir()
     study.write_text(
-        f"# my notes\nformat_version: 1\nname: s\nrecipe: {recipe}\nsystems: {{a: {{}}}}\nscores: [{tmp_path / 'sets'}]\n"
+        f"# my notes\nformat_version: 1\nname: s\nrecipe: {recipe}\nsystems: {{a: "
+        f"{{}}}}\nscores: [{tmp_path / 'sets'}]\n"
     )
     pair = {"sentence1": "a", "sentence2": "b"}
     (tmp_path / "sets/sts/A").mkdir(parents=True)
-    write_rows(tmp_path / "sets/sts/A/test.jsonl", [pair | {"score": 1}, pair | {"sentence1": "c", "score": 2}])
+    write_rows(
+        tmp_path / "sets/sts/A/test.jsonl",
+        [pair | {"score": 1}, pair | {"sentence1": "c", "score": 2}],
+    )
     refused(tmp_path, "study", study, "--out", study.parent, parts=(FOREIGN, "study.yaml"))
     texts = ("--texts", tmp_path / "texts.jsonl", "--max-new-tokens", 1, "--limit", 2)
     thesis = put(tmp_path / "other", "thesis.txt")
-    refused(tmp_path, "generate-responses", "-m", tmp_path / "backbone", *texts, "-o", thesis, parts=(FOREIGN, "thesis.txt"))
+    refused(
+        tmp_path,
+        "generate-responses",
+        "-m",
+        tmp_path / "backbone",
+        *texts,
+        "-o",
+        thesis,
+        parts=(FOREIGN, "thesis.txt"),
+    )
 
 
 # ---- modes
@@ -176,12 +212,29 @@ def test_all_files_of_a_run_can_be_read_by_others(tmp_path):
     before = os.umask(0o022)
     try:
         run = tmp_path / "run"
-        assert cli("train", write_recipe(tmp_path, pretext=None, scl=None), "ucl.steps=1", "--out", run).code == 0
+        assert (
+            cli(
+                "train", write_recipe(tmp_path, pretext=None, scl=None), "ucl.steps=1", "--out", run
+            ).code
+            == 0
+        )
     finally:
         os.umask(before)
-    modes = {path.relative_to(run): path.stat().st_mode & 0o777 for path in run.rglob("*") if path.name != ".lock"}
-    assert {Path("2-ucl/memory.safetensors"), Path("2-ucl/adapter"), Path("model/model.safetensors")} <= set(modes)
-    assert {path: mode for path, mode in modes.items() if mode != (0o755 if (run / path).is_dir() else 0o644)} == {}
+    modes = {
+        path.relative_to(run): path.stat().st_mode & 0o777
+        for path in run.rglob("*")
+        if path.name != ".lock"
+    }
+    assert {
+        Path("2-ucl/memory.safetensors"),
+        Path("2-ucl/adapter"),
+        Path("model/model.safetensors"),
+    } <= set(modes)
+    assert {
+        path: mode
+        for path, mode in modes.items()
+        if mode != (0o755 if (run / path).is_dir() else 0o644)
+    } == {}
 
 
 # ---- before anything heavy is imported
@@ -225,7 +278,9 @@ for command in {commands!r}:
     heavy = set(names.split()) & set(sys.modules)
     assert not heavy, (command, heavy)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("error: ") == len(commands)
     assert "Traceback" not in done.stderr

@@ -1,4 +1,6 @@
-"""Losses, states and gradients equal those that the authors' own code computed (tests/fixtures/parity/README.md)."""
+"""Losses, states and gradients equal those that the authors' own code computed
+(tests/fixtures/parity/README.md).
+"""
 
 import json
 import os
@@ -38,14 +40,21 @@ def compressor():
     backbone = Backbone(lm, Numbers())
     probe(backbone)
     lora = CASE["lora"]
-    backbone.adapters.add("pretext", AdapterSettings(rank=lora["r"], alpha=lora["alpha"], dropout=0.0))
-    weights = {name.removeprefix("model."): tensor for name, tensor in load_file(FOLDER / "lora.safetensors").items()}
+    backbone.adapters.add(
+        "pretext", AdapterSettings(rank=lora["r"], alpha=lora["alpha"], dropout=0.0)
+    )
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in load_file(FOLDER / "lora.safetensors").items()
+    }
     parameters = lora_parameters(backbone)
     assert set(weights) == set(parameters)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    return Compressor(backbone, MemoryTokens(load_file(FOLDER / "memory.safetensors")["memory"])).train()
+    return Compressor(
+        backbone, MemoryTokens(load_file(FOLDER / "memory.safetensors")["memory"])
+    ).train()
 
 
 def lora_parameters(backbone):
@@ -54,8 +63,12 @@ def lora_parameters(backbone):
 
 
 def assert_gradients_equal(compressor, file, memory):
-    expected = {name.removeprefix("model."): tensor for name, tensor in load_file(FOLDER / file).items()}
-    found = {name: parameter.grad for name, parameter in lora_parameters(compressor.backbone).items()}
+    expected = {
+        name.removeprefix("model."): tensor for name, tensor in load_file(FOLDER / file).items()
+    }
+    found = {
+        name: parameter.grad for name, parameter in lora_parameters(compressor.backbone).items()
+    }
     if memory:
         found["memory"] = compressor.memory.vectors_KD.grad
     assert set(found) == set(expected)
@@ -78,7 +91,8 @@ def test_memory_states(compressor):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("objective", "weighting", "key"), [("ctkd", "sample_mean", "kl"), ("continuation", "token_mean", "nll")]
+    ("objective", "weighting", "key"),
+    [("ctkd", "sample_mean", "kl"), ("continuation", "token_mean", "nll")],
 )
 def test_pretext_loss_and_gradients(compressor, objective, weighting, key, checkpointing):
     compressor.backbone.set_checkpointing(checkpointing)

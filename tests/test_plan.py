@@ -22,29 +22,44 @@ SETTINGS = {
         "pretext": {"train_embeddings": "all", "batch_size": 2, "gradient_accumulation_steps": 3},
         "memory": {"tokens": 5},
     },
-    "memory goes on learning": {"ucl": {"train_memory": True}, "scl": {"train_memory": True, "mini_batch_size": 2}},
+    "memory goes on learning": {
+        "ucl": {"train_memory": True},
+        "scl": {"train_memory": True, "mini_batch_size": 2},
+    },
     "all linear, rank 3": {"adapter": {"rank": 3, "targets": "all-linear"}},
     "named targets": {"adapter": {"rank": 1, "targets": ["q_proj", "layers.1.mlp.up_proj"]}},
 }
 
 
 def merged(tree, changes):
-    return {key: value | changes.get(key, {}) if isinstance(value, dict) else value for key, value in tree.items()}
+    return {
+        key: value | changes.get(key, {}) if isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
 
 
 def truth(recipe, run, monkeypatch):
-    """Per stage of a real run: weights that its optimiser holds, samples and text tokens that it read."""
+    """Per stage of a real run: weights that its optimiser holds, samples and text tokens that it
+    read.
+    """
     found = {}
-    real_scheduler, real_step = trainers.StageMixin.create_scheduler, trainers.StageMixin.training_step
+    real_scheduler, real_step = (
+        trainers.StageMixin.create_scheduler,
+        trainers.StageMixin.training_step,
+    )
 
     def create_scheduler(self, *args, **kwargs):
-        optimizer = kwargs.get("optimizer") or next((a for a in args if isinstance(a, torch.optim.Optimizer)), self.optimizer)
+        optimizer = kwargs.get("optimizer") or next(
+            (a for a in args if isinstance(a, torch.optim.Optimizer)), self.optimizer
+        )
         trainable = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         found[self.stage_name] = {"trainable": trainable, "samples": 0}
         return real_scheduler(self, *args, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
-        ids = next(value for key, value in inputs.items() if key.endswith("input_ids") or key == "text_ids")
+        ids = next(
+            value for key, value in inputs.items() if key.endswith("input_ids") or key == "text_ids"
+        )
         found[self.stage_name]["samples"] += len(ids)
         loss = real_step(self, model, inputs, *args, **kwargs)
         found[self.stage_name]["tokens"] = self.counter.tokens
@@ -75,7 +90,11 @@ def test_base_is_what_the_loaded_model_holds(tmp_path):
         settings = ModelSettings(name=str(tmp_path / "backbone"), device="cpu", dtype=dtype)
         _, base = plan(parse_recipe(make_tree(tmp_path) | {"model": settings.model_dump()}))
         held = load_backbone(settings).lm.parameters()
-        assert base == sum(p.numel() * p.element_size() for p in held) == sum(p.numel() for p in make_lm().parameters()) * size
+        assert (
+            base
+            == sum(p.numel() * p.element_size() for p in held)
+            == sum(p.numel() for p in make_lm().parameters()) * size
+        )
 
 
 def test_rows_that_the_stage_will_have(tmp_path):
@@ -91,23 +110,41 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
     monkeypatch.chdir(tmp_path)
     before = sorted(path.as_posix() for path in tmp_path.rglob("*"))
-    said = cli("train", recipe, "pretext.steps=7", "--dry-run", "--verbose", "--out", tmp_path / "run")
+    said = cli(
+        "train", recipe, "pretext.steps=7", "--dry-run", "--verbose", "--out", tmp_path / "run"
+    )
     assert said.code == 0, said
     assert sorted(path.as_posix() for path in tmp_path.rglob("*")) == before
-    assert said.err.index("│ pretext ") < said.err.index("steps: 7"), "the plan, then the recipe, overrides included"
-    assert re.search(r"^time: about (under a minute|\d+ min) on this cpu \(pretext .*, ucl .*, scl ", said.err, re.MULTILINE)
+    assert said.err.index("│ pretext ") < said.err.index("steps: 7"), (
+        "the plan, then the recipe, overrides included"
+    )
+    assert re.search(
+        r"^time: about (under a minute|\d+ min) on this cpu \(pretext .*, ucl .*, scl ",
+        said.err,
+        re.MULTILINE,
+    )
     assert "weight_decay: 1.0e-05" in said.err, "defaults too"
-    table = {line.split()[1]: line for line in said.err.splitlines() if re.match(r"│ (pretext|ucl|scl) ", line)}
+    table = {
+        line.split()[1]: line
+        for line in said.err.splitlines()
+        if re.match(r"│ (pretext|ucl|scl) ", line)
+    }
     (first, *_) = plan(parse_recipe(make_tree(tmp_path)))[0]
     assert f"│ {first.trainable:,} " in table["pretext"]
     assert "│ 28 " in table["pretext"], "7 steps of 4 samples"
     assert set(table) == {"pretext", "ucl", "scl"}
-    assert re.search(r"^cpu: [\d.]+ GiB free, base model 0\.0 GiB, needs about 1\.5 GiB: will fit$", said.err, re.MULTILINE)
+    assert re.search(
+        r"^cpu: [\d.]+ GiB free, base model 0\.0 GiB, needs about 1\.5 GiB: will fit$",
+        said.err,
+        re.MULTILINE,
+    )
 
 
 def test_verdict_when_it_will_not_fit(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
-    monkeypatch.setattr(estimates.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1_000_000}))
+    monkeypatch.setattr(
+        estimates.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1_000_000})
+    )
     said = cli("train", recipe, "--dry-run")
     assert said.code == 0, said
     assert "will probably NOT fit: lower batch_size, or set gradient_checkpointing" in said.err

@@ -1,4 +1,6 @@
-"""What the figures draw is what they were given; files and inline SVG are whole, deterministic and take the page's colours."""
+"""What the figures draw is what they were given; files and inline SVG are whole, deterministic and
+take the page's colours.
+"""
 
 import re
 from xml.etree import ElementTree
@@ -37,7 +39,11 @@ def every_figure():
 
 
 def texts(svg):
-    return ["".join(node.itertext()) for node in ElementTree.fromstring(svg).iter() if node.tag.endswith("text")]
+    return [
+        "".join(node.itertext())
+        for node in ElementTree.fromstring(svg).iter()
+        if node.tag.endswith("text")
+    ]
 
 
 def contrast(one, other):
@@ -45,7 +51,9 @@ def contrast(one, other):
 
     def luminance(colour):
         channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        linear = np.where(
+            channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4
+        )
         return linear @ [0.2126, 0.7152, 0.0722]
 
     light, dark = sorted((luminance(one), luminance(other)), reverse=True)
@@ -62,15 +70,25 @@ def test_spectrum_draws_values_above_zero_against_their_place():
 @pytest.mark.parametrize(("log_y", "scale"), [(False, "linear"), (True, "log")])
 def test_curves_draw_their_points(log_y, scale):
     points = [(0, 1.0), (10, 0.5), (20, 0.25)]
-    figure = curves_figure({"one": points, "two": [(5, 2.0)], "none": []}, "step", "loss", log_y=log_y)
+    figure = curves_figure(
+        {"one": points, "two": [(5, 2.0)], "none": []}, "step", "loss", log_y=log_y
+    )
     (axes,) = figure.axes
-    assert [line.get_xydata().tolist() for line in axes.lines] == [[list(p) for p in points], [[5, 2.0]], []]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [
+        [list(p) for p in points],
+        [[5, 2.0]],
+        [],
+    ]
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("step", "loss", scale)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two", "none"]
 
 
 def test_series_differ_in_more_than_colour():
-    lines = curves_figure({name: [(0, i), (1, i)] for i, name in enumerate("abcdef")}, "x", "y").axes[0].lines
+    lines = (
+        curves_figure({name: [(0, i), (1, i)] for i, name in enumerate("abcdef")}, "x", "y")
+        .axes[0]
+        .lines
+    )
     assert len({line.get_color() for line in lines}) == len(lines) == len(SERIES)
     assert len({line.get_marker() for line in lines}) == len(lines)
     assert len({str(line._dash_pattern) for line in lines}) == len(lines)
@@ -180,7 +198,10 @@ def test_inline_svg_is_deterministic_and_drawing_changes_nothing_global():
     assert dict(matplotlib.rcParams) == before
 
 
-@pytest.mark.parametrize("name", ["a $x^2$ b", "_hidden", "100 $", "<b>&\"'", r"\frac{1}{$2$}", 'id="x" url(#y) fill: #1d2630'])
+@pytest.mark.parametrize(
+    "name",
+    ["a $x^2$ b", "_hidden", "100 $", "<b>&\"'", r"\frac{1}{$2$}", 'id="x" url(#y) fill: #1d2630'],
+)
 def test_names_are_shown_as_they_are(name):
     svg = inline_svg(curves_figure({name: [(0, 1)], "other": [(0, 2)]}, name, "y"), name, "p")
     assert [text.strip() for text in texts(svg)].count(name) == 2, "legend and axis"
@@ -201,7 +222,9 @@ def test_series_are_legible_on_white():
 
 def test_long_names_leave_room_for_the_plot():
     path = "/" + "/".join(f"folder-{i}" for i in range(20))
-    figure = curves_figure({f"{path}/one": [(0, 1), (1, 2)], f"{path}/two": [(0, 2), (1, 1)]}, "step", "loss")
+    figure = curves_figure(
+        {f"{path}/one": [(0, 1), (1, 2)], f"{path}/two": [(0, 2), (1, 1)]}, "step", "loss"
+    )
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [name.split("…")[0] for name in shown] == [path[:21]] * 2
     assert [name[-4:] for name in shown] == ["/one", "/two"]

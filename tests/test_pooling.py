@@ -1,4 +1,6 @@
-"""Encoders that pool the text's own states: mean over its tokens, last token of a prompt (LLM2Vec, Llama2Vec)."""
+"""Encoders that pool the text's own states: mean over its tokens, last token of a prompt (LLM2Vec,
+Llama2Vec).
+"""
 
 import random
 
@@ -15,7 +17,12 @@ from llm2comp.recipe import EncoderSettings, parse_recipe
 MEAN = EncoderSettings(pooling="mean")
 PROMPT = EncoderSettings(pooling="last_token", prompt="the {text} is")
 ENCODERS = {"mean": MEAN, "last_token": PROMPT}
-WORDS = ["a memory", "lock is held by the thread", "", "stack and heap of one process are kept apart"]
+WORDS = [
+    "a memory",
+    "lock is held by the thread",
+    "",
+    "stack and heap of one process are kept apart",
+]
 
 
 def naive(compressor, row):
@@ -24,11 +31,16 @@ def naive(compressor, row):
     start = [] if backbone.bos_id is None else [backbone.bos_id]
     if compressor.settings.pooling == "last_token":
         before, behind = compressor.settings.prompt.split("{text}")
-        ids = [backbone.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, behind)]
+        ids = [
+            backbone.tokenizer(part, add_special_tokens=False)["input_ids"]
+            for part in (before, behind)
+        ]
         row = [*start, *ids[0], *row[len(start) :], *ids[1]]
         assert len(ids[0]) > 0
         assert len(ids[1]) > 0
-    states_TD = backbone.encoder_pass(compressor.embed(torch.tensor([row])), torch.ones(1, len(row), dtype=torch.int64))[0]
+    states_TD = backbone.encoder_pass(
+        compressor.embed(torch.tensor([row])), torch.ones(1, len(row), dtype=torch.int64)
+    )[0]
     if compressor.settings.pooling == "last_token":
         return states_TD[-1]
     weights = torch.tensor([BOS_WEIGHT if place < len(start) else 1.0 for place in range(len(row))])
@@ -54,11 +66,14 @@ def test_mean_forgets_bos_unless_there_is_nothing_else():
         states_TD = compressor.backbone.encoder_pass(
             compressor.embed(torch.tensor([[bos, 5, 6]])), torch.ones(1, 3, dtype=torch.int64)
         )[0]
-        assert relative_error(compressor(Tokens.pad([[bos, 5, 6]], "left"))[0], states_TD[1:].mean(0)) < 1e-4
+        assert (
+            relative_error(compressor(Tokens.pad([[bos, 5, 6]], "left"))[0], states_TD[1:].mean(0))
+            < 1e-4
+        )
         alone = compressor(Tokens.pad([[bos]], "left"))[0]
-        state = compressor.backbone.encoder_pass(compressor.embed(torch.tensor([[bos]])), torch.ones(1, 1, dtype=torch.int64))[
-            0, 0
-        ]
+        state = compressor.backbone.encoder_pass(
+            compressor.embed(torch.tensor([[bos]])), torch.ones(1, 1, dtype=torch.int64)
+        )[0, 0]
         assert relative_error(alone, state) < 1e-6
 
 
@@ -66,8 +81,12 @@ def test_mean_forgets_bos_unless_there_is_nothing_else():
 def test_wrap_is_the_naive_list(start):
     draw = random.Random(0)
     for _ in range(20):
-        rows = [[1] * start + [draw.randint(2, 9) for _ in range(draw.randint(0, 4))] for _ in range(3)]
-        before, behind = ([draw.randint(10, 99) for _ in range(draw.randint(0, 3))] for _ in range(2))
+        rows = [
+            [1] * start + [draw.randint(2, 9) for _ in range(draw.randint(0, 4))] for _ in range(3)
+        ]
+        before, behind = (
+            [draw.randint(10, 99) for _ in range(draw.randint(0, 3))] for _ in range(2)
+        )
         if not any(rows):
             continue
         found = wrap(Tokens.pad(rows, "left"), before, behind, start)
@@ -86,7 +105,11 @@ def test_any_objective_trains_them(pooling):
     rows = [row for row in compressor.backbone.tokenise(WORDS) if len(row) > 3]
     batch = SplitTexts.from_rows(rows, [2] * len(rows), compressor.backbone.pad_id)
     stage_loss(compressor, batch, stage_1("ctkd")).backward()
-    moved = [p for p in compressor.parameters() if p.requires_grad and p.grad is not None and p.grad.any()]
+    moved = [
+        p
+        for p in compressor.parameters()
+        if p.requires_grad and p.grad is not None and p.grad.any()
+    ]
     assert moved
     assert not any(p.requires_grad for p in compressor.memory.parameters())
 
@@ -111,21 +134,31 @@ def settings():
 def test_room_is_left_for_the_prompt():
     compressor = make_compressor("gpt2", encoder=PROMPT)
     room = compressor.max_tokens(512)
-    assert room == compressor.backbone.max_positions - len(compressor.before) - len(compressor.behind)
+    assert room == compressor.backbone.max_positions - len(compressor.before) - len(
+        compressor.behind
+    )
     assert compressor(Tokens.pad([[2] * room], "left")).isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("encoder", "told"),
     [
-        ({"pooling": "mean", "prompt": "x {text}"}, "a prompt is for pooling last_token, found mean"),
+        (
+            {"pooling": "mean", "prompt": "x {text}"},
+            "a prompt is for pooling last_token, found mean",
+        ),
         ({"pooling": "last_token", "prompt": "x"}, "must contain {text} once"),
         ({"pooling": "cls"}, "'last_token'"),
         ({"poolin": "mean"}, "did you mean 'pooling'?"),
     ],
 )
 def test_wrong_settings(encoder, told):
-    tree = {"format_version": 1, "name": "x", "model": {"name": "builtin:tiny"}, "ucl": {"data": [{"source": "x.txt"}]}}
+    tree = {
+        "format_version": 1,
+        "name": "x",
+        "model": {"name": "builtin:tiny"},
+        "ucl": {"data": [{"source": "x.txt"}]},
+    }
     assert parse_recipe(tree | {"encoder": {"pooling": "mean"}}).memory_tokens == 0
     with pytest.raises(RecipeError, match="encoder") as caught:
         parse_recipe(tree | {"encoder": encoder})

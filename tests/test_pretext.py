@@ -1,8 +1,10 @@
-"""Objectives on one copy of the weights against a naive oracle that has three, and the trainer's means over a step.
+"""Objectives on one copy of the weights against a naive oracle that has three, and the trainer's
+means over a step.
 
-The oracle is written out here: encoder, teacher and decoder are copies of the LM, each text goes alone and unpadded, the full
-logits exist, one ordinary backward pass runs through decoder and encoder. Where an objective works from the text's own states
-it loops over masked places, or over the set of a target's tokens, one at a time.
+The oracle is written out here: encoder, teacher and decoder are copies of the LM, each text goes
+alone and unpadded, the full logits exist, one ordinary backward pass runs through decoder and
+encoder. Where an objective works from the text's own states it loops over masked places, or over
+the set of a target's tokens, one at a time.
 """
 
 import copy
@@ -15,7 +17,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from families import FAMILIES, SENTENCES, make_compressor, push_adapter, relative_error, stage_1, untouched
+from families import (
+    FAMILIES,
+    SENTENCES,
+    make_compressor,
+    push_adapter,
+    relative_error,
+    stage_1,
+    untouched,
+)
 from llm2comp.data.pretext import Masking
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.tokens import SplitTexts
@@ -31,9 +41,14 @@ FROM_MEMORY = {name for name, row in OBJECTIVES.items() if "decoder" in row.need
 FROM_TEXT = [name for name, row in OBJECTIVES.items() if "memory" not in row.needs]
 # Objectives on texts alone; the others need responses to them (test_response.py).
 ON_TEXTS = [name for name in OBJECTIVES if name not in ("response", "alignment")]
-CASES = [(objective, weighting) for objective in ON_TEXTS for weighting in ("sample_mean", "token_mean")]
+CASES = [
+    (objective, weighting) for objective in ON_TEXTS for weighting in ("sample_mean", "token_mean")
+]
 # Every objective with both means; with its own also under checkpointing.
-WITH_CHECKPOINTING = [*((*case, False) for case in CASES), *((name, OBJECTIVES[name].mean, True) for name in ON_TEXTS)]
+WITH_CHECKPOINTING = [
+    *((*case, False) for case in CASES),
+    *((name, OBJECTIVES[name].mean, True) for name in ON_TEXTS),
+]
 MIXED = {"ctkd": 1.0, "reconstruction": 0.3, "continuation": 2.0}
 BOTH_KINDS = MIXED | {"mntp": 0.5, "ebae_ebar": 0.7}
 MASKING = Masking(rate=0.3, mask_id=290, vocabulary=300, bert=True, seed=2)
@@ -53,11 +68,15 @@ def rows_for(compressor):
 
 
 def batch_for(rows, sites=SITES, samples=range(4), pad_id=0):
-    return SplitTexts.from_rows(rows, sites, pad_id, [MASKING(row, i) for row, i in zip(rows, samples, strict=True)])
+    return SplitTexts.from_rows(
+        rows, sites, pad_id, [MASKING(row, i) for row, i in zip(rows, samples, strict=True)]
+    )
 
 
 def oracle(family, compressor, objective, weighting, temperature=1.0):
-    """Loss, and gradients of every adapter weight, of the memory and of the encoder's own embeddings if it has some."""
+    """Loss, and gradients of every adapter weight, of the memory and of the encoder's own
+    embeddings if it has some.
+    """
     encoder, frozen = copy.deepcopy(compressor), untouched(family)
     parts = {name: [] for name in weights_of(objective)}
     for i, (row, site) in enumerate(zip(rows_for(compressor), SITES, strict=True)):
@@ -70,7 +89,11 @@ def oracle(family, compressor, objective, weighting, temperature=1.0):
     loss = 0.0
     for name, weight in weights_of(objective).items():
         means = [losses.mean() for losses in parts[name]]
-        mean = torch.cat(parts[name]).mean() if weighting == "token_mean" else torch.stack(means).mean()
+        mean = (
+            torch.cat(parts[name]).mean()
+            if weighting == "token_mean"
+            else torch.stack(means).mean()
+        )
         loss = loss + weight * mean
     loss.backward()
     return loss.item(), gradients(encoder)
@@ -84,15 +107,21 @@ def memory_losses(encoder, frozen, row, site, temperature, parts):
     bos = start_of(encoder)
     context, continuation = torch.tensor([row[:site]]), torch.tensor([row[site:]])
     read = torch.cat([embed(context), encoder.memory.vectors_KD[None]], 1)
-    memory = lm.base_model(inputs_embeds=read, use_cache=False, **attention_of(encoder)).last_hidden_state[:, site:]
+    memory = lm.base_model(
+        inputs_embeds=read, use_cache=False, **attention_of(encoder)
+    ).last_hidden_state[:, site:]
     start = table(torch.tensor([bos], dtype=torch.int64))
     for name in parts.keys() & FROM_MEMORY:
         said = context[:, len(bos) :] if name == "reconstruction" else continuation
-        decoded = frozen(inputs_embeds=torch.cat([start, memory, table(said)], 1), use_cache=False).logits[0]
+        decoded = frozen(
+            inputs_embeds=torch.cat([start, memory, table(said)], 1), use_cache=False
+        ).logits[0]
         student = decoded[len(bos) + memory.shape[1] - 1 :]
         if name == "ctkd":
             teacher = frozen(torch.tensor([row]), use_cache=False).logits[0, site - 1 :].detach()
-            logs = [functional.log_softmax(logits / temperature, -1) for logits in (student, teacher)]
+            logs = [
+                functional.log_softmax(logits / temperature, -1) for logits in (student, teacher)
+            ]
             parts[name].append(functional.kl_div(*logs, reduction="none", log_target=True).sum(-1))
         else:
             parts[name].append(functional.cross_entropy(student[:-1], said[0], reduction="none"))
@@ -102,15 +131,22 @@ def masked_losses(encoder, row, replaced):
     """−log p of each masked token at the place before it, the text read with its masks."""
     read = [token if new < 0 else new for token, new in zip(row, replaced, strict=True)]
     logs = log_probabilities(encoder, read)
-    return torch.stack([-logs[place - 1, row[place]] for place, new in enumerate(replaced) if new >= 0])
+    return torch.stack(
+        [-logs[place - 1, row[place]] for place, new in enumerate(replaced) if new >= 0]
+    )
 
 
 def bag_losses(encoder, row, site):
-    """−log p of each token of the context's set, and of the continuation's, at the last token of their prompts."""
+    """−log p of each token of the context's set, and of the continuation's, at the last token of
+    their prompts.
+    """
     bos = start_of(encoder)
     losses = []
     for prompt, target in ((PROMPTS.itself, row[len(bos) : site]), (PROMPTS.next, row[site:])):
-        before, behind = (encoder.backbone.tokenizer(part)["input_ids"][len(bos) :] for part in prompt.split("{text}"))
+        before, behind = (
+            encoder.backbone.tokenizer(part)["input_ids"][len(bos) :]
+            for part in prompt.split("{text}")
+        )
         logs = log_probabilities(encoder, [*bos, *before, *row[len(bos) : site], *behind])
         losses.append(torch.stack([-logs[-1, token] for token in set(target)]))
     return losses
@@ -120,7 +156,9 @@ def log_probabilities(encoder, ids):
     """Of the LM's own logits, adapters on, at each place of one text."""
     embed = encoder.input_table or encoder.backbone.lm.get_input_embeddings()
     read = embed(torch.tensor([ids]))
-    logits = encoder.backbone.lm(inputs_embeds=read, use_cache=False, **attention_of(encoder)).logits[0]
+    logits = encoder.backbone.lm(
+        inputs_embeds=read, use_cache=False, **attention_of(encoder)
+    ).logits[0]
     return functional.log_softmax(logits, -1)
 
 
@@ -133,7 +171,9 @@ def attention_of(encoder):
 
 
 def gradients(compressor):
-    found = {name: p.grad for name, p in compressor.backbone.lm.named_parameters() if p.grad is not None}
+    found = {
+        name: p.grad for name, p in compressor.backbone.lm.named_parameters() if p.grad is not None
+    }
     if compressor.memory.vectors_KD.grad is not None:
         found["memory"] = compressor.memory.vectors_KD.grad
     if compressor.input_table is not None:
@@ -159,7 +199,9 @@ def assert_equal(found, expected, lora_weights):
     assert set(found[1]) == set(expected[1])
     learned = [name for name in found[1] if name not in ("memory", "embeddings")]
     assert len(learned) == lora_weights
-    assert all("lora_" in name and ".ucl" in name for name in learned), "the newest adapter alone, nothing of the base"
+    assert all("lora_" in name and ".ucl" in name for name in learned), (
+        "the newest adapter alone, nothing of the base"
+    )
     for name, gradient in expected[1].items():
         assert relative_error(found[1][name], gradient) < 1e-4, name
 
@@ -182,8 +224,15 @@ def count_calls(compressor):
     return calls
 
 
-# Objective → passes that a gradient goes through (recomputed under checkpointing), and the teacher's.
-PASSES = {"ctkd": (2, 1), "continuation": (2, 0), "reconstruction": (2, 0), "mntp": (1, 0), "ebae_ebar": (2, 0)}
+# Objective → passes that a gradient goes through (recomputed under checkpointing), and the
+# teacher's.
+PASSES = {
+    "ctkd": (2, 1),
+    "continuation": (2, 0),
+    "reconstruction": (2, 0),
+    "mntp": (1, 0),
+    "ebae_ebar": (2, 0),
+}
 
 
 def test_every_objective_of_a_recipe_is_tested():
@@ -198,12 +247,19 @@ def test_an_objective_is_a_file_a_row_and_a_line_of_the_docs():
     files = {file.stem for file in folder.glob("*.py")} - {"__init__", "loss", "kl"}
     assert files == set(OBJECTIVES)
     for name, row in OBJECTIVES.items():
-        found = [list(inspect.signature(f).parameters) for f in (file_of(name).loss, file_of(name).positions)]
-        assert found == [["decoder" if "decoder" in row.needs else "passes", "mean"], ["batch", "bos"]]
+        found = [
+            list(inspect.signature(f).parameters)
+            for f in (file_of(name).loss, file_of(name).positions)
+        ]
+        assert found == [
+            ["decoder" if "decoder" in row.needs else "passes", "mean"],
+            ["batch", "bos"],
+        ]
         assert "memory" in row.needs or "decoder" not in row.needs
     docs = (Path(__file__).parents[1] / "docs" / "method.md").read_text(encoding="utf-8")
     told = [
-        f"| `{name}` | {', '.join(need for need in get_args(Need) if need in row.needs)} | `{row.mean}` | {row.about} |"
+        f"| `{name}` | {', '.join(need for need in get_args(Need) if need in row.needs)} "
+        f"| `{row.mean}` | {row.about} |"
         for name, row in OBJECTIVES.items()
     ]
     assert "\n".join(["|---|---|---|---|", *told, ""]) in docs
@@ -241,7 +297,11 @@ def test_several_objectives_share_one_encoding(family, weighting, checkpointing)
 def test_temperature(weighting):
     expected = oracle("llama", make("llama"), "ctkd", weighting, temperature=2.5)
     compressor = make("llama")
-    assert_equal(ours(compressor, "ctkd", weighting, 2.5), expected, len(compressor.backbone.adapters.parameters("ucl")))
+    assert_equal(
+        ours(compressor, "ctkd", weighting, 2.5),
+        expected,
+        len(compressor.backbone.adapters.parameters("ucl")),
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -252,22 +312,29 @@ def test_causal_encoder(family, objective, checkpointing):
     expected = oracle(family, make(family, attention="causal"), objective, "sample_mean")
     found = ours(compressor, objective, "sample_mean")
     assert_equal(found, expected, len(compressor.backbone.adapters.parameters("ucl")))
-    assert abs(found[0] - ours(make(family), objective, "sample_mean")[0]) > 1e-3, "vacuous: attention makes no difference"
+    assert abs(found[0] - ours(make(family), objective, "sample_mean")[0]) > 1e-3, (
+        "vacuous: attention makes no difference"
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
-    ("objective", "weighting"), [("ctkd", "sample_mean"), ("continuation", "token_mean"), ("ebae_ebar", "sample_mean")]
+    ("objective", "weighting"),
+    [("ctkd", "sample_mean"), ("continuation", "token_mean"), ("ebae_ebar", "sample_mean")],
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])
-def test_own_embeddings_learn_and_the_base_table_does_not(family, objective, weighting, checkpointing):
+def test_own_embeddings_learn_and_the_base_table_does_not(
+    family, objective, weighting, checkpointing
+):
     """`train_embeddings: all`, also where the base's table is its head (Qwen2, Gemma 3, GPT-2)."""
 
     def own(checkpointing):
         compressor = make(family, checkpointing)
         compressor.learn(memory=True, embeddings=True)
         generator = torch.Generator().manual_seed(5)
-        compressor.input_table.weight.data += 0.05 * torch.randn(compressor.input_table.weight.shape, generator=generator)
+        compressor.input_table.weight.data += 0.05 * torch.randn(
+            compressor.input_table.weight.shape, generator=generator
+        )
         return compressor
 
     compressor = own(checkpointing)
@@ -276,8 +343,14 @@ def test_own_embeddings_learn_and_the_base_table_does_not(family, objective, wei
     assert "embeddings" in found[1]
     assert_equal(found, expected, len(compressor.backbone.adapters.parameters("ucl")))
     rows = rows_for(compressor)
-    words = compressor.backbone.tokenise(["so", " the text", " and then"]) if objective == "ebae_ebar" else []
-    read = sorted({i for row, site in zip(rows, SITES, strict=True) for i in row[:site]}.union(*words))
+    words = (
+        compressor.backbone.tokenise(["so", " the text", " and then"])
+        if objective == "ebae_ebar"
+        else []
+    )
+    read = sorted(
+        {i for row, site in zip(rows, SITES, strict=True) for i in row[:site]}.union(*words)
+    )
     touched = found[1]["embeddings"].abs().sum(1).nonzero().flatten().tolist()
     assert touched == read, "exactly the rows of context tokens"
     torch.optim.SGD([p for p in compressor.parameters() if p.requires_grad], lr=1.0).step()
@@ -289,7 +362,9 @@ def test_own_embeddings_learn_and_the_base_table_does_not(family, objective, wei
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_recomputed_layers_drop_what_they_dropped(family):
-    """Adapter and attention dropout on: checkpointing changes no bit of what was drawn, in encoder and decoder."""
+    """Adapter and attention dropout on: checkpointing changes no bit of what was drawn, in encoder
+    and decoder.
+    """
     results = []
     for checkpointing in (False, True):
         compressor = make(family, checkpointing, dropout=0.3)
@@ -307,7 +382,9 @@ def test_value_without_gradient_is_the_same():
     compressor = make("llama")
     with_gradient = ours(compressor, BOTH_KINDS, "sample_mean")[0]
     with torch.no_grad():
-        assert loss_of(compressor, BOTH_KINDS, "sample_mean").item() == pytest.approx(with_gradient, rel=1e-6)
+        assert loss_of(compressor, BOTH_KINDS, "sample_mean").item() == pytest.approx(
+            with_gradient, rel=1e-6
+        )
 
 
 def test_loss_ignores_padding_and_batch_mates():
@@ -321,7 +398,9 @@ def test_loss_ignores_padding_and_batch_mates():
         with torch.no_grad():
             together = loss_of(compressor, objective, weighting, whole, items).item()
             alone = [
-                loss_of(compressor, objective, weighting, batch_for([row], [site], [i]), items).item()
+                loss_of(
+                    compressor, objective, weighting, batch_for([row], [site], [i]), items
+                ).item()
                 for i, (row, site) in enumerate(zip(rows, SITES, strict=True))
             ]
         assert sum(alone) == pytest.approx(together, rel=1e-5)
@@ -352,7 +431,9 @@ def test_count_items():
 @pytest.fixture
 def texts(tmp_path):
     file = tmp_path / "texts.txt"
-    lines = [" ".join(SENTENCES[(i + j) % 5] for j in range(1 + i % 4)) + f" {i}" for i in range(40)]
+    lines = [
+        " ".join(SENTENCES[(i + j) % 5] for j in range(1 + i % 4)) + f" {i}" for i in range(40)
+    ]
     file.write_text("\n".join(lines))
     return str(file)
 
@@ -365,11 +446,15 @@ def fresh():
 
 @pytest.mark.parametrize(("objective", "weighting"), [*CASES, (BOTH_KINDS, "token_mean")])
 def test_accumulation_equals_one_large_batch(texts, tmp_path, objective, weighting):
-    """4 × 2 = 8 × 1 through the real stage: ragged texts, so means over micro-batches would be another thing."""
+    """4 × 2 = 8 × 1 through the real stage: ragged texts, so means over micro-batches would be
+    another thing.
+    """
     results = []
     for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
         compressor = fresh()
-        before = torch.cat([p.detach().flatten() for p in compressor.backbone.adapters.parameters("pretext")])
+        before = torch.cat(
+            [p.detach().flatten() for p in compressor.backbone.adapters.parameters("pretext")]
+        )
         stage = PretextStage(
             data=[{"source": texts}],
             objective=objective,
@@ -388,10 +473,14 @@ def test_accumulation_equals_one_large_batch(texts, tmp_path, objective, weighti
         folder = tmp_path / f"{batch_size}"
         folder.mkdir()
         run_pretext(compressor, stage, folder, seed=5, options=RunOptions())
-        after = torch.cat([p.detach().flatten() for p in compressor.backbone.adapters.parameters("pretext")])
+        after = torch.cat(
+            [p.detach().flatten() for p in compressor.backbone.adapters.parameters("pretext")]
+        )
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in log] == [1, 2]
-        results.append((after - before, [row["loss"] for row in log], [row["grad_norm"] for row in log]))
+        results.append(
+            (after - before, [row["loss"] for row in log], [row["grad_norm"] for row in log])
+        )
     update, losses, norms = results[0]
     for other_update, other_losses, other_norms in results[1:]:
         assert other_losses == pytest.approx(losses, rel=1e-4)

@@ -1,4 +1,6 @@
-"""The projection behind the pooled embedding: by hand, in training, in stages and runs, in exported folders and graphs."""
+"""The projection behind the pooled embedding: by hand, in training, in stages and runs, in exported
+folders and graphs.
+"""
 
 import json
 import shutil
@@ -19,7 +21,14 @@ from llm2comp.model.memory import MemoryTokens, new_projection
 from llm2comp.model.tokens import Tokens
 from llm2comp.model.vectors import memory_vectors
 from llm2comp.objectives.alignment import MAP_FILE, map_to_teacher
-from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, load_recipe, parse_recipe
+from llm2comp.recipe import (
+    EncoderSettings,
+    MemorySettings,
+    SclStage,
+    UclStage,
+    load_recipe,
+    parse_recipe,
+)
 from llm2comp.runs.folder import FOLDERS
 from llm2comp.storage.compiled import compile_folder, load_compiled
 from llm2comp.storage.export import export, reweight, verify
@@ -65,7 +74,12 @@ def padded(compressor, texts=TEXTS):
 
 def test_settings():
     assert EncoderSettings().projection is None
-    tree = {"format_version": 1, "name": "x", "model": {"name": "builtin:tiny"}, "ucl": {"data": [{"source": "x.txt"}]}}
+    tree = {
+        "format_version": 1,
+        "name": "x",
+        "model": {"name": "builtin:tiny"},
+        "ucl": {"data": [{"source": "x.txt"}]},
+    }
     for value in (None, "same", 20):
         recipe = parse_recipe(tree | {"encoder": {"projection": value}})
         assert recipe.encoder.projection == value
@@ -86,7 +100,9 @@ def test_at_first_it_is_the_identity(size, pooling):
     with torch.no_grad():
         expected = plain(padded(plain))
         assert torch.equal(compressor(padded(compressor)), expected)
-        assert not torch.allclose(moved(compressor)(padded(compressor)), expected, atol=0.1), "vacuous: it does nothing"
+        assert not torch.allclose(moved(compressor)(padded(compressor)), expected, atol=0.1), (
+            "vacuous: it does nothing"
+        )
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(32, 20), (32, 48)])
@@ -112,8 +128,12 @@ def test_it_is_a_linear_map_of_the_mean_and_so_of_each_state(size):
         mean = 0.5 * states[:, 0] + 0.2 * states[:, 1] + 0.3 * states[:, 2]
         each = states @ weight.T + bias
         assert torch.allclose(found, mean @ weight.T + bias, atol=1e-5)
-        assert torch.allclose(found, 0.5 * each[:, 0] + 0.2 * each[:, 1] + 0.3 * each[:, 2], atol=1e-5)
-        assert torch.equal(states, (plain := make_compressor()).memory_states(padded(plain))), "the states are before it"
+        assert torch.allclose(
+            found, 0.5 * each[:, 0] + 0.2 * each[:, 1] + 0.3 * each[:, 2], atol=1e-5
+        )
+        assert torch.equal(states, (plain := make_compressor()).memory_states(padded(plain))), (
+            "the states are before it"
+        )
 
 
 @sizes
@@ -123,7 +143,9 @@ def test_each_prefix_of_nested_memory_is_projected(size):
     model[0].prefixes = compressor.prefixes
     tokens = padded(compressor)
     with torch.no_grad():
-        found = model[0]({"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT})["sentence_embedding"]
+        found = model[0]({"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT})[
+            "sentence_embedding"
+        ]
         assert found.shape == (len(TEXTS), 3, SIZES[size])
         for place, first in enumerate((1, 2, 4)):
             compressor.use_prefix(first)
@@ -162,7 +184,9 @@ def test_stage_1_is_the_naive_loss_and_gradient(size, family, weights, kind):
     compressor = moved(make(size, family))
     compressor.learn(memory=True)
     batch = batch_of(compressor, SIZES[size])
-    expected, theirs = naive_pretext(family, compressor, batch, weights, kind, compressor.projection)
+    expected, theirs = naive_pretext(
+        family, compressor, batch, weights, kind, compressor.projection
+    )
     model = PretextModel(compressor, make_stage(weights, alignment_loss=kind))
     loss = model(model.items(batch), **batch)
     loss.backward()
@@ -194,7 +218,10 @@ def test_the_decoder_does_not_see_it():
     found = []
     for compressor in (make_compressor(), moved(make(20))):
         compressor.learn(memory=True)
-        model, batch = PretextModel(compressor, make_stage({"response": 1.0})), batch_of(compressor, 20)
+        model, batch = (
+            PretextModel(compressor, make_stage({"response": 1.0})),
+            batch_of(compressor, 20),
+        )
         loss = model(model.items(batch), **batch)
         loss.backward()
         found.append((loss.item(), compressor.memory.vectors_KD.grad))
@@ -212,7 +239,10 @@ def test_ucl_runs_through_it(mini_batch_size):
     stage = UclStage(**DATA, temperature=0.5, mini_batch_size=mini_batch_size)
     loss = contrastive_loss(model, stage)(features_of(model, columns), None)
     loss.backward()
-    named = {**dict(compressor.projection.named_parameters()), "memory": compressor.memory.vectors_KD}
+    named = {
+        **dict(compressor.projection.named_parameters()),
+        "memory": compressor.memory.vectors_KD,
+    }
     found = {name: parameter.grad.clone() for name, parameter in named.items()}
     compressor.zero_grad()
     expected = naive(*embeddings(compressor, columns), 0.5)
@@ -301,7 +331,9 @@ def exported(tmp_path_factory):
     for variant in VARIANTS:
         export(make_model(variant), root / variant)
     command = [sys.executable, "-c", USER, *(str(root / variant) for variant in VARIANTS)]
-    user = subprocess.run(command, input=json.dumps(READ), capture_output=True, text=True, check=False, cwd=root)
+    user = subprocess.run(
+        command, input=json.dumps(READ), capture_output=True, text=True, check=False, cwd=root
+    )
     assert user.returncode == 0, user.stderr[-3000:]
     found = json.loads(user.stdout)
     return root, {variant: found[str(root / variant)] for variant in VARIANTS}
@@ -311,19 +343,30 @@ def exported(tmp_path_factory):
 def test_exported_equals_live_without_this_package(exported, variant):
     folder, model = exported[0] / variant, make_model(variant)
     for role, encode in (("plain", model.encode), ("query", model.encode_query)):
-        expected, found = torch.as_tensor(encode(READ)).float(), torch.tensor(exported[1][variant][role])
+        expected, found = (
+            torch.as_tensor(encode(READ)).float(),
+            torch.tensor(exported[1][variant][role]),
+        )
         assert found.shape == (len(READ), model.get_embedding_dimension())
-        assert (expected[:3] - expected[1:4]).norm(dim=1).min() > 0.05, "vacuous: all embeddings alike"
+        assert (expected[:3] - expected[1:4]).norm(dim=1).min() > 0.05, (
+            "vacuous: all embeddings alike"
+        )
         if "bfloat16" in variant:
             assert torch.cosine_similarity(found, expected).min() > 0.99
         else:
             assert torch.cosine_similarity(found.double(), expected.double()).min() > 1 - 1e-6
             assert ((found - expected).abs().amax(1) / expected.norm(dim=1)).max() < 1e-6
     assert verify(folder) > (0.999 if "bfloat16" in variant else 0.99999)
-    kinds = [module["type"].rsplit(".", 1)[1] for module in json.loads((folder / "modules.json").read_text())]
+    kinds = [
+        module["type"].rsplit(".", 1)[1]
+        for module in json.loads((folder / "modules.json").read_text())
+    ]
     weighed = ["Transformer", "Dense", "WordWeights", "Pooling"]
     assert kinds == (["Transformer", "Pooling", "Dense"] if variant in PLAIN else weighed)
-    assert f"| embedding dimension | {model.get_embedding_dimension()} |" in (folder / "README.md").read_text()
+    assert (
+        f"| embedding dimension | {model.get_embedding_dimension()} |"
+        in (folder / "README.md").read_text()
+    )
     assert "| projection |" in (folder / "README.md").read_text()
 
 
@@ -372,8 +415,13 @@ def test_a_compiled_graph_embeds_as_torch_does(exported, variant, backend, tmp_p
 
 def test_as_many_vectors_it_has_no_place(tmp_path):
     model = make_model("narrow")
-    for ask in (lambda: memory_vectors(model, TEXTS), lambda: export(model, tmp_path / "many", multi_vector=True)):
-        with pytest.raises(ModelFolderError, match="the projection stands behind the mean") as caught:
+    for ask in (
+        lambda: memory_vectors(model, TEXTS),
+        lambda: export(model, tmp_path / "many", multi_vector=True),
+    ):
+        with pytest.raises(
+            ModelFolderError, match="the projection stands behind the mean"
+        ) as caught:
             ask()
         assert "encoder.projection: null" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -396,7 +444,10 @@ def sources(tmp_path_factory):
     """(folder with a backbone, file of responses with a teacher of width 20)."""
     folder = tmp_path_factory.mktemp("run")
     make_tree(folder)
-    rows = [{"text": a.text, "response": a.response, "teacher": a.teacher_D.tolist()} for a in answers(20)]
+    rows = [
+        {"text": a.text, "response": a.response, "teacher": a.teacher_D.tolist()}
+        for a in answers(20)
+    ]
     return folder, write_rows(folder / "answers.jsonl", rows)
 
 
@@ -420,8 +471,13 @@ def test_memory_and_projection_alone_learn_over_a_frozen_lm(sources, tmp_path):
     live, model = llm2comp.load(run / "3-scl", "cpu"), llm2comp.load(run, "cpu")
     backbone = live[0].compressor.backbone
     assert isinstance(backbone.adapters, Frozen)
-    base, exported = load_file(folder / "backbone" / "model.safetensors"), load_file(run / "model" / "model.safetensors")
-    layers = {name.removeprefix("model."): tensor for name, tensor in base.items() if "layers." in name}
+    base, exported = (
+        load_file(folder / "backbone" / "model.safetensors"),
+        load_file(run / "model" / "model.safetensors"),
+    )
+    layers = {
+        name.removeprefix("model."): tensor for name, tensor in base.items() if "layers." in name
+    }
     assert len(layers) > 10
     assert all(torch.equal(exported[name], tensor) for name, tensor in layers.items())
     found = embed_texts(model, SENTENCES)
@@ -432,7 +488,9 @@ def test_memory_and_projection_alone_learn_over_a_frozen_lm(sources, tmp_path):
 
 @pytest.mark.parametrize("train_memory", [False, True])
 def test_later_stages_leave_it_unless_the_memory_learns(sources, tmp_path, train_memory):
-    tree = make_tree(sources[0], encoder={"projection": 20}, pretext=None, scl=None) | {"watch": None}
+    tree = make_tree(sources[0], encoder={"projection": 20}, pretext=None, scl=None) | {
+        "watch": None
+    }
     tree["ucl"] |= {"train_memory": train_memory}
     recipe = parse_recipe(tree)
     run = train(recipe, tmp_path / "run")
@@ -471,10 +529,24 @@ def test_the_shipped_recipe_trains(sources, tmp_path):
     lm = sources[0] / "backbone"
     options = ResponseOptions(max_new_tokens=8, shard_size=8, teacher=f"mean:{lm}", device="cpu")
     generate_responses(str(lm), sentences(16, 5), tmp_path / "responses", options)
-    changes = ["pretext.steps=2", "pretext.batch_size=4", "pretext.precision=float32", "watch=null", "memory.tokens=3"]
-    changes += [f"model.name={lm}", "model.device=cpu", f"pretext.data.0.source={tmp_path / 'responses'}"]
+    changes = [
+        "pretext.steps=2",
+        "pretext.batch_size=4",
+        "pretext.precision=float32",
+        "watch=null",
+        "memory.tokens=3",
+    ]
+    changes += [
+        f"model.name={lm}",
+        "model.device=cpu",
+        f"pretext.data.0.source={tmp_path / 'responses'}",
+    ]
     recipe = load_recipe("llm2vec-gen", changes)
-    assert (recipe.adapter.kind, recipe.encoder.projection, recipe.model.attention) == ("none", "same", "causal")
+    assert (recipe.adapter.kind, recipe.encoder.projection, recipe.model.attention) == (
+        "none",
+        "same",
+        "causal",
+    )
     assert recipe.pretext.objectives == {"alignment": 1.0, "response": 1.0}
     run = train(recipe, tmp_path / "run")
     learned = load_file(run / "1-pretext" / STATE_FILE)

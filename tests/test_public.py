@@ -1,4 +1,6 @@
-"""The public face: every name is there, comes from where it says, and costs nothing before it is used."""
+"""The public face: every name is there, comes from where it says, and costs nothing before it is
+used.
+"""
 
 import ast
 import inspect
@@ -52,13 +54,20 @@ def test_no_other_name():
 
 def test_import_takes_no_time():
     """At most 0.3 s of computing; the best of three, as a machine may be busy."""
-    program = "import time; begin = time.process_time(); import llm2comp; print(time.process_time() - begin)"
-    run = partial(subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import time; begin = time.process_time(); import llm2comp; "
+        "print(time.process_time() - begin)"
+    )
+    run = partial(
+        subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert min(float(run().stdout) for _ in range(3)) < 0.3
 
 
 def test_a_missing_lab_is_one_line():
-    """Without mteb and matplotlib the package loads and trains; what judges says what to install."""
+    """Without mteb and matplotlib the package loads and trains; what judges says what to
+    install.
+    """
     program = """
 import sys
 sys.modules |= dict.fromkeys(("bm25s", "jinja2", "matplotlib", "mteb"))  # as if not installed
@@ -73,7 +82,9 @@ sys.argv = ["llm2comp", "report", "."]
 from llm2comp.cli import main
 main()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "1 True\n1 True\n"
     assert done.returncode == 1
     assert done.stderr.startswith("error: judging encoders: ")

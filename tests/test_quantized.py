@@ -1,4 +1,6 @@
-"""A base in 4 or 8 bits: every pass and gradient is that of the LM with the dequantised weights, and so is the merged copy."""
+"""A base in 4 or 8 bits: every pass and gradient is that of the LM with the dequantised weights,
+and so is the merged copy.
+"""
 
 import copy
 import importlib.util
@@ -8,7 +10,16 @@ import torch
 from torch import nn
 
 import llm2comp
-from families import MEMORY, SENTENCES, TEXTS, make_lm, make_tokenizer, push_adapter, relative_error, snapshot
+from families import (
+    MEMORY,
+    SENTENCES,
+    TEXTS,
+    make_lm,
+    make_tokenizer,
+    push_adapter,
+    relative_error,
+    snapshot,
+)
 from llm2comp.errors import BackboneError
 from llm2comp.model.backbone import Backbone, load_backbone, quantized
 from llm2comp.model.backbone.quantized import plain_copy, quantized_layers
@@ -22,7 +33,8 @@ from oracles import embed_texts
 from tiny_run import make_tree, save_backbone
 
 needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra `quantized`)"
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed (extra `quantized`)",
 )
 kinds = pytest.mark.parametrize("kind", ["nf4", "int8"])
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
@@ -46,21 +58,29 @@ def encoder_over(backbone):
 
 
 def pair(folder, kind):
-    """An encoder over the quantised LM, and one over stock layers of the same (dequantised) weights."""
+    """An encoder over the quantised LM, and one over stock layers of the same (dequantised)
+    weights.
+    """
     backbone = load_backbone(settings_of(folder, kind))
     plain = Backbone(plain_copy(backbone.lm)[0], make_tokenizer(), name="plain")
     return encoder_over(backbone), encoder_over(plain)
 
 
 def loss_from(backbone, memory_BKD, frozen=None):
-    """A decoder's loss on texts behind the memory, through our `decode` or through a copy of the LM."""
+    """A decoder's loss on texts behind the memory, through our `decode` or through a copy of the
+    LM.
+    """
     tokens = Tokens.pad(backbone.tokenise(SENTENCES[: len(memory_BKD)]), "right", 0)
     x_BSD = torch.cat([memory_BKD, backbone.embed(tokens.ids_BT)], 1)
     mask_BS = torch.cat([torch.ones(memory_BKD.shape[:2], dtype=torch.int64), tokens.mask_BT], 1)
     if frozen is None:
-        logits_NV = backbone.project(backbone.decoder_pass(x_BSD, mask_BS)[:, MEMORY - 1 : -1][tokens.mask_BT.bool()])
+        logits_NV = backbone.project(
+            backbone.decoder_pass(x_BSD, mask_BS)[:, MEMORY - 1 : -1][tokens.mask_BT.bool()]
+        )
     else:
-        logits_NV = frozen(inputs_embeds=x_BSD, attention_mask=mask_BS).logits[:, MEMORY - 1 : -1][tokens.mask_BT.bool()]
+        logits_NV = frozen(inputs_embeds=x_BSD, attention_mask=mask_BS).logits[:, MEMORY - 1 : -1][
+            tokens.mask_BT.bool()
+        ]
     return nn.functional.cross_entropy(logits_NV, tokens.ids_BT[tokens.mask_BT.bool()])
 
 
@@ -70,15 +90,23 @@ def test_linear_layers_but_the_head_are_quantised(folder, kind):
     backbone = load_backbone(settings_of(folder, kind))
     assert {path.rsplit(".", 1)[-1] for path in quantized_layers(backbone.lm)} == LINEAR
     assert len(quantized_layers(backbone.lm)) == 2 * len(LINEAR)
-    assert {p.element_size() for layer in quantized_layers(backbone.lm).values() for p in layer.parameters()} == {1}
+    assert {
+        p.element_size()
+        for layer in quantized_layers(backbone.lm).values()
+        for p in layer.parameters()
+    } == {1}
     packed = sum(layer.weight.numel() for layer in quantized_layers(backbone.lm).values())
-    weights = sum(layer.in_features * layer.out_features for layer in quantized_layers(backbone.lm).values())
+    weights = sum(
+        layer.in_features * layer.out_features for layer in quantized_layers(backbone.lm).values()
+    )
     assert packed == (weights // 2 if kind == "nf4" else weights)
     found = plain_copy(backbone.lm)[0].state_dict()
     for name, exact in make_lm(**WIDE).state_dict().items():
         error = relative_error(found[name], exact)
         quantised = name.rsplit(".", 2)[-2] in LINEAR
-        assert (0.001 < error < (0.12 if kind == "nf4" else 0.02)) if quantised else error == 0, name
+        assert (0.001 < error < (0.12 if kind == "nf4" else 0.02)) if quantised else error == 0, (
+            name
+        )
     assert backbone.input_table.dtype == torch.float32
 
 
@@ -90,11 +118,16 @@ def test_passes_and_two_step_gradient_equal_the_oracle(folder, kind, checkpointi
     ours, plain = pair(folder, kind)
     tokens = Tokens.pad(ours.backbone.tokenise(TEXTS), "left", 0)
     with torch.no_grad():  # a pass without gradients first: it must not change what follows
-        assert relative_error(ours.eval().memory_states(tokens), plain.eval().memory_states(tokens)) < 1e-5
+        assert (
+            relative_error(ours.eval().memory_states(tokens), plain.eval().memory_states(tokens))
+            < 1e-5
+        )
     ours.train().learn(memory=True)
     plain.learn(memory=True)
     ours.backbone.set_checkpointing(checkpointing)
-    loss = two_step(ours.memory_states(tokens), lambda memory_BKD: loss_from(ours.backbone, memory_BKD))
+    loss = two_step(
+        ours.memory_states(tokens), lambda memory_BKD: loss_from(ours.backbone, memory_BKD)
+    )
     loss.backward()
     frozen = plain_copy(load_backbone(settings_of(folder, kind)).lm)[0]
     expected = loss_from(plain.backbone, plain.memory_states(tokens), frozen)
@@ -119,8 +152,14 @@ def test_switched_off_is_the_quantised_lm_bit_for_bit(folder, kind):
         encoder_over(backbone)
         for mode in (True, False):
             assert torch.equal(backbone.train(mode).decoder_pass(x_BTD, tokens.mask_BT), untouched)
-        assert not torch.allclose(backbone.encoder_pass(x_BTD, tokens.mask_BT), untouched, atol=1e-2)
-    after = {name.replace(".base_layer", ""): tensor for name, tensor in snapshot(backbone.lm).items() if "lora_" not in name}
+        assert not torch.allclose(
+            backbone.encoder_pass(x_BTD, tokens.mask_BT), untouched, atol=1e-2
+        )
+    after = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in snapshot(backbone.lm).items()
+        if "lora_" not in name
+    }
     assert before.keys() <= after.keys()
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) if isinstance(tensor, torch.Tensor) else True, name
@@ -142,7 +181,12 @@ def test_merged_is_rounded_once_from_the_dequantised_weights(folder, kind, dtype
         if hasattr(module, "lora_A"):
             exact = base.get_submodule(path).weight.double()
             for name in backbone.adapters.names:
-                exact = exact + 2.0 * module.lora_B[name].weight.double() @ module.lora_A[name].weight.double()
+                exact = (
+                    exact
+                    + 2.0
+                    * module.lora_B[name].weight.double()
+                    @ module.lora_A[name].weight.double()
+                )
             found = merged.get_submodule(path).weight
             assert type(merged.get_submodule(path)) is nn.Linear
             assert relative_error(found.double(), exact) < (1e-6 if dtype == "float32" else 3e-3)
@@ -168,8 +212,13 @@ def test_exported_folder_is_stock_and_equal(folder, kind, tmp_path):
 @kinds
 def test_a_base_in_half_precision_is_held_in_float32(folder, kind, tmp_path):
     """Dequantised weights are float32: the comparison needs them unrounded on both sides."""
-    model = as_sentence_transformer(encoder_over(load_backbone(settings_of(folder, kind, dtype="bfloat16"))), 40)
-    before, layers = embed_texts(model, TEXTS), {path: id(layer) for path, layer in quantized_layers(model[0]).items()}
+    model = as_sentence_transformer(
+        encoder_over(load_backbone(settings_of(folder, kind, dtype="bfloat16"))), 40
+    )
+    before, layers = (
+        embed_texts(model, TEXTS),
+        {path: id(layer) for path, layer in quantized_layers(model[0]).items()},
+    )
     with quantized.in_float32(model[0]):
         assert not quantized_layers(model[0])
         exact = embed_texts(model, TEXTS)
@@ -201,7 +250,8 @@ def test_a_run_trains_over_four_bits(tmp_path):
     tree = make_tree(tmp_path)
     tree["model"] |= {"quantization": "nf4"}
     run = llm2comp.train(
-        parse_recipe({key: value for key, value in tree.items() if key not in ("ucl", "scl")}), tmp_path / "run"
+        parse_recipe({key: value for key, value in tree.items() if key not in ("ucl", "scl")}),
+        tmp_path / "run",
     )
     assert verify(tmp_path / "run" / "model") > 0.99999
     assert run is not None
@@ -240,7 +290,10 @@ def test_a_plain_lm_has_no_quantised_layer_and_is_copied_as_it_is():
 def test_experts_of_a_mixture_keep_their_dtype_and_carry_adapters(tmp_path):
     backbone = load_backbone(settings_of(save_backbone(tmp_path, "mixtral"), "nf4"))
     compressor = encoder_over(backbone).eval()
-    assert {path.rsplit(".", 1)[-1] for path in quantized_layers(backbone.lm)} == {"base_layer", "k_proj"}
+    assert {path.rsplit(".", 1)[-1] for path in quantized_layers(backbone.lm)} == {
+        "base_layer",
+        "k_proj",
+    }
     experts = [weight for name, weight in backbone.lm.named_parameters() if weight.ndim == 3]
     assert [weight.dtype for weight in experts] == [torch.float32] * 4
     merged = Backbone(backbone.adapters.merged(), make_tokenizer(), name="merged")
@@ -249,5 +302,7 @@ def test_experts_of_a_mixture_keep_their_dtype_and_carry_adapters(tmp_path):
     with torch.no_grad():
         on = compressor.memory_states(tokens)
         with backbone.adapters.switched(off=True):
-            assert relative_error(compressor.memory_states(tokens), on) > 0.1, "vacuous: the adapters do little"
+            assert relative_error(compressor.memory_states(tokens), on) > 0.1, (
+                "vacuous: the adapters do little"
+            )
         assert relative_error(alone.memory_states(tokens), on) < 1e-5

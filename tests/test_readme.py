@@ -1,4 +1,5 @@
-"""The README says nothing that is not so: its commands, files, recipes, links and Python are checked here.
+"""The README says nothing that is not so: its commands, files, recipes, links and Python are
+checked here.
 
 What a command does is tested where the command is; here it must exist, with the options given.
 """
@@ -34,7 +35,9 @@ ELSEWHERE = {
 }
 
 FENCE = re.compile(
-    r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^ *(?P=fence) *$", re.M | re.S
+    r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[\w+-]*)[^\n]*\n(?P<body>.*?)^ "
+    r"*(?P=fence) *$",
+    re.M | re.S,
 )
 
 
@@ -51,19 +54,26 @@ def blocks(text: str) -> list[Block]:
     found = []
     for match in FENCE.finditer(text):
         indent = len(match["indent"])
-        body = "".join(line[indent:] if line[:indent].isspace() else line for line in match["body"].splitlines(keepends=True))
+        body = "".join(
+            line[indent:] if line[:indent].isspace() else line
+            for line in match["body"].splitlines(keepends=True)
+        )
         found.append(Block(match["language"], body, text.count("\n", 0, match.start()) + 1))
     return found
 
 
 def commands(text: str) -> list[str]:
-    """The commands of all bash and sh blocks; `&&`, `;`, `|` and `&` part them, a backslash joins lines."""
+    """The commands of all bash and sh blocks; `&&`, `;`, `|` and `&` part them, a backslash joins
+    lines.
+    """
     found = []
     for block in blocks(text):
         if block.language not in ("bash", "sh", "shell", "console"):
             continue
         for line in block.body.replace("\\\n", " ").splitlines():
-            lexer = shlex.shlex(line.strip().removeprefix("$ "), posix=True, punctuation_chars=";&|")
+            lexer = shlex.shlex(
+                line.strip().removeprefix("$ "), posix=True, punctuation_chars=";&|"
+            )
             lexer.commenters, lexer.whitespace_split = "#", True
             words: list[str] = []
             for word in [*lexer, ";"]:
@@ -107,8 +117,17 @@ def problem_of(command: str, targets: set[str], tree: Any) -> str | None:
             return f"{' '.join(path)} has no command {name!r}: {sorted(node.commands)}"
         node = node.commands[name]
         path.append(name)
-    known = {"--help", *(option for parameter in node.params for option in (*parameter.opts, *parameter.secondary_opts))}
-    unknown = [word for word in words if re.match(r"--?[A-Za-z]", word) and word.split("=")[0] not in known]
+    known = {
+        "--help",
+        *(
+            option
+            for parameter in node.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        ),
+    }
+    unknown = [
+        word for word in words if re.match(r"--?[A-Za-z]", word) and word.split("=")[0] not in known
+    ]
     if unknown:
         return f"{' '.join(path)} has no option {unknown[0]}: {sorted(known)}"
     return missing_recipe(words[0]) if path[-1] == "train" and words else None
@@ -126,10 +145,11 @@ def missing_recipe(name: str) -> str | None:
 
 
 def tree_entries(body: str) -> Iterator[str]:
-    """Paths of a drawn file tree: a line is one or more names, two spaces apart, then whatever is said about them.
+    """Paths of a drawn file tree: a line is one or more names, two spaces apart, then whatever is
+    said about them.
 
-    How far in a name stands says whose child it is. The first column must hold a name; later ones count when they look like
-    file names (a dot or a closing slash, no blank).
+    How far in a name stands says whose child it is. The first column must hold a name; later ones
+    count when they look like file names (a dot or a closing slash, no blank).
     """
     folders: list[tuple[int, str]] = []
     for line in body.splitlines():
@@ -151,18 +171,28 @@ def tree_entries(body: str) -> Iterator[str]:
 
 
 def missing_in_tree(body: str, root: Path) -> list[str]:
-    return [entry for entry in tree_entries(body) if entry.strip("./") and not any(root.glob(entry.rstrip("/")))]
+    return [
+        entry
+        for entry in tree_entries(body)
+        if entry.strip("./") and not any(root.glob(entry.rstrip("/")))
+    ]
 
 
 def file_trees(text: str) -> list[str]:
     drawn = [block.body for block in blocks(text) if block.language in ("", "text", "tree")]
-    return [body for body in drawn if re.search(r"^[│├└─ ]*(src|llm2comp|src/llm2comp)/", body, re.M)]
+    return [
+        body for body in drawn if re.search(r"^[│├└─ ]*(src|llm2comp|src/llm2comp)/", body, re.M)
+    ]
 
 
 def dead_links(page: Path) -> list[str]:
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
     targets = re.findall(r"\]\(<?([^)\s>#]+)[^)]*\)", prose)
-    return [target for target in targets if not re.match(r"[a-z]+:", target) and not (page.parent / target).exists()]
+    return [
+        target
+        for target in targets
+        if not re.match(r"[a-z]+:", target) and not (page.parent / target).exists()
+    ]
 
 
 def recipes_named(page: Path) -> set[str]:
@@ -192,7 +222,9 @@ def test_command_exists(command: str):
 
 @pytest.mark.parametrize("block", PYTHON, ids=[f"line {block.line}" for block in PYTHON])
 def test_python_compiles(block: Block):
-    assert compile(block.body, f"README.md:{block.line}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    assert compile(
+        block.body, f"README.md:{block.line}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
@@ -210,14 +242,18 @@ ROW = re.compile(r"^((?: *-?\d\.\d{3})+)  (\S.*)$", re.M)
 @pytest.mark.parametrize("command", SIMILARITIES)
 @pytest.mark.usefixtures("smollm2")
 def test_similar_texts_rank_first_and_what_is_shown_is_what_comes_out(command: str):
-    """In each example the first text is nearest to the second, by a margin, and the README shows these cosines."""
+    """In each example the first text is nearest to the second, by a margin, and the README shows
+    these cosines.
+    """
     texts = shlex.split(command)[2:]
     assert len(texts) == 3, "an option: then this must load another model"
     vectors = embed(load(), texts, normalise=True).embeddings_ND
     cosines = vectors @ vectors.T
     assert cosines[0, 1] > max(cosines[0, 2], cosines[1, 2]) + 0.1
     shown = {text: [float(cosine) for cosine in row.split()] for row, text in ROW.findall(TEXT)}
-    assert [shown[text] for text in texts] == [pytest.approx(row, abs=0.02) for row in cosines.tolist()]
+    assert [shown[text] for text in texts] == [
+        pytest.approx(row, abs=0.02) for row in cosines.tolist()
+    ]
 
 
 def test_there_is_such_an_example():
@@ -262,7 +298,9 @@ def test_the_checks_read_pages(tmp_path: Path):
         "llm2comp train recipes/tiny.yaml --out 'runs/a b'",
         "tee log",
     ]
-    assert [block.body for block in blocks(SAMPLE) if block.language == "python"] == ["x = 1\nif x:\n    print(x)\n"]
+    assert [block.body for block in blocks(SAMPLE) if block.language == "python"] == [
+        "x = 1\nif x:\n    print(x)\n"
+    ]
     (tree,) = file_trees(SAMPLE)
     assert list(tree_entries(tree)) == [
         "README.md",
@@ -282,7 +320,10 @@ def test_the_checks_read_pages(tmp_path: Path):
     page.write_text(SAMPLE)
     assert dead_links(page) == ["docs/none.md"]
     assert recipes_named(page) == {"recipes/tiny.yaml"}
-    assert make_targets(".PHONY: a\nhelp:  ## list\nX := 1\nx-y: help\n\techo no: target\n") == {"help", "x-y"}
+    assert make_targets(".PHONY: a\nhelp:  ## list\nX := 1\nx-y: help\n\techo no: target\n") == {
+        "help",
+        "x-y",
+    }
 
 
 @pytest.mark.parametrize(

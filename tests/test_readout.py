@@ -1,4 +1,6 @@
-"""Words and continuations of a readout against the plain LM: its own logits, and transformers' own `generate`."""
+"""Words and continuations of a readout against the plain LM: its own logits, and transformers' own
+`generate`.
+"""
 
 import copy
 
@@ -12,7 +14,8 @@ from llm2comp.lab.readout import continue_greedily, read_out
 TEXT = " ".join(SENTENCES)
 FAMILIES = ["llama", "qwen2", "gemma2", "gemma3", "granite", "gpt2"]
 POSITIONS = 160
-OWN_HEAD = {"tie_word_embeddings": False}  # a random LM whose head is its table says one word over and over
+# a random LM whose head is its table says one word over and over
+OWN_HEAD = {"tie_word_embeddings": False}
 
 
 def make_compressor(family):
@@ -28,7 +31,9 @@ def row_of(compressor, text=TEXT, limit=None):
 
 
 def generate(family, tokens, eos, **context):
-    """New tokens that transformers puts behind ids (or input embeddings) in an LM that never met an adapter; no EOS."""
+    """New tokens that transformers puts behind ids (or input embeddings) in an LM that never met an
+    adapter; no EOS.
+    """
     lm = untouched(family)
     inputs = next(iter(context.values()))
     ids = lm.generate(
@@ -47,8 +52,12 @@ def generate(family, tokens, eos, **context):
 def memory_of(compressor, row):
     """Memory states of one text, the LM called by hand."""
     lm = compressor.backbone.lm
-    x = torch.cat([lm.get_input_embeddings()(torch.tensor([row])), compressor.memory.vectors_KD[None]], 1)
-    return lm.base_model(inputs_embeds=x, use_cache=False, is_causal=False).last_hidden_state[:, -MEMORY:]
+    x = torch.cat(
+        [lm.get_input_embeddings()(torch.tensor([row])), compressor.memory.vectors_KD[None]], 1
+    )
+    return lm.base_model(inputs_embeds=x, use_cache=False, is_causal=False).last_hidden_state[
+        :, -MEMORY:
+    ]
 
 
 def started(family, compressor, memory_BKD):
@@ -83,7 +92,9 @@ def test_greedy_continuation_is_that_of_generate(family):
     assert continue_greedily(backbone, backbone.embed(row), 0) == []
     memory = memory_of(compressor, row[0].tolist())
     behind = generate(family, 20, None, inputs_embeds=started(family, compressor, memory))
-    assert continue_greedily(backbone, started(family, compressor, memory), 20) == behind != expected
+    assert (
+        continue_greedily(backbone, started(family, compressor, memory), 20) == behind != expected
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -143,21 +154,31 @@ def test_words_are_the_first_of_the_plain_head_and_texts_are_what_generate_says(
     start = started(family, compressor, memory)
     assert found.from_memory == decoded(generate(family, 12, None, inputs_embeds=start))
     bos = compressor.backbone.bos_id
-    nothing = "" if bos is None else decoded(generate(family, 12, None, input_ids=torch.tensor([[bos]])))
+    nothing = (
+        "" if bos is None else decoded(generate(family, 12, None, input_ids=torch.tensor([[bos]])))
+    )
     assert found.from_nothing == nothing
-    assert len({found.from_text, found.from_memory, found.from_nothing}) == 3, "vacuous: the context has no effect"
+    assert len({found.from_text, found.from_memory, found.from_nothing}) == 3, (
+        "vacuous: the context has no effect"
+    )
     with compressor.backbone.base_only():
-        assert read_out(compressor, TEXT, 512, words=7).words != found.words, "vacuous: adapters do nothing"
+        assert read_out(compressor, TEXT, 512, words=7).words != found.words, (
+            "vacuous: adapters do nothing"
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_long_text_is_cut(family):
     compressor = make_compressor(family)
     assert len(row_of(compressor)) > 20
-    cut = compressor.backbone.tokenizer.decode(row_of(compressor, limit=20), skip_special_tokens=True)
+    cut = compressor.backbone.tokenizer.decode(
+        row_of(compressor, limit=20), skip_special_tokens=True
+    )
     found = read_out(compressor, TEXT, 20)
     assert found.text == cut == TEXT[: len(cut)]
-    assert row_of(compressor, cut) == row_of(compressor, limit=20), "the cut is a text of the same tokens"
+    assert row_of(compressor, cut) == row_of(compressor, limit=20), (
+        "the cut is a text of the same tokens"
+    )
     assert found == read_out(compressor, cut, 512)
     assert found.words != read_out(compressor, TEXT, 512).words
     longest = read_out(compressor, TEXT * 5, 10**6)
@@ -169,7 +190,9 @@ def test_a_long_text_is_cut(family):
 def test_so_many_words_per_memory_token(words):
     found = read_out(make_compressor("llama"), TEXT, 512, words=words)
     assert [len(of_token) for of_token in found.words] == [words] * MEMORY
-    assert [of_token[0] for of_token in found.words] == [w[0] for w in read_out(make_compressor("llama"), TEXT, 512).words]
+    assert [of_token[0] for of_token in found.words] == [
+        w[0] for w in read_out(make_compressor("llama"), TEXT, 512).words
+    ]
 
 
 def test_an_empty_text_is_bos_alone():
@@ -180,7 +203,9 @@ def test_an_empty_text_is_bos_alone():
 
 
 def test_an_empty_text_without_bos():
-    """`embed` and `memory_states` take such a text; here the LM has nothing to start from, as in `from_nothing`."""
+    """`embed` and `memory_states` take such a text; here the LM has nothing to start from, as in
+    `from_nothing`.
+    """
     found = read_out(make_compressor("qwen2"), "", 512)
     assert (found.text, found.from_text, found.from_nothing) == ("", "", "")
     assert found.from_memory

@@ -8,7 +8,9 @@ from llm2comp.errors import RecipeError
 from llm2comp.recipe import load_recipe, parse_recipe, shipped_recipes
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-FILES = sorted(file for file in RECIPES.rglob("*.yaml") if file.parent.name not in ("studies", "launch"))
+FILES = sorted(
+    file for file in RECIPES.rglob("*.yaml") if file.parent.name not in ("studies", "launch")
+)
 
 MINIMAL = """\
 format_version: 1
@@ -34,7 +36,9 @@ def test_recipes_are_there():
     assert not list(RECIPES.rglob("*.yml")), "one suffix: .yaml"
 
 
-@pytest.mark.parametrize("file", FILES, ids=[file.relative_to(RECIPES).as_posix() for file in FILES])
+@pytest.mark.parametrize(
+    "file", FILES, ids=[file.relative_to(RECIPES).as_posix() for file in FILES]
+)
 def test_recipe_parses(file: Path):
     recipe = load_recipe(file)
     assert recipe.name == file.stem
@@ -52,7 +56,11 @@ def test_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert here == set(shipped_recipes())
     name = min(here)
     monkeypatch.chdir(tmp_path)
-    assert load_recipe(name) == load_recipe(f"recipes/{name}.yaml") == load_recipe(RECIPES / f"{name}.yaml")
+    assert (
+        load_recipe(name)
+        == load_recipe(f"recipes/{name}.yaml")
+        == load_recipe(RECIPES / f"{name}.yaml")
+    )
 
 
 def test_missing_recipe_names_nearest():
@@ -72,7 +80,11 @@ def test_written_recipe_reads_back(minimal: Path, tmp_path: Path):
     [
         ("memry: {tokens: 4}", "memry", "did you mean 'memory'?"),
         ("  step: 5", "ucl.step", "did you mean 'steps'?"),
-        ("  schedule: {learning_rate: 1, warm_up_steps: 1}", "ucl.schedule.warm_up_steps", "did you mean 'warmup_steps'?"),
+        (
+            "  schedule: {learning_rate: 1, warm_up_steps: 1}",
+            "ucl.schedule.warm_up_steps",
+            "did you mean 'warmup_steps'?",
+        ),
         ("  zzz: 5", "ucl.zzz", "valid keys: steps, batch_size, "),
     ],
 )
@@ -89,9 +101,15 @@ def test_unknown_key_names_nearest(minimal: Path, addition: str, location: str, 
     ("overrides", "says"),
     [
         (["pretext.site_margin_tokens=300", "pretext.max_tokens=512"], "no split site exists"),
-        (["ucl.schedule={learning_rate: 1.0e-6, floor_learning_rate: 1.0e-5}"], "above learning_rate"),
+        (
+            ["ucl.schedule={learning_rate: 1.0e-6, floor_learning_rate: 1.0e-5}"],
+            "above learning_rate",
+        ),
         (["pretext=null", "ucl=null"], "at least one of pretext, ucl, scl"),
-        (["scl={data: [{source: pairs.jsonl}], query_prompt: 'query: '}"], "must contain {instruction}"),
+        (
+            ["scl={data: [{source: pairs.jsonl}], query_prompt: 'query: '}"],
+            "must contain {instruction}",
+        ),
     ],
 )
 def test_contradictions_raise(minimal: Path, overrides: list[str], says: str):
@@ -103,7 +121,15 @@ def test_contradictions_raise(minimal: Path, overrides: list[str], says: str):
 
 @pytest.mark.parametrize(
     "override",
-    ["format_version=2", "name=a/b", "seed=-1", "ucl.batch_size=1", "ucl.temperature=0", "ucl.steps=many", "pretext.data=[]"],
+    [
+        "format_version=2",
+        "name=a/b",
+        "seed=-1",
+        "ucl.batch_size=1",
+        "ucl.temperature=0",
+        "ucl.steps=many",
+        "pretext.data=[]",
+    ],
 )
 def test_values_that_do_not_fit_name_their_field(minimal: Path, override: str):
     with pytest.raises(RecipeError) as caught:
@@ -113,7 +139,13 @@ def test_values_that_do_not_fit_name_their_field(minimal: Path, override: str):
 
 def test_overrides_apply(minimal: Path):
     recipe = load_recipe(
-        minimal, ["seed=7", "ucl.steps=9", "pretext.data.0.source=other.txt", "scl={data: [{source: p.jsonl}]}"]
+        minimal,
+        [
+            "seed=7",
+            "ucl.steps=9",
+            "pretext.data.0.source=other.txt",
+            "scl={data: [{source: p.jsonl}]}",
+        ],
     )
     assert (recipe.seed, recipe.stages["ucl"].steps) == (7, 9)
     assert recipe.pretext is not None
@@ -122,7 +154,9 @@ def test_overrides_apply(minimal: Path):
     assert load_recipe(minimal).seed == 0, "an override lasts for one call"
 
 
-@pytest.mark.parametrize("override", ["seed", "=7", "seed=[", "name.first=x", "pretext.data.5.source=x", "ucl.stepz=3"])
+@pytest.mark.parametrize(
+    "override", ["seed", "=7", "seed=[", "name.first=x", "pretext.data.5.source=x", "ucl.stepz=3"]
+)
 def test_broken_overrides_raise(minimal: Path, override: str):
     with pytest.raises(RecipeError):
         load_recipe(minimal, [override])
@@ -136,7 +170,8 @@ def test_key_given_twice_is_an_error(minimal: Path, addition: str):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"- a\n- b\n", b"just text", b"a: [", b"\xff\xfe\x00", b"!!python/object:os.system {}"]
+    "content",
+    [b"", b"- a\n- b\n", b"just text", b"a: [", b"\xff\xfe\x00", b"!!python/object:os.system {}"],
 )
 def test_garbage_is_refused(minimal: Path, content: bytes):
     minimal.write_bytes(content)

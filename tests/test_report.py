@@ -1,4 +1,6 @@
-"""The report page: its tables hold the figures of the files, names cannot break out of it, and it needs nothing else."""
+"""The report page: its tables hold the figures of the files, names cannot break out of it, and it
+needs nothing else.
+"""
 
 import json
 import re
@@ -59,7 +61,9 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def table(self, beginning):
-        (found,) = [tables[0] for caption, tables in self.tables.items() if caption.startswith(beginning)]
+        (found,) = [
+            tables[0] for caption, tables in self.tables.items() if caption.startswith(beginning)
+        ]
         return found
 
     def values(self, name):
@@ -102,7 +106,9 @@ def test_metrics_table_holds_the_file(run, text):
         rows = lines(run / folder / "metrics.jsonl")
         assert len(rows) >= 3
         assert column(table, "step") == [str(row["step"]) for row in rows]
-        assert [float(cell) for cell in column(table, "loss")] == pytest.approx([row["loss"] for row in rows], rel=1e-3)
+        assert [float(cell) for cell in column(table, "loss")] == pytest.approx(
+            [row["loss"] for row in rows], rel=1e-3
+        )
         rates = [float(cell) for cell in column(table, "learning rate")]
         assert rates == pytest.approx([row["learning_rate"] for row in rows], rel=1e-3)
         assert set(column(table, "tokens/s")) == {"1,870"}
@@ -131,14 +137,19 @@ def test_tasks_memory_and_spectrum_tables_hold_the_file(run, text):
     rows = lines(run / "3-scl" / "watch.jsonl")
     table = Page(text).table("synthetic, SCL: evaluation sets")
     for task in ("Local-STSBenchmark", "Local-MRPC"):
-        assert [float(x) for x in column(table, task)] == pytest.approx([100 * row["tasks"][task] for row in rows], abs=5e-3)
+        assert [float(x) for x in column(table, task)] == pytest.approx(
+            [100 * row["tasks"][task] for row in rows], abs=5e-3
+        )
     memory = Page(text).table("synthetic, SCL: mean cosine between memory tokens")[1:]
     found = [[float(cell) for cell in row[1:]] for row in memory]
     assert sum(found, []) == pytest.approx(sum(rows[-1]["memory_correlation"], []), abs=5e-4)
     table = Page(text).table("Singular values")
     assert table[0] == ["direction", "before training", "after CTKD", "after UCL", "after SCL"]
     spectra = [lines(run / "1-pretext" / "watch.jsonl")[0]["spectrum"]]
-    spectra += [lines(run / folder / "watch.jsonl")[-1]["spectrum"] for folder in ("1-pretext", "2-ucl", "3-scl")]
+    spectra += [
+        lines(run / folder / "watch.jsonl")[-1]["spectrum"]
+        for folder in ("1-pretext", "2-ucl", "3-scl")
+    ]
     for name, values in zip(table[0][1:], spectra, strict=True):
         cells = [float(cell) for cell in column(table, name)]
         assert cells == pytest.approx(values, rel=5e-3)
@@ -162,14 +173,21 @@ def test_kept_step_is_the_result(tmp_path):
     run = write_run(tmp_path / "kept", ["scl.keep_best=effective_rank", "pretext=null", "ucl=null"])
     rows = lines(run / "3-scl" / "watch.jsonl")
     found = Page(page([run]))
-    assert column(found.table("Measured"), "effective rank")[-1] == f"{rows[-1]['effective_rank']:.2f}"
+    assert (
+        column(found.table("Measured"), "effective rank")[-1] == f"{rows[-1]['effective_rank']:.2f}"
+    )
     assert found.table("The stages")[1][2] == "64"
     rows[2] |= {"best": True, "effective_rank": 99.25}
     (run / "3-scl" / "watch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
-    (run / "3-scl" / "done.json").write_text(json.dumps({"steps": 64, "seconds": 1.0, "kept_step": rows[2]["step"]}))
+    (run / "3-scl" / "done.json").write_text(
+        json.dumps({"steps": 64, "seconds": 1.0, "kept_step": rows[2]["step"]})
+    )
     found = Page(page([run]))
     assert column(found.table("Measured"), "effective rank")[-1] == "99.25"
-    assert found.table("The stages")[1][2] == f"{rows[3]['step']} of 64, stopped early, step {rows[2]['step']} kept"
+    assert (
+        found.table("The stages")[1][2]
+        == f"{rows[3]['step']} of 64, stopped early, step {rows[2]['step']} kept"
+    )
     memory = found.table("kept, SCL: mean cosine between memory tokens")
     assert float(memory[1][2]) == pytest.approx(rows[2]["memory_correlation"][0][1], abs=5e-4)
 
@@ -185,9 +203,19 @@ def test_scores_tables_hold_the_files(run, text):
         for task, score in model["scores"].items():
             cells = column(evaluation, model["model"])
             assert cells[column(evaluation, "task").index(task)] == f"{100 * score['score']:.2f}"
-    assert [evaluation[3][i] for i in (0, 1, 3)] == ["Local-Cranfield", "failed", "ndcg_at_10, test"]
-    assert Page(text).table("Tasks that failed")[1] == ["Local-Cranfield", "mean-pooled", "SYNTHETIC: a document is empty"]
-    assert not [row for row in evaluation if row[0].startswith("mean of")], "not over different tasks"
+    assert [evaluation[3][i] for i in (0, 1, 3)] == [
+        "Local-Cranfield",
+        "failed",
+        "ndcg_at_10, test",
+    ]
+    assert Page(text).table("Tasks that failed")[1] == [
+        "Local-Cranfield",
+        "mean-pooled",
+        "SYNTHETIC: a document is empty",
+    ]
+    assert not [row for row in evaluation if row[0].startswith("mean of")], (
+        "not over different tasks"
+    )
 
 
 def test_mean(light):
@@ -204,14 +232,21 @@ def test_what_was_trained_where_and_how(text):
     table = Page(text).table("The stages")
     assert table[1] == ["CTKD", "builtin:python-docs", "100", "16", "0.001 to 0.0001", "1 min 1 s"]
     words = " ".join(Page(text).text)
-    for fact in ("builtin:tiny", "LoRA, rank 16, alpha 32", "Synthetic x86_64, 2 cores", "2026-01-02T03:04:05+0000"):
+    for fact in (
+        "builtin:tiny",
+        "LoRA, rank 16, alpha 32",
+        "Synthetic x86_64, 2 cores",
+        "2026-01-02T03:04:05+0000",
+    ):
         assert fact in words
     assert "llm2comp train recipes/tiny.yaml 'name=a b'" in words
     assert ["torch", "2.13.0"] in Page(text).table("Packages")
 
 
 def test_warnings_are_told_once_with_their_steps(text):
-    assert f"CTKD, steps 20, 40, 60, 80: {WARNING}: 33.1 at step 0, now 22.0" in " ".join(Page(text).text)
+    assert f"CTKD, steps 20, 40, 60, 80: {WARNING}: 33.1 at step 0, now 22.0" in " ".join(
+        Page(text).text
+    )
     assert text.count(WARNING) == 1
 
 
@@ -221,8 +256,14 @@ def test_published_figures_are_there(text):
     assert len(table) == len(published) + 1 > 10
     for cells, row in zip(table[1:], published, strict=True):
         shown = dict(zip(table[0], cells, strict=True))
-        assert (shown["model"], shown["stage"], shown["samples"]) == (row.model, row.stage, row.samples)
-        assert {task: shown[task] for task in row.scores} == {task: f"{x:.2f}" for task, x in row.scores.items()}
+        assert (shown["model"], shown["stage"], shown["samples"]) == (
+            row.model,
+            row.stage,
+            row.samples,
+        )
+        assert {task: shown[task] for task in row.scores} == {
+            task: f"{x:.2f}" for task, x in row.scores.items()
+        }
 
 
 def test_page_stands_alone(text):
@@ -233,7 +274,11 @@ def test_page_stands_alone(text):
     ids = set(found.values("id"))
     links = [value for _, key, value in found.attributes if key == "href"]
     assert len(links) > 50
-    assert [link for link in links if not (link.startswith("#") and link[1:] in ids or link.startswith("data:"))] == []
+    assert [
+        link
+        for link in links
+        if not (link.startswith("#") and link[1:] in ids or link.startswith("data:"))
+    ] == []
     for target in re.findall(r"url\(([^)]*)\)", text):
         assert target.startswith("#")
         assert target[1:] in ids
@@ -252,7 +297,13 @@ def test_ids_are_unique_and_references_hold(text, light, tmp_path, count):
     assert named
     assert named <= set(ids)
     plots = [value for tag, key, value in found.attributes if (tag, key) == ("svg", "aria-label")]
-    assert len(plots) == len(set(plots)) == found.tags.count("svg") == found.values("role").count("img") >= 16
+    assert (
+        len(plots)
+        == len(set(plots))
+        == found.tags.count("svg")
+        == found.values("role").count("img")
+        >= 16
+    )
     assert found.tags.count("figure") == found.tags.count("figcaption") == found.tags.count("svg")
 
 
@@ -274,7 +325,9 @@ def test_hostile_names_stay_text(light):
     rows = lines(light / "1-pretext" / "watch.jsonl")
     for row in rows:
         row["tasks"], row["warnings"] = {HOSTILE: 0.5, "other": 0.25}, [HOSTILE]
-    (light / "1-pretext" / "watch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (light / "1-pretext" / "watch.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
     recipe = yaml.safe_load((light / "recipe.yaml").read_text())
     recipe["pretext"]["data"][0]["source"] = recipe["model"]["name"] = HOSTILE
     (light / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -285,7 +338,9 @@ def test_hostile_names_stay_text(light):
     assert "<b>" not in text
     assert text.count("</style>") == 1
     words = "".join(found.text)
-    assert words.count(HOSTILE) >= 8, "model, source, warning, task in plot and table, failure, machine, command, package"
+    assert words.count(HOSTILE) >= 8, (
+        "model, source, warning, task in plot and table, failure, machine, command, package"
+    )
     assert HOSTILE in found.table("Evaluation")[0]
     assert "<b>&'\"run" in words
 
@@ -317,16 +372,31 @@ def test_missing_parts_are_left_out(light, text, missing, absent):
 def test_unfinished_run_says_so(tmp_path):
     run = write_run(tmp_path / "stopped", unfinished=("ucl",), scores=False)
     found = Page(page([run]))
-    assert column(found.table("The stages"), "steps") == ["100", "13 of 26, not finished", "0 of 64, not begun"]
-    assert column(found.table("Measured"), "encoder") == ["before training", "after CTKD", "UCL, step 13"]
+    assert column(found.table("The stages"), "steps") == [
+        "100",
+        "13 of 26, not finished",
+        "0 of 64, not begun",
+    ]
+    assert column(found.table("Measured"), "encoder") == [
+        "before training",
+        "after CTKD",
+        "UCL, step 13",
+    ]
 
 
 def test_null_figures_are_left_out_of_plots(light):
     for file in light.glob("*/watch.jsonl"):
-        rows = [row | {"alignment": None, "context_recovered": None, "loss": None, "tasks": {}} for row in lines(file)]
+        rows = [
+            row | {"alignment": None, "context_recovered": None, "loss": None, "tasks": {}}
+            for row in lines(file)
+        ]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = Page(page([light]))
-    assert not [caption for caption in found.tables if "context recovered" in caption or "evaluation sets" in caption]
+    assert not [
+        caption
+        for caption in found.tables
+        if "context recovered" in caption or "evaluation sets" in caption
+    ]
     assert found.table("light, CTKD: uniformity and alignment")[0] == ["step", "uniformity"]
     assert "alignment" not in found.table("Measured")[0]
 
@@ -344,7 +414,12 @@ def test_loss_that_is_no_number_is_shown(light):
         ("2-ucl/metrics.jsonl", 3, '{"step": 20, "loss": 1.', "line 3"),
         ("2-ucl/metrics.jsonl", 2, "", "line 2"),
         ("2-ucl/metrics.jsonl", 1, '{"step": 1}', "loss: Field required"),
-        ("2-ucl/metrics.jsonl", 1, '{"step": 1, "loss": "low"}', "loss: Input should be a valid number"),
+        (
+            "2-ucl/metrics.jsonl",
+            1,
+            '{"step": 1, "loss": "low"}',
+            "loss: Input should be a valid number",
+        ),
         ("1-pretext/watch.jsonl", 2, '{"step": 1}', "effective_rank: Field required"),
         ("1-pretext/watch.jsonl", 2, "[1]", "line 2"),
         ("1-pretext/watch.jsonl", 2, "\udcff\udcfe", "line 2"),
@@ -398,17 +473,28 @@ def test_runs_are_compared(run, tmp_path):
     other = write_run(tmp_path / "other", changed, seed=1, unfinished=("scl",), scores=False)
     found = Page(page([run, other]))
     settings = found.table("Settings that differ")
-    assert settings == [["setting", "synthetic", "other"], ["seed", "0", "7"], ["ucl.temperature", "0.05", "0.1"]]
+    assert settings == [
+        ["setting", "synthetic", "other"],
+        ["seed", "0", "7"],
+        ["ucl.temperature", "0.05", "0.1"],
+    ]
     final = {row[0]: row[1:] for row in found.table("Where each run ended")}
     assert final["SCL, steps"] == ["64", "32"]
     for name, folder in (("CTKD", "1-pretext"), ("SCL", "3-scl")):
         losses = [lines(place / folder / "metrics.jsonl")[-1]["loss"] for place in (run, other)]
-        assert [float(cell) for cell in final[f"{name}, last loss"]] == pytest.approx(losses, rel=1e-3)
+        assert [float(cell) for cell in final[f"{name}, last loss"]] == pytest.approx(
+            losses, rel=1e-3
+        )
     ranks = [lines(place / "3-scl" / "watch.jsonl")[-1]["effective_rank"] for place in (run, other)]
     assert final["effective rank"] == [f"{rank:.2f}" for rank in ranks]
     assert final["Python documentation, nDCG@10 × 100"] == ["35.00", "–"]
     assert found.table("All runs: loss of stage 2")[0] == ["step", "synthetic", "other"]
-    assert found.table("Evaluation")[0] == ["task", "synthetic: mean-pooled", "synthetic: demo", "metric"]
+    assert found.table("Evaluation")[0] == [
+        "task",
+        "synthetic: mean-pooled",
+        "synthetic: demo",
+        "metric",
+    ]
     assert len([caption for caption in found.tables if caption.startswith("other, ")]) >= 15
 
 

@@ -1,4 +1,5 @@
-"""The report in a real browser: nothing missing or cut off, legible in light and dark, usable without a mouse.
+"""The report in a real browser: nothing missing or cut off, legible in light and dark, usable
+without a mouse.
 
 Screenshots of a report, four PNG files in a folder, phone and desktop, light and dark:
 
@@ -15,7 +16,10 @@ from pathlib import Path
 import pytest
 
 CHROMIUM = Path(os.environ.get("LLM2COMP_CHROMIUM", "/usr/bin/chromium"))
-QUIET = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+QUIET = (
+    "--disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
 SIZES = {"phone": (375, 812), "desktop": (1280, 900)}
 SCHEMES = ("light", "dark")
 
@@ -28,7 +32,9 @@ def chromium():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *QUIET.split()])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", *QUIET.split()]
+        )
         try:
             yield browser
         finally:
@@ -40,7 +46,12 @@ def open_page(browser, file, size="desktop", scheme="light"):
     width, height = SIZES[size]
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.problems, page.requests = [], []
-    page.on("console", lambda message: page.problems.append(message.text) if message.type in ("error", "warning") else None)
+    page.on(
+        "console",
+        lambda message: (
+            page.problems.append(message.text) if message.type in ("error", "warning") else None
+        ),
+    )
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("requestfailed", lambda request: page.problems.append(request.url))
     page.on("request", lambda request: page.requests.append(request.url))
@@ -49,7 +60,9 @@ def open_page(browser, file, size="desktop", scheme="light"):
 
 
 def screenshots(file, folder):
-    """PNG files of a report's beginning: report-phone-light.png and three more. Returns their paths."""
+    """PNG files of a report's beginning: report-phone-light.png and three more. Returns their
+    paths.
+    """
     paths = []
     with chromium() as browser:
         for size in SIZES:
@@ -82,8 +95,16 @@ def reports(folder):
     from synthetic_run import write_run
 
     one = write_run(folder / "synthetic-run")
-    other = write_run(folder / "another-synthetic-run-with-a-rather-long-name", ["seed=1", "ucl=null"], seed=1, scores=False)
-    return {"one": report([one], folder / "one.html"), "two": report([one, other], folder / "two.html")}
+    other = write_run(
+        folder / "another-synthetic-run-with-a-rather-long-name",
+        ["seed=1", "ucl=null"],
+        seed=1,
+        scores=False,
+    )
+    return {
+        "one": report([one], folder / "one.html"),
+        "two": report([one, other], folder / "two.html"),
+    }
 
 
 def rgb(colour):
@@ -106,7 +127,9 @@ def test_all_is_shown_and_nothing_runs_over(browser, reports, name, size):
     page = open_page(browser, reports[name], size)
     assert page.problems == []
     assert page.requests == [reports[name].as_uri()], "one file, no network"
-    widths = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    widths = page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
     assert widths == [SIZES[size][0]] * 2
     drawings = page.evaluate(
         "[...document.querySelectorAll('svg')].map(e => { const r = e.getBoundingClientRect(); "
@@ -123,7 +146,8 @@ def test_all_is_shown_and_nothing_runs_over(browser, reports, name, size):
 def test_text_in_plots_is_legible_on_a_phone(browser, reports):
     page = open_page(browser, reports["one"], "phone")
     heights = page.locator("svg text").evaluate_all(
-        "texts => texts.map(e => parseFloat(getComputedStyle(e).fontSize) * e.ownerSVGElement.getScreenCTM().a)"
+        "texts => texts.map(e => parseFloat(getComputedStyle(e).fontSize) * "
+        "e.ownerSVGElement.getScreenCTM().a)"
     )
     assert len(heights) > 200
     assert min(heights) >= 9.5, "CSS pixels"
@@ -132,7 +156,12 @@ def test_text_in_plots_is_legible_on_a_phone(browser, reports):
 
 def test_tables_hold_the_figures(browser, reports, folder):
     page = open_page(browser, reports["one"])
-    rows = [json.loads(line) for line in (folder / "synthetic-run" / "1-pretext" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (folder / "synthetic-run" / "1-pretext" / "metrics.jsonl")
+        .read_text()
+        .splitlines()
+    ]
     page.locator("#run1-pretext-loss summary").click()
     cells = page.locator("#run1-pretext-loss tbody tr").evaluate_all(
         "rows => rows.map(r => [...r.cells].map(c => c.innerText))"
@@ -142,7 +171,12 @@ def test_tables_hold_the_figures(browser, reports, folder):
         assert shown[0] == str(row["step"])
         assert float(shown[1]) == pytest.approx(row["loss"], rel=1e-3)
     demo = page.locator("#run1-scores table").first
-    assert demo.locator("tbody tr").last.locator("th, td").all_inner_texts() == ["BM25", "61.92", "57.99", "–"]
+    assert demo.locator("tbody tr").last.locator("th, td").all_inner_texts() == [
+        "BM25",
+        "61.92",
+        "57.99",
+        "–",
+    ]
     page.close()
 
 
@@ -152,18 +186,23 @@ def test_colours_are_legible(browser, reports, scheme):
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (luminance(paper) < 0.02) == (scheme == "dark")
     colours = page.evaluate(
-        "Object.fromEntries(['h1', 'p', 'nav a', 'td', 'th', 'caption', 'figcaption', 'summary', '.lead', '.note', 'svg text']"
-        ".map(s => [s, getComputedStyle(document.querySelector(s))[s == 'svg text' ? 'fill' : 'color']]))"
+        "Object.fromEntries(['h1', 'p', 'nav a', 'td', 'th', 'caption', 'figcaption', "
+        "'summary', '.lead', '.note', 'svg text']"
+        ".map(s => [s, getComputedStyle(document.querySelector(s))[s == 'svg text' ? "
+        "'fill' : 'color']]))"
     )
     raised = page.evaluate("getComputedStyle(document.querySelector('.cards li')).backgroundColor")
     for name, colour in colours.items():
         assert contrast(colour, paper) >= 4.5, name
         assert (luminance(colour) > luminance(paper)) == (scheme == "dark"), name
     assert contrast(colours[".note"], raised) >= 4.5
-    skip = page.locator(".skip").evaluate("e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]")
+    skip = page.locator(".skip").evaluate(
+        "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]"
+    )
     assert contrast(*skip) >= 4.5
     lines = page.evaluate(
-        "[...new Set([...document.querySelectorAll('svg path')].map(e => getComputedStyle(e)).filter(s => "
+        "[...new Set([...document.querySelectorAll('svg path')].map(e => "
+        "getComputedStyle(e)).filter(s => "
         "parseFloat(s.strokeWidth) > 1.5).map(s => s.stroke))]"
     )
     assert len(lines) >= 4, "as many series as the spectrum has"
@@ -176,7 +215,9 @@ def test_keyboard_reaches_everything(browser, reports):
     focused = "[document.activeElement.className, document.activeElement.getAttribute('href')]"
     page.keyboard.press("Tab")
     assert page.evaluate(focused) == ["skip", "#content"]
-    assert page.evaluate("document.activeElement.getBoundingClientRect().top") >= 0, "shown once it has the focus"
+    assert page.evaluate("document.activeElement.getBoundingClientRect().top") >= 0, (
+        "shown once it has the focus"
+    )
     links = page.locator("nav a").evaluate_all("links => links.map(a => a.getAttribute('href'))")
     assert len(links) >= 8
     for link in links:
@@ -193,7 +234,9 @@ def test_keyboard_reaches_everything(browser, reports):
     page.keyboard.press("Enter")
     assert page.evaluate(f"{details}.open") is True
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "scroll", "the table scrolls by the arrow keys"
+    assert page.evaluate("document.activeElement.className") == "scroll", (
+        "the table scrolls by the arrow keys"
+    )
     page.close()
 
 

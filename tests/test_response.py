@@ -1,4 +1,6 @@
-"""LLM2Vec-Gen: rows of texts and responses, both losses against naive forms, a run, a frozen backbone."""
+"""LLM2Vec-Gen: rows of texts and responses, both losses against naive forms, a run, a frozen
+backbone.
+"""
 
 import copy
 import functools
@@ -39,17 +41,27 @@ PAIRS = list(zip(sentences(9, 4), sentences(9, 9, seed=5), strict=True))
 
 def answers(width=WIDTH, pairs=PAIRS):
     vectors_ND = np.random.default_rng(1).normal(size=(len(pairs), width)).astype(np.float32)
-    return [Response(text, response, vector_D) for (text, response), vector_D in zip(pairs, vectors_ND, strict=True)]
+    return [
+        Response(text, response, vector_D)
+        for (text, response), vector_D in zip(pairs, vectors_ND, strict=True)
+    ]
 
 
 def make_stage(objective=None, **settings):
-    tree = {"data": [{"source": "x", "response": "response"}], "objective": objective or {"response": 1.0, "alignment": 0.5}}
-    return PretextStage.model_validate(tree | {"min_characters": 0, "batch_size": 3, "max_tokens": 60} | settings)
+    tree = {
+        "data": [{"source": "x", "response": "response"}],
+        "objective": objective or {"response": 1.0, "alignment": 0.5},
+    }
+    return PretextStage.model_validate(
+        tree | {"min_characters": 0, "batch_size": 3, "max_tokens": 60} | settings
+    )
 
 
 def rows_of(backbone, width=WIDTH, stage=None, **settings):
     stage = stage or make_stage(**settings)
-    return response_rows(answers(width), stage, backbone.tokenise, stage.max_tokens, backbone.bos_id)[0]
+    return response_rows(
+        answers(width), stage, backbone.tokenise, stage.max_tokens, backbone.bos_id
+    )[0]
 
 
 # ---- rows
@@ -62,7 +74,9 @@ def test_the_response_is_the_continuation_whatever_the_sample(family):
     drawn = [rows[i] for i in range(45)]
     seen = {}
     for sample in drawn:
-        context = backbone.tokenizer.decode(sample["ids"][: sample["site"]], skip_special_tokens=True)
+        context = backbone.tokenizer.decode(
+            sample["ids"][: sample["site"]], skip_special_tokens=True
+        )
         seen.setdefault(context, []).append(sample)
         assert (sample["ids"][0] == backbone.bos_id) == (backbone.bos_id is not None)
         assert sample["ids"].count(backbone.bos_id) == (backbone.bos_id is not None)
@@ -87,7 +101,13 @@ def test_long_rows_are_left_out_or_cut_and_all_reasons_counted():
     long, short = " ".join(sentences(4)), "the fox reads"
     assert length(long) > 80
     assert length(short) < 20
-    given = [Response(short, long), Response(long, short), Response(long, long), Response(short, short), Response("a", short)]
+    given = [
+        Response(short, long),
+        Response(long, short),
+        Response(long, long),
+        Response(short, short),
+        Response("a", short),
+    ]
 
     def made(policy):
         stage = make_stage("response", long_texts=policy, min_characters=2, max_tokens=40)
@@ -108,7 +128,13 @@ def test_long_rows_are_left_out_or_cut_and_all_reasons_counted():
     text, response = backbone.tokenise([short, long])
     assert rows[0].ids.tolist() == (text + response[1:])[:40]
     with pytest.raises(DataError, match="no text is fit for stage 1"):
-        response_rows(given[-1:], make_stage("response", min_characters=2), backbone.tokenise, 40, backbone.bos_id)
+        response_rows(
+            given[-1:],
+            make_stage("response", min_characters=2),
+            backbone.tokenise,
+            40,
+            backbone.bos_id,
+        )
 
 
 # ---- losses
@@ -120,22 +146,34 @@ def batch_of(compressor, width=WIDTH, count=4):
 
 
 def naive(family, compressor, batch, weights, kind="mse", to_teacher=None):
-    """Each text alone and unpadded, LM and encoder as two models, full logits, one ordinary backward pass."""
+    """Each text alone and unpadded, LM and encoder as two models, full logits, one ordinary
+    backward pass.
+    """
     encoder, frozen = copy.deepcopy(compressor), untouched(family)
     to_teacher, bos = copy.deepcopy(to_teacher), encoder.backbone.bos_id
     lm, table = encoder.backbone.lm, frozen.get_input_embeddings()
     split, nll, distances = SplitTexts.from_tensors(batch), [], []
     for i in range(len(batch["teacher"])):
-        context, said = (t.ids_BT[i][t.mask_BT[i].bool()][None] for t in (split.context, split.continuation))
+        context, said = (
+            t.ids_BT[i][t.mask_BT[i].bool()][None] for t in (split.context, split.continuation)
+        )
         read = torch.cat([lm.get_input_embeddings()(context), encoder.memory.vectors_KD[None]], 1)
-        states = lm.base_model(inputs_embeds=read, use_cache=False, is_causal=False).last_hidden_state[:, context.shape[1] :]
+        states = lm.base_model(
+            inputs_embeds=read, use_cache=False, is_causal=False
+        ).last_hidden_state[:, context.shape[1] :]
         start = [] if bos is None else [table(torch.tensor([[bos]]))]
-        logits = frozen(inputs_embeds=torch.cat([*start, states, table(said)], 1), use_cache=False).logits[0]
-        nll += functional.cross_entropy(logits[-said.shape[1] - 1 : -1], said[0], reduction="none").unbind()
+        logits = frozen(
+            inputs_embeds=torch.cat([*start, states, table(said)], 1), use_cache=False
+        ).logits[0]
+        nll += functional.cross_entropy(
+            logits[-said.shape[1] - 1 : -1], said[0], reduction="none"
+        ).unbind()
         embedding = states[0].mean(0) if to_teacher is None else to_teacher(states[0].mean(0))
         target = batch["teacher"][i]
         cosine = embedding @ target / (embedding.norm() * target.norm())
-        distances.append(((embedding - target) ** 2).sum() / len(target) if kind == "mse" else 1 - cosine)
+        distances.append(
+            ((embedding - target) ** 2).sum() / len(target) if kind == "mse" else 1 - cosine
+        )
     losses = {"response": torch.stack(nll).mean(), "alignment": torch.stack(distances).mean()}
     loss = sum(weight * losses[name] for name, weight in weights.items())
     loss.backward()
@@ -143,8 +181,12 @@ def naive(family, compressor, batch, weights, kind="mse", to_teacher=None):
 
 
 def gradients(compressor, to_teacher=None):
-    found = {name: p.grad for name, p in compressor.backbone.lm.named_parameters() if p.grad is not None}
-    found |= {f"map.{name}": p.grad for name, p in (to_teacher or torch.nn.Module()).named_parameters()}
+    found = {
+        name: p.grad for name, p in compressor.backbone.lm.named_parameters() if p.grad is not None
+    }
+    found |= {
+        f"map.{name}": p.grad for name, p in (to_teacher or torch.nn.Module()).named_parameters()
+    }
     return found | {"memory": compressor.memory.vectors_KD.grad}
 
 
@@ -176,7 +218,9 @@ def test_loss_and_gradient_are_the_naive_ones(family, weights, kind, width):
     assert learned <= mine.keys()
     assert len(learned) > 10
     assert all(relative_error(mine[name], theirs[name]) < 2e-3 for name in learned)
-    assert not any(p.grad is not None for n, p in compressor.backbone.lm.named_parameters() if "lora" not in n)
+    assert not any(
+        p.grad is not None for n, p in compressor.backbone.lm.named_parameters() if "lora" not in n
+    )
 
 
 def test_micro_batches_add_up_to_the_batch():
@@ -197,26 +241,38 @@ def test_micro_batches_add_up_to_the_batch():
 def test_alignment_formula():
     embedding_BD = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     teacher_BD = torch.tensor([[4.0, 3.0], [0.0, 2.0]])
-    assert alignment_loss(embedding_BD, teacher_BD, 2, "mse").item() == pytest.approx((1.0 + 2.5) / 2)
-    assert alignment_loss(embedding_BD, teacher_BD, 2, "cosine").item() == pytest.approx((1 - 0.96 + 1) / 2)
+    assert alignment_loss(embedding_BD, teacher_BD, 2, "mse").item() == pytest.approx(
+        (1.0 + 2.5) / 2
+    )
+    assert alignment_loss(embedding_BD, teacher_BD, 2, "cosine").item() == pytest.approx(
+        (1 - 0.96 + 1) / 2
+    )
     double = torch.nn.Linear(2, 2)
     with torch.no_grad():
         double.weight.copy_(2 * torch.eye(2))
         double.bias.zero_()
-    assert alignment_loss(embedding_BD, teacher_BD, 2, "mse", double).item() == pytest.approx((14.5 + 4.0) / 2)
+    assert alignment_loss(embedding_BD, teacher_BD, 2, "mse", double).item() == pytest.approx(
+        (14.5 + 4.0) / 2
+    )
 
 
 # ---- runs
 
 
 def vectors_file(folder, width):
-    rows = [{"text": a.text, "response": a.response, "teacher": a.teacher_D.tolist()} for a in answers(width)]
+    rows = [
+        {"text": a.text, "response": a.response, "teacher": a.teacher_D.tolist()}
+        for a in answers(width)
+    ]
     return write_rows(folder / f"answers-{width}.jsonl", rows)
 
 
 def response_tree(folder, source, **changes):
     tree = make_tree(folder, ucl=None, scl=None)
-    stage = {"data": [{"source": str(source), "response": "response"}], "objective": {"response": 1.0, "alignment": 1.0}}
+    stage = {
+        "data": [{"source": str(source), "response": "response"}],
+        "objective": {"response": 1.0, "alignment": 1.0},
+    }
     tree["pretext"] |= stage | {"min_characters": 0, "save_every_steps": 1}
     return tree | {"watch": None} | changes
 
@@ -234,7 +290,9 @@ def made(tmp_path_factory):
 def test_a_run_over_generated_responses(made, tmp_path):
     folder, source = made
     run = train(parse_recipe(response_tree(folder, source)), tmp_path / "run")
-    steps = [json.loads(line) for line in (run / "1-pretext" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line) for line in (run / "1-pretext" / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = [step["loss"] for step in steps if "loss" in step]
     assert len(losses) >= 4
     assert losses[-1] < losses[0]
@@ -242,14 +300,20 @@ def test_a_run_over_generated_responses(made, tmp_path):
     model = llm2comp.load(run, "cpu")
     plain = tmp_path / "plain"
     other = train(parse_recipe(response_tree(folder, source, name="plain") | {"seed": 1}), plain)
-    assert not torch.allclose(embed_texts(model, SENTENCES), embed_texts(llm2comp.load(other, "cpu"), SENTENCES), atol=1e-3)
+    assert not torch.allclose(
+        embed_texts(model, SENTENCES),
+        embed_texts(llm2comp.load(other, "cpu"), SENTENCES),
+        atol=1e-3,
+    )
     assert plan(parse_recipe(response_tree(folder, source)))[0][0].rows == len(
         read_responses(TextData(source=str(source), response="response")).rows
     )
 
 
 def test_a_stopped_run_goes_on_with_its_map(made, tmp_path):
-    """Teacher of another width: the map is trained, saved with checkpoints and with the stage, and not exported."""
+    """Teacher of another width: the map is trained, saved with checkpoints and with the stage, and
+    not exported.
+    """
     source = vectors_file(tmp_path, OTHER_WIDTH)
     recipe = parse_recipe(response_tree(made[0], source))
     whole = train(recipe, tmp_path / "whole")
@@ -283,14 +347,18 @@ def test_other_responses_are_other_inputs(made, tmp_path):
         out = tmp_path / "r"
         for path in out.glob("*"):
             path.unlink()
-        generate_responses(lm, sentences(3), out, ResponseOptions(max_new_tokens=count, device="cpu"))
+        generate_responses(
+            lm, sentences(3), out, ResponseOptions(max_new_tokens=count, device="cpu")
+        )
         tree = response_tree(folder, out)
         tree["pretext"]["objective"] = "response"
         keys.append(stage_keys(parse_recipe(tree))["pretext"])
     assert keys[0] == keys[2] != keys[1]
 
 
-@pytest.mark.parametrize("objective", ["ctkd", "continuation", "response", {"mntp": 1.0, "response": 1.0}])
+@pytest.mark.parametrize(
+    "objective", ["ctkd", "continuation", "response", {"mntp": 1.0, "response": 1.0}]
+)
 def test_other_objectives_learn_on_responses(made, tmp_path, objective):
     folder, source = made
     tree = response_tree(folder, source)
@@ -318,7 +386,11 @@ def test_recipes_that_cannot_be(made, tmp_path):
     tree = response_tree(folder, source)
     tree["pretext"]["data"][0]["response"] = "reply"
     file = write_recipe(tmp_path, **tree)
-    assert_refused(cli("train", file, "--out", tmp_path / "run"), "no column 'reply'", "column: text, response: response}")
+    assert_refused(
+        cli("train", file, "--out", tmp_path / "run"),
+        "no column 'reply'",
+        "column: text, response: response}",
+    )
     tree["pretext"]["data"][0] = {"source": str(folder / "texts.jsonl"), "response": "response"}
     file = write_recipe(tmp_path, **tree)
     assert_refused(cli("train", file, "--out", tmp_path / "run"), "no column 'response'")
@@ -327,14 +399,19 @@ def test_recipes_that_cannot_be(made, tmp_path):
 def test_rows_with_bad_vectors_are_left_out(tmp_path):
     good, bad = [1.0, 2], [None, [], "x", 3, [1, None], [float("nan"), 1], [[1.0, 2.0]]]
     rows = [{"text": "t", "response": "r", "teacher": vector} for vector in (good, *bad)]
-    loaded = read_responses(TextData(source=str(write_rows(tmp_path / "a.jsonl", rows)), response="response"), teacher=True)
+    loaded = read_responses(
+        TextData(source=str(write_rows(tmp_path / "a.jsonl", rows)), response="response"),
+        teacher=True,
+    )
     assert [answer.teacher_D.tolist() for answer in loaded.rows] == [[1.0, 2.0]]
     assert loaded.skipped == {"'teacher' is not a list of numbers": len(bad)}
 
 
 def test_teachers_of_several_widths(made, tmp_path):
     tree = response_tree(made[0], vectors_file(tmp_path, 8))
-    tree["pretext"]["data"].append({"source": str(vectors_file(tmp_path, 9)), "response": "response"})
+    tree["pretext"]["data"].append(
+        {"source": str(vectors_file(tmp_path, 9)), "response": "response"}
+    )
     with pytest.raises(DataError, match="teachers of several widths"):
         train(parse_recipe(tree), tmp_path / "run")
 
@@ -382,8 +459,12 @@ def test_frozen_run_from_end_to_end(made, tmp_path):
     tree["scl"] |= {"train_memory": True}
     recipe = parse_recipe(tree)
     run = train(recipe, tmp_path / "run")
-    memories = [load_file(run / place / "memory.safetensors")["memory"] for place in FOLDERS.values()]
-    assert all(not torch.equal(one, other) for one, other in zip(memories, memories[1:], strict=False))
+    memories = [
+        load_file(run / place / "memory.safetensors")["memory"] for place in FOLDERS.values()
+    ]
+    assert all(
+        not torch.equal(one, other) for one, other in zip(memories, memories[1:], strict=False)
+    )
     assert verify(run / "model") > 0.9999
     live, model = llm2comp.load(run / "3-scl", "cpu"), llm2comp.load(run, "cpu")
     assert torch.allclose(embed_texts(live, SENTENCES), embed_texts(model, SENTENCES), atol=1e-4)
@@ -417,7 +498,9 @@ def test_kinds_do_not_mix_with_none():
 def test_nothing_would_learn(made):
     folder, source = made
     refused = functools.partial(pytest.raises, RecipeError)
-    with refused(match=r"nothing learns in ucl, as adapter.kind is none: set ucl.train_memory: true"):
+    with refused(
+        match=r"nothing learns in ucl, as adapter.kind is none: set ucl.train_memory: true"
+    ):
         parse_recipe(make_tree(folder, adapter={"kind": "none"}, scl=None))
     tree = response_tree(folder, source, adapter={"kind": "none"})
     parse_recipe(tree)

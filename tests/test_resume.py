@@ -1,4 +1,6 @@
-"""A run that is killed and run again ends with the weights of a run that was not; same seed, same result."""
+"""A run that is killed and run again ends with the weights of a run that was not; same seed, same
+result.
+"""
 
 import functools
 import json
@@ -27,19 +29,27 @@ class StoppedError(Exception):
     """Stands for whatever ends a process in the middle."""
 
 
-def make_recipe(folder, steps=STEPS, adapter_dropout=0.2, attention_dropout=0.2, keep_best=None, **changes):
+def make_recipe(
+    folder, steps=STEPS, adapter_dropout=0.2, attention_dropout=0.2, keep_best=None, **changes
+):
     """All three stages, dropout on, a checkpoint every two steps."""
     tree = make_tree(folder, adapter={"rank": 2, "alpha": 4, "dropout": adapter_dropout}, **changes)
     for stage in STAGES:
         if stage in tree:
-            common = {"steps": steps, "save_every_steps": SAVE_EVERY, "log_every_steps": 1, "keep_best": keep_best}
+            common = {
+                "steps": steps,
+                "save_every_steps": SAVE_EVERY,
+                "log_every_steps": 1,
+                "keep_best": keep_best,
+            }
             tree[stage] = tree[stage] | common | {"attention_dropout": attention_dropout}
     tree["pretext"] |= {"gradient_accumulation_steps": 2, "batch_size": 2}
     return parse_recipe(tree)
 
 
 def train_until(recipe, run, stop_at, end, seen, saving=False):
-    """Train until (stage, step), then `end()`: before that step's checkpoint is begun, or with half of it written.
+    """Train until (stage, step), then `end()`: before that step's checkpoint is begun, or with half
+    of it written.
 
     Appends each (stage, step) that is trained to the file `seen`.
     """
@@ -67,14 +77,35 @@ def main(recipe, run, stage, step, seen, saving):
     """The process to be killed, by itself, with the signal that nothing can catch."""
     torch.set_num_threads(1)
     kill = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
-    train_until(parse_recipe(json.loads(recipe)), Path(run), (stage, int(step)), kill, Path(seen), saving == "saving")
+    train_until(
+        parse_recipe(json.loads(recipe)),
+        Path(run),
+        (stage, int(step)),
+        kill,
+        Path(seen),
+        saving == "saving",
+    )
 
 
 def killed(recipe, run, stage, step, seen, saving=False):
-    arguments = [recipe.model_dump_json(), str(run), stage, str(step), str(seen), "saving" if saving else "step"]
-    command = [sys.executable, "-c", "import sys, test_resume; test_resume.main(*sys.argv[1:])", *arguments]
+    arguments = [
+        recipe.model_dump_json(),
+        str(run),
+        stage,
+        str(step),
+        str(seen),
+        "saving" if saving else "step",
+    ]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, test_resume; test_resume.main(*sys.argv[1:])",
+        *arguments,
+    ]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    process = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
     assert not (run / FOLDERS[stage] / "done.json").exists()
 
@@ -85,7 +116,9 @@ def stop():
 
 def trained(seen):
     """(stage, step) of every step trained since the last call."""
-    lines = [tuple(json.loads(line)) for line in seen.read_text().splitlines()] if seen.exists() else []
+    lines = (
+        [tuple(json.loads(line)) for line in seen.read_text().splitlines()] if seen.exists() else []
+    )
     seen.unlink(missing_ok=True)
     return lines
 
@@ -99,19 +132,30 @@ def weights(run):
 
 
 def metrics(run, stage):
-    rows = [json.loads(line) for line in (run / FOLDERS[stage] / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+    rows = [
+        json.loads(line)
+        for line in (run / FOLDERS[stage] / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        {key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows
+    ]
 
 
 def watched(run, stage):
-    rows = [json.loads(line) for line in (run / FOLDERS[stage] / "watch.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (run / FOLDERS[stage] / "watch.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == list(range(STEPS + 1))
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def written(run):
     """When each stage and the model were called done, and when they were written."""
-    return {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*")) if path.name in ("done.json", "model.safetensors")}
+    return {
+        path: path.stat().st_mtime_ns
+        for path in sorted(run.rglob("*"))
+        if path.name in ("done.json", "model.safetensors")
+    }
 
 
 def steps_of(stage, first, last=STEPS):
@@ -119,11 +163,17 @@ def steps_of(stage, first, last=STEPS):
 
 
 def test_killed_and_run_again_ends_as_if_never_killed(tmp_path):
-    """Killed at a random step of stage 1, stopped by an error in stage 2, killed in stage 3 with a checkpoint half written."""
+    """Killed at a random step of stage 1, stopped by an error in stage 2, killed in stage 3 with a
+    checkpoint half written.
+    """
     seed = int(os.environ.get("LLM2COMP_TEST_SEED", random.randrange(10**6)))
     print(f"LLM2COMP_TEST_SEED={seed}")  # noqa: T201
     steps = random.Random(seed)
-    recipe, run, seen = make_recipe(tmp_path, keep_best="uniformity"), tmp_path / "run", tmp_path / "seen.jsonl"
+    recipe, run, seen = (
+        make_recipe(tmp_path, keep_best="uniformity"),
+        tmp_path / "run",
+        tmp_path / "seen.jsonl",
+    )
     reference = train(recipe, tmp_path / "reference")
 
     first = steps.randint(SAVE_EVERY + 1, STEPS)
@@ -133,7 +183,8 @@ def test_killed_and_run_again_ends_as_if_never_killed(tmp_path):
     second = steps.randint(SAVE_EVERY + 1, STEPS)
     with pytest.raises(StoppedError):
         train_until(recipe, run, ("ucl", second), stop, seen)
-    resumed = (first - 1) // SAVE_EVERY * SAVE_EVERY + 1  # the step's own checkpoint was not yet begun
+    # the step's own checkpoint was not yet begun
+    resumed = (first - 1) // SAVE_EVERY * SAVE_EVERY + 1
     assert resumed > 1
     assert trained(seen) == steps_of("pretext", resumed) + steps_of("ucl", 1, second)
     before = written(run)
@@ -148,14 +199,19 @@ def test_killed_and_run_again_ends_as_if_never_killed(tmp_path):
 
     train_until(recipe, run, ("never", 0), stop, seen)
     assert trained(seen) == steps_of("scl", third - SAVE_EVERY + 1)
-    assert {path: written(run)[path] for path in before} == before, "a finished stage was written again"
+    assert {path: written(run)[path] for path in before} == before, (
+        "a finished stage was written again"
+    )
     assert weights(run) == weights(reference)
     for stage in STAGES:
         rows = metrics(run, stage)
         assert rows == metrics(reference, stage)
         assert watched(run, stage) == watched(reference, stage)
         assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    golden = [json.loads((r / "model" / "golden.json").read_text())["embeddings"] for r in (run, reference)]
+    golden = [
+        json.loads((r / "model" / "golden.json").read_text())["embeddings"]
+        for r in (run, reference)
+    ]
     assert golden[0] == golden[1]
 
     times = written(run)
@@ -194,7 +250,9 @@ def test_new_data_of_a_stage_trains_it_again_and_no_stage_before_it(tmp_path):
     train_until(recipe, run, ("never", 0), stop, seen)
     assert trained(seen) == steps_of("scl", 1, 2)
     changed = {name for name, content in weights(run).items() if content != before[name]}
-    assert changed == {"3-scl/adapter/adapter_model.safetensors", "model/model.safetensors"}, "SCL leaves the memory as it is"
+    assert changed == {"3-scl/adapter/adapter_model.safetensors", "model/model.safetensors"}, (
+        "SCL leaves the memory as it is"
+    )
     same = [path for path, time in written(run).items() if times[path] == time]
     assert [path.parent.name for path in same] == ["1-pretext", "2-ucl"]
 
@@ -203,7 +261,11 @@ def test_learning_rates_of_a_run_are_those_of_its_schedule(tmp_path):
     """As the trainer logs them, and not moved by a resume."""
     from llm2comp.training.schedule import learning_rate
 
-    recipe, run, seen = make_recipe(tmp_path, ucl=None, scl=None), tmp_path / "run", tmp_path / "seen.jsonl"
+    recipe, run, seen = (
+        make_recipe(tmp_path, ucl=None, scl=None),
+        tmp_path / "run",
+        tmp_path / "seen.jsonl",
+    )
     with pytest.raises(StoppedError):
         train_until(recipe, run, ("pretext", 5), stop, seen)
     train_until(recipe, run, ("never", 0), stop, seen)

@@ -13,7 +13,9 @@ ANGLES = {"best": 0.0, "second": 0.1, "third": 0.2, "far": 1.5}
 
 
 class Compass(InputModule):
-    """Embeds a text as the point on the circle at the angle that it names, after an optional prompt."""
+    """Embeds a text as the point on the circle at the angle that it names, after an optional
+    prompt.
+    """
 
     def __init__(self, angles, prompt_turn=0.0):
         super().__init__()
@@ -75,12 +77,17 @@ def test_the_eleventh_place_counts_nothing():
     module = Compass({"north": 0.0} | {str(i): 0.1 * i for i in range(12)})
     model = SentenceTransformer(modules=[module], device="cpu")
     for place, expected in ((9, 1 / math.log2(11)), (10, 0.0)):
-        assert Collection({"q": "north"}, documents, {"q": {str(place)}}).score(model).ndcg_at_10 == pytest.approx(expected)
+        assert Collection({"q": "north"}, documents, {"q": {str(place)}}).score(
+            model
+        ).ndcg_at_10 == pytest.approx(expected)
 
 
 def test_queries_get_the_query_prompt_and_documents_do_not():
     collection = Collection({"q": "north"}, DOCUMENTS, {"q": {"far"}})
-    assert collection.score(compass({"query": "to: ", "document": ""}, prompt_turn=1.5)).mrr_at_10 == 1.0
+    assert (
+        collection.score(compass({"query": "to: ", "document": ""}, prompt_turn=1.5)).mrr_at_10
+        == 1.0
+    )
     assert collection.score(compass(prompt_turn=1.5)).mrr_at_10 == 0.25
 
 
@@ -102,13 +109,21 @@ def test_bm25_finds_shared_words():
 def test_bm25_gives_nothing_for_words_that_no_document_has():
     relevant = {"q": {"json.dumps"}}
     for query in ("zebra", "the of a", ""):
-        assert Collection({"q": query}, LIBRARY, relevant).score_bm25().mrr_at_10 == 0.0, "no score is no rank"
-    both = Collection({"q": "zebra", "r": "formatted string"}, LIBRARY, relevant | {"r": {"json.dumps"}}).score_bm25()
+        assert Collection({"q": query}, LIBRARY, relevant).score_bm25().mrr_at_10 == 0.0, (
+            "no score is no rank"
+        )
+    both = Collection(
+        {"q": "zebra", "r": "formatted string"}, LIBRARY, relevant | {"r": {"json.dumps"}}
+    ).score_bm25()
     assert both.mrr_at_10 == 0.5
 
 
 def test_bm25_ranks_the_rarer_word_higher():
-    documents = {"common": "copy copy files", "rare": "copy zebra", **{str(i): "copy something" for i in range(5)}}
+    documents = {
+        "common": "copy copy files",
+        "rare": "copy zebra",
+        **{str(i): "copy something" for i in range(5)},
+    }
     scores = Collection({"q": "copy zebra"}, documents, {"q": {"rare"}}).score_bm25()
     assert scores.mrr_at_10 == 1.0
 
@@ -121,10 +136,13 @@ def test_reciprocal_ranks_by_hand():
 
 
 def test_fusion_finds_what_either_ranking_has_first():
-    """By angle `best` is nearest to the query, by words `far` is alone: fused, both come before all others."""
+    """By angle `best` is nearest to the query, by words `far` is alone: fused, both come before all
+    others.
+    """
     documents = {"d1": "best", "d2": "second", "d3": "third", "d4": "far"}
     collection = Collection({"q": "far"}, documents, {"q": {"d4", "d1"}})
-    turned = compass({"query": "p"}, prompt_turn=-1.5)  # the query's angle, 1.5, becomes that of `best`
+    # the query's angle, 1.5, becomes that of `best`
+    turned = compass({"query": "p"}, prompt_turn=-1.5)
     assert collection.score(turned).ndcg_at_10 < 1
     assert collection.score_bm25().ndcg_at_10 < 1
     assert collection.score_fused(turned).ndcg_at_10 == pytest.approx(1)
@@ -133,6 +151,7 @@ def test_fusion_finds_what_either_ranking_has_first():
 def test_fusion_takes_documents_that_are_embedded_already():
     documents = {name: name for name in ANGLES}
     collection, model = Collection({"q": "north"}, documents, {"q": {"best"}}), compass()
-    away_ND = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [1.0, 0.1], [1.0, 0.2]])  # `best` stands opposite
+    # `best` stands opposite
+    away_ND = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [1.0, 0.1], [1.0, 0.2]])
     assert collection.score_fused(model).ndcg_at_10 == pytest.approx(1)
     assert collection.score_fused(model, away_ND).ndcg_at_10 < 1

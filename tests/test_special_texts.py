@@ -1,4 +1,6 @@
-"""Texts that look like tokens of the model, or of our own: no text gives a memory token, and live equals exported on all."""
+"""Texts that look like tokens of the model, or of our own: no text gives a memory token, and live
+equals exported on all.
+"""
 
 import json
 import subprocess
@@ -13,7 +15,15 @@ from families import MEMORY, TEXTS, make_compressor, relative_error
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.vectors import memory_vectors
 from llm2comp.recipe import EncoderSettings
-from llm2comp.storage.export import export, load_folder, memory_ids, memory_names, memory_weights, reweight, use_prefix
+from llm2comp.storage.export import (
+    export,
+    load_folder,
+    memory_ids,
+    memory_names,
+    memory_weights,
+    reweight,
+    use_prefix,
+)
 from oracles import embed_texts
 from test_export import LIMIT, PROMPT
 
@@ -29,12 +39,22 @@ ONE = {
     "mean": {"encoder": EncoderSettings(pooling="mean")},
     "prompt": {"encoder": PROMPT},
 }
-OURS = [f"<{prefix}mem_{i}>" for prefix in ("", "llm2comp_", "llm2comp_llm2comp_") for i in range(MEMORY)]
+OURS = [
+    f"<{prefix}mem_{i}>"
+    for prefix in ("", "llm2comp_", "llm2comp_llm2comp_")
+    for i in range(MEMORY)
+]
 
 
 def looks_special(tokenizer, exported):
-    """Texts around every special token of the live tokenizer and of the exported one, our names, and template names."""
-    names = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, *exported.get_added_vocab()}
+    """Texts around every special token of the live tokenizer and of the exported one, our names,
+    and template names.
+    """
+    names = {
+        *tokenizer.get_added_vocab(),
+        *tokenizer.all_special_tokens,
+        *exported.get_added_vocab(),
+    }
     names |= {
         *exported.all_special_tokens,
         *OURS,
@@ -47,7 +67,9 @@ def looks_special(tokenizer, exported):
         "<|im_start|>",
     }
     return [
-        text for name in sorted(names) for text in (name, f"the model appends {name} to the text.", f"{name}{name} x{name}")
+        text
+        for name in sorted(names)
+        for text in (name, f"the model appends {name} to the text.", f"{name}{name} x{name}")
     ]
 
 
@@ -61,15 +83,22 @@ def check(live, model, memory):
         assert found[len(found) - added :] == memory
     assert relative_error(embed_texts(model, texts), embed_texts(live, texts)) < 1e-5
     assert (
-        relative_error(model.encode_query(texts, convert_to_tensor=True), live.encode_query(texts, convert_to_tensor=True))
+        relative_error(
+            model.encode_query(texts, convert_to_tensor=True),
+            live.encode_query(texts, convert_to_tensor=True),
+        )
         < 1e-5
     )
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *ONE])
 def test_no_text_gives_a_memory_token_even_after_save_and_load(tmp_path, variant):
-    family, settings = (variant, VARIANTS[variant]) if variant in VARIANTS else ("llama", ONE[variant])
-    live = as_sentence_transformer(make_compressor(family, **settings), LIMIT, prompts={"query": "find <mem_1> in: "})
+    family, settings = (
+        (variant, VARIANTS[variant]) if variant in VARIANTS else ("llama", ONE[variant])
+    )
+    live = as_sentence_transformer(
+        make_compressor(family, **settings), LIMIT, prompts={"query": "find <mem_1> in: "}
+    )
     export(live, tmp_path / "model")
     model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
     memory = list(memory_ids(model).values())
@@ -108,7 +137,9 @@ def old_folder(folder):
     tokenizer.add_special_tokens({"additional_special_tokens": list(ids)})
     assert tokenizer.convert_tokens_to_ids(list(ids)) == list(ids.values())
     tokenizer.save_pretrained(folder)
-    assert list(ids.values())[0] in AutoTokenizer.from_pretrained(folder)(OURS[0])["input_ids"][:3], "the old fault"
+    assert (
+        list(ids.values())[0] in AutoTokenizer.from_pretrained(folder)(OURS[0])["input_ids"][:3]
+    ), "the old fault"
     return ids
 
 
@@ -126,11 +157,18 @@ def test_folders_of_the_older_format_are_read_and_weighted(tmp_path):
     live[0].compressor.use_prefix(1)
     assert relative_error(embed_texts(model, TEXTS), embed_texts(live, TEXTS)) < 1e-5
     reweight(tmp_path / "model", [1.0, 0.0, 0.0])
-    assert relative_error(embed_texts(load_folder(tmp_path / "model"), TEXTS), embed_texts(live, TEXTS)) < 1e-5
+    assert (
+        relative_error(
+            embed_texts(load_folder(tmp_path / "model"), TEXTS), embed_texts(live, TEXTS)
+        )
+        < 1e-5
+    )
 
 
 def test_a_model_that_has_tokens_of_these_names(tmp_path):
-    """An LM made from an older exported folder, say: its own `<mem_0>` stays a token of texts and weighs nothing."""
+    """An LM made from an older exported folder, say: its own `<mem_0>` stays a token of texts and
+    weighs nothing.
+    """
     compressor = make_compressor("llama")
     tokenizer = compressor.backbone.tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": ["<mem_0>", "<llm2comp_mem_0>"]})

@@ -18,7 +18,9 @@ def embeddings_with(values, shift=0.0, seed=0):
     return columns * np.sqrt(N * np.asarray(values)) @ basis + shift
 
 
-@pytest.mark.parametrize("values", [np.ones(D), [3.0, 2, 1, 0.5, 0.1, 0, 0, 0], 1 / np.arange(1, D + 1) ** 1.5])
+@pytest.mark.parametrize(
+    "values", [np.ones(D), [3.0, 2, 1, 0.5, 0.1, 0, 0, 0], 1 / np.arange(1, D + 1) ** 1.5]
+)
 def test_spectrum_is_that_of_the_covariance(values):
     found = spectrum(embeddings_with(values, shift=5.0))
     assert found.shape == (D,)
@@ -95,7 +97,11 @@ def test_measures_know_neither_scale_nor_rotation_nor_shift(measure):
     sigma = np.arange(1, D + 1) ** -2.5
     plain = measure(spectrum(embeddings_with(sigma)))
     assert 1 < plain < D
-    for other in (embeddings_with(sigma, seed=7), embeddings_with(sigma, shift=-30.0), 1e-3 * embeddings_with(sigma)):
+    for other in (
+        embeddings_with(sigma, seed=7),
+        embeddings_with(sigma, shift=-30.0),
+        1e-3 * embeddings_with(sigma),
+    ):
         assert measure(spectrum(other)) == pytest.approx(plain, rel=1e-6)
 
 
@@ -106,7 +112,10 @@ def test_two_embeddings_and_one_dimension(measure):
 
 
 def test_rank_falls_as_the_spectrum_steepens():
-    ranks = [effective_rank(spectrum(embeddings_with(np.arange(1, D + 1) ** -a))) for a in (0.0, 0.5, 1.0, 2.0, 4.0)]
+    ranks = [
+        effective_rank(spectrum(embeddings_with(np.arange(1, D + 1) ** -a)))
+        for a in (0.0, 0.5, 1.0, 2.0, 4.0)
+    ]
     assert ranks == sorted(ranks, reverse=True)
     assert ranks[0] == pytest.approx(D)
 
@@ -115,7 +124,9 @@ def test_float32_and_one_dimension():
     assert spectrum(np.array([[1.0], [3.0]], dtype=np.float32)) == pytest.approx([1.0])
 
 
-@pytest.mark.parametrize("bad", [np.zeros((1, 4)), np.zeros(4), np.zeros((3, 0)), [[1.0, np.nan], [0.0, 1.0]]])
+@pytest.mark.parametrize(
+    "bad", [np.zeros((1, 4)), np.zeros(4), np.zeros((3, 0)), [[1.0, np.nan], [0.0, 1.0]]]
+)
 def test_what_has_no_spectrum(bad):
     with pytest.raises(DataError):
         spectrum(bad)

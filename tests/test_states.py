@@ -1,4 +1,6 @@
-"""Memory states in bulk equal each text read alone, in the order given, whatever the budget of tokens."""
+"""Memory states in bulk equal each text read alone, in the order given, whatever the budget of
+tokens.
+"""
 
 import pytest
 import torch
@@ -30,7 +32,9 @@ def test_states_are_those_of_each_text_alone_in_order(family, budget):
     compressor = make_compressor(family)
     rows = rows_of(compressor)
     expected = one_by_one(compressor, rows)
-    assert torch.cdist(expected.flatten(1), expected.flatten(1)).fill_diagonal_(9).min() > 0.5, "vacuous: texts are alike"
+    assert torch.cdist(expected.flatten(1), expected.flatten(1)).fill_diagonal_(9).min() > 0.5, (
+        "vacuous: texts are alike"
+    )
     found = memory_states(compressor, rows, budget)
     assert found.shape == (len(rows), MEMORY, 32)
     assert found.dtype == torch.float32
@@ -50,13 +54,18 @@ def test_every_text_is_read_once_within_the_budget(budget, monkeypatch):
         size = len(tokens.ids_BT) * (tokens.ids_BT.shape[1] + MEMORY)
         assert size <= budget or len(tokens.ids_BT) == 1, "padding and memory count"
         batches.append(len(tokens.ids_BT))
-        seen.extend(ids[mask.bool()].tolist() for ids, mask in zip(tokens.ids_BT, tokens.mask_BT, strict=True))
+        seen.extend(
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(tokens.ids_BT, tokens.mask_BT, strict=True)
+        )
         return encode(tokens)
 
     monkeypatch.setattr(compressor, "memory_states", spy)
     memory_states(compressor, rows, budget)
     assert sorted(seen) == sorted(rows)
-    assert {1: max(batches) == 1, 50: 1 < max(batches) < len(rows), 10_000: batches == [len(rows)]}[budget], batches
+    assert {1: max(batches) == 1, 50: 1 < max(batches) < len(rows), 10_000: batches == [len(rows)]}[
+        budget
+    ], batches
 
 
 def test_no_texts_give_no_states():

@@ -1,4 +1,6 @@
-"""The cache of corpora: its rows are those read and tokenised anew, whatever happened to it; memory does not grow with them."""
+"""The cache of corpora: its rows are those read and tokenised anew, whatever happened to it; memory
+does not grow with them.
+"""
 
 import gzip
 import json
@@ -41,11 +43,16 @@ def unused(texts):
 @pytest.fixture
 def source(tmp_path):
     texts = sentences(30) + ["brief"] + [" ".join(sentences(4, seed=n)) for n in range(3)]
-    return write_lines(tmp_path / "texts.jsonl", [{"text": text, "other": text[::-1]} for text in texts] + [{"text": ""}])
+    return write_lines(
+        tmp_path / "texts.jsonl",
+        [{"text": text, "other": text[::-1]} for text in texts] + [{"text": ""}],
+    )
 
 
 def stage(*sources, **settings):
-    data = [{"source": str(source)} if not isinstance(source, dict) else source for source in sources]
+    data = [
+        {"source": str(source)} if not isinstance(source, dict) else source for source in sources
+    ]
     limits = {"min_characters": 15, "site_margin_tokens": 4, "long_texts": "truncate"}
     return PretextStage.model_validate({"data": data} | limits | settings)
 
@@ -69,7 +76,9 @@ def test_rows_are_those_of_the_texts_in_memory(tmp_path, source, policy):
     other = write_lines(tmp_path / "more.jsonl", [{"text": text} for text in sentences(5, seed=9)])
     both = stage(source, other, long_texts=policy)
     texts = [read_texts(spec) for spec in both.data]
-    expected, left_out = token_rows([t for loaded in texts for t in loaded.rows], both, tokenise, MAX_TOKENS, BOS)
+    expected, left_out = token_rows(
+        [t for loaded in texts for t in loaded.rows], both, tokenise, MAX_TOKENS, BOS
+    )
     for tokens_by in (tokenise, unused):  # made, then found
         rows, found_left_out, lines = stored(tmp_path / "cache", both, tokens_by)
         assert as_lists(rows) == as_lists(expected)
@@ -97,7 +106,9 @@ def test_a_store_is_a_sequence_of_arrays(tmp_path, source):
 
 
 def test_what_the_rows_depend_on_is_the_key(tmp_path, source):
-    """Each change makes a folder of its own; where the file lies and how the tokenizer was last used do not."""
+    """Each change makes a folder of its own; where the file lies and how the tokenizer was last
+    used do not.
+    """
     root = tmp_path / "cache"
     first = as_lists(stored(root, stage(source))[0])
     variants = [
@@ -146,12 +157,19 @@ def emptied(file):
 @pytest.mark.parametrize("name", ["tokens.i32", "bounds.i64", "stored.json"])
 def test_a_damaged_store_is_made_anew(tmp_path, source, name, damage):
     rows, left_out, lines = stored(tmp_path, stage(source))
-    expected, (folder,) = as_lists(rows), [p for p in folders(tmp_path) if p.name.startswith("tokens-")]
+    expected, (folder,) = (
+        as_lists(rows),
+        [p for p in folders(tmp_path) if p.name.startswith("tokens-")],
+    )
     damage(folder / name)
     rows, *told = stored(tmp_path, stage(source))
     assert (as_lists(rows), told) == (expected, [left_out, lines])
     assert as_lists(stored(tmp_path, stage(source), unused)[0]) == expected
-    assert sorted(path.name for path in folder.iterdir()) == ["bounds.i64", "stored.json", "tokens.i32"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "bounds.i64",
+        "stored.json",
+        "tokens.i32",
+    ]
 
 
 def test_damage_is_seen_in_each_part_of_a_large_file(tmp_path):
@@ -219,7 +237,9 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, source)
     assert process.exitcode == -signal.SIGKILL
     (leftover,) = folders(tmp_path / "cache")
     assert leftover.name.startswith(".tokens-")
-    expected = token_rows(read_texts(stage(source).data[0]).rows, stage(source), tokenise, MAX_TOKENS, BOS)[0]
+    expected = token_rows(
+        read_texts(stage(source).data[0]).rows, stage(source), tokenise, MAX_TOKENS, BOS
+    )[0]
     assert as_lists(stored(tmp_path / "cache", stage(source))[0]) == as_lists(expected)
     assert not leftover.exists()
 
@@ -271,7 +291,9 @@ def test_texts_of_stage_two(tmp_path, source):
         assert texts.to_dict() == {"anchor": expected, "positive": expected}
         assert lines == ["texts.jsonl: 34 rows; left out: 1 empty (line 35)"] * 2
     (folder,) = folders(tmp_path / "cache")
-    assert {file["filename"] for file in texts.cache_files} == {str(folder / "texts.arrow")}, "not memory-mapped"
+    assert {file["filename"] for file in texts.cache_files} == {str(folder / "texts.arrow")}, (
+        "not memory-mapped"
+    )
     assert [distinct(texts, most) for most in (1, 5, 33, 34, 99)] == [1, 5, 33, 33, 33]
     assert len(set(expected)) == 33
     batches = list(NoDuplicatesBatchSampler(texts, batch_size=11, drop_last=True))
@@ -290,10 +312,19 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     peaks = {}
     for times, file in files.items():
         texts = read_texts(TextData(source=str(file))).rows
-        peaks["list", times] = peak_bytes(lambda texts=texts, file=file: token_rows(texts, stage(file), words, 48, None))
-        peaks["store", times] = peak_bytes(lambda file=file: stored(tmp_path / "cache", stage(file), words, bos_id=None))
-        peaks["texts", times] = peak_bytes(lambda file=file: stored_texts(stage(file).data, 0, print, tmp_path / "cache"))
-    per_row = {kind: (peaks[kind, 10] - peaks[kind, 1]) / (9 * len(some)) for kind in ("list", "store", "texts")}
+        peaks["list", times] = peak_bytes(
+            lambda texts=texts, file=file: token_rows(texts, stage(file), words, 48, None)
+        )
+        peaks["store", times] = peak_bytes(
+            lambda file=file: stored(tmp_path / "cache", stage(file), words, bos_id=None)
+        )
+        peaks["texts", times] = peak_bytes(
+            lambda file=file: stored_texts(stage(file).data, 0, print, tmp_path / "cache")
+        )
+    per_row = {
+        kind: (peaks[kind, 10] - peaks[kind, 1]) / (9 * len(some))
+        for kind in ("list", "store", "texts")
+    }
     assert per_row["list"] > 200, f"vacuous: {per_row}"
     assert per_row["store"] < 24, per_row
     assert per_row["texts"] < 24, per_row
@@ -306,8 +337,14 @@ def test_rows_written_come_back(tmp_path):
 
 @pytest.mark.parametrize("deleted", [False, True])
 def test_resume_is_exact_with_the_cache_and_without(tmp_path, monkeypatch, deleted):
-    """Stopped in stage 1 and in stage 2; what was trained is bit for bit that of a run that was not, its cache there or not."""
-    recipe, run, seen = make_recipe(tmp_path, steps=4, scl=None, watch=None), tmp_path / "run", tmp_path / "seen.jsonl"
+    """Stopped in stage 1 and in stage 2; what was trained is bit for bit that of a run that was
+    not, its cache there or not.
+    """
+    recipe, run, seen = (
+        make_recipe(tmp_path, steps=4, scl=None, watch=None),
+        tmp_path / "run",
+        tmp_path / "seen.jsonl",
+    )
     cache, built, build = tmp_path / "cache", [], store._build
     monkeypatch.setenv("LLM2COMP_CACHE", str(cache))
 
@@ -328,5 +365,7 @@ def test_resume_is_exact_with_the_cache_and_without(tmp_path, monkeypatch, delet
                 train_until(recipe, run, place, stop, seen)
     steps = [("pretext", n) for n in (1, 2, 3, 3, 4)] + [("ucl", n) for n in (1, 2, 3, 4, 3, 4)]
     assert trained(seen) == steps
-    assert built == ["tokens", "texts"] + (["tokens", "tokens", "texts", "texts"] if deleted else [])
+    assert built == ["tokens", "texts"] + (
+        ["tokens", "tokens", "texts", "texts"] if deleted else []
+    )
     assert weights(run) == weights(reference)

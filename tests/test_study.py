@@ -1,4 +1,6 @@
-"""A study trains each stage once, scores as `evaluate` does, says what failed, and computes its table as the formulas say."""
+"""A study trains each stage once, scores as `evaluate` does, says what failed, and computes its
+table as the formulas say.
+"""
 
 import csv
 import io
@@ -56,13 +58,19 @@ def recorded(patch, stop_at=None):
 
         return run
 
-    patch.setattr(run_module, "RUNNERS", {stage: recording(stage, runner) for stage, runner in run_module.RUNNERS.items()})
+    patch.setattr(
+        run_module,
+        "RUNNERS",
+        {stage: recording(stage, runner) for stage, runner in run_module.RUNNERS.items()},
+    )
     return begun
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(folder, study folder, results, trainings of the first call, which was stopped, and of the second)."""
+    """(folder, study folder, results, trainings of the first call, which was stopped, and of the
+    second).
+    """
     folder = tmp_path_factory.mktemp("study")
     file, out = write_study(folder, training_free=["mean"], models=["tfidf"]), folder / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -81,24 +89,43 @@ def done(tmp_path_factory):
 def test_each_stage_is_trained_once_and_a_stopped_study_goes_on(done):
     _, out, _, first, second = done
     assert first == [
-        *[("pretext", "long-seed0"), ("ucl", "long-seed0"), ("scl", "long-seed0"), ("scl", "short-seed0")],
+        *[
+            ("pretext", "long-seed0"),
+            ("ucl", "long-seed0"),
+            ("scl", "long-seed0"),
+            ("scl", "short-seed0"),
+        ],
         *[("pretext", "long-seed1"), ("ucl", "long-seed1")],
     ]
     assert second == [("ucl", "long-seed1"), ("scl", "long-seed1"), ("scl", "short-seed1")]
-    assert sorted(path.name for path in (out / "runs").iterdir()) == ["long-seed0", "long-seed1", "short-seed0", "short-seed1"]
+    assert sorted(path.name for path in (out / "runs").iterdir()) == [
+        "long-seed0",
+        "long-seed1",
+        "short-seed0",
+        "short-seed1",
+    ]
 
 
 def test_shared_stages_are_bit_equal_and_own_files(done):
     _, out, _, _, _ = done
     for seed in (0, 1):
         for stage in ("1-pretext", "2-ucl"):
-            ours, theirs = (out / "runs" / f"{name}-seed{seed}" / stage for name in ("long", "short"))
+            ours, theirs = (
+                out / "runs" / f"{name}-seed{seed}" / stage for name in ("long", "short")
+            )
             files = sorted(file.relative_to(ours) for file in ours.rglob("*") if file.is_file())
-            assert {"adapter", "done.json", "watch.jsonl", "memory.safetensors"} <= {file.parts[0] for file in files}
+            assert {"adapter", "done.json", "watch.jsonl", "memory.safetensors"} <= {
+                file.parts[0] for file in files
+            }
             for file in files:
                 assert (ours / file).read_bytes() == (theirs / file).read_bytes(), file
-                assert not (ours / file).samefile(theirs / file), "a later change of one run must not reach the other"
-    adapters = [out / "runs" / f"long-seed{seed}" / "1-pretext/adapter/adapter_model.safetensors" for seed in (0, 1)]
+                assert not (ours / file).samefile(theirs / file), (
+                    "a later change of one run must not reach the other"
+                )
+    adapters = [
+        out / "runs" / f"long-seed{seed}" / "1-pretext/adapter/adapter_model.safetensors"
+        for seed in (0, 1)
+    ]
     assert adapters[0].read_bytes() != adapters[1].read_bytes(), "vacuous: the seed changes nothing"
 
 
@@ -110,13 +137,21 @@ def test_a_run_that_took_stages_over_equals_one_that_trained_them(done, tmp_path
 
 def test_a_finished_study_trains_and_scores_nothing_again(done, monkeypatch):
     folder, out, results, _, _ = done
-    before = {name: (out / name).read_bytes() for name in ("results.json", "table.csv", "table.md", "averages.svg")}
+    before = {
+        name: (out / name).read_bytes()
+        for name in ("results.json", "table.csv", "table.md", "averages.svg")
+    }
     begun, scored = recorded(monkeypatch), []
     monkeypatch.setattr("llm2comp.lab.study.jobs.train", lambda *_, **__: pytest.fail("trained"))
     ours = evaluate
-    monkeypatch.setattr("llm2comp.lab.study.jobs.evaluate", lambda models, *rest: scored.extend(models) or ours(models, *rest))
+    monkeypatch.setattr(
+        "llm2comp.lab.study.jobs.evaluate",
+        lambda models, *rest: scored.extend(models) or ours(models, *rest),
+    )
     assert study(folder / "study.yaml", out) == results
-    assert (begun, scored) == ([], ["tfidf"]), "the name of a foreign model tells nothing of its content: mteb's files do"
+    assert (begun, scored) == ([], ["tfidf"]), (
+        "the name of a foreign model tells nothing of its content: mteb's files do"
+    )
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
@@ -162,7 +197,10 @@ def test_scores_are_those_of_evaluate(done, tmp_path):
     ]
     assert results.sets == SETS
     options = EvaluateOptions(local=(folder / "sets",))
-    places = {("long", "last", 1): "runs/long-seed1/3-scl", ("short", "ucl", 0): "runs/short-seed0/2-ucl"}
+    places = {
+        ("long", "last", 1): "runs/long-seed1/3-scl",
+        ("short", "ucl", 0): "runs/short-seed0/2-ucl",
+    }
     models = {key: str(out / place) for key, place in places.items()}
     models["mean", "training-free", 0] = f"mean:{folder / 'backbone'}"
     for (system, stage, seed), model in models.items():
@@ -178,7 +216,11 @@ def test_rank_and_samples_are_those_of_the_run(done):
     rows = {(row.system, row.stage): row for row in results.rows}
     for system, stage, place in (("long", "ucl", "2-ucl"), ("short", "last", "3-scl")):
         for seed in (0, 1):
-            last = (out / "runs" / f"{system}-seed{seed}" / place / "watch.jsonl").read_text().splitlines()[-1]
+            last = (
+                (out / "runs" / f"{system}-seed{seed}" / place / "watch.jsonl")
+                .read_text()
+                .splitlines()[-1]
+            )
             assert rows[system, stage].ranks[seed] == json.loads(last)["effective_rank"]
     assert rows["long", "ucl"].samples == {0: 4 * (3 + 2), 1: 4 * (3 + 2)}
     assert rows["short", "last"].samples == {0: 4 * (3 + 2 + 1), 1: 4 * (3 + 2 + 1)}
@@ -187,7 +229,9 @@ def test_rank_and_samples_are_those_of_the_run(done):
 def test_table_holds_mean_and_deviation_over_seeds(done):
     _, out, results, _, _ = done
     table = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
-    assert [(row["system"], row["stage"]) for row in table] == [(row.system, row.stage) for row in results.rows]
+    assert [(row["system"], row["stage"]) for row in table] == [
+        (row.system, row.stage) for row in results.rows
+    ]
     for shown, row in zip(table, results.rows, strict=True):
         seeds = list(row.scores)
         cells = np.array([[row.scores[seed][name] for name in SETS] for seed in seeds])
@@ -220,7 +264,9 @@ def example(seeds=(0, 1, 2), seed=7, **changes):
         for stage in ("ucl", "scl")
         for k in (1, 4, 16)
     ]
-    free = StudyRow(system="mean", stage="training-free", base="mean", scores={0: dict.fromkeys(sets, 30.0)})
+    free = StudyRow(
+        system="mean", stage="training-free", base="mean", scores={0: dict.fromkeys(sets, 30.0)}
+    )
     return Results(name="example", sets=sets, rows=(free, *rows), **changes)
 
 
@@ -229,9 +275,14 @@ def test_bootstrap_is_the_naive_double_loop(seeds):
     """Cells of both systems drawn together, one by one, from the same draws."""
     results = example(seeds)
     pair = next(
-        each for each in comparisons(results) if (each["first"], each["second"], each["stage"]) == ("A-k1", "A-k4", "scl")
+        each
+        for each in comparisons(results)
+        if (each["first"], each["second"], each["stage"]) == ("A-k1", "A-k4", "scl")
     )
-    a, b = (next(r for r in results.rows if (r.system, r.stage) == (name, "scl")) for name in ("A-k1", "A-k4"))
+    a, b = (
+        next(r for r in results.rows if (r.system, r.stage) == (name, "scl"))
+        for name in ("A-k1", "A-k4")
+    )
     cells = [(seed, name) for seed in seeds for name in results.sets]
     draws = resample_indices(len(cells))
     assert draws.shape == (10_000, len(cells))
@@ -249,7 +300,9 @@ def test_bootstrap_is_the_naive_double_loop(seeds):
     assert pair["low"] == pytest.approx(np.quantile(means, 0.025), abs=1e-9)
     assert pair["high"] == pytest.approx(np.quantile(means, 0.975), abs=1e-9)
     assert pair["share_above_0"] == sum(mean > 0 for mean in means) / len(means)
-    expected = np.mean(list(averages(a, results.sets).values())) - np.mean(list(averages(b, results.sets).values()))
+    expected = np.mean(list(averages(a, results.sets).values())) - np.mean(
+        list(averages(b, results.sets).values())
+    )
     assert pair["difference"] == pytest.approx(expected)
     assert pair["low"] < pair["difference"] < pair["high"]
 
@@ -263,12 +316,18 @@ def test_bootstrap_of_what_is_sure():
 def test_a_stage_that_two_systems_share_is_not_compared(more, compared):
     results = example()
     row = results.rows[1]
-    scores = {seed: {name: value + more for name, value in of_sets.items()} for seed, of_sets in row.scores.items()}
+    scores = {
+        seed: {name: value + more for name, value in of_sets.items()}
+        for seed, of_sets in row.scores.items()
+    }
     other = row.model_copy(update={"system": "other", "scores": scores})
     assert len(comparisons(results.model_copy(update={"rows": (row, other)}))) == compared
 
 
-@pytest.mark.parametrize(("values", "expected"), [([], (None, None)), ([3.0], (3.0, None)), ([1.0, 4.0], (2.5, 1.5 * 2**0.5))])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([], (None, None)), ([3.0], (3.0, None)), ([1.0, 4.0], (2.5, 1.5 * 2**0.5))],
+)
 def test_mean_and_sample_deviation(values, expected):
     assert mean_sd(values) == pytest.approx(expected)
 
@@ -277,16 +336,24 @@ def test_a_seed_without_a_set_has_no_average_and_is_not_compared():
     results = example()
     holed = results.rows[1]
     scores = holed.scores | {2: {"x": 1.0, "y": 2.0}}
-    rows = tuple(row.model_copy(update={"scores": scores}) if row is holed else row for row in results.rows)
+    rows = tuple(
+        row.model_copy(update={"scores": scores}) if row is holed else row for row in results.rows
+    )
     results = results.model_copy(update={"rows": rows})
     assert list(averages(rows[1], results.sets)) == [0, 1]
     record = records(results)[1]
     assert record["seeds"] == 2
     assert record["x_mean"] == pytest.approx(np.mean([scores[s]["x"] for s in (0, 1, 2)]))
-    seeds = {each["seeds"] for each in comparisons(results) if rows[1].system in (each["first"], each["second"])}
+    seeds = {
+        each["seeds"]
+        for each in comparisons(results)
+        if rows[1].system in (each["first"], each["second"])
+    }
     assert seeds == {2, 3}
     assert all(
-        each["seeds"] == 2 for each in comparisons(results) if each["stage"] == "ucl" and each["first"] == rows[1].system
+        each["seeds"] == 2
+        for each in comparisons(results)
+        if each["stage"] == "ucl" and each["first"] == rows[1].system
     )
 
 
@@ -303,7 +370,9 @@ def test_published_rows_are_cited_in_columns_of_their_own():
 
 
 def test_failures_stand_in_the_tables():
-    results = example(failures=(Failure(system="A-k4", run="A-k4-seed1", reason="the loss is not finite"),))
+    results = example(
+        failures=(Failure(system="A-k4", run="A-k4-seed1", reason="the loss is not finite"),)
+    )
     assert {row["system"] for row in records(results) if row["failed"]} == {"A-k4"}
     assert "| A-k4-seed1 | the loss is not finite |" in as_markdown(results)
     assert "not finite" not in as_markdown(example())
@@ -329,11 +398,20 @@ def test_plots_draw_averages_with_their_deviations():
         means = [np.mean([list(row.scores[s].values()) for s in row.scores]) for row in rows]
         np.testing.assert_allclose(line.get_xydata(), list(zip((1, 4, 16), means, strict=True)))
     half = [np.ptp(segment[:, 1]) / 2 for c in axes.collections for segment in c.get_segments()]
-    deviations = [np.std(list(averages(row, results.sets).values()), ddof=1) for rows in expected for row in rows]
+    deviations = [
+        np.std(list(averages(row, results.sets).values()), ddof=1)
+        for rows in expected
+        for row in rows
+    ]
     np.testing.assert_allclose(half, deviations)
     assert axes.get_xscale() == "log"
     (axes,) = drawn["averages"].axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["mean", "A-k1", "A-k4", "A-k16"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "mean",
+        "A-k1",
+        "A-k4",
+        "A-k16",
+    ]
     assert len(axes.collections) == 6, "one bar per trained row, none for what has one seed"
     named = [row.model_copy(update={"axes": {"k": f"v{row.system}"}}) for row in results.rows]
     assert set(figures(results.model_copy(update={"rows": tuple(named)}))) == {"averages"}
@@ -358,7 +436,10 @@ def refused(tmp_path, **changes):
             "system 'bad': pretext.objectiv: unknown key; did you mean 'objective'?",
         ),
         ({"bad": {"memory.tokens": 0}}, "system 'bad': memory.tokens"),
-        ({"bad": {"pretext": None, "ucl": None, "scl": None}}, "system 'bad': settings: a recipe needs at least one of"),
+        (
+            {"bad": {"pretext": None, "ucl": None, "scl": None}},
+            "system 'bad': settings: a recipe needs at least one of",
+        ),
         ({"bad": {"scl.data.7.source": "x"}}, "system 'bad', scl.data.7.source=x"),
         ({"bad": {"seed": 3}}, "a system cannot set seed"),
         ({"A": {}, "a": {}}, "two runs would have one folder"),
@@ -369,7 +450,9 @@ def test_a_system_that_is_wrong_is_named_before_anything_is_trained(tmp_path, sy
 
 
 def test_missing_data_of_a_system_is_named_before_anything_is_trained(tmp_path):
-    file = write_study(tmp_path, systems={"good": {}, "bad": {"scl.data.0.source": str(tmp_path / "none.jsonl")}})
+    file = write_study(
+        tmp_path, systems={"good": {}, "bad": {"scl.data.0.source": str(tmp_path / "none.jsonl")}}
+    )
     said = cli("study", file, "--out", tmp_path / "out")
     assert_refused(said, "system 'bad', ", "none.jsonl")
     assert not (tmp_path / "out").exists()
@@ -394,14 +477,24 @@ def test_a_study_that_is_wrong(tmp_path, changes, says):
 
 
 def test_grid_is_every_system_with_every_combination(tmp_path):
-    grid = {"k": {"1": {"memory.tokens": 1}, "8": {"memory.tokens": 8}}, "t": {"hot": {"ucl.temperature": 0.1}}}
-    file = write_study(tmp_path, systems={"A": {}, "B": {"pretext": None}}, grid=grid, after=["pretext", "last"])
+    grid = {
+        "k": {"1": {"memory.tokens": 1}, "8": {"memory.tokens": 8}},
+        "t": {"hot": {"ucl.temperature": 0.1}},
+    }
+    file = write_study(
+        tmp_path, systems={"A": {}, "B": {"pretext": None}}, grid=grid, after=["pretext", "last"]
+    )
     runs = runs_of(load_study(file, ["scl=null"]), "study")
     assert [run.name for run in runs] == [
         f"{system}-k{k}-thot-seed{seed}" for seed in (0, 1) for system in ("A", "B") for k in (1, 8)
     ]
     last = runs[-1]
-    assert (last.recipe.memory.tokens, last.recipe.ucl.temperature, last.recipe.seed, last.recipe.ucl.steps) == (8, 0.1, 1, 2)
+    assert (
+        last.recipe.memory.tokens,
+        last.recipe.ucl.temperature,
+        last.recipe.seed,
+        last.recipe.ucl.steps,
+    ) == (8, 0.1, 1, 2)
     assert (last.base, last.axes) == ("B", {"k": "8", "t": "hot"})
     assert last.recipe.pretext is None is last.recipe.scl
     assert last.scored(("pretext", "last")) == {"last": "ucl"}
@@ -416,23 +509,39 @@ def test_a_study_that_is_not_there_names_the_nearest(tmp_path):
 @pytest.mark.parametrize("name", sorted(shipped_studies()))
 def test_shipped_study_is_sound(name, monkeypatch):
     """Every system is a valid recipe; stages that can be shared have one key."""
-    monkeypatch.setattr("llm2comp.lab.study.grid.check", lambda *_: None)  # its data is made by tools/general_data.py
+    # its data is made by tools/general_data.py
+    monkeypatch.setattr("llm2comp.lab.study.grid.check", lambda *_: None)
     found = load_study(name)
     assert found.name == name
     runs = runs_of(found, name) if found.systems else []
     values = np.prod([len(axis) for axis in found.grid.values()], dtype=int)
     assert len(runs) == len(found.systems) * values * len(found.seeds)
-    counts = {stage: len({run.keys[stage] for run in runs if stage in run.keys}) for stage in FOLDERS}
+    counts = {
+        stage: len({run.keys[stage] for run in runs if stage in run.keys}) for stage in FOLDERS
+    }
     if name == "scl-steps":
         assert counts == {"pretext": 3, "ucl": 3, "scl": 18}
         assert len(runs) == 21
         assert {run.recipe.scl.schedule.total_steps for run in runs if run.recipe.scl} == {2000}
     if name == "training-free":
-        assert (runs, len(found.training_free), found.models, found.published) == ([], 7, ("tfidf",), True)
+        assert (runs, len(found.training_free), found.models, found.published) == (
+            [],
+            7,
+            ("tfidf",),
+            True,
+        )
 
 
 def test_shipped_studies_are_all_there():
-    named = {"general", "objectives", "memory-tokens", "response", "scl-steps", "settings", "training-free"}
+    named = {
+        "general",
+        "objectives",
+        "memory-tokens",
+        "response",
+        "scl-steps",
+        "settings",
+        "training-free",
+    }
     assert set(shipped_studies()) == named
     every = load_study("objectives")
     assert list(every.systems) == ["RC", "NLL", "CTKD", "MNTP", "EBAE-EBAR", "LLM2Vec-Gen", "none"]
@@ -476,13 +585,19 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     assert_refused(said, "failed: bad-seed0, later-seed0", "table.md")
     assert "run 3/3 good-seed0: " in said.err
     assert begun == [("pretext", "bad-seed0"), ("ucl", "bad-seed0"), ("ucl", "good-seed0")]
-    table = {(row["system"], row["stage"]): row for row in csv.DictReader((out / "table.csv").open())}
+    table = {
+        (row["system"], row["stage"]): row for row in csv.DictReader((out / "table.csv").open())
+    }
     assert "not finite" in table["bad", "ucl"]["failed"]
     assert "not finite" in table["later", "ucl"]["failed"]
     assert table["bad", "ucl"]["average_mean"] == ""
-    assert float(table["bad", "pretext"]["average_mean"]) == float(table["good", "pretext"]["average_mean"])
+    assert float(table["bad", "pretext"]["average_mean"]) == float(
+        table["good", "pretext"]["average_mean"]
+    )
     assert table["good", "ucl"]["failed"] == ""
-    assert float(table["good", "ucl"]["average_mean"]) != float(table["good", "pretext"]["average_mean"])
+    assert float(table["good", "ucl"]["average_mean"]) != float(
+        table["good", "pretext"]["average_mean"]
+    )
     with pytest.raises(RunError, match="failed: bad-seed0, later-seed0"):
         study(file, out, changes=["scl=null", "pretext.steps=1"])
     assert begun[3:] == [("ucl", "bad-seed0")], "what failed is tried again, what is done is not"
@@ -491,7 +606,10 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
 def test_nothing_to_score_on_is_an_error(tmp_path):
     file = write_study(tmp_path, scores=[])
     assert_refused(cli("study", file, "--out", tmp_path / "out"), "--local DIR")
-    assert_refused(cli("study", file, "--out", tmp_path / "out", "--local", tmp_path / "none"), "none: no such folder")
+    assert_refused(
+        cli("study", file, "--out", tmp_path / "out", "--local", tmp_path / "none"),
+        "none: no such folder",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -500,7 +618,10 @@ def test_a_study_without_training(tmp_path):
     said = cli("study", file, "--out", tmp_path / "out", "--local", tmp_path / "sets")
     assert said.code == 0, said
     content = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [(row["system"], row["seeds"]) for row in content["table"]] == [("mean", None), ("last_token", None)]
+    assert [(row["system"], row["seeds"]) for row in content["table"]] == [
+        ("mean", None),
+        ("last_token", None),
+    ]
     (pair,) = content["pairs"]
     assert (pair["stage"], pair["seeds"], pair["sets"]) == ("training-free", 1, 2)
     assert not list(Path(tmp_path / "out").glob("runs/*"))

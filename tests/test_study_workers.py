@@ -1,4 +1,6 @@
-"""A study by several processes is the study by one; a process that dies is told, and none outlives the first one."""
+"""A study by several processes is the study by one; a process that dies is told, and none outlives
+the first one.
+"""
 
 import json
 import os
@@ -35,14 +37,20 @@ def test_two_workers_do_what_one_does(tmp_path):
     for name in ("results.json", "table.csv", "table.md", "averages.svg"):
         assert (two / name).read_bytes() == (one / name).read_bytes(), name
     table = json.loads((two / "results.json").read_text())["table"]
-    assert [row["system"] for row in table if row["average_mean"] is not None] == ["mean", "tfidf", *["long", "short"] * 2]
+    assert [row["system"] for row in table if row["average_mean"] is not None] == [
+        "mean",
+        "tfidf",
+        *["long", "short"] * 2,
+    ]
     assert all("not finite" in row["failed"] for row in table if row["system"] == "bad")
     names = [f"{system}-seed{seed}" for system in ("long", "short") for seed in (0, 1)]
     for name in names:
         assert weights(two / "runs" / name) == weights(one / "runs" / name)
     done = [line for line in said.err.splitlines() if line.startswith("run ")]
     assert [line.split(" ")[1] for line in done] == [f"{number}/6" for number in range(1, 7)]
-    assert sum("scl trained" in line and "pretext from long" in line for line in done) == 2, "one worker has both"
+    assert sum("scl trained" in line and "pretext from long" in line for line in done) == 2, (
+        "one worker has both"
+    )
     logs = [(two / f"worker-{number}.log").read_text() for number in (0, 1)]
     assert all("Local-One" in log for log in logs), "vacuous: one did all"
     summaries = [json.loads((out / "scores" / "summary.json").read_text()) for out in (one, two)]
@@ -60,7 +68,9 @@ def test_runs_that_can_share_a_stage_are_one_job(tmp_path):
     file = write_study(tmp_path, systems=systems)
     runs = runs_of(load_study(file), "study")
     found = [[run.name for run in group.runs] for group in groups(runs)]
-    assert found == [[f"{name}-seed{seed}" for name in names] for seed in (0, 1) for names in ("AB", "CD", "E")]
+    assert found == [
+        [f"{name}-seed{seed}" for name in names] for seed in (0, 1) for names in ("AB", "CD", "E")
+    ]
     shared = [{key for run in group.runs for key in run.keys.values()} for group in groups(runs)]
     assert sum(map(len, shared)) == len(set.union(*shared)), "two jobs have a stage in common"
 
@@ -105,7 +115,9 @@ class Tells:
 
     def outcomes(self, bench):
         time.sleep(0.5)
-        yield Outcome(f"{os.getpid()} {torch.get_num_threads()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        yield Outcome(
+            f"{os.getpid()} {torch.get_num_threads()} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
+        )
 
 
 def test_a_worker_that_dies_is_told(tmp_path):
@@ -125,7 +137,10 @@ def test_workers_share_the_cores_and_take_devices_in_turn(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
     assert (threads_of(2), threads_of(8)) == (2, 1)
-    found = [outcome.name.split() for outcome in outcomes([Tells() for _ in range(4)], bench(tmp_path), 2)]
+    found = [
+        outcome.name.split()
+        for outcome in outcomes([Tells() for _ in range(4)], bench(tmp_path), 2)
+    ]
     assert {(threads, device) for _, threads, device in found} == {("2", "3"), ("2", "GPU-5f")}
     assert str(os.getpid()) not in {process for process, *_ in found}
     (own,) = outcomes([Tells()], bench(tmp_path), 2)
@@ -134,7 +149,12 @@ def test_workers_share_the_cores_and_take_devices_in_turn(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("named", "count", "expected"),
-    [(None, 2, ["0", "1", "0"]), ("3,GPU-5f", 2, ["3", "GPU-5f", "3"]), (None, 0, [None] * 3), ("", 0, [None] * 3)],
+    [
+        (None, 2, ["0", "1", "0"]),
+        ("3,GPU-5f", 2, ["3", "GPU-5f", "3"]),
+        (None, 0, [None] * 3),
+        ("", 0, [None] * 3),
+    ],
 )
 def test_device_of_a_worker(named, count, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -160,7 +180,9 @@ if __name__ == "__main__":
 """
     file = tmp_path / "first.py"
     file.write_text(code)
-    first = subprocess.Popen([sys.executable, file], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [sys.executable, file], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
     limit = time.monotonic() + 400
     while not all((tmp_path / str(n)).exists() for n in range(2)):
         assert first.poll() is None

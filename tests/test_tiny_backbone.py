@@ -32,9 +32,31 @@ from backbone_card import perplexity_per_word
 
 HELD_OUT = "The lighthouse keeper counted forty two ships before the fog rolled in and hid the bay."
 EVALUATION = "A man is quietly playing the old guitar on a stage."
-SIZES = ["--hidden=32", "--intermediate=64", "--layers=2", "--heads=2", "--context=32", "--batch-tokens=256", "--no-compile"]
+SIZES = [
+    "--hidden=32",
+    "--intermediate=64",
+    "--layers=2",
+    "--heads=2",
+    "--context=32",
+    "--batch-tokens=256",
+    "--no-compile",
+]
 SIZES += ["--device=cpu", "--peak-tflops=0.1"]
-WORDS = ("river", "stone", "carries", "cold", "water", "under", "bridge", "while", "birds", "watch", "small", "boats", "drift")
+WORDS = (
+    "river",
+    "stone",
+    "carries",
+    "cold",
+    "water",
+    "under",
+    "bridge",
+    "while",
+    "birds",
+    "watch",
+    "small",
+    "boats",
+    "drift",
+)
 
 
 def paragraph(rng: np.random.Generator) -> str:
@@ -48,28 +70,59 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Two corpora: in `plain`, each document holds a paragraph that must go; in `other`, two of three repeat `plain`."""
+    """Two corpora: in `plain`, each document holds a paragraph that must go; in `other`, two of
+    three repeat `plain`.
+    """
     folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
     repeated = paragraph(rng)
     plain = []
     for i in range(60):
-        banned = (repeated.upper(), f"{i} of them said: “{EVALUATION.upper()}” Then they left.", HELD_OUT)[i % 3]
+        banned = (
+            repeated.upper(),
+            f"{i} of them said: “{EVALUATION.upper()}” Then they left.",
+            HELD_OUT,
+        )[i % 3]
         text = "\n\n".join([paragraph(rng), paragraph(rng), banned])
         plain.append({"id": str(i), "source": "a", "license": "CC0", "text": text})
-    plain.insert(0, {"id": "first", "source": "a", "license": "CC0", "text": "\n\n".join([repeated, paragraph(rng)])})
+    plain.insert(
+        0,
+        {
+            "id": "first",
+            "source": "a",
+            "license": "CC0",
+            "text": "\n\n".join([repeated, paragraph(rng)]),
+        },
+    )
     again = [{**row, "source": "b", "license": "CC-BY-SA-4.0"} for row in plain[:40]]
-    again += [{**again[0], "text": "\n\n".join([paragraph(rng), paragraph(rng)])} for _ in range(20)]
+    again += [
+        {**again[0], "text": "\n\n".join([paragraph(rng), paragraph(rng)])} for _ in range(20)
+    ]
     write_rows(folder / "plain.jsonl.zst", plain)
     write_rows(folder / "other.jsonl.zst", again)
-    held = [{"source": f"h{i % 2}", "license": "CC0", "text": f"{HELD_OUT}\n\n{paragraph(rng)}"} for i in range(5)]
+    held = [
+        {"source": f"h{i % 2}", "license": "CC0", "text": f"{HELD_OUT}\n\n{paragraph(rng)}"}
+        for i in range(5)
+    ]
     write_rows(folder / "heldout.jsonl", held)
-    write_rows(folder / "evaluation.jsonl", [{"pair": [EVALUATION, "too short to count"], "score": 3.5}])
+    write_rows(
+        folder / "evaluation.jsonl", [{"pair": [EVALUATION, "too short to count"], "score": 3.5}]
+    )
     return folder
 
 
 def make_data(corpus: Path, out: Path, *more: str) -> Path:
-    options = ["--characters", "1000000", "--vocab", "300", "--exclude", str(corpus / "evaluation.jsonl"), *more]
-    backbone_data.main(["--corpus", str(corpus), "--out", str(out), "--shares", "plain=1", "other=1", *options])
+    options = [
+        "--characters",
+        "1000000",
+        "--vocab",
+        "300",
+        "--exclude",
+        str(corpus / "evaluation.jsonl"),
+        *more,
+    ]
+    backbone_data.main(
+        ["--corpus", str(corpus), "--out", str(out), "--shares", "plain=1", "other=1", *options]
+    )
     return out
 
 
@@ -85,7 +138,9 @@ def train(data: Path, out: Path, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory) -> Path:
-    return train(data, tmp_path_factory.mktemp("model") / "tiny", "--budget-tokens", "60000", "--lr", "0.02")
+    return train(
+        data, tmp_path_factory.mktemp("model") / "tiny", "--budget-tokens", "60000", "--lr", "0.02"
+    )
 
 
 # ---- data
@@ -97,32 +152,60 @@ def test_data_holds_what_it_should(corpus: Path, data: Path):
     stream = np.fromfile(data / "tokens.bin", dtype=np.uint16)
     documents = [d.strip() for d in tokenizer.decode(stream).split("<s>") if d.strip()]
     paragraphs = [p for d in documents for p in d.split("\n\n")]
-    rows = [row for name in ("plain", "other") for row in backbone_text.read_corpus(corpus / f"{name}.jsonl.zst")]
+    rows = [
+        row
+        for name in ("plain", "other")
+        for row in backbone_text.read_corpus(corpus / f"{name}.jsonl.zst")
+    ]
     source = [p for row in rows for p in row["text"].split("\n\n")]
-    held = {p for row in backbone_text.read_corpus(corpus / "heldout.jsonl") for p in row["text"].split("\n\n")}
-    wanted = {p for p in source if p not in held and EVALUATION.lower() not in p.lower() and not p.isupper()}
+    held = {
+        p
+        for row in backbone_text.read_corpus(corpus / "heldout.jsonl")
+        for p in row["text"].split("\n\n")
+    }
+    wanted = {
+        p
+        for p in source
+        if p not in held and EVALUATION.lower() not in p.lower() and not p.isupper()
+    }
     assert sorted(paragraphs) == sorted(wanted)
-    assert about["dropped_paragraphs"]["excluded"] == about["dropped_paragraphs"]["held out"] - 13 == 20
+    assert (
+        about["dropped_paragraphs"]["excluded"]
+        == about["dropped_paragraphs"]["held out"] - 13
+        == 20
+    )
     assert sum(about["dropped_paragraphs"].values()) == len(source) - len(wanted)
-    assert about["tokens"] == len(stream) == sum(part["tokens"] for part in about["sources"].values())
+    assert (
+        about["tokens"] == len(stream) == sum(part["tokens"] for part in about["sources"].values())
+    )
     assert np.count_nonzero(stream == about["ids"]["bos"]) == len(documents)
     assert sum(part["documents"] for part in about["sources"].values()) == len(documents) == 61 + 20
     assert about["sources"]["other"]["licences"] == {"b": "CC-BY-SA-4.0"}
-    told = "--corpus DIR --out DIR --characters 1000000 --shares plain=1.0 other=1.0 --exclude FILES --vocab 300"
+    told = (
+        "--corpus DIR --out DIR --characters 1000000 --shares plain=1.0 other=1.0 --exclude "
+        "FILES --vocab 300"
+    )
     assert about["command"] == f"python tools/backbone_data.py {told}"
 
 
 def test_data_is_deterministic_and_seeded(corpus: Path, data: Path, tmp_path: Path):
-    again, other = make_data(corpus, tmp_path / "again"), make_data(corpus, tmp_path / "other", "--seed", "1")
+    again, other = (
+        make_data(corpus, tmp_path / "again"),
+        make_data(corpus, tmp_path / "other", "--seed", "1"),
+    )
     digests = [json.loads((folder / "data.json").read_text()) for folder in (data, again, other)]
     assert digests[0] == digests[1]
     assert digests[0]["sha256"]["tokens.bin"] != digests[2]["sha256"]["tokens.bin"]
     streams = [np.fromfile(folder / "tokens.bin", dtype=np.uint16) for folder in (data, other)]
-    assert (np.bincount(streams[0]) == np.bincount(streams[1])).all(), "another order, the same documents"
+    assert (np.bincount(streams[0]) == np.bincount(streams[1])).all(), (
+        "another order, the same documents"
+    )
 
 
 def test_characters_and_shares_bound_each_corpus(corpus: Path, tmp_path: Path):
-    data = make_data(corpus, tmp_path / "data", "--characters", "10000", "--shares", "plain=0.4", "other=0.2")
+    data = make_data(
+        corpus, tmp_path / "data", "--characters", "10000", "--shares", "plain=0.4", "other=0.2"
+    )
     about = json.loads((data / "data.json").read_text())
     longest = 3 * 250
     assert 4000 <= about["sources"]["plain"]["characters"] < 4000 + longest
@@ -141,7 +224,9 @@ def test_characters_and_shares_bound_each_corpus(corpus: Path, tmp_path: Path):
     ],
 )
 def test_excluded_texts_are_found_by_words(text: str, inside: bool):
-    excluded = backbone_text.Excluded([EVALUATION, "supercalifragilistic expialidocious", "----------"])
+    excluded = backbone_text.Excluded(
+        [EVALUATION, "supercalifragilistic expialidocious", "----------"]
+    )
     assert len(excluded) == 2
     assert excluded.inside(text) is inside
 
@@ -154,7 +239,11 @@ def test_packing_round_trip(corpus: Path, data: Path, tmp_path: Path):
     assert max(shard.stat().st_size for shard in shards) <= 0.001 * 2**20
     assert sum(shard.stat().st_size for shard in shards) < len(content)
     (packed / "tokens.bin").unlink()
-    assert backbone_store.open_data(packed).tokens_N.tobytes() == content == (data / "tokens.bin").read_bytes()
+    assert (
+        backbone_store.open_data(packed).tokens_N.tobytes()
+        == content
+        == (data / "tokens.bin").read_bytes()
+    )
 
     (packed / "tokens.bin").unlink()
     whole = shards[1].read_bytes()
@@ -176,7 +265,9 @@ def test_training_imports_only_what_a_bare_gpu_machine_has():
     while files:
         name = files.pop()
         seen.add(name)
-        for node in ast.walk(ast.parse(Path(train_tiny_backbone.__file__).with_name(f"{name}.py").read_text())):
+        for node in ast.walk(
+            ast.parse(Path(train_tiny_backbone.__file__).with_name(f"{name}.py").read_text())
+        ):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             for package in {name.split(".")[0] for name in names} - allowed - seen:
@@ -190,7 +281,10 @@ def test_batched_muon_is_torchs_muon():
     shapes = [(8, 8), (8, 20), (20, 8), (8, 8), (8, 20)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
     settings = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    optimizers = backbone_training.BatchedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    optimizers = (
+        backbone_training.BatchedMuon(ours, **settings),
+        torch.optim.Muon(theirs, **settings),
+    )
     for _ in range(4):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn_like(mine)
@@ -205,7 +299,8 @@ def test_batched_muon_is_torchs_muon():
 def test_rows_cover_each_epoch_once_and_can_start_anywhere():
     stream = np.arange(100, 100 + 7 * 3 + 2, dtype=np.uint16)
     rows = backbone_training.Rows(stream, bos=1, context=4, seed=5)
-    through = torch.cat([rows.batch(at, 3) for at in range(0, 21, 3)])  # three epochs of seven rows, batches across them
+    # three epochs of seven rows, batches across them
+    through = torch.cat([rows.batch(at, 3) for at in range(0, 21, 3)])
     assert (through[:, 0] == 1).all()
     for epoch in through[:, 1:].split(7):
         assert torch.equal(epoch.flatten().sort().values, torch.arange(100, 121))
@@ -231,7 +326,9 @@ def test_flops_formula_is_what_torch_counts(trained: Path):
 
 
 def test_compiled_training_keeps_sdpa_without_a_mask(trained: Path):
-    """A mask would keep sdpa from its causal kernel: why the forward pass does not say use_cache=False."""
+    """A mask would keep sdpa from its causal kernel: why the forward pass does not say
+    use_cache=False.
+    """
     model, found = AutoModelForCausalLM.from_pretrained(trained).train(), []
 
     def backend(graph, _):
@@ -245,7 +342,9 @@ def test_compiled_training_keeps_sdpa_without_a_mask(trained: Path):
 
 
 def test_learning_rate_warms_up_and_decays():
-    rates = [backbone_training.learning_rate(progress, 1.0) for progress in (0.0, 0.01, 0.02, 0.5, 1.0)]
+    rates = [
+        backbone_training.learning_rate(progress, 1.0) for progress in (0.0, 0.01, 0.02, 0.5, 1.0)
+    ]
     assert rates == pytest.approx([0.0, 0.5 * 0.9902, 0.9804, 0.51, 0.02])
 
 
@@ -271,7 +370,10 @@ def test_training_lowers_the_loss(trained: Path):
 
 
 def test_folder_loads_everywhere(trained: Path):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(trained),
+        AutoTokenizer.from_pretrained(trained),
+    )
     assert model.dtype == torch.bfloat16
     assert tokenizer.model_max_length == 32
     assert tokenizer("river stone")["input_ids"][0] == model.config.bos_token_id == 1
@@ -311,11 +413,21 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 def test_killed_training_ends_with_the_same_weights(data: Path, tmp_path: Path):
-    """SIGTERM, then SIGKILL between two checkpoints, then to the end: bit for bit as one that was never stopped."""
+    """SIGTERM, then SIGKILL between two checkpoints, then to the end: bit for bit as one that was
+    never stopped.
+    """
     options = ["--budget-tokens", "48000", "--print-seconds", "0.05"]
     whole = train(data, tmp_path / "whole", *options)
     cut, checkpoint = tmp_path / "cut", tmp_path / "cut.checkpoint" / "checkpoint.json"
-    words = [sys.executable, train_tiny_backbone.__file__, "--data", str(data), "--out", str(cut), *SIZES]
+    words = [
+        sys.executable,
+        train_tiny_backbone.__file__,
+        "--data",
+        str(data),
+        "--out",
+        str(cut),
+        *SIZES,
+    ]
     steps = []
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         frequent = ["--checkpoint-minutes", "0.002" if number == signal.SIGKILL else "5"]
@@ -331,7 +443,12 @@ def test_killed_training_ends_with_the_same_weights(data: Path, tmp_path: Path):
                 before = steps[-1] if steps else 0
                 wait_for(lambda log=log: "MFU" in log.read_text(), process)
                 if number == signal.SIGKILL:
-                    wait_for(lambda before=before: json.loads(checkpoint.read_text())["state"]["step"] > before + 5, process)
+                    wait_for(
+                        lambda before=before: (
+                            json.loads(checkpoint.read_text())["state"]["step"] > before + 5
+                        ),
+                        process,
+                    )
                 process.send_signal(number)
                 assert process.wait(timeout=60) == code, log.read_text()
             finally:
@@ -344,7 +461,9 @@ def test_killed_training_ends_with_the_same_weights(data: Path, tmp_path: Path):
     expected, found = load_file(whole / "model.safetensors"), load_file(cut / "model.safetensors")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    curves = [json.loads((folder / "training.json").read_text())["curve"] for folder in (whole, cut)]
+    curves = [
+        json.loads((folder / "training.json").read_text())["curve"] for folder in (whole, cut)
+    ]
     assert curves[0] == curves[1]
 
 
@@ -352,7 +471,14 @@ def test_killed_training_ends_with_the_same_weights(data: Path, tmp_path: Path):
 
 
 def test_other_data_or_model_is_refused(corpus: Path, data: Path, trained: Path, tmp_path: Path):
-    checkpoint = ["--checkpoint", str(trained.with_name("tiny.checkpoint")), "--budget-tokens", "60000", "--lr", "0.02"]
+    checkpoint = [
+        "--checkpoint",
+        str(trained.with_name("tiny.checkpoint")),
+        "--budget-tokens",
+        "60000",
+        "--lr",
+        "0.02",
+    ]
     other = make_data(corpus, tmp_path / "other", "--seed", "1")
     with pytest.raises(SystemExit, match=r"of another training \(data was"):
         train(other, tmp_path / "out", *checkpoint)
@@ -368,7 +494,9 @@ def test_too_large_a_model_is_refused(data: Path, trained: Path, tmp_path: Path)
         train(data, tmp_path / "out", "--budget-tokens", "1000", "--max-mib", "0.05")
     weights = 2 * json.loads((trained / "training.json").read_text())["parameters"] / 2**20
     with pytest.raises(SystemExit, match="over --max-mib"):  # fits but for the file's header
-        train(data, tmp_path / "out", "--budget-tokens", "1000", "--max-mib", f"{weights + 1e-4:.7f}")
+        train(
+            data, tmp_path / "out", "--budget-tokens", "1000", "--max-mib", f"{weights + 1e-4:.7f}"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -391,21 +519,39 @@ def test_loss_that_is_not_finite_ends_training_without_a_checkpoint(data: Path, 
     [
         (backbone_data, "--corpus C --out O --vocab 100", "259"),
         (backbone_data, "--corpus nowhere --out O", r"heldout\.jsonl: no such file"),
-        (backbone_data, "--corpus C --out O --shares unheard=1", r"unheard\.jsonl\.zst: no such file"),
+        (
+            backbone_data,
+            "--corpus C --out O --shares unheard=1",
+            r"unheard\.jsonl\.zst: no such file",
+        ),
         (backbone_data, "--corpus C --out O --shares plain", "expected NAME=SHARE"),
         (backbone_data, "--corpus C --out O --exclude nowhere.jsonl", "no such file"),
         (backbone_data, "--corpus C --out C", "holds something else"),
         (train_tiny_backbone, "--data nowhere --out O --budget-tokens 5", r"no data\.json"),
         (train_tiny_backbone, "--data D --out O", "budget-tokens .* is required"),
-        (train_tiny_backbone, "--data D --out O --budget-tokens 5 --budget-minutes 1", "not allowed with"),
+        (
+            train_tiny_backbone,
+            "--data D --out O --budget-tokens 5 --budget-minutes 1",
+            "not allowed with",
+        ),
         (train_tiny_backbone, "--data D --out O --budget-tokens 0", "above 0"),
         (train_tiny_backbone, "--data D --out O --budget-tokens x", "invalid positive_int value"),
-        (train_tiny_backbone, "--data D --out O --budget-tokens 5 --hidden 30 --heads 4", "even multiple"),
+        (
+            train_tiny_backbone,
+            "--data D --out O --budget-tokens 5 --hidden 30 --heads 4",
+            "even multiple",
+        ),
         (train_tiny_backbone, "--data D --out C --budget-tokens 5", "holds something else"),
-        (train_tiny_backbone, "--data D --out O --budget-tokens 5 --context 100000", "less than one row"),
+        (
+            train_tiny_backbone,
+            "--data D --out O --budget-tokens 5 --context 100000",
+            "less than one row",
+        ),
     ],
 )
-def test_bad_arguments_end_with_one_line(tool, arguments: str, told: str, corpus: Path, data: Path, tmp_path: Path):
+def test_bad_arguments_end_with_one_line(
+    tool, arguments: str, told: str, corpus: Path, data: Path, tmp_path: Path
+):
     places = {"C": str(corpus), "D": str(data), "O": str(tmp_path / "out")}
     with pytest.raises(SystemExit, match=told) as stop:
         tool.main([places.get(word, word) for word in arguments.split()])
@@ -416,10 +562,19 @@ def test_bad_arguments_end_with_one_line(tool, arguments: str, told: str, corpus
 
 def test_broken_corpus_row_is_named(corpus: Path, tmp_path: Path):
     (tmp_path / "heldout.jsonl").write_text("")
-    write_rows(tmp_path / "plain.jsonl.zst", [{"source": "a", "license": "b", "text": "c"}, {"text": "d"}])
-    with pytest.raises(SystemExit, match=r"plain\.jsonl\.zst, line 2: expected an object with the texts source, license"):
-        backbone_data.main(["--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--shares", "plain=1"])
+    write_rows(
+        tmp_path / "plain.jsonl.zst", [{"source": "a", "license": "b", "text": "c"}, {"text": "d"}]
+    )
+    with pytest.raises(
+        SystemExit,
+        match=r"plain\.jsonl\.zst, line 2: expected an object with the texts source, license",
+    ):
+        backbone_data.main(
+            ["--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--shares", "plain=1"]
+        )
     (tmp_path / "plain.jsonl.zst").write_bytes(b"no zstandard at all")
     with pytest.raises(SystemExit, match="damaged"):
-        backbone_data.main(["--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--shares", "plain=1"])
+        backbone_data.main(
+            ["--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--shares", "plain=1"]
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heldout.jsonl", "plain.jsonl.zst"]

@@ -1,4 +1,6 @@
-"""Batches, split sites, and the rows of stage 1: fixed by (seed, row), whatever is asked for first."""
+"""Batches, split sites, and the rows of stage 1: fixed by (seed, row), whatever is asked for
+first.
+"""
 
 from collections import Counter
 
@@ -18,14 +20,30 @@ SITES = [1, 4, 1]
 
 def test_pad():
     left, right = Tokens.pad(ROWS, "left", pad_id=3), Tokens.pad(ROWS, "right", pad_id=3)
-    assert left.ids_BT.tolist() == [[3, 3, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [3, 3, 3, 3, 15, 16]]
+    assert left.ids_BT.tolist() == [
+        [3, 3, 5, 6, 7, 8],
+        [9, 10, 11, 12, 13, 14],
+        [3, 3, 3, 3, 15, 16],
+    ]
     assert left.mask_BT.tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6, [0, 0, 0, 0, 1, 1]]
-    assert right.ids_BT.tolist() == [[5, 6, 7, 8, 3, 3], [9, 10, 11, 12, 13, 14], [15, 16, 3, 3, 3, 3]]
+    assert right.ids_BT.tolist() == [
+        [5, 6, 7, 8, 3, 3],
+        [9, 10, 11, 12, 13, 14],
+        [15, 16, 3, 3, 3, 3],
+    ]
     assert left.lengths_B.tolist() == right.lengths_B.tolist() == [4, 6, 2]
-    assert position_ids(left.mask_BT).tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 1]]
+    assert position_ids(left.mask_BT).tolist() == [
+        [0, 0, 0, 1, 2, 3],
+        [0, 1, 2, 3, 4, 5],
+        [0, 0, 0, 0, 0, 1],
+    ]
     assert position_ids(right.mask_BT)[:, :2].tolist() == [[0, 1]] * 3
     for i, row in enumerate(ROWS):
-        assert left.ids_BT[i][left.mask_BT[i].bool()].tolist() == right.ids_BT[i][right.mask_BT[i].bool()].tolist() == row
+        assert (
+            left.ids_BT[i][left.mask_BT[i].bool()].tolist()
+            == right.ids_BT[i][right.mask_BT[i].bool()].tolist()
+            == row
+        )
 
 
 def test_a_text_may_be_empty():
@@ -47,19 +65,25 @@ def test_split_texts():
     assert split.context.ids_BT.tolist() == [[3, 3, 3, 5], [9, 10, 11, 12], [3, 3, 3, 15]]
     assert split.continuation.ids_BT.tolist() == [[6, 7, 8], [13, 14, 3], [16, 3, 3]]
     assert split.text.ids_BT.tolist() == Tokens.pad(ROWS, "right", 3).ids_BT.tolist()
-    assert (split.context.lengths_B + split.continuation.lengths_B).tolist() == split.text.lengths_B.tolist()
+    assert (
+        split.context.lengths_B + split.continuation.lengths_B
+    ).tolist() == split.text.lengths_B.tolist()
 
 
 def test_split_texts_round_trip():
     split = SplitTexts.from_rows(ROWS, SITES, pad_id=3)
     tensors = split.to_tensors()
-    assert set(tensors) == {f"{part}_{kind}" for part in ("text", "context", "continuation") for kind in ("ids", "mask")}
+    assert set(tensors) == {
+        f"{part}_{kind}" for part in ("text", "context", "continuation") for kind in ("ids", "mask")
+    }
     again = SplitTexts.from_tensors(tensors)
     for part in ("text", "context", "continuation"):
         assert torch.equal(getattr(again, part).ids_BT, getattr(split, part).ids_BT)
         assert torch.equal(getattr(again, part).mask_BT, getattr(split, part).mask_BT)
     with pytest.raises(KeyError):
-        SplitTexts.from_tensors({name: tensor for name, tensor in tensors.items() if name != "context_mask"})
+        SplitTexts.from_tensors(
+            {name: tensor for name, tensor in tensors.items() if name != "context_mask"}
+        )
 
 
 @pytest.mark.parametrize("site", [0, 4, 5, -1])
@@ -120,7 +144,9 @@ def test_pretext_rows_see_each_text_once_per_epoch_in_another_order_and_site():
     assert len(set(firsts[80:])) == 15
     assert firsts[:40] != firsts[40:80]
     assert firsts[:40] != sorted(firsts[:40])
-    sites = [{rows[i]["ids"][0]: rows[i]["site"] for i in range(start, start + 40)} for start in (0, 40)]
+    sites = [
+        {rows[i]["ids"][0]: rows[i]["site"] for i in range(start, start + 40)} for start in (0, 40)
+    ]
     assert sites[0] != sites[1]
     other = PretextRows(rows_of(40), samples=95, margin=2, seed=5)
     assert [other[i]["ids"][0] for i in range(40)] != firsts[:40]
@@ -138,7 +164,9 @@ LONG = " ".join(SENTENCES * 4)
 
 
 def stage(**settings):
-    return PretextStage(**{"data": [{"source": "unused"}], "min_characters": 15, "site_margin_tokens": 4} | settings)
+    return PretextStage(
+        **{"data": [{"source": "unused"}], "min_characters": 15, "site_margin_tokens": 4} | settings
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -149,7 +177,9 @@ def test_long_texts(family, policy):
     short, whole = backbone.tokenise([TEXTS[1], LONG])
     assert len(whole) > 3 * 48
     texts = [TEXTS[1], LONG, "brief", "x y z x y z x y"]
-    rows, left_out = token_rows(texts, stage(long_texts=policy), backbone.tokenise, 48, backbone.bos_id)
+    rows, left_out = token_rows(
+        texts, stage(long_texts=policy), backbone.tokenise, 48, backbone.bos_id
+    )
     rows = [row.tolist() for row in rows]
     assert all(len(row) <= 48 and row[: len(bos)] == bos for row in rows)
     assert rows[0] == short
@@ -172,7 +202,9 @@ def test_pieces_too_short_to_split_are_counted():
     backbone = make_backbone("llama")
     (whole,) = backbone.tokenise([LONG])
     room = len(whole) - 3  # leaves a rest of three tokens behind a BOS
-    rows, left_out = token_rows([LONG], stage(long_texts="chunk"), backbone.tokenise, room, backbone.bos_id)
+    rows, left_out = token_rows(
+        [LONG], stage(long_texts="chunk"), backbone.tokenise, room, backbone.bos_id
+    )
     assert [len(row) for row in rows] == [room]
     assert left_out == {"under 8 tokens": 1}
 
@@ -185,8 +217,13 @@ def test_no_fit_text_is_an_error_that_counts():
 
 
 def test_batches_of_like_length_cover_each_epoch_once():
-    rows = [np.full(length, index) for index, length in enumerate(np.random.default_rng(3).integers(8, 200, size=70))]
-    grouped, plain = (PretextRows(rows, samples=192, margin=2, seed=4, batch_size=size) for size in (8, 1))
+    rows = [
+        np.full(length, index)
+        for index, length in enumerate(np.random.default_rng(3).integers(8, 200, size=70))
+    ]
+    grouped, plain = (
+        PretextRows(rows, samples=192, margin=2, seed=4, batch_size=size) for size in (8, 1)
+    )
     samples = [grouped[i] for i in range(192)]
     drawn = [sample["ids"][0] for sample in samples]
     for epoch in (drawn[:64], drawn[64:128], drawn[128:]):  # 70 texts fill 8 batches of 8
@@ -200,4 +237,6 @@ def test_batches_of_like_length_cover_each_epoch_once():
         batches = np.array(lengths).reshape(-1, 8)
         return 1 - batches.sum() / (8 * batches.max(1).sum())
 
-    assert padding([len(s["ids"]) for s in samples]) < 0.5 * padding([len(plain[i]["ids"]) for i in range(192)])
+    assert padding([len(s["ids"]) for s in samples]) < 0.5 * padding(
+        [len(plain[i]["ids"]) for i in range(192)]
+    )

@@ -1,4 +1,6 @@
-"""The one way from texts to vectors: as the stock library's, in order, whatever the batch, and on after memory runs out."""
+"""The one way from texts to vectors: as the stock library's, in order, whatever the batch, and on
+after memory runs out.
+"""
 
 import numpy as np
 import pytest
@@ -59,7 +61,9 @@ def test_embeddings_are_the_stock_library_s(models, kind, budget):
     assert found.dtype == torch.float32
     assert not found.requires_grad
     assert (found - expected).abs().max() < 1e-5
-    assert (embed_texts(model, TEXTS[::-1], max_tokens_per_batch=budget).flip(0) - expected).abs().max() < 1e-5
+    assert (
+        embed_texts(model, TEXTS[::-1], max_tokens_per_batch=budget).flip(0) - expected
+    ).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +97,11 @@ def test_no_texts_give_no_vectors(models, kind):
 
 def test_no_texts_give_no_memory(models):
     compressor = models["live"][0].compressor
-    assert memory_states(compressor, []).shape == memory_vectors(models["live"], []).shape == (0, MEMORY, 32)
+    assert (
+        memory_states(compressor, []).shape
+        == memory_vectors(models["live"], []).shape
+        == (0, MEMORY, 32)
+    )
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(models):

@@ -1,4 +1,6 @@
-"""What a report says first: better than word matching or not, which stage helped, which hurt, what got worse, how to use it."""
+"""What a report says first: better than word matching or not, which stage helped, which hurt, what
+got worse, how to use it.
+"""
 
 import ast
 import json
@@ -7,7 +9,14 @@ import pytest
 
 from llm2comp.lab.report import page
 from llm2comp.lab.report.reading import read_log
-from llm2comp.lab.report.verdict import courses, short_section, stages_sentence, use_section, verdict, warnings
+from llm2comp.lab.report.verdict import (
+    courses,
+    short_section,
+    stages_sentence,
+    use_section,
+    verdict,
+    warnings,
+)
 from synthetic_run import write_run
 
 MODELS = ("backbone, mean-pooled", "after CTKD", "after UCL", "after SCL")
@@ -35,14 +44,21 @@ def demo_scores(run, figures, **beside):
         for m, x in zip(MODELS, figures, strict=True)
     ]
     rows += [
-        {"model": m.replace("_", " "), "ndcg_at_10": x / 100, "mrr_at_10": 0.1, "effective_rank": None}
+        {
+            "model": m.replace("_", " "),
+            "ndcg_at_10": x / 100,
+            "mrr_at_10": 0.1,
+            "effective_rank": None,
+        }
         for m, x in beside.items()
     ]
     (run / "scores" / "python-docs.json").write_text(json.dumps(rows))
 
 
 def summary(run, **figures):
-    """Scores of models by their names in a summary; `done` stands for the run's own, `run_1` for its first stage."""
+    """Scores of models by their names in a summary; `done` stands for the run's own, `run_1` for
+    its first stage.
+    """
     labels = {"done": "mine", "run_1": "mine/1-pretext", "run_2": "mine/2-ucl"}
     names = {"bm25": "llm2comp/bm25", "tfidf": "llm2comp/tfidf"}
     rows = [
@@ -50,7 +66,10 @@ def summary(run, **figures):
             "model": labels.get(key, key),
             "name": names.get(key, f"llm2comp/{key}"),
             "revision": "1",
-            "scores": {task: {"score": x / 100, "metric": "ndcg_at_10", "split": "test"} for task, x in scores.items()},
+            "scores": {
+                task: {"score": x / 100, "metric": "ndcg_at_10", "split": "test"}
+                for task, x in scores.items()
+            },
         }
         for key, scores in figures.items()
     ]
@@ -59,12 +78,21 @@ def summary(run, **figures):
 
 def short(run):
     section = short_section(read_log(run, "mine"), "r")
-    return section.lead, section.text, {label: (figure, note) for label, figure, note in section.cards}
+    return (
+        section.lead,
+        section.text,
+        {label: (figure, note) for label, figure, note in section.cards},
+    )
 
 
 @pytest.mark.parametrize(
     ("last", "how"),
-    [(42.4, "is not better than"), (61.7, "is about as good as"), (62.3, "is about as good as"), (70.0, "is better than")],
+    [
+        (42.4, "is not better than"),
+        (61.7, "is about as good as"),
+        (62.3, "is about as good as"),
+        (70.0, "is better than"),
+    ],
 )
 def test_the_verdict_of_the_demo(run, last, how):
     demo_scores(run, (5.6, 7.0, 3.9, last), BM25=61.9)
@@ -72,7 +100,10 @@ def test_the_verdict_of_the_demo(run, last, how):
     figures = f"{last} against 61.9 (Python documentation, nDCG@10, × 100)"
     assert lead == f"The encoder after SCL {how} BM25, which only matches words: {figures}."
     assert text == (f"CTKD helped (5.6 → 7.0), UCL hurt (7.0 → 3.9), SCL helped (3.9 → {last}).",)
-    assert cards["Python documentation, nDCG@10"] == (f"5.6 → {last}", "backbone, mean-pooled → after SCL; BM25 61.9")
+    assert cards["Python documentation, nDCG@10"] == (
+        f"5.6 → {last}",
+        "backbone, mean-pooled → after SCL; BM25 61.9",
+    )
 
 
 def test_what_joins_the_encoder_with_bm25_is_told_too(run):
@@ -83,17 +114,27 @@ def test_what_joins_the_encoder_with_bm25_is_told_too(run):
 
 
 def test_the_verdict_of_an_evaluation_is_over_sets_that_all_have(run):
-    summary(run, done={"A": 40, "B": 60, "C": 99}, run_1={"A": 30, "B": 50}, bm25={"A": 20, "B": 70}, tfidf={"A": 44, "B": 45})
+    summary(
+        run,
+        done={"A": 40, "B": 60, "C": 99},
+        run_1={"A": 30, "B": 50},
+        bm25={"A": 20, "B": 70},
+        tfidf={"A": 44, "B": 45},
+    )
     (course,) = courses(read_log(run, "mine"))
     assert course.of == "mean of 2 sets"
     assert course.states == (("after CTKD", 40.0), ("after UCL and SCL", 50.0))
     assert dict(course.beside) == pytest.approx({"BM25": 45.0, "TF-IDF": 44.5})
     assert verdict(course) == (
-        "The encoder after UCL and SCL is better than BM25, which only matches words: 50.0 against 45.0; TF-IDF 44.5 "
+        "The encoder after UCL and SCL is better than BM25, which only matches words: "
+        "50.0 against 45.0; TF-IDF 44.5 "
         "(mean of 2 sets, × 100)."
     )
     summary(run, done={"A": 40}, tfidf={"A": 44})
-    assert "is not better than TF-IDF, which only matches words: 40.0 against 44.0 (A, × 100)" in short(run)[0]
+    assert (
+        "is not better than TF-IDF, which only matches words: 40.0 against 44.0 (A, × 100)"
+        in short(run)[0]
+    )
 
 
 def test_models_that_share_no_set_are_not_compared(run):
@@ -123,7 +164,8 @@ def test_what_got_worse_is_warned_of(run):
     assert list(warnings(read_log(run, "mine"))) == [
         "UCL made it worse: from 7.0 to 3.9 (Python documentation, nDCG@10, × 100)",
         "SCL made it worse: from 50.0 to 40.0 (A, × 100)",
-        "context recovered is below 0 after UCL (-0.50), SCL (-1.25): the memory misleads the LM, which goes on worse with it "
+        "context recovered is below 0 after UCL (-0.50), SCL (-1.25): the memory "
+        "misleads the LM, which goes on worse with it "
         "than without any context",
     ]
     assert short(run)[2]["warnings"][0] == "3"
@@ -138,7 +180,8 @@ def test_small_falls_and_what_the_watch_said_are_not_warned_of_again(run):
     (course,) = courses(read_log(run, "mine"))
     assert (
         stages_sentence(course)
-        == "CTKD hurt (60.0 → 58.0), UCL changed little (58.0 → 57.9), SCL changed little (57.9 → 57.5)."
+        == "CTKD hurt (60.0 → 58.0), UCL changed little (58.0 → 57.9), SCL changed little "
+        "(57.9 → 57.5)."
     )
 
 
@@ -173,7 +216,10 @@ def test_searches_are_shown(run):
     searches = [{"question": "copy <all>", "answers": answers}, {"question": "none", "answers": []}]
     (run / "scores" / "searches.json").write_text(json.dumps(searches))
     text = page([run])
-    assert '<th scope="row">copy &lt;all&gt;</th><td>shutil.copytree (0.71), os.link (0.50)</td>' in text
+    assert (
+        '<th scope="row">copy &lt;all&gt;</th><td>shutil.copytree (0.71), os.link (0.50)</td>'
+        in text
+    )
     assert "Example searches" in text
     (run / "scores" / "searches.json").unlink()
     assert "Example searches" not in page([run])
@@ -184,7 +230,9 @@ def test_what_was_measured_once_is_a_table_without_a_drawing(run):
         file = run / "1-pretext" / name
         file.write_text(file.read_text().splitlines()[0] + "\n")
     text = page([run])
-    assert text.count("Measured at one step alone.") == 6, "loss, rank, context, uniformity, anisotropy, sets"
+    assert text.count("Measured at one step alone.") == 6, (
+        "loss, rank, context, uniformity, anisotropy, sets"
+    )
     figure = text[text.index('<figure id="run1-pretext-loss">') :]
     figure = figure[: figure.index("</figure>")]
     assert "<svg" not in figure

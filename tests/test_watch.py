@@ -25,16 +25,27 @@ from oracles import embed_texts
 from tiny_run import cli, finished, make_tree, sentences, write_recipe, write_rows
 
 SETTINGS = {"every_steps": 2, "texts": 24, "max_tokens": 48}
-FIGURES = {"effective_rank", "participation_ratio", "uniformity", "anisotropy", "alignment", "context_recovered"}
+FIGURES = {
+    "effective_rank",
+    "participation_ratio",
+    "uniformity",
+    "anisotropy",
+    "alignment",
+    "context_recovered",
+}
 
 
 def lines(run, stage):
-    return [json.loads(line) for line in (run / FOLDERS[stage] / "watch.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (run / FOLDERS[stage] / "watch.jsonl").read_text().splitlines()
+    ]
 
 
 def state(run, stage):
     folder = run / FOLDERS[stage]
-    return load_file(folder / "memory.safetensors") | load_file(folder / "adapter" / "adapter_model.safetensors")
+    return load_file(folder / "memory.safetensors") | load_file(
+        folder / "adapter" / "adapter_model.safetensors"
+    )
 
 
 def same_weights(one, other):
@@ -43,9 +54,13 @@ def same_weights(one, other):
 
 def tree(folder, stages=("pretext", "ucl", "scl"), watch=None, **stage_changes):
     """The tiny recipe with dropout on; `stage_changes` go to every stage."""
-    found = make_tree(folder, adapter={"rank": 2, "alpha": 4, "dropout": 0.2}, watch=SETTINGS | (watch or {}))
+    found = make_tree(
+        folder, adapter={"rank": 2, "alpha": 4, "dropout": 0.2}, watch=SETTINGS | (watch or {})
+    )
     for stage in ("pretext", "ucl", "scl"):
-        found[stage] = found[stage] | {"attention_dropout": 0.2} | stage_changes if stage in stages else None
+        found[stage] = (
+            found[stage] | {"attention_dropout": 0.2} | stage_changes if stage in stages else None
+        )
     return found
 
 
@@ -53,13 +68,18 @@ def sts_folder(folder):
     home = folder / "sets" / "sts" / "Planted"
     home.mkdir(parents=True)
     texts = sentences(24, 6, seed=5)
-    rows = [{"sentence1": a, "sentence2": b, "score": i % 6} for i, (a, b) in enumerate(zip(texts, texts[1:], strict=False))]
+    rows = [
+        {"sentence1": a, "sentence2": b, "score": i % 6}
+        for i, (a, b) in enumerate(zip(texts, texts[1:], strict=False))
+    ]
     write_rows(home / "test.jsonl", rows)
     return str(folder / "sets")
 
 
 def test_watching_changes_nothing_that_is_learned(tmp_path):
-    """Dropout on, and local sets whose library seeds every generator: bit for bit the same weights."""
+    """Dropout on, and local sets whose library seeds every generator: bit for bit the same
+    weights.
+    """
     watched = tree(tmp_path, watch={"every_steps": 1, "tasks": [sts_folder(tmp_path)]})
     with_watch = train(parse_recipe(watched), tmp_path / "with")
     without = train(parse_recipe(watched | {"watch": None}), tmp_path / "without")
@@ -72,10 +92,15 @@ def test_watching_changes_nothing_that_is_learned(tmp_path):
 
 @pytest.mark.parametrize(
     ("objective", "encoder"),
-    [("mntp", {"pooling": "mean"}), ("ebae_ebar", {"pooling": "last_token", "prompt": "{text} In one word:"})],
+    [
+        ("mntp", {"pooling": "mean"}),
+        ("ebae_ebar", {"pooling": "last_token", "prompt": "{text} In one word:"}),
+    ],
 )
 def test_encoders_without_memory_are_watched_through_all_stages(tmp_path, objective, encoder):
-    """Correlations of memory tokens are null, all else is there; the report of such a run can be written."""
+    """Correlations of memory tokens are null, all else is there; the report of such a run can be
+    written.
+    """
     planned = tree(tmp_path) | {"encoder": encoder}
     planned["pretext"]["objective"] = objective
     run = train(parse_recipe(planned), tmp_path / "run")
@@ -119,7 +144,9 @@ def test_lines_of_a_run():
             losses[row["step"]] = row["loss"]
         assert [row["loss"] for row in rows] == [None, *(losses[step] for step in (1, 2, 3, 4))]
         first = {key: rows[0][key] for key in FIGURES - {"alignment"}}
-        assert before is None or first == pytest.approx(before, rel=1e-4), "a stage begins where the one before ended"
+        assert before is None or first == pytest.approx(before, rel=1e-4), (
+            "a stage begins where the one before ended"
+        )
         before = {key: rows[-1][key] for key in first}
         assert rows[0]["effective_rank"] != rows[-1]["effective_rank"], "training moves the figures"
         assert not any(row["best"] for row in rows)
@@ -127,7 +154,9 @@ def test_lines_of_a_run():
 
 @pytest.mark.parametrize("stage", ["pretext", "scl"])
 def test_figures_are_those_of_the_trained_encoder(stage):
-    """The last line against the stage as loaded from its files, embedded by sentence-transformers."""
+    """The last line against the stage as loaded from its files, embedded by
+    sentence-transformers.
+    """
     folder, run = finished()
     last = lines(run, stage)[-1]
     model = llm2comp.load(run / FOLDERS[stage])
@@ -150,7 +179,9 @@ def test_figures_are_those_of_the_trained_encoder(stage):
 
 
 class Planted:
-    """Gives a figure the values of a list, watch by watch, and keeps the weights that each was given for."""
+    """Gives a figure the values of a list, watch by watch, and keeps the weights that each was
+    given for.
+    """
 
     def __init__(self, patch, figure, values):
         self.values, self.states, self.steps = list(values), [], 0
@@ -159,10 +190,14 @@ class Planted:
         def measure(watch, compressor, prompt):
             found = real(watch, compressor, prompt)
             adapter = list(compressor.backbone.adapters.parameters("ucl"))
-            self.states.append([tensor.detach().clone() for tensor in (compressor.memory.vectors_KD, *adapter)])
+            self.states.append(
+                [tensor.detach().clone() for tensor in (compressor.memory.vectors_KD, *adapter)]
+            )
             value = self.values[min(self.steps, len(self.values) - 1)]
             self.steps += 1
-            return found | ({"tasks": {figure: value}} if figure not in WATCHED else {figure: value})
+            return found | (
+                {"tasks": {figure: value}} if figure not in WATCHED else {figure: value}
+            )
 
         patch.setattr(Watch, "measure", measure)
 
@@ -177,8 +212,12 @@ class Planted:
     ],
 )
 def test_keep_best(tmp_path, monkeypatch, figure, values, best):
-    watch = {"every_steps": 1} | ({"tasks": [sts_folder(tmp_path)]} if figure not in WATCHED else {})
-    recipe = parse_recipe(tree(tmp_path, stages=["ucl"], watch=watch, keep_best=figure, train_memory=True))
+    watch = {"every_steps": 1} | (
+        {"tasks": [sts_folder(tmp_path)]} if figure not in WATCHED else {}
+    )
+    recipe = parse_recipe(
+        tree(tmp_path, stages=["ucl"], watch=watch, keep_best=figure, train_memory=True)
+    )
     planted = Planted(monkeypatch, figure, values)
     run = train(recipe, tmp_path / "run")
     assert json.loads((run / "2-ucl" / "done.json").read_text())["kept_step"] == best
@@ -200,7 +239,9 @@ def test_keep_best(tmp_path, monkeypatch, figure, values, best):
 
 def test_early_stop(tmp_path, monkeypatch):
     watch = {"every_steps": 1}
-    recipe = parse_recipe(tree(tmp_path, stages=["ucl"], watch=watch, keep_best="effective_rank", patience=2, steps=9))
+    recipe = parse_recipe(
+        tree(tmp_path, stages=["ucl"], watch=watch, keep_best="effective_rank", patience=2, steps=9)
+    )
     planted = Planted(monkeypatch, "effective_rank", [3, 4, 2, 2, 2, 2, 9, 9, 9, 9])
     run = train(recipe, tmp_path / "run")
     assert [row["step"] for row in lines(run, "ucl")] == [0, 1, 2, 3]
@@ -213,7 +254,9 @@ def test_early_stop(tmp_path, monkeypatch):
 def test_a_watch_that_steers_is_part_of_the_stage(tmp_path):
     recipe = parse_recipe(tree(tmp_path, stages=["ucl"], keep_best="uniformity"))
     train(recipe, tmp_path / "run")
-    other = parse_recipe(tree(tmp_path, stages=["ucl"], watch={"every_steps": 1}, keep_best="uniformity"))
+    other = parse_recipe(
+        tree(tmp_path, stages=["ucl"], watch={"every_steps": 1}, keep_best="uniformity")
+    )
     with pytest.raises(RunError, match="another recipe"):
         train(other, tmp_path / "run")
 
@@ -229,7 +272,12 @@ def test_a_watch_that_only_looks_is_not(tmp_path):
 def line(step, rank=10.0, correlation=0.5, recovered=0.5):
     matrix = np.full((4, 4), correlation)
     np.fill_diagonal(matrix, 1.0)
-    return {"step": step, "effective_rank": rank, "memory_correlation": matrix.tolist(), "context_recovered": recovered}
+    return {
+        "step": step,
+        "effective_rank": rank,
+        "memory_correlation": matrix.tolist(),
+        "context_recovered": recovered,
+    }
 
 
 @pytest.mark.parametrize(
@@ -253,25 +301,36 @@ def test_warnings(now, said):
 
 def test_a_warning_is_said_once(tmp_path, monkeypatch):
     real = Watch.measure
-    monkeypatch.setattr(Watch, "measure", lambda *args, **kwargs: real(*args, **kwargs) | {"context_recovered": -0.3})
+    monkeypatch.setattr(
+        Watch,
+        "measure",
+        lambda *args, **kwargs: real(*args, **kwargs) | {"context_recovered": -0.3},
+    )
     said = cli("train", write_recipe(tmp_path, scl=None), "--out", tmp_path / "run")
     assert said.code == 0, said
     assert said.err.count("warning, pretext step 1: the memory misleads") == 1
     assert said.err.count("memory misleads") == 1
     assert [len(row["warnings"]) for row in lines(tmp_path / "run", "pretext")] == [0, 1, 1, 1, 1]
-    assert not any(row["warnings"] for row in lines(tmp_path / "run", "ucl")), "no longer trained to compress"
+    assert not any(row["warnings"] for row in lines(tmp_path / "run", "ucl")), (
+        "no longer trained to compress"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
         ({"patience": 3}, ["ucl", "patience 3 waits for nothing"]),
-        ({"keep_best": "efective_rank"}, ["keep_best 'efective_rank'", "effective_rank", "watch.tasks names no set"]),
+        (
+            {"keep_best": "efective_rank"},
+            ["keep_best 'efective_rank'", "effective_rank", "watch.tasks names no set"],
+        ),
         ({"keep_best": "loss", "watch": None}, ["needs the watch"]),
     ],
 )
 def test_contradictions_in_a_recipe(tmp_path, changes, parts):
-    found = tree(tmp_path, stages=["ucl"], **{key: value for key, value in changes.items() if key != "watch"})
+    found = tree(
+        tmp_path, stages=["ucl"], **{key: value for key, value in changes.items() if key != "watch"}
+    )
     found |= {"watch": None} if "watch" in changes else {}
     with pytest.raises(RecipeError) as error:
         parse_recipe(found)
@@ -284,7 +343,10 @@ def test_what_a_watch_names_is_checked_before_training(tmp_path):
     with pytest.raises(RecipeError, match="Local-Planted"):
         train(parse_recipe(wrong), tmp_path / "run")
     with pytest.raises(DataError, match="no such folder"):
-        train(parse_recipe(tree(tmp_path, stages=["ucl"], watch={"tasks": [folder + "x"]})), tmp_path / "run")
+        train(
+            parse_recipe(tree(tmp_path, stages=["ucl"], watch={"tasks": [folder + "x"]})),
+            tmp_path / "run",
+        )
     data = {"data": [{"source": str(tmp_path / "none.jsonl")}]}
     with pytest.raises(DataError, match="no such file"):
         train(parse_recipe(tree(tmp_path, stages=["ucl"], watch=data)), tmp_path / "run")
@@ -292,12 +354,18 @@ def test_what_a_watch_names_is_checked_before_training(tmp_path):
 
 
 def test_own_sources(tmp_path):
-    """Other texts and pairs than those trained on: an SCL-only run has neither texts nor a split without them."""
+    """Other texts and pairs than those trained on: an SCL-only run has neither texts nor a split
+    without them.
+    """
     write_rows(tmp_path / "short.jsonl", [{"text": text} for text in sentences(30, 3, seed=8)])
-    found = tree(tmp_path, stages=["scl"], watch={"data": [{"source": str(tmp_path / "short.jsonl")}]})
+    found = tree(
+        tmp_path, stages=["scl"], watch={"data": [{"source": str(tmp_path / "short.jsonl")}]}
+    )
     run = train(parse_recipe(found), tmp_path / "run")
     assert [row["texts"] for row in lines(run, "scl")] == [24] * 3
-    assert [row["context_recovered"] for row in lines(run, "scl")] == [None] * 3, "no text is long enough to be split"
+    assert [row["context_recovered"] for row in lines(run, "scl")] == [None] * 3, (
+        "no text is long enough to be split"
+    )
     plain = train(parse_recipe(tree(tmp_path, stages=["scl"])), tmp_path / "plain")
     assert lines(plain, "scl")[0]["context_recovered"] is not None
 
@@ -317,8 +385,24 @@ def test_the_sample_is_drawn_from_the_recipe_s_seed(tmp_path):
 def test_two_ranks_stop_together(tmp_path):
     """Rank 0 alone watches; the stop reaches the other, or the run would hang."""
     recipe = write_recipe(tmp_path, pretext=None, scl=None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "llm2comp", "train", str(recipe)]
-    changes = ["ucl.keep_best=loss", "ucl.patience=1", "ucl.steps=40", "watch.every_steps=1", "ucl.batch_size=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "llm2comp",
+        "train",
+        str(recipe),
+    ]
+    changes = [
+        "ucl.keep_best=loss",
+        "ucl.patience=1",
+        "ucl.steps=40",
+        "watch.every_steps=1",
+        "ucl.batch_size=2",
+    ]
     command += [*changes, "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

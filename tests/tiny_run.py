@@ -1,4 +1,6 @@
-"""A backbone, data and a recipe so small that a whole run takes seconds; and the command line in this process."""
+"""A backbone, data and a recipe so small that a whole run takes seconds; and the command line in
+this process.
+"""
 
 import atexit
 import contextlib
@@ -54,13 +56,19 @@ def write_pairs(path, negatives=(0,), seed=1):
 
 
 def make_tree(folder, **changes):
-    """A recipe of three stages over files in `folder`, which it writes; `changes` replace whole sections."""
+    """A recipe of three stages over files in `folder`, which it writes; `changes` replace whole
+    sections.
+    """
     if not (folder / "backbone").exists():
         save_backbone(folder / "backbone")
         write_rows(folder / "texts.jsonl", [{"text": text} for text in sentences(40)])
         write_pairs(folder / "pairs.jsonl", [1] * 24)
     texts = [{"source": str(folder / "texts.jsonl")}]
-    pairs = {"source": str(folder / "pairs.jsonl"), "negatives": ["negatives"], "instruction": "find the text"}
+    pairs = {
+        "source": str(folder / "pairs.jsonl"),
+        "negatives": ["negatives"],
+        "instruction": "find the text",
+    }
     few = {"steps": 4, "batch_size": 4, "schedule": SCHEDULE, "log_every_steps": 1}
     tree = {
         "format_version": 1,
@@ -69,7 +77,13 @@ def make_tree(folder, **changes):
         "memory": {"tokens": 3},
         "adapter": {"rank": 2, "alpha": 4},
         "pretext": few
-        | {"data": texts, "min_characters": 20, "max_tokens": 48, "site_margin_tokens": 4, "long_texts": "truncate"},
+        | {
+            "data": texts,
+            "min_characters": 20,
+            "max_tokens": 48,
+            "site_margin_tokens": 4,
+            "long_texts": "truncate",
+        },
         "ucl": few | {"data": texts, "max_tokens": 32},
         "scl": few | {"data": [pairs], "query_max_tokens": 24, "document_max_tokens": 40},
     }
@@ -85,7 +99,9 @@ def write_recipe(folder, **changes):
 
 @functools.cache
 def finished():
-    """(folder, run): a run of all three stages, made once per test process. Not to be changed: copy it."""
+    """(folder, run): a run of all three stages, made once per test process. Not to be changed: copy
+    it.
+    """
     folder = Path(tempfile.mkdtemp(prefix="llm2comp-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     from llm2comp.training.run import train
@@ -107,7 +123,11 @@ def cli(*arguments, stdin=b""):
     from llm2comp.cli import main
 
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.setattr(sys, "argv", ["llm2comp", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         code = 0
@@ -119,7 +139,9 @@ def cli(*arguments, stdin=b""):
 
 
 def assert_refused(said, *parts):
-    """One clear message, with these parts, a code that is not 0, and no result on standard output."""
+    """One clear message, with these parts, a code that is not 0, and no result on standard
+    output.
+    """
     assert said.code == 1, said
     assert said.err.count("error: ") == 1, said.err
     assert "Traceback" not in said.err
@@ -132,7 +154,9 @@ def assert_refused(said, *parts):
 
 @contextlib.contextmanager
 def no_file_over(size):
-    """The kernel cuts every file of this process at `size` bytes: a write that ends in the middle, as on a full disk."""
+    """The kernel cuts every file of this process at `size` bytes: a write that ends in the middle,
+    as on a full disk.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -146,7 +170,10 @@ def small_disk(folder, size):
     """A disk of `size` bytes mounted on a folder; skips the test where mounting is not allowed."""
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-    if sys.platform != "linux" or subprocess.run(command, capture_output=True, check=False).returncode:
+    if (
+        sys.platform != "linux"
+        or subprocess.run(command, capture_output=True, check=False).returncode
+    ):
         pytest.skip("no right to mount a small disk")
     try:
         yield folder

@@ -1,6 +1,8 @@
-"""Work in two processes that talk through gloo, as torchrun starts them: `in_ranks(2, work, ...)`. No GPU.
+"""Work in two processes that talk through gloo, as torchrun starts them: `in_ranks(2, work, ...)`.
+No GPU.
 
-The processes come from a server that has imported everything once, so that a pair of them starts in a moment.
+The processes come from a server that has imported everything once, so that a pair of them starts in
+a moment.
 """
 
 import contextlib
@@ -22,17 +24,24 @@ PATIENCE = 120.0
 @functools.cache
 def _server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["two_ranks", "llm2comp.training.run", "torch.distributed.fsdp", "accelerate.utils"])
+    context.set_forkserver_preload(
+        ["two_ranks", "llm2comp.training.run", "torch.distributed.fsdp", "accelerate.utils"]
+    )
     return context
 
 
 def in_ranks(ranks, work, *arguments):
-    """What `work(*arguments)` returns in each rank (one rank: a process of its own without any launcher)."""
+    """What `work(*arguments)` returns in each rank (one rank: a process of its own without any
+    launcher).
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     queue = _server().Queue()
-    processes = [_server().Process(target=_rank, args=(rank, ranks, port, queue, work, arguments)) for rank in range(ranks)]
+    processes = [
+        _server().Process(target=_rank, args=(rank, ranks, port, queue, work, arguments))
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     found = {}
@@ -51,7 +60,12 @@ def in_ranks(ranks, work, *arguments):
 def _rank(rank, ranks, port, queue, work, arguments):
     torch.set_num_threads(1)
     if ranks > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         queue.put((rank, None, work(*arguments)))
@@ -65,7 +79,9 @@ def _rank(rank, ranks, port, queue, work, arguments):
 
 
 def shard_on_cpu():
-    """What `accelerate launch` with fsdp2.yaml sets, and have accelerate shard on a CPU too, which it would not."""
+    """What `accelerate launch` with fsdp2.yaml sets, and have accelerate shard on a CPU too, which
+    it would not.
+    """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
@@ -86,9 +102,11 @@ def shard_on_cpu():
 
 
 def step_gradients(folder, cases, sharded=False):
-    """For each (stage, changes of its settings, changes of the recipe): the gradients that the last step's optimiser gets.
+    """For each (stage, changes of its settings, changes of the recipe): the gradients that the last
+    step's optimiser gets.
 
-    Trained is one step unless the settings say otherwise, without dropout, by the stage's own function and trainer.
+    Trained is one step unless the settings say otherwise, without dropout, by the stage's own
+    function and trainer.
 
     Returns:
         An array by each parameter's name, per case.
@@ -110,10 +128,18 @@ def step_gradients(folder, cases, sharded=False):
 
     class Recorder(progress.MetricsCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-            gradients = {n.split("compressor.")[1]: p.grad for n, p in model.named_parameters() if p.requires_grad}
+            gradients = {
+                n.split("compressor.")[1]: p.grad
+                for n, p in model.named_parameters()
+                if p.requires_grad
+            }
             if sharded:
                 spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
-                layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+                layers = [
+                    module
+                    for module in model.modules()
+                    if isinstance(module, GradientCheckpointingLayer)
+                ]
                 assert len(spread) == 1 + len(layers) > 2, "not wrapped layer by layer"
                 assert all(isinstance(gradient, DTensor) for gradient in gradients.values())
                 gradients = {n: gradient.full_tensor() for n, gradient in gradients.items()}
@@ -127,19 +153,26 @@ def step_gradients(folder, cases, sharded=False):
         if name != "scl":
             tree["scl"] = None
         recipe = parse_recipe({key: value for key, value in tree.items() if value is not None})
-        compressor = Compressor.fresh(load_backbone(recipe.model), recipe.memory, recipe.seed, recipe.encoder)
+        compressor = Compressor.fresh(
+            load_backbone(recipe.model), recipe.memory, recipe.seed, recipe.encoder
+        )
         compressor.backbone.add_adapter(name, recipe.adapter, 0.0, 1)
         generator = torch.Generator().manual_seed(5)
         for parameter in compressor.backbone.adapters.parameters(name):
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)  # at first B = 0: A would have no gradient
+            # at first B = 0: A would have no gradient
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
         out = Path(tempfile.mkdtemp(dir=folder))
         with contextlib.redirect_stderr(None):
-            stages.RUNNERS[name](compressor, recipe.stages[name], out, recipe.seed, stages.RunOptions())
+            stages.RUNNERS[name](
+                compressor, recipe.stages[name], out, recipe.seed, stages.RunOptions()
+            )
     return [found[number] for number in range(len(cases))]
 
 
 def whole_run(folder, batch_size, out, sharded=False, stop_at=None):
-    """A run of all stages without dropout in the given folder; `stop_at`: fail at this step of stage 2."""
+    """A run of all stages without dropout in the given folder; `stop_at`: fail at this step of
+    stage 2.
+    """
     from llm2comp.recipe import parse_recipe
     from llm2comp.training import progress
     from llm2comp.training.run import train

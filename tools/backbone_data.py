@@ -1,15 +1,21 @@
-"""Turn text corpora into the token stream and the tokenizer that the embedded backbone is trained on.
+"""Turn text corpora into the token stream and the tokenizer that the embedded backbone is trained
+on.
 
-    python tools/backbone_data.py --corpus DIR --out DIR [--characters N] [--vocab 8192] [--pack MIB]
+    python tools/backbone_data.py --corpus DIR --out DIR [--characters N] [--vocab 8192] [--pack
+    MIB]
 
-1. read NAME.jsonl.zst of each corpus ({"source", "license", "text"}), paragraphs being joined by blank lines
-2. drop a paragraph that was seen before, that is in heldout.jsonl, or that contains a text of an `--exclude` file
-   (any string of more than 30 characters in it; compared by words, without regard to case and punctuation)
+1. read NAME.jsonl.zst of each corpus ({"source", "license", "text"}), paragraphs being joined by
+   blank lines
+2. drop a paragraph that was seen before, that is in heldout.jsonl, or that contains a text of an
+   `--exclude` file (any string of more than 30 characters in it; compared by words, without regard
+   to case and punctuation)
 3. stop at each corpus's share of `--characters`; a corpus gives at most all of it
 4. train a byte-level BPE tokenizer on every fourth document
-5. write all documents, shuffled, as one uint16 stream with `<s>` before each; tokenise the held-out documents
+5. write all documents, shuffled, as one uint16 stream with `<s>` before each; tokenise the held-out
+   documents
 6. with `--pack`, compress the stream into shards of at most so many mebibytes
-The folder (its layout: `backbone_store.py`) appears whole or not at all, and is the same for the same arguments.
+The folder (its layout: `backbone_store.py`) appears whole or not at all, and is the same for the
+same arguments.
 """
 
 from __future__ import annotations
@@ -26,7 +32,17 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from backbone_store import Parser, command, new_folder, pack, positive, positive_int, refuse_foreign, sha256, write_json
+from backbone_store import (
+    Parser,
+    command,
+    new_folder,
+    pack,
+    positive,
+    positive_int,
+    refuse_foreign,
+    sha256,
+    write_json,
+)
 from backbone_text import Excluded, Sieve, fingerprint, read_corpus, read_excluded
 
 SHARES = {  # part of `--characters` that each corpus may fill
@@ -56,8 +72,12 @@ class Corpus:
         return sum(map(len, self.texts))
 
 
-def collect(folder: Path, shares: list[tuple[str, float]], characters: int, sieve: Sieve) -> list[Corpus]:
-    """The documents of each corpus up to its share of `characters`, without the paragraphs that the sieve holds back."""
+def collect(
+    folder: Path, shares: list[tuple[str, float]], characters: int, sieve: Sieve
+) -> list[Corpus]:
+    """The documents of each corpus up to its share of `characters`, without the paragraphs that the
+    sieve holds back.
+    """
     corpora = []
     for name, share in shares:
         corpus, budget = Corpus(name), int(characters * share)
@@ -69,7 +89,10 @@ def collect(folder: Path, shares: list[tuple[str, float]], characters: int, siev
                 corpus.texts.append(text)
                 corpus.licences[row["source"]] = row["license"]
                 budget -= len(text)
-        print(f"{name}: {len(corpus.texts):,} documents, {corpus.characters / 1e6:.1f} M characters", flush=True)
+        print(
+            f"{name}: {len(corpus.texts):,} documents, {corpus.characters / 1e6:.1f} M characters",
+            flush=True,
+        )
         corpora.append(corpus)
     return corpora
 
@@ -78,7 +101,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     """Byte-level BPE; digits split; `<s>` put before every text by the template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -88,13 +114,21 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokens = {f"{name}_token": token for name, token in SPECIALS.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, padding_side="right", **tokens)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=512, padding_side="right", **tokens
+    )
 
 
-def tokenise(tokenizer: PreTrainedTokenizerFast, corpora: list[Corpus], path: Path, seed: int) -> None:
-    """All documents, shuffled, as one uint16 stream on disk; adds each document's tokens to its corpus."""
+def tokenise(
+    tokenizer: PreTrainedTokenizerFast, corpora: list[Corpus], path: Path, seed: int
+) -> None:
+    """All documents, shuffled, as one uint16 stream on disk; adds each document's tokens to its
+    corpus.
+    """
     documents = [(corpus, text) for corpus in corpora for text in corpus.texts]
     order = np.random.default_rng(seed).permutation(len(documents))
     with path.open("wb") as out:
@@ -107,16 +141,27 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, corpora: list[Corpus], path: Pa
 
 
 def tokenise_heldout(tokenizer: PreTrainedTokenizerFast, rows: list[Any]) -> list[dict[str, Any]]:
-    """Source, number of whitespace words and token ids (without `<s>`) of each held-out document."""
-    encoded = tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
+    """Source, number of whitespace words and token ids (without `<s>`) of each held-out
+    document.
+    """
+    encoded = tokenizer([row["text"] for row in rows], add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     return [
-        {"source": row["source"], "words": len(row["text"].split()), "ids": ids} for row, ids in zip(rows, encoded, strict=True)
+        {"source": row["source"], "words": len(row["text"].split()), "ids": ids}
+        for row, ids in zip(rows, encoded, strict=True)
     ]
 
 
-def describe(args: argparse.Namespace, corpora: list[Corpus], sieve: Sieve, folder: Path) -> dict[str, Any]:
+def describe(
+    args: argparse.Namespace, corpora: list[Corpus], sieve: Sieve, folder: Path
+) -> dict[str, Any]:
     """The content of data.json; `hash` changes with anything that training reads."""
-    files = ["tokens.bin", "heldout.json", *sorted(f"tokenizer/{file.name}" for file in (folder / "tokenizer").iterdir())]
+    files = [
+        "tokens.bin",
+        "heldout.json",
+        *sorted(f"tokenizer/{file.name}" for file in (folder / "tokenizer").iterdir()),
+    ]
     digests = {name: sha256(folder / name) for name in files}
     sources = {
         corpus.name: {
@@ -149,9 +194,16 @@ def share(text: str) -> tuple[str, float]:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="folder with the jsonl.zst corpora and heldout.jsonl")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        required=True,
+        help="folder with the jsonl.zst corpora and heldout.jsonl",
+    )
     parser.add_argument("--out", type=Path, required=True, help="data folder to write")
-    parser.add_argument("--characters", type=positive_int, default=60_000_000, help="characters to draw in all")
+    parser.add_argument(
+        "--characters", type=positive_int, default=60_000_000, help="characters to draw in all"
+    )
     about = "corpora to read, and the part of --characters that each may fill; 1 each and many "
     parser.add_argument(
         "--shares",
@@ -161,9 +213,23 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=SHARE",
         help=f"{about}--characters take all",
     )
-    parser.add_argument("--exclude", type=Path, nargs="+", default=[], metavar="FILE", help="files of evaluation sets")
-    parser.add_argument("--vocab", type=positive_int, default=8192, help="tokens of the tokenizer, 259 to 65536")
-    parser.add_argument("--pack", type=positive, metavar="MIB", help="also write compressed shards of at most so many MiB")
+    parser.add_argument(
+        "--exclude",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files of evaluation sets",
+    )
+    parser.add_argument(
+        "--vocab", type=positive_int, default=8192, help="tokens of the tokenizer, 259 to 65536"
+    )
+    parser.add_argument(
+        "--pack",
+        type=positive,
+        metavar="MIB",
+        help="also write compressed shards of at most so many MiB",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -174,26 +240,42 @@ def build(args: argparse.Namespace, words: str, folder: Path) -> dict[str, Any]:
     excluded = Excluded(text for path in args.exclude for text in read_excluded(path))
     sieve = Sieve({fingerprint(p) for row in heldout for p in row["text"].split("\n\n")}, excluded)
     corpora = collect(args.corpus, args.shares, args.characters, sieve)
-    print("paragraphs dropped:", ", ".join(f"{n:,} {reason}" for reason, n in sieve.dropped.items()), flush=True)
+    print(
+        "paragraphs dropped:",
+        ", ".join(f"{n:,} {reason}" for reason, n in sieve.dropped.items()),
+        flush=True,
+    )
     if not any(corpus.texts for corpus in corpora):
         raise SystemExit(f"{args.corpus}: no document of {MIN_CHARACTERS} characters is left")
-    tokenizer = train_tokenizer((text for corpus in corpora for text in corpus.texts[::4]), args.vocab)
+    tokenizer = train_tokenizer(
+        (text for corpus in corpora for text in corpus.texts[::4]), args.vocab
+    )
     tokenizer.save_pretrained(folder / "tokenizer")
     tokenise(tokenizer, corpora, folder / "tokens.bin", args.seed)
     write_json(folder / "heldout.json", tokenise_heldout(tokenizer, heldout))
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIALS.items()}
-    about = {"command": words, "vocab": len(tokenizer), "ids": ids, **describe(args, corpora, sieve, folder)}
+    about = {
+        "command": words,
+        "vocab": len(tokenizer),
+        "ids": ids,
+        **describe(args, corpora, sieve, folder),
+    }
     about["shards"] = pack(folder / "tokens.bin", args.pack) if args.pack else []
     write_json(folder / "data.json", about)
     return about
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and write the data folder. Raises SystemExit with one line on a bad argument or file."""
+    """Parse the arguments and write the data folder. Raises SystemExit with one line on a bad
+    argument or file.
+    """
     parser = make_parser()
     args = parser.parse_args(arguments)
     if not 259 <= args.vocab <= 65536:
-        raise SystemExit(f"--vocab: expected 259 (bytes and special tokens) to 65536 (two bytes a token), found {args.vocab}")
+        raise SystemExit(
+            "--vocab: expected 259 (bytes and special tokens) to 65536 (two bytes a "
+            f"token), found {args.vocab}"
+        )
     try:
         refuse_foreign(args.out, "data.json")
         with new_folder(args.out, "data.json") as folder:
@@ -201,7 +283,10 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"{error.filename or args.out}: {error.strerror or error}") from error
     characters = sum(source["characters"] for source in about["sources"].values())
-    print(f"{about['tokens']:,} tokens, {characters / about['tokens']:.2f} characters a token, {len(about['shards'])} shards")
+    print(
+        f"{about['tokens']:,} tokens, {characters / about['tokens']:.2f} characters a "
+        f"token, {len(about['shards'])} shards"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the two steps of making the embedded backbone share: the data folder, whole files, plain errors.
+"""What the two steps of making the embedded backbone share: the data folder, whole files, plain
+errors.
 
 A data folder, written by `backbone_data.py` and read by `train_tiny_backbone.py`, holds
     tokens.bin       all documents as one uint16 stream, `<s>` before each document
@@ -29,7 +30,8 @@ import numpy.typing as npt
 
 MIB = 2**20
 BLOCK = 4 * MIB
-XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lp": 1, "lc": 3, "pb": 1}]  # lp, pb: values of two bytes
+# lp, pb: values of two bytes
+XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lp": 1, "lc": 3, "pb": 1}]
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +59,9 @@ def positive_int(text: str) -> int:
 
 
 def command(tool: str, parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The command line that these arguments stand for: options that are not at their default, paths as DIR or FILES."""
+    """The command line that these arguments stand for: options that are not at their default, paths
+    as DIR or FILES.
+    """
     words = ["python", f"tools/{tool}"]
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
@@ -84,14 +88,22 @@ def write_json(path: Path, value: object) -> None:
 
 
 def refuse_foreign(folder: Path, marker: str) -> None:
-    """Raises SystemExit if `folder` holds something that we did not write, as the file `marker` would show."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file()):
-        raise SystemExit(f"{folder}: holds something else (no {marker} in it); name another folder or empty it")
+    """Raises SystemExit if `folder` holds something that we did not write, as the file `marker`
+    would show.
+    """
+    if folder.is_file() or (
+        folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file()
+    ):
+        raise SystemExit(
+            f"{folder}: holds something else (no {marker} in it); name another folder or empty it"
+        )
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path, marker: str) -> Iterator[Path]:
-    """A folder to fill; on leaving without error it takes the place of `folder`, otherwise nothing changes there."""
+    """A folder to fill; on leaving without error it takes the place of `folder`, otherwise nothing
+    changes there.
+    """
     folder = folder.resolve()
     refuse_foreign(folder, marker)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +128,9 @@ def sha256(path: Path) -> str:
 
 
 def pack(tokens: Path, mebibytes: float) -> list[str]:
-    """Compress `tokens` into shards of at most `mebibytes` beside it. Returns their names in order."""
+    """Compress `tokens` into shards of at most `mebibytes` beside it. Returns their names in
+    order.
+    """
     limit, names, pending = max(1, int(mebibytes * MIB)), list[str](), bytearray()
     compressor = lzma.LZMACompressor(filters=XZ)
 
@@ -143,9 +157,14 @@ def unpack(folder: Path, names: list[str], digest: str) -> None:
         SystemExit: shards are missing, or what comes out has another sha256 than `digest`.
     """
     if not names:
-        raise SystemExit(f"{folder}: no tokens.bin, and data.json names no shards; bring tokens.bin or pack it")
+        raise SystemExit(
+            f"{folder}: no tokens.bin, and data.json names no shards; bring tokens.bin or pack it"
+        )
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise SystemExit(f"{folder}: no tokens.bin, and of {len(names)} shards these are missing: {', '.join(missing)}")
+        raise SystemExit(
+            f"{folder}: no tokens.bin, and of {len(names)} shards these are missing: "
+            f"{', '.join(missing)}"
+        )
     part = folder / ".tokens.bin.part"
     decompressor = lzma.LZMADecompressor()
     try:
@@ -155,7 +174,9 @@ def unpack(folder: Path, names: list[str], digest: str) -> None:
     except (lzma.LZMAError, EOFError) as error:
         raise SystemExit(f"{folder}: the shards are damaged ({error}); bring them again") from error
     if sha256(part) != digest:
-        raise SystemExit(f"{folder}: the shards are damaged or of another data.json; bring them again")
+        raise SystemExit(
+            f"{folder}: the shards are damaged or of another data.json; bring them again"
+        )
     part.replace(folder / "tokens.bin")
 
 
@@ -173,16 +194,22 @@ def open_data(folder: Path) -> Data:
     """Read a data folder, unpacking its shards if there is no tokens.bin.
 
     Raises:
-        SystemExit: no such folder, or a file that is missing or not the one that data.json tells of.
+        SystemExit: no such folder, or a file that is missing or not the one that data.json tells
+            of.
     """
     if not (folder / "data.json").is_file():
-        raise SystemExit(f"{folder}: no data.json there; make the folder with tools/backbone_data.py")
+        raise SystemExit(
+            f"{folder}: no data.json there; make the folder with tools/backbone_data.py"
+        )
     about = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     if not (folder / "tokens.bin").is_file():
         unpack(folder, about["shards"], about["sha256"]["tokens.bin"])
     for name, digest in about["sha256"].items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise SystemExit(f"{folder / name}: missing, or not the file that data.json tells of; make the data again")
+            raise SystemExit(
+                f"{folder / name}: missing, or not the file that data.json tells of; make "
+                "the data again"
+            )
     tokens_N = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r")
     heldout = json.loads((folder / "heldout.json").read_text(encoding="utf-8"))
     return Data(about, tokens_N, heldout, folder / "tokenizer")

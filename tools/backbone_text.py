@@ -1,4 +1,6 @@
-"""Reading text corpora, and holding back the paragraphs that the embedded backbone may not be trained on."""
+"""Reading text corpora, and holding back the paragraphs that the embedded backbone may not be
+trained on.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +21,36 @@ WORD = re.compile(r"\w+")
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a text file, compressed if its name ends in `.zst`. Raises SystemExit if it is missing or damaged."""
+    """Lines of a text file, compressed if its name ends in `.zst`. Raises SystemExit if it is
+    missing or damaged.
+    """
     if not path.is_file():
         raise SystemExit(f"{path}: no such file")
     try:
         with path.open("rb") as raw:
-            stream = zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
+            stream = (
+                zstandard.ZstdDecompressor().stream_reader(raw) if path.suffix == ".zst" else raw
+            )
             yield from io.TextIOWrapper(stream, encoding="utf-8")
     except (zstandard.ZstdError, UnicodeDecodeError) as error:
         raise SystemExit(f"{path}: damaged, or not zstandard and UTF-8: {error}") from error
 
 
-def read_corpus(path: Path, fields: tuple[str, ...] = ("source", "license", "text")) -> Iterator[Any]:
-    """Rows of one `.jsonl` or `.jsonl.zst` file. Raises SystemExit at a row that is no JSON or lacks one of `fields`."""
+def read_corpus(
+    path: Path, fields: tuple[str, ...] = ("source", "license", "text")
+) -> Iterator[Any]:
+    """Rows of one `.jsonl` or `.jsonl.zst` file. Raises SystemExit at a row that is no JSON or
+    lacks one of `fields`.
+    """
     for number, line in enumerate(read_lines(path), start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
             raise SystemExit(f"{path}, line {number}: no JSON ({error})") from error
         if any(not isinstance(row, dict) or not isinstance(row.get(name), str) for name in fields):
-            raise SystemExit(f"{path}, line {number}: expected an object with the texts {', '.join(fields)}")
+            raise SystemExit(
+                f"{path}, line {number}: expected an object with the texts {', '.join(fields)}"
+            )
         yield row
 
 
@@ -57,8 +69,12 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def read_excluded(path: Path) -> Iterator[str]:
-    """The texts of an evaluation file: all strings of `.jsonl` and `.jsonl.zst`, else every line; only the long ones."""
-    values: Iterable[Any] = read_corpus(path, fields=()) if ".jsonl" in path.suffixes else read_lines(path)
+    """The texts of an evaluation file: all strings of `.jsonl` and `.jsonl.zst`, else every line;
+    only the long ones.
+    """
+    values: Iterable[Any] = (
+        read_corpus(path, fields=()) if ".jsonl" in path.suffixes else read_lines(path)
+    )
     yield from (text for value in values for text in strings(value) if len(text) >= MIN_EXCLUDED)
 
 
@@ -66,7 +82,9 @@ class Excluded:
     """Texts that no paragraph may contain, found through their first words."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self.keys: dict[int, dict[tuple[str, ...], set[str]]] = defaultdict(lambda: defaultdict(set))
+        self.keys: dict[int, dict[tuple[str, ...], set[str]]] = defaultdict(
+            lambda: defaultdict(set)
+        )
         for text in texts:
             if words := WORD.findall(text.lower()):
                 key = tuple(words[:KEY_WORDS])
@@ -91,7 +109,9 @@ class Excluded:
 
 
 class Sieve:
-    """Lets a paragraph through that is new, not held out and not excluded; counts the others in `dropped`."""
+    """Lets a paragraph through that is new, not held out and not excluded; counts the others in
+    `dropped`.
+    """
 
     def __init__(self, heldout: set[bytes], excluded: Excluded) -> None:
         self.seen, self.heldout, self.excluded = set[bytes](), heldout, excluded

@@ -1,4 +1,6 @@
-"""Parts of the training of the embedded backbone: optimizers, rates, rows of tokens, checkpoints."""
+"""Parts of the training of the embedded backbone: optimizers, rates, rows of tokens,
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 
 class BatchedMuon(torch.optim.Muon):
-    """torch.optim.Muon with its `match_rms_adamw` rates and Nesterov momentum, all matrices of one shape at a time.
+    """torch.optim.Muon with its `match_rms_adamw` rates and Nesterov momentum, all matrices of one
+    shape at a time.
 
     A step is some fifty kernels in place of thousands, which a small model on a GPU would wait for.
     """
@@ -43,10 +46,14 @@ class BatchedMuon(torch.optim.Muon):
                 buffers = [self._buffer(p) for p in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 update_NRC = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-                update_NRC = orthogonalise(update_NRC, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                update_NRC = orthogonalise(
+                    update_NRC, group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))
-                torch._foreach_add_(parameters, list(update_NRC.to(parameters[0].dtype).unbind()), alpha=-rate)
+                torch._foreach_add_(
+                    parameters, list(update_NRC.to(parameters[0].dtype).unbind()), alpha=-rate
+                )
 
     def _buffer(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
@@ -55,8 +62,12 @@ class BatchedMuon(torch.optim.Muon):
         return state["momentum_buffer"]  # type: ignore[no-any-return]
 
 
-def orthogonalise(update_NRC: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> torch.Tensor:
-    """Newton-Schulz iteration in bfloat16 towards the nearest semi-orthogonal matrix of each of the N (Jordan 2024)."""
+def orthogonalise(
+    update_NRC: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Newton-Schulz iteration in bfloat16 towards the nearest semi-orthogonal matrix of each of the
+    N (Jordan 2024).
+    """
     a, b, c = coefficients
     tall = update_NRC.shape[1] > update_NRC.shape[2]
     x = (update_NRC.mT if tall else update_NRC).bfloat16()
@@ -88,8 +99,9 @@ def learning_rate(progress: float, peak: float) -> float:
 def forward_flops_per_token(config: Any, context: int) -> int:
     """FLOPs of the forward pass for one token of a row: 2·N_matmul + 4·layers·hidden·context.
 
-    N_matmul counts the weights of the layers' matrices and the output matrix (tied, but used as a matrix there only);
-    the second term is queries × keys and weights × values over the whole row, as is the custom, though half is masked.
+    N_matmul counts the weights of the layers' matrices and the output matrix (tied, but used as a
+    matrix there only); the second term is queries × keys and weights × values over the whole row,
+    as is the custom, though half is masked.
     """
     layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
     matmul = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
@@ -108,12 +120,17 @@ def measured_peak(device: torch.device, size: int = 1024, seconds: float = 0.5) 
 
 
 class Rows:
-    """The token stream as rows of one context length, each starting with BOS, in an order that (seed, epoch) fixes."""
+    """The token stream as rows of one context length, each starting with BOS, in an order that
+    (seed, epoch) fixes.
+    """
 
     def __init__(self, tokens_N: npt.NDArray[np.uint16], bos: int, context: int, seed: int) -> None:
         count = len(tokens_N) // (context - 1)
         if count == 0:
-            raise SystemExit(f"the data holds {len(tokens_N)} tokens, less than one row of {context}: make more data")
+            raise SystemExit(
+                f"the data holds {len(tokens_N)} tokens, less than one row of {context}: "
+                "make more data"
+            )
         self.body_RT = tokens_N[: count * (context - 1)].reshape(count, context - 1)
         self.bos, self.seed, self.epoch, self.order = bos, seed, -1, np.empty(0, dtype=np.int64)
 
@@ -121,20 +138,29 @@ class Rows:
         return len(self.body_RT)
 
     def batch(self, position: int, count: int) -> torch.Tensor:
-        """ids_BT of `count` rows, the first being the `position`-th since training began (epochs counted through)."""
+        """ids_BT of `count` rows, the first being the `position`-th since training began (epochs
+        counted through).
+        """
         parts = []
         while count > 0:
             epoch, at = divmod(position, len(self))
             if epoch != self.epoch:
-                self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self))
+                self.epoch, self.order = (
+                    epoch,
+                    np.random.default_rng((self.seed, epoch)).permutation(len(self)),
+                )
             parts.append(self.order[at : at + count])
             position, count = position + len(parts[-1]), count - len(parts[-1])
         body_BT = self.body_RT[np.concatenate(parts)].astype(np.int64)
         return torch.from_numpy(np.insert(body_BT, 0, self.bos, axis=1))
 
 
-def prefetched(rows: Rows, position: int, count: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Endless batches from `position` on, each read and pinned by a thread while the one before is trained on."""
+def prefetched(
+    rows: Rows, position: int, count: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Endless batches from `position` on, each read and pinned by a thread while the one before is
+    trained on.
+    """
 
     def read(position: int) -> torch.Tensor:
         ids_BT = rows.batch(position, count)
@@ -162,9 +188,15 @@ class State:
 
 
 def save_checkpoint(
-    folder: Path, state: State, settings: dict[str, Any], model: torch.nn.Module, optimizers: Optimizers
+    folder: Path,
+    state: State,
+    settings: dict[str, Any],
+    model: torch.nn.Module,
+    optimizers: Optimizers,
 ) -> None:
-    """Write weights and optimizer states, then the JSON that names them: what stood there counts until then."""
+    """Write weights and optimizer states, then the JSON that names them: what stood there counts
+    until then.
+    """
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     for kind, optimizer in optimizers.items():
         for index, values in optimizer.state_dict()["state"].items():
@@ -174,14 +206,20 @@ def save_checkpoint(
     part = file.with_name(f".{file.name}.part")
     save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, part)
     part.replace(file)
-    write_json(folder / "checkpoint.json", {"tensors": file.name, "settings": settings, "state": asdict(state)})
+    write_json(
+        folder / "checkpoint.json",
+        {"tensors": file.name, "settings": settings, "state": asdict(state)},
+    )
     for other in (*folder.glob("state-*.safetensors"), *folder.glob(".state-*.part")):
         if other != file:
             other.unlink()
 
 
-def load_checkpoint(folder: Path, settings: dict[str, Any], model: torch.nn.Module, optimizers: Optimizers) -> State:
-    """Put the last checkpoint's tensors into model and optimizers. Returns its state; a fresh one if there is none.
+def load_checkpoint(
+    folder: Path, settings: dict[str, Any], model: torch.nn.Module, optimizers: Optimizers
+) -> State:
+    """Put the last checkpoint's tensors into model and optimizers. Returns its state; a fresh one
+    if there is none.
 
     Raises:
         SystemExit: the checkpoint was made with other data, another model or another schedule.
@@ -190,8 +228,15 @@ def load_checkpoint(folder: Path, settings: dict[str, Any], model: torch.nn.Modu
     if not file.is_file():
         return State()
     saved = json.loads(file.read_text(encoding="utf-8"))
-    if wrong := [f"{k} was {saved['settings'].get(k)}, now {v}" for k, v in settings.items() if saved["settings"].get(k) != v]:
-        raise SystemExit(f"{folder}: of another training ({'; '.join(wrong)}); name another --checkpoint or delete it")
+    if wrong := [
+        f"{k} was {saved['settings'].get(k)}, now {v}"
+        for k, v in settings.items()
+        if saved["settings"].get(k) != v
+    ]:
+        raise SystemExit(
+            f"{folder}: of another training ({'; '.join(wrong)}); name another "
+            "--checkpoint or delete it"
+        )
     tensors = load_file(folder / saved["tensors"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -203,17 +248,23 @@ def load_checkpoint(folder: Path, settings: dict[str, Any], model: torch.nn.Modu
                 _, index, key = name.split(".")
                 states[int(index)][key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(states)})
-    return State(**{**saved["state"], "curve": [(step, loss) for step, loss in saved["state"]["curve"]]})
+    return State(
+        **{**saved["state"], "curve": [(step, loss) for step, loss in saved["state"]["curve"]]}
+    )
 
 
 class StopSignals:
-    """Within `with`: the first SIGTERM or SIGINT is kept in `caught` (0 until then); a second one has its usual effect."""
+    """Within `with`: the first SIGTERM or SIGINT is kept in `caught` (0 until then); a second one
+    has its usual effect.
+    """
 
     def __init__(self) -> None:
         self.caught = 0
 
     def __enter__(self) -> StopSignals:
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:

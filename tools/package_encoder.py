@@ -1,14 +1,18 @@
-"""Put a trained run into the package: `builtin:general` (recipes/smollm2-general.yaml) or `builtin:general-tiny`.
+"""Put a trained run into the package: `builtin:general` (recipes/smollm2-general.yaml) or
+`builtin:general-tiny`.
 
-    RUN=runs/smollm2-general
-    llm2comp evaluate $RUN tfidf --local DIR --out $RUN/scores
-    python tools/package_encoder.py $RUN --counts data/general/counts.json --out src/llm2comp/assets/general
+    RUN=runs/smollm2-general llm2comp evaluate $RUN tfidf --local DIR --out $RUN/scores python
+    tools/package_encoder.py $RUN --counts data/general/counts.json --out
+    src/llm2comp/assets/general
 
 1. the run's recipe and, of each stage, adapter and memory: the LM itself is not copied
-2. golden.json: digest of the LM's weights, a few texts and their embeddings; a test holds both against what loads
-3. README.md: data with licences and what was left out of it, settings, and the table of the scores in the run's summary
+2. golden.json: digest of the LM's weights, a few texts and their embeddings; a test holds both
+   against what loads
+3. README.md: data with licences and what was left out of it, settings, and the table of the scores
+   in the run's summary
 
-Adapters are stored in bfloat16 (`--float32`: as trained); the golden embeddings are those of what is stored.
+Adapters are stored in bfloat16 (`--float32`: as trained); the golden embeddings are those of what
+is stored.
 """
 
 from __future__ import annotations
@@ -40,8 +44,10 @@ LICENCES = {
     "arxiv": "arXiv titles and abstracts, CC0",
 }
 CORPORA = (
-    "Wikipedia 2015 (CC-BY-SA 3.0), OpenStax textbooks (CC-BY 4.0), technical documents (CC0, MIT, Apache, CC-BY-SA), "
-    "US government texts, speeches, arXiv abstracts (CC0, public domain, CC-BY-SA 4.0), books (public domain)"
+    "Wikipedia 2015 (CC-BY-SA 3.0), OpenStax textbooks (CC-BY 4.0), technical documents "
+    "(CC0, MIT, Apache, CC-BY-SA), "
+    "US government texts, speeches, arXiv abstracts (CC0, public domain, CC-BY-SA 4.0), "
+    "books (public domain)"
 )
 GOLDEN_TEXTS = (
     "Which planet has the most moons?",
@@ -62,7 +68,10 @@ def copy_stages(run: Path, recipe: Recipe, out: Path, dtype: torch.dtype) -> Non
             shutil.copyfile(source / file, target / file)
         shutil.copyfile(source / STATE_FILE, target / STATE_FILE)
         config = json.loads((source / "adapter" / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        write_json(target / "adapter" / ADAPTER_CONFIG, {**config, "base_model_name_or_path": recipe.model.name})
+        write_json(
+            target / "adapter" / ADAPTER_CONFIG,
+            {**config, "base_model_name_or_path": recipe.model.name},
+        )
         for weights in source.glob("adapter/*.safetensors"):
             tensors = {key: value.to(dtype) for key, value in load_file(weights).items()}
             save_file(tensors, target / "adapter" / weights.name)
@@ -73,16 +82,22 @@ def card(recipe: Recipe, rows: list[ModelScores], counts: dict[str, Any]) -> str
     """The README.md of the packaged encoder."""
     sources = [Path(spec.source).stem for spec in recipe.scl.data] if recipe.scl else []
     unlabelled = ("texts, sentences",) if recipe.pretext or recipe.ucl else ()
-    licences = {name: LICENCES.get(name.removesuffix("-hard"), CORPORA) for name in (*unlabelled, *sources)}
+    licences = {
+        name: LICENCES.get(name.removesuffix("-hard"), CORPORA) for name in (*unlabelled, *sources)
+    }
     data = "\n".join(f"| {name} | {licence} |" for name, licence in licences.items())
     dropped = "\n".join(f"- {count:,} × {why}" for why, count in counts["dropped"].items())
     stages = "\n".join(
-        f"| {name} | {stage.steps:,} | {stage.batch_size} | {stage.schedule.peak:g} |" for name, stage in recipe.stages.items()
+        f"| {name} | {stage.steps:,} | {stage.batch_size} | {stage.schedule.peak:g} |"
+        for name, stage in recipe.stages.items()
     )
     judges = recipe.scl.judges if recipe.scl else {}
-    told = " and ".join(f"{judge.name} as {name.removeprefix('scl.')}" for name, judge in judges.items())
+    told = " and ".join(
+        f"{judge.name} as {name.removeprefix('scl.')}" for name, judge in judges.items()
+    )
     taught = f"SCL had {told}." if told else "No other encoder had a part in its training."
     models = " ".join(row.model for row in rows[1:])
+    own = "general-tiny" if recipe.model.name == "builtin:tiny" else "general"
     return f"""---
 language: en
 license: cc-by-sa-4.0
@@ -91,9 +106,9 @@ pipeline_tag: sentence-similarity
 ---
 # llm2comp general encoder
 
-An English text encoder on `{recipe.model.name}`, trained by recipe `{recipe.name}` (seed {recipe.seed}):
-{recipe.memory_tokens} memory tokens, {recipe.model.attention} attention, LoRA of rank {recipe.adapter.rank}.
-The LM is not part of it. {taught}
+An English text encoder on `{recipe.model.name}`, trained by recipe `{recipe.name}`
+(seed {recipe.seed}): {recipe.memory_tokens} memory tokens, {recipe.model.attention} attention,
+LoRA of rank {recipe.adapter.rank}. The LM is not part of it. {taught}
 
 | stage | steps | batch | learning rate |
 |---|---|---|---|
@@ -114,7 +129,7 @@ Development sets, in percent: Spearman of cosines (STS), average precision (MRPC
 (CLINC150, TREC: 16 texts a class), V-measure (StackOverflowTitles), nDCG@10 (CISI, Cranfield),
 MAP (TrecQA).
 
-    llm2comp evaluate builtin:{"general-tiny" if recipe.model.name == "builtin:tiny" else "general"} {models} --local DIR
+    llm2comp evaluate builtin:{own} {models} --local DIR
 
 {score_table(rows)}
 """
@@ -127,7 +142,10 @@ def score_table(rows: list[ModelScores]) -> str:
     percent = {label: [100 * row.scores[name]["score"] for name in sets] for label, row in columns}
     lines = [f"| set | {' | '.join(percent)} |", f"|---|{'---|' * len(percent)}"]
     for place, name in enumerate(sets):
-        lines.append(f"| {name.removeprefix('Local-')} | {' | '.join(f'{column[place]:.1f}' for column in percent.values())} |")
+        lines.append(
+            f"| {name.removeprefix('Local-')} | "
+            f"{' | '.join(f'{column[place]:.1f}' for column in percent.values())} |"
+        )
     means = (f"**{sum(column) / len(sets):.1f}**" for column in percent.values())
     return "\n".join([*lines, f"| **average** | {' | '.join(means)} |"])
 
@@ -135,22 +153,32 @@ def score_table(rows: list[ModelScores]) -> str:
 def main() -> None:
     """Parse the arguments and run the steps."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="finished run directory, evaluated (its scores/summary.json)")
+    parser.add_argument(
+        "run", type=Path, help="finished run directory, evaluated (its scores/summary.json)"
+    )
     parser.add_argument("--counts", type=Path, required=True, help="counts.json of the data")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--float32", action="store_true", help="store adapters as trained")
     args = parser.parse_args()
     try:
         recipe, rows = Run(args.run).recipe, read_summary(args.run / SCORES_FOLDER / SUMMARY_FILE)
-        rows.sort(key=lambda row: row.name != f"llm2comp/{args.run.resolve().name}")  # its own first
+        # its own first
+        rows.sort(key=lambda row: row.name != f"llm2comp/{args.run.resolve().name}")
         if not rows or rows[0].name != f"llm2comp/{args.run.resolve().name}":
             raise SystemExit(f"{args.run}: not evaluated; see the first command above")
         counts = json.loads(args.counts.read_text(encoding="utf-8"))
         with new_folder(args.out, RECIPE_FILE) as folder:
             copy_stages(args.run, recipe, folder, torch.float32 if args.float32 else torch.bfloat16)
             model = load(folder / FOLDERS[list(recipe.stages)[-1]], "cpu", dtype="float32")
-            embeddings = [[round(value, 6) for value in row] for row in embed_texts(model, GOLDEN_TEXTS).tolist()]
-            golden = {"backbone": weights_digest(recipe.model), "texts": list(GOLDEN_TEXTS), "embeddings": embeddings}
+            embeddings = [
+                [round(value, 6) for value in row]
+                for row in embed_texts(model, GOLDEN_TEXTS).tolist()
+            ]
+            golden = {
+                "backbone": weights_digest(recipe.model),
+                "texts": list(GOLDEN_TEXTS),
+                "embeddings": embeddings,
+            }
             write_json(folder / "golden.json", golden)
             (folder / "README.md").write_text(card(recipe, rows, counts), encoding="utf-8")
     except (OSError, Llm2CompError) as error:

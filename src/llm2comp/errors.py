@@ -1,4 +1,6 @@
-"""All our errors. A message says what is wrong and, if known, where, what was expected, what was found, what to do."""
+"""All our errors. A message says what is wrong and, if known, where, what was expected, what was
+found, what to do.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,11 @@ def one_line(what: object, most: int = 300) -> str:
 
 
 def install_extra(name: str) -> str:
-    """The pip command that installs an extra (`lab`, `openvino`, ...) from the package's own source."""
-    origin = json.loads(distribution("llm2comp").read_text("direct_url.json") or "{}")  # PEP 610; none: from an index
+    """The pip command that installs an extra (`lab`, `openvino`, ...) from the package's own
+    source.
+    """
+    # PEP 610; none: from an index
+    origin = json.loads(distribution("llm2comp").read_text("direct_url.json") or "{}")
     url, editable = origin.get("url", ""), origin.get("dir_info", {}).get("editable", False)
     if url.startswith("file:"):
         return f"pip install {'-e ' * editable}'{unquote(urlsplit(url).path)}[{name}]'"
@@ -26,15 +31,21 @@ def install_extra(name: str) -> str:
 
 
 def missing_extra(error: ModuleNotFoundError) -> RunError | None:
-    """What to install where an import of the lab failed for want of its extra; None: another module is missing."""
+    """What to install where an import of the lab failed for want of its extra; None: another module
+    is missing.
+    """
     package = (error.name or "").partition(".")[0]
     if package not in LAB:
         return None
-    return RunError(f"{package} is not installed", where="judging encoders", fix=install_extra("lab"))
+    return RunError(
+        f"{package} is not installed", where="judging encoders", fix=install_extra("lab")
+    )
 
 
 class Llm2CompError(Exception):
-    """Base of all errors that a user can cause or fix. The command line prints them without a traceback."""
+    """Base of all errors that a user can cause or fix. The command line prints them without a
+    traceback.
+    """
 
     def __init__(
         self,
@@ -45,9 +56,19 @@ class Llm2CompError(Exception):
         found: object = None,
         fix: str | None = None,
     ) -> None:
-        self.problem, self.where, self.expected, self.found, self.fix = problem, where, expected, found, fix
+        self.problem, self.where, self.expected, self.found, self.fix = (
+            problem,
+            where,
+            expected,
+            found,
+            fix,
+        )
         lines = [f"{where}: {problem}" if where else problem]
-        lines += [f"  {name}: {value}" for name, value in (("expected", expected), ("found", found)) if value is not None]
+        lines += [
+            f"  {name}: {value}"
+            for name, value in (("expected", expected), ("found", found))
+            if value is not None
+        ]
         if fix:
             lines.append(f"  to do: {fix}")
         super().__init__("\n".join(lines))
@@ -70,4 +91,6 @@ class RunError(Llm2CompError):
 
 
 class ModelFolderError(Llm2CompError):
-    """A saved encoder that is missing, incomplete, or gives other embeddings than when it was saved."""
+    """A saved encoder that is missing, incomplete, or gives other embeddings than when it was
+    saved.
+    """

@@ -25,7 +25,15 @@ def digest():
 
     task = docs.retrieval()
     relevant = {key: sorted(found) for key, found in task.relevant.items()}
-    parts = [docs.pairs(True), docs.pairs(False), docs.passages(), task.queries, task.documents, task.names, relevant]
+    parts = [
+        docs.pairs(True),
+        docs.pairs(False),
+        docs.passages(),
+        task.queries,
+        task.documents,
+        task.names,
+        relevant,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -50,8 +58,16 @@ def test_entries_come_from_all_three_places(by_name):
 
 
 def test_entries_leave_out_tests_installed_packages_and_inherited_docs(by_name):
-    assert not [name for name in by_name if name.startswith(("test.", "pytest", "numpy", "unittest.test", "site-packages"))]
-    assert not [name for name in by_name if name.endswith((".__repr__", ".__eq__")) and name.startswith(("int.", "str."))]
+    assert not [
+        name
+        for name in by_name
+        if name.startswith(("test.", "pytest", "numpy", "unittest.test", "site-packages"))
+    ]
+    assert not [
+        name
+        for name in by_name
+        if name.endswith((".__repr__", ".__eq__")) and name.startswith(("int.", "str."))
+    ]
     assert not [entry.name for entry in by_name.values() if not entry.summary.strip()]
 
 
@@ -72,15 +88,26 @@ except ImportError:
         """Only here."""
 '''
     found = [(name, doc) for name, _, doc in docstrings._docs_in(ast.parse(source), "m") if doc]
-    assert found == [("m.A", "A class."), ("m.A.run", "Run it."), ("m.A.B", "Nested."), ("m.slow", "Only here.")]
+    assert found == [
+        ("m.A", "A class."),
+        ("m.A.run", "Run it."),
+        ("m.A.B", "Nested."),
+        ("m.slow", "Only here."),
+    ]
 
 
 @pytest.mark.parametrize(
     ("doc", "entry"),
     [
-        ("One\n    line.\n\n    Body\n      kept.\n\n    More.\n", Entry("n", "One line.", "Body\n  kept.\n\nMore.")),
+        (
+            "One\n    line.\n\n    Body\n      kept.\n\n    More.\n",
+            Entry("n", "One line.", "Body\n  kept.\n\nMore."),
+        ),
         ("pop(x[, y]) -> item\npop() => item\n\nTake one.", Entry("n", "Take one.", "")),
-        ("get(k) -> v, remove the key and return it", Entry("n", "get(k) -> v, remove the key and return it", "")),
+        (
+            "get(k) -> v, remove the key and return it",
+            Entry("n", "get(k) -> v, remove the key and return it", ""),
+        ),
         ("acquire() -> None", None),
         ("  \n ", None),
         ("Lone \ud800 surrogate.", Entry("n", "Lone ? surrogate.", "")),
@@ -131,17 +158,28 @@ def test_no_summary_or_body_on_both_sides():
 
 @pytest.mark.parametrize("kind", ["passages", "pairs"])
 def test_training_texts_quote_nothing_held_out(kind):
-    texts = python_docs.passages() if kind == "passages" else ["\n\n".join(pair) for pair in python_docs.pairs(heldout=False)]
+    texts = (
+        python_docs.passages()
+        if kind == "passages"
+        else ["\n\n".join(pair) for pair in python_docs.pairs(heldout=False)]
+    )
     everything = "\n".join(normalise(text) for text in texts)
     found = [text for text in held_out_texts() if text in everything]
-    assert not [text for text in found if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", everything)]  # whole words only
-    paragraphs = (part for body in python_docs.retrieval().documents.values() for part in body.split("\n\n"))
-    assert not [part for part in paragraphs if len(part.split()) >= 20 and normalise(part) in everything]
+    # whole words only
+    assert not [text for text in found if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", everything)]
+    paragraphs = (
+        part for body in python_docs.retrieval().documents.values() for part in body.split("\n\n")
+    )
+    assert not [
+        part for part in paragraphs if len(part.split()) >= 20 and normalise(part) in everything
+    ]
 
 
 def test_something_was_there_to_be_kept_out():
     held_out = {normalise(text) for pair in python_docs.pairs(heldout=True) for text in pair}
-    others = [e for e in python_docs.entries() if not {normalise(e.summary), normalise(e.body)} & held_out]
+    others = [
+        e for e in python_docs.entries() if not {normalise(e.summary), normalise(e.body)} & held_out
+    ]
     quoting = [entry for entry in others if python_docs.quotes_held_out(entry.text)]
     assert len(quoting) > 20  # they would leak if only whole entries were compared
 
@@ -202,5 +240,7 @@ def test_callers_cannot_change_what_others_get():
 def test_same_in_every_process():
     program = f"{inspect.getsource(digest)}\nprint(digest())"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == digest()

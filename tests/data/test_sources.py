@@ -14,7 +14,14 @@ import zstandard
 
 from llm2comp.data import python_docs
 from llm2comp.data.loaded import Pair
-from llm2comp.data.sources import check_sources, iterate_sources, read_pairs, read_responses, read_texts, source_key
+from llm2comp.data.sources import (
+    check_sources,
+    iterate_sources,
+    read_pairs,
+    read_responses,
+    read_texts,
+    source_key,
+)
 from llm2comp.errors import DataError
 from llm2comp.recipe import PairData, TextData
 
@@ -31,14 +38,20 @@ def encode(kind, rows):
     if kind == ".txt":
         return "".join(row["text"] + "\n" for row in rows).encode()
     lines = []
-    writer = csv.DictWriter(type("Sink", (), {"write": lines.append}), list(rows[0]), delimiter="\t" if kind == ".tsv" else ",")
+    writer = csv.DictWriter(
+        type("Sink", (), {"write": lines.append}),
+        list(rows[0]),
+        delimiter="\t" if kind == ".tsv" else ",",
+    )
     writer.writeheader()
     writer.writerows(rows)
     return "".join(lines).encode()
 
 
 def compress(content, compression):
-    return {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[compression](content)
+    return {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[
+        compression
+    ](content)
 
 
 @pytest.fixture
@@ -66,21 +79,32 @@ def test_every_format_gives_the_same_texts(write, kind, compression):
     loaded = texts(write(f"docs.v2{kind}{compression}", compress(content, compression)))
     assert loaded.rows == TEXTS
     assert not loaded.skipped
-    assert loaded.fingerprint == hashlib.sha256("".join(json.dumps([text]) + "\n" for text in TEXTS).encode()).hexdigest()
+    assert (
+        loaded.fingerprint
+        == hashlib.sha256("".join(json.dumps([text]) + "\n" for text in TEXTS).encode()).hexdigest()
+    )
     assert loaded.summary() == f"docs.v2{kind}{compression}: 3 rows"
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv"])
 def test_every_format_gives_the_same_pairs(write, kind):
     loaded = pairs(write(f"pairs{kind}", encode(kind, PAIRS)))
-    assert loaded.rows == [Pair("first query", "first answer"), Pair("second query", "second answer")]
+    assert loaded.rows == [
+        Pair("first query", "first answer"),
+        Pair("second query", "second answer"),
+    ]
 
 
 def test_parquet_reads_texts_lists_and_counts_nulls_and_bad_bytes(tmp_path):
     path = tmp_path / "pairs.parquet"
-    answers = pa.Array.from_buffers(pa.string(), 4, pa.array([b"one", b"\xff\xfe", b"three", b"four"], pa.binary()).buffers())
+    answers = pa.Array.from_buffers(
+        pa.string(), 4, pa.array([b"one", b"\xff\xfe", b"three", b"four"], pa.binary()).buffers()
+    )
     negatives = [["wrong", "", "one"], [], None, ["x", None]]
-    pq.write_table(pa.table({"q": ["a", "b", None, "d"], "d": answers, "n": negatives, "other": [1, 2, 3, 4]}), path)
+    pq.write_table(
+        pa.table({"q": ["a", "b", None, "d"], "d": answers, "n": negatives, "other": [1, 2, 3, 4]}),
+        path,
+    )
     loaded = pairs(str(path), negatives=("n",))
     assert loaded.rows == [Pair("a", "one", ("wrong",)), Pair("d", "four", ("x",))]
     assert loaded.skipped == {"not UTF-8": 1, "empty": 1}
@@ -116,17 +140,26 @@ def test_bad_json_lines_are_counted_by_reason_and_place(write):
         "no column 'text'": 1,
     }
     assert loaded.summary() == (
-        "docs.jsonl: 3 rows; left out: 3 empty (line 2, line 3, line 4), 2 not UTF-8 (line 5, line 6), 2 malformed JSON "
-        "(line 7, line 8), 1 not a JSON object (line 9), 2 'text' is not a string (line 10, line 11), 1 no column "
+        "docs.jsonl: 3 rows; left out: 3 empty (line 2, line 3, line 4), 2 not UTF-8 "
+        "(line 5, line 6), 2 malformed JSON "
+        "(line 7, line 8), 1 not a JSON object (line 9), 2 'text' is not a string (line "
+        "10, line 11), 1 no column "
         "'text' (line 12)"
     )
 
 
 def test_bad_table_rows_are_counted(write):
-    content = b'id,text\n\n1,kept\n2,one,too many\n3,"said "so" twice"\n4,\xff\n5,"two\nlines"\n6,\n7,x\n'
+    content = (
+        b'id,text\n\n1,kept\n2,one,too many\n3,"said "so" twice"\n4,\xff\n5,"two\nlines"\n6,\n7,x\n'
+    )
     loaded = texts(write("docs.csv", content))
     assert loaded.rows == ["kept", "two\nlines", "x"]
-    assert dict(loaded.skipped) == {"empty": 2, "wrong number of columns": 1, "malformed CSV": 1, "not UTF-8": 1}
+    assert dict(loaded.skipped) == {
+        "empty": 2,
+        "wrong number of columns": 1,
+        "malformed CSV": 1,
+        "not UTF-8": 1,
+    }
     assert loaded.places["malformed CSV"] == ["line 5"]
 
 
@@ -163,9 +196,14 @@ def test_limit_stops_reading(write):
 
 
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"no archive at all" + data])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"no archive at all" + data]
+)
 def test_damaged_archives_are_errors(write, compression, damage):
-    content = "".join(json.dumps({"text": hashlib.sha256(bytes([n % 251, n // 251])).hexdigest()}) + "\n" for n in range(5000))
+    content = "".join(
+        json.dumps({"text": hashlib.sha256(bytes([n % 251, n // 251])).hexdigest()}) + "\n"
+        for n in range(5000)
+    )
     with pytest.raises(DataError, match="cannot be read"):
         texts(write(f"docs.jsonl{compression}", damage(compress(content.encode(), compression))))
 
@@ -195,7 +233,8 @@ def test_missing_column_of_negatives_is_an_error(write):
 
 
 @pytest.mark.parametrize(
-    ("name", "fix"), [("dcos.jsonl", "did you mean 'docs.jsonl'?"), ("docs.jsonl.gz", "did you mean 'docs.jsonl'?")]
+    ("name", "fix"),
+    [("dcos.jsonl", "did you mean 'docs.jsonl'?"), ("docs.jsonl.gz", "did you mean 'docs.jsonl'?")],
 )
 def test_missing_file_names_the_nearest(write, tmp_path, name, fix):
     write("docs.jsonl", "")
@@ -249,15 +288,28 @@ def test_pairs_leave_out_and_drop(write):
     ]
     loaded = pairs(write("pairs.jsonl", encode(".jsonl", rows)), negatives=("n1", "n2"))
     assert loaded.rows == [Pair("query", "answer", ("wrong", "bad")), Pair("query", "answer")]
-    assert dict(loaded.skipped) == {"positive equals query": 1, "empty": 2, "'n2' is not a string": 1}
+    assert dict(loaded.skipped) == {
+        "positive equals query": 1,
+        "empty": 2,
+        "'n2' is not a string": 1,
+    }
 
 
 def test_fingerprint_follows_content_only(write):
     first = pairs(write("a.jsonl", encode(".jsonl", PAIRS)))
-    assert pairs(write("b.csv.gz", gzip.compress(encode(".csv", PAIRS)))).fingerprint == first.fingerprint
+    assert (
+        pairs(write("b.csv.gz", gzip.compress(encode(".csv", PAIRS)))).fingerprint
+        == first.fingerprint
+    )
     assert pairs(write("c.jsonl", encode(".jsonl", PAIRS[::-1]))).fingerprint != first.fingerprint
-    moved = [{"q": "first query", "d": "first answer", "n": "x"}, {"q": "second query", "d": "second answer", "n": ""}]
-    assert pairs(write("d.jsonl", encode(".jsonl", moved)), negatives=("n",)).fingerprint != first.fingerprint
+    moved = [
+        {"q": "first query", "d": "first answer", "n": "x"},
+        {"q": "second query", "d": "second answer", "n": ""},
+    ]
+    assert (
+        pairs(write("d.jsonl", encode(".jsonl", moved)), negatives=("n",)).fingerprint
+        != first.fingerprint
+    )
 
 
 def test_txt_has_no_pairs(write):
@@ -288,7 +340,9 @@ def test_hub_failure_is_explained_offline(tmp_path):
         "except DataError as error: print(error)"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("owner/no-such-set: not a file, nor a loadable Hub data set: ")
     assert "hf auth login" in done.stdout
     assert "HF_HUB_OFFLINE" in done.stdout
@@ -300,7 +354,9 @@ def test_hub_set_from_the_cache(monkeypatch):
 
     def load_dataset(*names, **settings):
         asked.append((names, settings))
-        return datasets.Dataset.from_list([{"text": "a", "other": 1}, {"text": None, "other": 2}, {"text": "b", "other": 3}])
+        return datasets.Dataset.from_list(
+            [{"text": "a", "other": 1}, {"text": None, "other": 2}, {"text": "b", "other": 3}]
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     loaded = texts("owner/name", subset="en", split="test", revision="abc")
@@ -313,7 +369,9 @@ def test_hub_set_from_the_cache(monkeypatch):
 
 @pytest.mark.parametrize("offline", [False, True])
 def test_a_limit_streams_a_hub_set(monkeypatch, offline):
-    """Read no further than the limit asks, with the same rows; offline the copy that `datasets` keeps is read."""
+    """Read no further than the limit asks, with the same rows; offline the copy that `datasets`
+    keeps is read.
+    """
     datasets = pytest.importorskip("datasets")
     asked, drawn = [], []
 
@@ -324,7 +382,11 @@ def test_a_limit_streams_a_hub_set(monkeypatch, offline):
 
     def load_dataset(*names, streaming=False, **settings):
         asked.append(streaming)
-        return datasets.IterableDataset.from_generator(rows) if streaming else datasets.Dataset.from_list(list(rows()))
+        return (
+            datasets.IterableDataset.from_generator(rows)
+            if streaming
+            else datasets.Dataset.from_list(list(rows()))
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
@@ -346,14 +408,17 @@ def test_a_stream_that_breaks_is_an_error(monkeypatch):
         yield {"text": "first"}
         raise RuntimeError("connection\nlost")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(rows)
+    )
     with pytest.raises(DataError, match="owner/name: .*RuntimeError: connection lost"):
         texts("owner/name", limit=3)
 
 
 def test_sources_one_after_the_other(write):
     specs = [
-        TextData(source=write(name, encode(".jsonl", [{"text": text} for text in TEXTS]))) for name in ("a.jsonl", "b.jsonl")
+        TextData(source=write(name, encode(".jsonl", [{"text": text} for text in TEXTS])))
+        for name in ("a.jsonl", "b.jsonl")
     ]
     told = []
     found = iterate_sources(specs, told.append)
@@ -368,17 +433,34 @@ def test_key_of_a_source_follows_content_and_rows_asked_for(write, tmp_path, mon
     (tmp_path / "folder").mkdir()
     source = write("docs.jsonl", encode(".jsonl", [{"text": text} for text in TEXTS]))
     key = source_key(TextData(source=source))
-    assert source_key(TextData(source=write("folder/docs.jsonl", (tmp_path / "docs.jsonl").read_bytes()))) == key
+    assert (
+        source_key(
+            TextData(source=write("folder/docs.jsonl", (tmp_path / "docs.jsonl").read_bytes()))
+        )
+        == key
+    )
     assert source_key(TextData(source=source, response="other")) == key
-    others = [TextData(source=source, limit=2), TextData(source=source, column="x"), TextData(source=write("b.jsonl", b"{}"))]
+    others = [
+        TextData(source=source, limit=2),
+        TextData(source=source, column="x"),
+        TextData(source=write("b.jsonl", b"{}")),
+    ]
     write("docs.jsonl", encode(".jsonl", [{"text": text} for text in TEXTS[::-1]]))
     others += [TextData(source=source), TextData(source="builtin:python-docs")]
 
     def builder(name, subset, revision):
-        return type("Builder", (), {"config": type("Config", (), {"name": subset}), "hash": f"commit of {revision}"})
+        return type(
+            "Builder",
+            (),
+            {"config": type("Config", (), {"name": subset}), "hash": f"commit of {revision}"},
+        )
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
-    others += [TextData(source="owner/name", subset=subset, revision=revision) for subset in "ab" for revision in "cd"]
+    others += [
+        TextData(source="owner/name", subset=subset, revision=revision)
+        for subset in "ab"
+        for revision in "cd"
+    ]
     assert len({json.dumps(source_key(spec)) for spec in others} - {json.dumps(key)}) == 9
     with pytest.raises(DataError, match="no such file"):
         source_key(TextData(source=str(tmp_path / "none.jsonl")))
@@ -409,29 +491,41 @@ def test_without_a_mark_the_command_that_converts_is_told(write, tmp_path, kind,
     with pytest.raises(DataError, match="NUL bytes") as caught:
         texts(source)
     command = caught.value.fix
-    assert command.startswith(f"iconv -f {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} -t UTF-8 ")
+    assert command.startswith(
+        f"iconv -f {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} -t UTF-8 "
+    )
     subprocess.run(command, shell=True, check=True)
     assert texts(str(tmp_path / f"my docs.utf-8{kind}")).rows == TEXTS
 
 
 def test_nul_bytes_are_refused_wherever_they_stand(write):
     good = b"".join(b"a line of a text file in UTF-8\n" for _ in range(50))
-    with pytest.raises(DataError, match=r"line 51: not a text file in UTF-8: NUL bytes(?s:.*)tr -d"):
+    with pytest.raises(
+        DataError, match=r"line 51: not a text file in UTF-8: NUL bytes(?s:.*)tr -d"
+    ):
         texts(write("docs.txt", good + b"odd\0\n"))
     with pytest.raises(
-        DataError, match=r"(?s)NUL bytes.*gzip -dc .*docs\.txt\.gz \| iconv -f UTF-16LE -t UTF-8 > .*docs\.utf-8\.txt"
+        DataError,
+        match=r"(?s)NUL bytes.*gzip -dc .*docs\.txt\.gz \| iconv -f UTF-16LE -t UTF-8 > "
+        r".*docs\.utf-8\.txt",
     ):
         texts(write("docs.txt.gz", gzip.compress("a line".encode("utf-16-le"))))
     with pytest.raises(DataError, match="byte order mark of UTF-16, but is not in it"):
         texts(write("docs.txt", "cut in the middle of a character".encode("utf-16")[:-1]))
-    with pytest.raises(DataError, match=r"(?s)no usable row.*not UTF-8.*iconv -f WINDOWS-1252 -t UTF-8 .*docs\.txt"):
+    with pytest.raises(
+        DataError, match=r"(?s)no usable row.*not UTF-8.*iconv -f WINDOWS-1252 -t UTF-8 .*docs\.txt"
+    ):
         texts(write("docs.txt", "Übergröße\n".encode("cp1252")))
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".txt"])
 def test_every_line_end_ends_a_line(write, kind, end):
-    content = encode(kind, [{"text": text} for text in TEXTS]).replace(b"\r\n", b"\n").replace(b"\n", end.encode())
+    content = (
+        encode(kind, [{"text": text} for text in TEXTS])
+        .replace(b"\r\n", b"\n")
+        .replace(b"\n", end.encode())
+    )
     for tail in (b"", b"\n\n", end.encode()):
         loaded = texts(write(f"docs{kind}", content + tail))
         assert (loaded.rows, loaded.there) == (TEXTS, 3)
@@ -444,7 +538,9 @@ def test_line_ends_within_a_quoted_cell_are_the_texts(write):
 # ---- columns
 
 
-@pytest.mark.parametrize(("name", "content"), [("d.csv", "text,n,text\na,1,b\n"), ("d.tsv", "text\tn\ttext\na\t1\tb\n")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("d.csv", "text,n,text\na,1,b\n"), ("d.tsv", "text\tn\ttext\na\t1\tb\n")]
+)
 def test_a_column_that_is_there_twice_is_refused(write, tmp_path, name, content):
     found = "columns 1 and 3 of 3"
     with pytest.raises(DataError, match=f"(?s)2 columns are called 'text'.*{found}"):
@@ -461,7 +557,11 @@ def test_a_column_that_is_there_twice_is_refused(write, tmp_path, name, content)
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json"])
 def test_a_key_that_is_there_twice_makes_a_row_unusable(write, kind):
-    rows = '{"text": "a", "text": "b"}', '{"text": "c", "n": 1, "n": 2}', '{"text": "d", "n": {"text": 1, "text": 2}}'
+    rows = (
+        '{"text": "a", "text": "b"}',
+        '{"text": "c", "n": 1, "n": 2}',
+        '{"text": "d", "n": {"text": 1, "text": 2}}',
+    )
     content = "\n".join(rows) if kind == ".jsonl" else f"[{', '.join(rows)}]"
     loaded = texts(write(f"docs{kind}", content))
     assert loaded.rows == ["c", "d"]
@@ -482,7 +582,10 @@ def test_a_key_that_is_there_twice_makes_a_row_unusable(write, kind):
 )
 def test_missing_columns_of_pairs_are_told_as_a_recipe_names_them(write, names, advice):
     """What is told is a source that can be read."""
-    source = write("qa.jsonl", encode(".jsonl", [{name: f"{name} {row}" for name in names} for row in range(2)]))
+    source = write(
+        "qa.jsonl",
+        encode(".jsonl", [{name: f"{name} {row}" for name in names} for row in range(2)]),
+    )
     with pytest.raises(DataError, match="no column") as caught:
         read_pairs(PairData(source=source, negatives=("neg",) if "neg" in names else ()))
     told = caught.value.fix.removeprefix("name the file's own columns: ")
@@ -505,7 +608,9 @@ def test_negatives_and_responses_that_are_missing_too(write):
     assert caught.value.fix is None
 
 
-@pytest.mark.parametrize(("name", "mark"), [("d.csv", ";"), ("d.csv", "\t"), ("d.tsv", ","), ("d.csv", "|")])
+@pytest.mark.parametrize(
+    ("name", "mark"), [("d.csv", ";"), ("d.csv", "\t"), ("d.tsv", ","), ("d.csv", "|")]
+)
 def test_tables_that_are_parted_otherwise(write, name, mark):
     with pytest.raises(DataError, match="its columns are parted by"):
         texts(write(name, f"text{mark}n\na{mark}b\n"))
@@ -552,22 +657,33 @@ def test_lists_of_positives_give_a_pair_each(write):
     assert dict(loaded.skipped) == {"positive equals query": 1, "empty": 1}
     assert loaded.summary().startswith("flag.jsonl: 3 rows; left out: ")
     assert loaded.summary().endswith("; 4 pairs")
-    assert len(pairs(write("flag.jsonl", encode(".jsonl", rows)), negatives=("n",), limit=2).rows) == 3, "rows are limited"
+    assert (
+        len(pairs(write("flag.jsonl", encode(".jsonl", rows)), negatives=("n",), limit=2).rows) == 3
+    ), "rows are limited"
 
 
 @pytest.mark.parametrize("column", ["n", "d"])
-@pytest.mark.parametrize("cell", ["['a', 'b']", '["a", "b"]', "['a' 'b']", "['it''s']", '["a", null]'])
+@pytest.mark.parametrize(
+    "cell", ["['a', 'b']", '["a", "b"]', "['a' 'b']", "['it''s']", '["a", null]']
+)
 def test_a_list_in_a_string_is_refused_with_advice(write, column, cell):
     row = {"q": "query", "d": "answer", "n": "wrong"}
     source = write("p.jsonl", encode(".jsonl", [row, row | {column: cell}]))
-    with pytest.raises(DataError, match=r"p\.jsonl, line 2: a list written as a string is no text") as caught:
+    with pytest.raises(
+        DataError, match=r"p\.jsonl, line 2: a list written as a string is no text"
+    ) as caught:
         pairs(source, negatives=("n",))
     assert "JSON lines with a real list" in caught.value.fix
 
 
-@pytest.mark.parametrize("cell", ["[1]", "[a]", "[]", "[citation needed]", "x['a', 'b']", "[['a']]", "[" * 5000 + "]" * 5000])
+@pytest.mark.parametrize(
+    "cell",
+    ["[1]", "[a]", "[]", "[citation needed]", "x['a', 'b']", "[['a']]", "[" * 5000 + "]" * 5000],
+)
 def test_texts_in_brackets_are_texts(write, cell):
-    assert pairs(write("p.jsonl", encode(".jsonl", [{"q": "query", "d": cell}]))).rows == [Pair("query", cell)]
+    assert pairs(write("p.jsonl", encode(".jsonl", [{"q": "query", "d": cell}]))).rows == [
+        Pair("query", cell)
+    ]
 
 
 def test_an_array_that_is_called_lines(write):
@@ -580,7 +696,13 @@ def test_an_array_that_is_called_lines(write):
 
 def test_sources_are_checked_by_name_alone(write, tmp_path):
     there = write("docs.txt", "")
-    check_sources([TextData(source=there), PairData(source="owner/name"), TextData(source="builtin:python-docs")])
+    check_sources(
+        [
+            TextData(source=there),
+            PairData(source="owner/name"),
+            TextData(source="builtin:python-docs"),
+        ]
+    )
     for missing in (tmp_path / "dcos.txt", tmp_path / "deep" / "docs.csv"):
         with pytest.raises(DataError, match="no such file"):
             check_sources([TextData(source=there), TextData(source=str(missing))])

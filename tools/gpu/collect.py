@@ -1,8 +1,8 @@
 """Pack what a study made into a few small files: `python tools/gpu/collect.py STUDY OUT NAME`.
 
-Tables, logs and recipes always; with `--weights` also each stage's adapter (in bfloat16) and memory. Checkpoints and exported
-folders stay behind. OUT/NAME.tar.xz, cut into pieces of 15 MiB where it is larger: NAME.tar.xz.00, .01 and so on;
-`cat NAME.tar.xz.* | tar xJ` puts them together.
+Tables, logs and recipes always; with `--weights` also each stage's adapter (in bfloat16) and
+memory. Checkpoints and exported folders stay behind. OUT/NAME.tar.xz, cut into pieces of 15 MiB
+where it is larger: NAME.tar.xz.00, .01 and so on; `cat NAME.tar.xz.* | tar xJ` puts them together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def packed(study: Path, weights: bool) -> bytes:
             if any(part.startswith(LEFT_OUT) for part in name.parts[:-1]):
                 continue
             if file.name == ADAPTER and weights:
-                data = save({key: value.to(torch.bfloat16) for key, value in load_file(file).items()}, {"format": "pt"})
+                data = save(
+                    {key: value.to(torch.bfloat16) for key, value in load_file(file).items()},
+                    {"format": "pt"},
+                )
                 entry = tarfile.TarInfo(str(name))
                 entry.size = len(data)
                 archive.addfile(entry, io.BytesIO(data))
@@ -40,7 +43,9 @@ def packed(study: Path, weights: bool) -> bytes:
 
 def main() -> None:
     """Parse the arguments and write the files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("study", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("name")

@@ -1,4 +1,6 @@
-"""Stands in for polars, which mteb imports for tables of results that nothing here makes: the real wheel has 45 MB."""
+"""Stands in for polars, which mteb imports for tables of results that nothing here makes: the real
+wheel has 45 MB.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""The command line. Arguments are named as recipe fields; heavy imports wait until a command needs them."""
+"""The command line. Arguments are named as recipe fields; heavy imports wait until a command needs
+them.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,22 @@ from llm2comp.errors import Llm2CompError, missing_extra
 
 __all__ = ["app", "main", "making", "measuring", "using"]
 STOPPED = 130
-app.registered_commands.sort(key=lambda command: (MAKE, USE, JUDGE).index(command.rich_help_panel or JUDGE))
+app.registered_commands.sort(
+    key=lambda command: (MAKE, USE, JUDGE).index(command.rich_help_panel or JUDGE)
+)
 OUT_OF_MEMORY = (
-    "lower batch_size, or set gradient_checkpointing: true or (stages 2 and 3) mini_batch_size: 16; "
+    "lower batch_size, or set gradient_checkpointing: true or (stages 2 and 3) "
+    "mini_batch_size: 16; "
     "`--dry-run` estimates what a recipe needs, --max-tokens-per-batch limits embed and evaluate"
 )
 
 
 def main() -> None:
-    """Entry point: an error of ours, or of the disk, is one message and exit code 1, never a traceback."""
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # peft imports it where it is installed, used or not
+    """Entry point: an error of ours, or of the disk, is one message and exit code 1, never a
+    traceback.
+    """
+    # peft imports it where it is installed, used or not
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     try:
         app(prog_name="llm2comp")
     except Llm2CompError as error:
@@ -30,10 +38,12 @@ def main() -> None:
         if (missing := missing_extra(error)) is None:
             raise
         _fail(str(missing))
-    except OSError as error:  # one that nobody nearer has explained: a full disk, a folder that is not ours
+    # one that nobody nearer has explained: a full disk, a folder that is not ours
+    except OSError as error:
         _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch for --help
+        # torch's, without importing torch for --help
+        if type(error).__name__ != "OutOfMemoryError":
             raise
         _fail(f"out of device memory: {OUT_OF_MEMORY}")
     except (KeyboardInterrupt, SystemExit) as stop:

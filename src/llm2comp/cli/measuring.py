@@ -23,7 +23,10 @@ from llm2comp.cli.options import (
 from llm2comp.errors import DataError, RunError
 from llm2comp.system.console import GENERAL, say
 
-ModelsArgument = Annotated[list[str], typer.Argument(help=f"{MODEL_HELP} Also bm25 and tfidf: word matching.", metavar="MODEL")]
+ModelsArgument = Annotated[
+    list[str],
+    typer.Argument(help=f"{MODEL_HELP} Also bm25 and tfidf: word matching.", metavar="MODEL"),
+]
 
 
 @app.command(rich_help_panel=JUDGE)
@@ -31,57 +34,97 @@ def evaluate(
     models: ModelsArgument = [GENERAL],  # noqa: B006
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="paper14 (the paper's 14), or a task or benchmark of mteb's; repeatable.", metavar="NAME"),
+        typer.Option(
+            help="paper14 (the paper's 14), or a task or benchmark of mteb's; repeatable.",
+            metavar="NAME",
+        ),
     ] = None,
     local: LocalOption = None,
     pairs: Annotated[
         list[str] | None,
-        typer.Option(help="File of questions and answers: each question must find its answer; repeatable.", metavar="FILE"),
+        typer.Option(
+            help="File of questions and answers: each question must find its answer; repeatable.",
+            metavar="FILE",
+        ),
     ] = None,
-    query_column: Annotated[str, typer.Option(help="With --pairs: column of the questions.", metavar="NAME")] = "anchor",
-    answer_column: Annotated[str, typer.Option(help="With --pairs: column of the answers.", metavar="NAME")] = "positive",
+    query_column: Annotated[
+        str, typer.Option(help="With --pairs: column of the questions.", metavar="NAME")
+    ] = "anchor",
+    answer_column: Annotated[
+        str, typer.Option(help="With --pairs: column of the answers.", metavar="NAME")
+    ] = "positive",
     documents: Annotated[
-        str | None, typer.Option(help="With --pairs: file of more texts to search in.", metavar="FILE")
+        str | None,
+        typer.Option(help="With --pairs: file of more texts to search in.", metavar="FILE"),
     ] = None,
-    document_column: Annotated[str, typer.Option(help="With --documents: column of the texts.", metavar="NAME")] = "text",
+    document_column: Annotated[
+        str, typer.Option(help="With --documents: column of the texts.", metavar="NAME")
+    ] = "text",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of results; default: scores/ in the model's run, else llm2comp-scores/.", metavar="DIR"),
+        typer.Option(
+            help="Folder of results; default: scores/ in the model's run, else llm2comp-scores/.",
+            metavar="DIR",
+        ),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also show models evaluated before, and the published figures.")
+        bool,
+        typer.Option(
+            "--compare", help="Also show models evaluated before, and the published figures."
+        ),
     ] = False,
     instructions: Annotated[
         str,
         typer.Option(
-            help="auto: the paper's, for models that know instructions; none; or a YAML file of task: text.", metavar="WHICH"
+            help="auto: the paper's, for models that know instructions; none; or a YAML file "
+            "of task: text.",
+            metavar="WHICH",
         ),
     ] = "auto",
-    template: Annotated[str, typer.Option(help="How an instruction is put before a text.", metavar="TEXT")] = "{instruction}:",
+    template: Annotated[
+        str, typer.Option(help="How an instruction is put before a text.", metavar="TEXT")
+    ] = "{instruction}:",
     max_tokens_per_batch: TokensOption = None,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Score models on public tasks, your own sets or your own questions and answers, side by side."""
+    """Score models on public tasks, your own sets or your own questions and answers, side by
+    side.
+    """
     _check_sources(local or [], pairs or [], documents)
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     if "{instruction}" not in template:
-        raise DataError("no template", where="--template", expected="a text with {instruction} in it", found=template)
+        raise DataError(
+            "no template",
+            where="--template",
+            expected="a text with {instruction} in it",
+            found=template,
+        )
     quiet_libraries()
     from llm2comp.lab.evaluation import evaluate as evaluation
     from llm2comp.lab.evaluation.pairs import Questions
 
     chosen, folders = tuple(tasks or ()), tuple(local or ())
-    asked = tuple(Questions(file, query_column, answer_column, documents, document_column) for file in pairs or ())
+    asked = tuple(
+        Questions(file, query_column, answer_column, documents, document_column)
+        for file in pairs or ()
+    )
     options = evaluation.EvaluateOptions(
         chosen, folders, instructions, template, max_tokens_per_batch, device, num_memory, asked
     )
     rows = evaluation.evaluate(models, options, out)
-    before = evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models)) if compare else []
+    before = (
+        evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models))
+        if compare
+        else []
+    )
     say(evaluation.table([*before, *rows], compare))
     if failed := {task for row in rows for task in row.failed}:
-        raise RunError(f"{len(failed)} tasks could not be run: {', '.join(sorted(failed))}", fix="see above, then run it again")
+        raise RunError(
+            f"{len(failed)} tasks could not be run: {', '.join(sorted(failed))}",
+            fix="see above, then run it again",
+        )
 
 
 def _check_sources(local: list[Path], pairs: list[str], documents: str | None) -> None:
@@ -92,32 +135,54 @@ def _check_sources(local: list[Path], pairs: list[str], documents: str | None) -
     for folder in local:
         require_folder(folder)
     if documents and not pairs:
-        raise DataError("nothing to be found in it", where="--documents", expected="--pairs FILE, the questions and answers")
+        raise DataError(
+            "nothing to be found in it",
+            where="--documents",
+            expected="--pairs FILE, the questions and answers",
+        )
     check_sources(TextData(source=file) for file in (*pairs, *([documents] if documents else [])))
 
 
 @app.command(rich_help_panel=JUDGE)
 def analyze(
     texts: Annotated[
-        str, typer.Option(help="File of texts; use more texts than the embedding has dimensions.", metavar="FILE")
+        str,
+        typer.Option(
+            help="File of texts; use more texts than the embedding has dimensions.", metavar="FILE"
+        ),
     ],
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = GENERAL,
     pairs: Annotated[
-        str | None, typer.Option(help="File of related texts, columns anchor and positive.", metavar="FILE")
+        str | None,
+        typer.Option(help="File of related texts, columns anchor and positive.", metavar="FILE"),
     ] = None,
-    column: Annotated[str, typer.Option(help="Column that holds the text.", metavar="NAME")] = "text",
-    limit: Annotated[int, typer.Option(min=2, help="Use the first N texts and pairs.", metavar="N")] = 5000,
+    column: Annotated[
+        str, typer.Option(help="Column that holds the text.", metavar="NAME")
+    ] = "text",
+    limit: Annotated[
+        int, typer.Option(min=2, help="Use the first N texts and pairs.", metavar="N")
+    ] = 5000,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write; default: analysis/ in the model's run, else llm2comp-analysis/.", metavar="DIR"),
+        typer.Option(
+            help="Folder to write; default: analysis/ in the model's run, else llm2comp-analysis/.",
+            metavar="DIR",
+        ),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(min=-1, max=1, help="Merge memory tokens above this mean cosine.", metavar="X")
+        float,
+        typer.Option(
+            min=-1, max=1, help="Merge memory tokens above this mean cosine.", metavar="X"
+        ),
     ] = 0.9,
-    write_weights: Annotated[bool, typer.Option("--write-weights", help="Write the merged weights into the model.")] = False,
+    write_weights: Annotated[
+        bool, typer.Option("--write-weights", help="Write the merged weights into the model.")
+    ] = False,
     device: DeviceOption = None,
 ) -> None:
-    """Show why a model is good or bad: collapse, similarity threshold, contents of its memory tokens."""
+    """Show why a model is good or bad: collapse, similarity threshold, contents of its memory
+    tokens.
+    """
     from llm2comp.data.columns import MissingColumnError
     from llm2comp.data.sources import read_pairs
     from llm2comp.recipe import PairData
@@ -135,7 +200,9 @@ def analyze(
     quiet_libraries()
     from llm2comp.lab import analyze as analysis
 
-    found = analysis.analyze(model, loaded.rows, related, threshold=threshold, needs_memory=write_weights, device=device)
+    found = analysis.analyze(
+        model, loaded.rows, related, threshold=threshold, needs_memory=write_weights, device=device
+    )
     folder = out or analysis.default_folder(model)
     analysis.write_analysis(found, folder)
     say(analysis.table(found))
@@ -144,14 +211,20 @@ def analyze(
     say(f"{folder}: {analysis.ANALYSIS_FILE} and plots")
     if write_weights and (weights := found.merge_weights):
         for changed in analysis.write_weights(model, weights):
-            say(f"{changed}: memory tokens now weigh {', '.join(f'{weight:.3f}' for weight in weights)}")
+            say(
+                f"{changed}: memory tokens now weigh "
+                f"{', '.join(f'{weight:.3f}' for weight in weights)}"
+            )
 
 
 @app.command(rich_help_panel=JUDGE)
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.", metavar="RUN")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs; several are compared.", metavar="RUN")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Page to write; default: report.html in the first run.", metavar="FILE")
+        Path | None,
+        typer.Option(help="Page to write; default: report.html in the first run.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Write one HTML page about runs: verdict, curves, scores, settings."""
@@ -170,20 +243,29 @@ def study(
     file: Annotated[
         str,
         typer.Argument(
-            help="YAML file, or the name of a study of the package (objectives, ...; docs/studies.md).", metavar="STUDY"
+            help="YAML file, or the name of a study of the package (objectives, ...; "
+            "docs/studies.md).",
+            metavar="STUDY",
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the study; default: studies/ and its name.", metavar="DIR")
+        Path | None,
+        typer.Option(help="Folder of the study; default: studies/ and its name.", metavar="DIR"),
     ] = None,
     local: LocalOption = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="Change to all recipes; repeatable.", metavar="KEY=VALUE")
+        list[str] | None,
+        typer.Option("--set", help="Change to all recipes; repeatable.", metavar="KEY=VALUE"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list runs and stages.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes at once; with CUDA each sees one device.", metavar="N")] = 1,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes at once; with CUDA each sees one device.", metavar="N"),
+    ] = 1,
 ) -> None:
-    """Train several recipes with several seeds and compare them in one table. Run again to resume."""
+    """Train several recipes with several seeds and compare them in one table. Run again to
+    resume.
+    """
     from llm2comp.lab.study.definition import find_study
 
     find_study(file)

@@ -24,18 +24,27 @@ app = typer.Typer(
 MAKE, USE, JUDGE = "Make an encoder", "Use an encoder", "Judge an encoder"
 
 MODEL_HELP = (
-    "A model folder, a run, a stage of a run, a Hub id, builtin:general (comes with the package), or an untrained encoder "
+    "A model folder, a run, a stage of a run, a Hub id, builtin:general (comes with the "
+    "package), or an untrained encoder "
     "such as mean:LM (docs/baselines.md)."
 )
 
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, metavar="MODEL")]
 LocalOption = Annotated[
-    list[Path] | None, typer.Option(help="Folder of your own evaluation sets (docs/evaluate.md); repeatable.", metavar="DIR")
+    list[Path] | None,
+    typer.Option(
+        help="Folder of your own evaluation sets (docs/evaluate.md); repeatable.", metavar="DIR"
+    ),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the best there is.", metavar="NAME")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or mps; default: the best there is.", metavar="NAME")
+]
 MemoryOption = Annotated[
-    int | None, typer.Option(min=1, help="Use the last N memory tokens only; default: all (docs/memory.md).", metavar="N")
+    int | None,
+    typer.Option(
+        min=1, help="Use the last N memory tokens only; default: all (docs/memory.md).", metavar="N"
+    ),
 ]
 TokensOption = Annotated[
     int | None,
@@ -47,7 +56,11 @@ TokensOption = Annotated[
 ]
 DtypeOption = Annotated[
     Dtype,
-    typer.Option(help="Precision of weights and computing: float32, bfloat16, float16; auto: the model's own.", metavar="TYPE"),
+    typer.Option(
+        help="Precision of weights and computing: float32, bfloat16, float16; auto: the "
+        "model's own.",
+        metavar="TYPE",
+    ),
 ]
 
 
@@ -62,14 +75,18 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and end."
+        ),
     ] = False,
 ) -> None:
     """Options of `llm2comp` itself."""
 
 
 def read_column(source: str, column: str = "text", limit: int | None = None) -> Loaded[str]:
-    """Read texts of a file or Hub data set for a command with --column, and say what was left out. No heavy imports.
+    """Read texts of a file or Hub data set for a command with --column, and say what was left out.
+    No heavy imports.
 
     Raises:
         DataError: cannot be read; for a column that is not there, with the option to give.

@@ -41,31 +41,54 @@ GraphPrecision = Literal["float32", "bfloat16", "int8"]
 def embed(
     source: Annotated[
         str,
-        typer.Argument(help="File of texts: txt, jsonl, csv, parquet, ..., or - for lines on standard input.", metavar="FILE"),
+        typer.Argument(
+            help="File of texts: txt, jsonl, csv, parquet, ..., or - for lines on standard input.",
+            metavar="FILE",
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File to write: .npy, .parquet or .jsonl.", metavar="FILE")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="File to write: .npy, .parquet or .jsonl.", metavar="FILE"
+        ),
+    ],
     model: ModelOption = GENERAL,
-    column: Annotated[str, typer.Option(help="Column that holds the text.", metavar="NAME")] = "text",
+    column: Annotated[
+        str, typer.Option(help="Column that holds the text.", metavar="NAME")
+    ] = "text",
     role: Annotated[
-        Role | None, typer.Option(help="query or document: put the model's prompt for it before each text.", metavar="ROLE")
+        Role | None,
+        typer.Option(
+            help="query or document: put the model's prompt for it before each text.",
+            metavar="ROLE",
+        ),
     ] = None,
     long_texts: Annotated[
-        LongTexts, typer.Option(help="Texts over the model's limit: truncate, chunk-mean or error.", metavar="HOW")
+        LongTexts,
+        typer.Option(
+            help="Texts over the model's limit: truncate, chunk-mean or error.", metavar="HOW"
+        ),
     ] = "truncate",
     bad_rows: Annotated[
         BadRows,
         typer.Option(
-            help="Rows without a text: stop; skip them (and write row numbers, docs/data.md); or write zero vectors (zero).",
+            help="Rows without a text: stop; skip them (and write row numbers, docs/data.md); "
+            "or write zero vectors (zero).",
             metavar="HOW",
         ),
     ] = "stop",
     max_tokens_per_batch: TokensOption = None,
-    normalise: Annotated[bool, typer.Option("--normalise", help="Scale embeddings to length 1.")] = False,
+    normalise: Annotated[
+        bool, typer.Option("--normalise", help="Scale embeddings to length 1.")
+    ] = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     backend: Annotated[
-        Backend, typer.Option(help="What runs the model: torch, openvino or onnx (docs/speed.md).", metavar="NAME")
+        Backend,
+        typer.Option(
+            help="What runs the model: torch, openvino or onnx (docs/speed.md).", metavar="NAME"
+        ),
     ] = "torch",
 ) -> None:
     """Embed the texts of a file, in order."""
@@ -93,7 +116,10 @@ def embed(
     if places and places.zero and loaded.skipped:
         notes += f"; zeros in the place of {places.rows - loaded.used:,} rows"
     elif places and not places.zero:
-        notes += f"; their rows (from 0): {writing.rows_file(out) if out.suffix == '.npy' else 'column row'}"
+        notes += (
+            "; their rows (from 0): "
+            f"{writing.rows_file(out) if out.suffix == '.npy' else 'column row'}"
+        )
     count, dimensions = result.embeddings_ND.shape
     say(f"{out}: {count:,} embeddings of {dimensions} dimensions{notes}")
 
@@ -114,30 +140,51 @@ def similarity(
     from llm2comp.storage.loading import load
     from llm2comp.use.embed import embed as embed_texts
 
-    vectors = embed_texts(load(model, device, dtype=dtype, merged=True), texts, normalise=True).embeddings_ND
+    vectors = embed_texts(
+        load(model, device, dtype=dtype, merged=True), texts, normalise=True
+    ).embeddings_ND
     for text, row in zip(texts, vectors @ vectors.T, strict=True):
         line = " ".join(text.split())
-        print(" ".join(f"{cosine:6.3f}" for cosine in row), "", line if len(line) <= 60 else line[:57] + "...")
+        print(
+            " ".join(f"{cosine:6.3f}" for cosine in row),
+            "",
+            line if len(line) <= 60 else line[:57] + "...",
+        )
 
 
 @app.command(rich_help_panel=USE)
 def export(
-    out: Annotated[Path, typer.Argument(help="Folder to write; only an earlier export is replaced.", metavar="DIR")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="Folder to write; only an earlier export is replaced.", metavar="DIR"),
+    ],
     model: ModelOption = GENERAL,
     num_memory: MemoryOption = None,
     multi_vector: Annotated[
-        bool, typer.Option("--multi-vector", help="Keep all memory states of a text, for MultiVectorEncoder.")
+        bool,
+        typer.Option(
+            "--multi-vector", help="Keep all memory states of a text, for MultiVectorEncoder."
+        ),
     ] = False,
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Type of the stored weights: float32, bfloat16, float16; auto: that of the encoder.", metavar="TYPE"),
+        typer.Option(
+            help="Type of the stored weights: float32, bfloat16, float16; auto: that of the "
+            "encoder.",
+            metavar="TYPE",
+        ),
     ] = "auto",
     openvino: Annotated[
         GraphPrecision | None,
-        typer.Option(help="Add a graph for OpenVINO: float32, bfloat16 or int8 (docs/speed.md).", metavar="TYPE"),
+        typer.Option(
+            help="Add a graph for OpenVINO: float32, bfloat16 or int8 (docs/speed.md).",
+            metavar="TYPE",
+        ),
     ] = None,
 ) -> None:
-    """Write an encoder as a folder that plain sentence-transformers loads (a run has one: model/)."""
+    """Write an encoder as a folder that plain sentence-transformers loads (a run has one:
+    model/).
+    """
     from llm2comp.system.files import EXPORTED, refuse_foreign
 
     refuse_foreign(out, EXPORTED)
@@ -151,14 +198,26 @@ def export(
     if openvino:
         runtime_of("openvino", openvino)  # not installed: said before the work
     stored = None if dtype == "auto" else dtype
-    write_folder(load(live_place(model), "cpu", num_memory), out, card_facts(model), multi_vector, stored)
-    say(f"{out}: load it with {'MultiVectorEncoder' if multi_vector else 'SentenceTransformer'}({str(out)!r})")
+    write_folder(
+        load(live_place(model), "cpu", num_memory), out, card_facts(model), multi_vector, stored
+    )
+    say(
+        f"{out}: load it with "
+        f"{'MultiVectorEncoder' if multi_vector else 'SentenceTransformer'}({str(out)!r})"
+    )
     if openvino:
-        say(f"{out / 'openvino'}: {openvino}, lowest cosine {compile_folder(out, 'openvino', openvino):.7f}")
+        say(
+            f"{out / 'openvino'}: {openvino}, lowest cosine "
+            f"{compile_folder(out, 'openvino', openvino):.7f}"
+        )
 
 
 @app.command(rich_help_panel=USE)
-def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, or a finished run.", metavar="DIR")]) -> None:
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(help="Exported model folder, or a finished run.", metavar="DIR")
+    ],
+) -> None:
     """Check that a model folder still gives the same embeddings as when it was written."""
     require_folder(folder)
     from llm2comp.model.backbone.quiet import quiet_libraries
@@ -173,7 +232,11 @@ def verify(folder: Annotated[Path, typer.Argument(help="Exported model folder, o
 
 def _cut_note(count: int, limit: int | None, policy: LongTexts) -> str:
     """Note on texts over the model's limit, and what was done with them."""
-    done = "read in parts" if policy == "chunk-mean" else "cut there: --long-texts chunk-mean reads them whole"
+    done = (
+        "read in parts"
+        if policy == "chunk-mean"
+        else "cut there: --long-texts chunk-mean reads them whole"
+    )
     return f"; {count:,} over the model's limit of {limit:,} tokens, {done}" if count else ""
 
 
@@ -181,11 +244,14 @@ def _read_source(source: str, column: str) -> Loaded[str]:
     """Texts of a file, or the lines of standard input; says what was left out."""
     if source != STDIN:
         return read_column(source, column)
-    with tempfile.TemporaryDirectory() as folder:  # so that lines are read as those of any text file
+    # so that lines are read as those of any text file
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / STDIN_NAME
         with file.open("wb") as copy:
             shutil.copyfileobj(sys.stdin.buffer, copy)
         try:
             return read_column(str(file))
         except DataError as error:
-            raise DataError(error.problem, where="standard input", expected="a text per line", found=error.found) from None
+            raise DataError(
+                error.problem, where="standard input", expected="a text per line", found=error.found
+            ) from None

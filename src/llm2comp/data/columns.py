@@ -1,4 +1,6 @@
-"""Columns of a table: check that the wanted ones exist exactly once; if not, guess which ones were meant."""
+"""Columns of a table: check that the wanted ones exist exactly once; if not, guess which ones were
+meant.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,13 @@ Columns: TypeAlias = tuple[str, ...]
 
 # What others call a column of that role, the likeliest first.
 _NAMES = {
-    "column": "text texts content body sentence passage document paragraph abstract description sentence1 title",
+    "column": "text texts content body sentence passage document paragraph abstract description "
+    "sentence1 title",
     "response": "response responses answer output completion",
-    "anchor": "anchor query queries question questions q search sentence1 text1 premise title instruction prompt input",
-    "positive": "positive pos answer answers response passage document doc context sentence2 text2 output body content text a",
+    "anchor": "anchor query queries question questions q search sentence1 text1 premise title "
+    "instruction prompt input",
+    "positive": "positive pos answer answers response passage document doc context sentence2 "
+    "text2 output body content text a",
     "negatives": "negatives negative neg hard_negatives hard_negative negs",
 }
 _NO_TEXT = (
@@ -41,10 +46,14 @@ _NO_TEXT = (
 class MissingColumnError(DataError):
     """A missing column; `names` are the columns that exist."""
 
-    def __init__(self, column: str, source: str, names: Sequence[str], fix: str | None = None) -> None:
+    def __init__(
+        self, column: str, source: str, names: Sequence[str], fix: str | None = None
+    ) -> None:
         self.column, self.source, self.names = column, source, tuple(names)
         found = f"columns {', '.join(names[:30])}"
-        super().__init__(f"no column {column!r}", where=source, found=found, fix=fix or _alike(column, names))
+        super().__init__(
+            f"no column {column!r}", where=source, found=found, fix=fix or _alike(column, names)
+        )
 
     def advised(self, fix: str | None) -> MissingColumnError:
         """The same with what to do."""
@@ -52,7 +61,9 @@ class MissingColumnError(DataError):
 
 
 def check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
-    """Raise DataError unless every wanted column exists exactly once (MissingColumnError if one is missing)."""
+    """Raise DataError unless every wanted column exists exactly once (MissingColumnError if one is
+    missing).
+    """
     names = [str(name) for name in found]
     for column in wanted:
         places = [str(place) for place, name in enumerate(names, 1) if name == column]
@@ -69,7 +80,9 @@ def check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
 
 
 def likely(role: str, names: Sequence[str], asked: str = "") -> str | None:
-    """The column that was most likely meant: by spelling, by usual names, else the first suitable one."""
+    """The column that was most likely meant: by spelling, by usual names, else the first suitable
+    one.
+    """
     if near := difflib.get_close_matches(asked, names, n=1, cutoff=0.75):
         return near[0]
     by_name = {name.strip().lower(): name for name in reversed(names)}
@@ -81,7 +94,8 @@ def likely(role: str, names: Sequence[str], asked: str = "") -> str | None:
 def settings_for(asked: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """A source as a recipe line, with missing columns replaced by columns that the file has.
 
-    `asked`: `source`, and role → column (of negatives: columns). None where the file has too few columns.
+    `asked`: `source`, and role → column (of negatives: columns). None where the file has too few
+    columns.
     """
     free = [name for name in names if name not in asked.values()]
     found: dict[str, Any] = {"source": asked["source"]}
@@ -89,7 +103,9 @@ def settings_for(asked: Mapping[str, Any], names: Sequence[str]) -> str | None:
         if role == "source":
             continue
         if role == "negatives":
-            kept = [name for name in column if name in names] or [name for name in [likely(role, free)] if name]
+            kept = [name for name in column if name in names] or [
+                name for name in [likely(role, free)] if name
+            ]
             found |= {role: kept} if kept else {}
             continue
         name = column if column in names else likely(role, free, column)
@@ -97,7 +113,11 @@ def settings_for(asked: Mapping[str, Any], names: Sequence[str]) -> str | None:
             return None
         free = [other for other in free if other != name]
         found[role] = name
-    return str(yaml.safe_dump(found, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True)).strip()
+    return str(
+        yaml.safe_dump(
+            found, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True
+        )
+    ).strip()
 
 
 def _alike(column: str, names: Sequence[str]) -> str | None:

@@ -35,12 +35,16 @@ _C_MEMBERS = (  # no slot wrappers: their docs are the same on every type
 )  # fmt: skip
 
 
-_INHERITED = {getattr(value, "__doc__", None) for owner in (object, type) for value in vars(owner).values()}
+_INHERITED = {
+    getattr(value, "__doc__", None) for owner in (object, type) for value in vars(owner).values()
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The documentation of one thing: the first paragraph as one line, and what follows it (may be empty)."""
+    """The documentation of one thing: the first paragraph as one line, and what follows it (may be
+    empty).
+    """
 
     name: str
     summary: str
@@ -69,23 +73,32 @@ def _topic_docs() -> Iterator[Doc]:
 
 
 def _source_docs() -> Iterator[Doc]:
-    """Docstrings of the library's Python files, without tests; a file that does not parse is passed over."""
+    """Docstrings of the library's Python files, without tests; a file that does not parse is passed
+    over.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in _LEFT_OUT]  # no site-packages
+        # no site-packages
+        subfolders[:] = [
+            name for name in subfolders if name.isidentifier() and name not in _LEFT_OUT
+        ]
         for file in (Path(folder, name) for name in files if name.endswith(".py")):
             try:
                 with warnings.catch_warnings(action="ignore"):
                     tree = ast.parse(file.read_bytes())
             except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
                 continue
-            module = _public(".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
+            module = _public(
+                ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            )
             yield module, "module", ast.get_docstring(tree, clean=False) or ""
             yield from _docs_in(tree, module)
 
 
 def _docs_in(node: ast.AST, prefix: str) -> Iterator[Doc]:
-    """Docstrings of functions, classes and methods below a node, also under `if` and `try`, not inside functions."""
+    """Docstrings of functions, classes and methods below a node, also under `if` and `try`, not
+    inside functions.
+    """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             name = f"{prefix}.{child.name}"
@@ -97,7 +110,9 @@ def _docs_in(node: ast.AST, prefix: str) -> Iterator[Doc]:
 
 
 def _compiled_docs() -> Iterator[Doc]:
-    """Docs of modules written in C with their functions, types and methods, but not docs that any type or object has."""
+    """Docs of modules written in C with their functions, types and methods, but not docs that any
+    type or object has.
+    """
     for module in _compiled_modules():
         name = _public(module.__name__)
         yield name, "module", module.__doc__ or ""
@@ -108,22 +123,35 @@ def _compiled_docs() -> Iterator[Doc]:
 
 
 def _c_members(module: types.ModuleType) -> Iterator[tuple[str, object]]:
-    """Functions and types of a module and the members of its types, by their path in it; no second names of builtins."""
+    """Functions and types of a module and the members of its types, by their path in it; no second
+    names of builtins.
+    """
     for name, value in list(vars(module).items()):
         if isinstance(value, types.BuiltinFunctionType):
             yield name, value
-        elif isinstance(value, type) and (value.__name__ == name or value.__module__ == module.__name__ != "builtins"):
+        elif isinstance(value, type) and (
+            value.__name__ == name or value.__module__ == module.__name__ != "builtins"
+        ):
             yield name, value
-            yield from ((f"{name}.{inner}", item) for inner, item in vars(value).items() if isinstance(item, _C_MEMBERS))
+            yield from (
+                (f"{name}.{inner}", item)
+                for inner, item in vars(value).items()
+                if isinstance(item, _C_MEMBERS)
+            )
 
 
 def _compiled_modules() -> Iterator[types.ModuleType]:
-    """Modules of the standard library that are built in or extension files, as far as they can be imported here."""
-    for name in sorted(sys.stdlib_module_names - {"readline"}):  # readline changes how this process reads a terminal
+    """Modules of the standard library that are built in or extension files, as far as they can be
+    imported here.
+    """
+    # readline changes how this process reads a terminal
+    for name in sorted(sys.stdlib_module_names - {"readline"}):
         try:
             with warnings.catch_warnings(action="ignore"):
                 spec = importlib.util.find_spec(name)
-                compiled = spec and (spec.origin == "built-in" or isinstance(spec.loader, ExtensionFileLoader))
+                compiled = spec and (
+                    spec.origin == "built-in" or isinstance(spec.loader, ExtensionFileLoader)
+                )
                 module = importlib.import_module(name) if compiled else None
         except Exception:  # broken or missing on this machine
             continue

@@ -12,7 +12,10 @@ from llm2comp.errors import DataError, one_line
 from llm2comp.recipe import PairData, TextData
 from llm2comp.system.hub import hub, unasked
 
-_ADVICE = "check name and split; `hf auth login` for a gated set; HF_HUB_OFFLINE=1 finds only sets in the cache"
+_ADVICE = (
+    "check name and split; `hf auth login` for a gated set; HF_HUB_OFFLINE=1 finds only "
+    "sets in the cache"
+)
 
 
 def hub_rows(spec: TextData | PairData, columns: Columns) -> Rows:
@@ -26,7 +29,9 @@ def hub_rows(spec: TextData | PairData, columns: Columns) -> Rows:
     streamed = {"streaming": True} if spec.limit and not datasets.config.HF_HUB_OFFLINE else {}
     with _explained(spec.source):
         with hub(spec.source):
-            table = datasets.load_dataset(spec.source, spec.subset, split=spec.split, revision=spec.revision, **streamed)
+            table = datasets.load_dataset(
+                spec.source, spec.subset, split=spec.split, revision=spec.revision, **streamed
+            )
         if table.column_names is not None:  # a stream may not know them
             check_columns(spec.source, columns, table.column_names)
             table = table.select_columns(list(dict.fromkeys(columns)))
@@ -40,11 +45,17 @@ def hub_file(spec: TextData | PairData) -> Path:
 
     assert spec.file is not None
     with _explained(spec.source), hub(spec.source):
-        return Path(huggingface_hub.hf_hub_download(spec.source, spec.file, repo_type="dataset", revision=spec.revision))
+        return Path(
+            huggingface_hub.hf_hub_download(
+                spec.source, spec.file, repo_type="dataset", revision=spec.revision
+            )
+        )
 
 
 def hub_version(spec: TextData | PairData) -> str:
-    """Configuration and commit of a set, offline those that `datasets` keeps. Raises DataError when there is no such set."""
+    """Configuration and commit of a set, offline those that `datasets` keeps. Raises DataError when
+    there is no such set.
+    """
     import datasets
 
     with _explained(spec.source), hub(spec.source):
@@ -61,4 +72,6 @@ def _explained(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = "; ".join(filter(None, (unasked(), f"{type(error).__name__}: {one_line(error)}")))
-        raise DataError(f"not a file, nor a loadable Hub data set: {cause}", where=source, fix=_ADVICE) from error
+        raise DataError(
+            f"not a file, nor a loadable Hub data set: {cause}", where=source, fix=_ADVICE
+        ) from error

@@ -30,7 +30,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Response:
-    """A text, an LM's response to it and, if asked for, a teacher's embedding of the response, (D_t,) float32."""
+    """A text, an LM's response to it and, if asked for, a teacher's embedding of the response,
+    (D_t,) float32.
+    """
 
     text: str
     response: str
@@ -39,7 +41,9 @@ class Response:
 
 @dataclass
 class Tally:
-    """Counts of what was read: all rows, used rows, and left-out rows by reason with their first line numbers."""
+    """Counts of what was read: all rows, used rows, and left-out rows by reason with their first
+    line numbers.
+    """
 
     source: str
     there: int = 0
@@ -49,7 +53,9 @@ class Tally:
 
     def summary(self) -> str:
         """One line: how many rows, how many left out and why."""
-        return f"{_shown(self.source)}: {self.used:,} rows" + (f"; left out: {self.left_out()}" if self.skipped else "")
+        return f"{_shown(self.source)}: {self.used:,} rows" + (
+            f"; left out: {self.left_out()}" if self.skipped else ""
+        )
 
     def left_out(self) -> str:
         """`12 empty (line 3, line 9, ...), 1 malformed JSON (line 17)`."""
@@ -70,7 +76,8 @@ class Tally:
 class Loaded(Tally, Generic[T]):
     """Everything read from a source, in memory.
 
-    `numbers`: the row of the source, from 0, that each of `rows` comes from. `fingerprint`: sha256 (hex) over their content.
+    `numbers`: the row of the source, from 0, that each of `rows` comes from. `fingerprint`: sha256
+    (hex) over their content.
     """
 
     rows: list[T] = field(default_factory=list)

@@ -1,4 +1,6 @@
-"""Rows of stage 1: texts as token ids in a fixed order, each split at a fixed site, with any number of workers."""
+"""Rows of stage 1: texts as token ids in a fixed order, each split at a fixed site, with any number
+of workers.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,15 @@ def token_rows(
     left_out: Counter[str] = Counter()
     rows = keep(_fit_rows(texts, stage, tokenise, max_tokens, bos_id, left_out))
     if not len(rows):
-        expected = f"{stage.min_characters} characters or more, {2 * stage.site_margin_tokens} to {max_tokens} tokens"
-        raise no_text_is_fit(left_out, expected, "set pretext.min_characters, max_tokens or long_texts (truncate, chunk)")
+        expected = (
+            f"{stage.min_characters} characters or more, {2 * stage.site_margin_tokens} to "
+            f"{max_tokens} tokens"
+        )
+        raise no_text_is_fit(
+            left_out,
+            expected,
+            "set pretext.min_characters, max_tokens or long_texts (truncate, chunk)",
+        )
     return rows, +left_out
 
 
@@ -90,10 +99,14 @@ def long_enough(
 def no_text_is_fit(left_out: Counter[str], expected: str, fix: str) -> DataError:
     """The error for a stage without usable texts."""
     found = ", ".join(f"{count:,} {reason}" for reason, count in (+left_out).items())
-    return DataError("no text is fit for stage 1", where="pretext.data", expected=expected, found=found, fix=fix)
+    return DataError(
+        "no text is fit for stage 1", where="pretext.data", expected=expected, found=found, fix=fix
+    )
 
 
-def _pieces(ids: list[int], max_tokens: int, chunk: bool, bos_id: int | None) -> Iterable[list[int]]:
+def _pieces(
+    ids: list[int], max_tokens: int, chunk: bool, bos_id: int | None
+) -> Iterable[list[int]]:
     if len(ids) <= max_tokens or not chunk:
         return [ids[:max_tokens]]
     start = [] if bos_id is None else [bos_id]
@@ -106,8 +119,8 @@ class Masking:
     """Which tokens are masked and what replaces them; fixed by (seed, sample number).
 
     The first token is never masked: it is BOS, or has no state before it. Of the others the share
-    `rate` is masked, at least one.
-    A masked token becomes `mask_id`. With `bert`: `mask_id` in 80 % of cases, a random id in 10 %, unchanged in 10 %.
+    `rate` is masked, at least one. A masked token becomes `mask_id`. With `bert`: `mask_id` in 80 %
+    of cases, a random id in 10 %, unchanged in 10 %.
     """
 
     rate: float
@@ -122,20 +135,28 @@ class Masking:
         replaced = [NOT_MASKED] * len(ids)
         for place in draw.sample(range(1, len(ids)), max(1, round(self.rate * (len(ids) - 1)))):
             fate = draw.random() if self.bert else 0.0
-            replaced[place] = self.mask_id if fate < 0.8 else draw.randrange(self.vocabulary) if fate < 0.9 else ids[place]
+            replaced[place] = (
+                self.mask_id
+                if fate < 0.8
+                else draw.randrange(self.vocabulary)
+                if fate < 0.9
+                else ids[place]
+            )
         return replaced
 
 
 class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Sample i of a run, for i in 0..samples−1: a text of this epoch's shuffle, split at a site fixed by (seed, i).
+    """Sample i of a run, for i in 0..samples−1: a text of this epoch's shuffle, split at a site
+    fixed by (seed, i).
 
     Args:
         rows: texts as token ids.
         samples: how many the run draws.
         margin: least tokens on both sides of a site.
         seed: of the shuffles and the sites.
-        batch_size: > 1 lets samples that fall into one batch be of like length, which saves padding: each window of 16
-            shuffled batches is sorted by length, its batches shuffled. Texts that fill no batch wait for the next epoch.
+        batch_size: > 1 lets samples that fall into one batch be of like length, which saves
+            padding: each window of 16 shuffled batches is sorted by length, its batches shuffled.
+            Texts that fill no batch wait for the next epoch.
         masking: masks for each sample; None: none.
     """
 
@@ -148,7 +169,13 @@ class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
         batch_size: int = 1,
         masking: Masking | None = None,
     ) -> None:
-        self.rows, self.samples, self.margin, self.seed, self.masking = rows, samples, margin, seed, masking
+        self.rows, self.samples, self.margin, self.seed, self.masking = (
+            rows,
+            samples,
+            margin,
+            seed,
+            masking,
+        )
         self.batch_size = batch_size if batch_size <= len(rows) else 1
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
@@ -173,11 +200,17 @@ class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
         if self.batch_size == 1:
             return order
         order = order[: len(order) - len(order) % self.batch_size]
-        kept: np.ndarray | None = getattr(self.rows, "lengths", None)  # of a store, which would read them all from disk
+        # of a store, which would read them all from disk
+        kept: np.ndarray | None = getattr(self.rows, "lengths", None)
         lengths = kept[order] if kept is not None else np.array([len(self.rows[i]) for i in order])
         window = self.batch_size * WINDOW_BATCHES
         parts = range(0, len(order), window)
-        order = np.concatenate([order[s : s + window][np.argsort(lengths[s : s + window], kind="stable")] for s in parts])
+        order = np.concatenate(
+            [
+                order[s : s + window][np.argsort(lengths[s : s + window], kind="stable")]
+                for s in parts
+            ]
+        )
         return rng.permutation(order.reshape(-1, self.batch_size)).ravel()
 
 
@@ -191,7 +224,8 @@ class PretextCollator:
         """Pad and split."""
         rows, sites = [sample["ids"] for sample in samples], [sample["site"] for sample in samples]
         replaced, teacher = (
-            [sample[name] for sample in samples] if name in samples[0] else None for name in ("replaced", "teacher")
+            [sample[name] for sample in samples] if name in samples[0] else None
+            for name in ("replaced", "teacher")
         )
         teacher_BD = None if teacher is None else torch.from_numpy(np.stack(teacher))
         return SplitTexts.from_rows(rows, sites, self.pad_id, replaced, teacher_BD).to_tensors()

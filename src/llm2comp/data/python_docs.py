@@ -1,16 +1,20 @@
-"""`builtin:python-docs`: the documentation of the Python standard library, read on the user's own machine.
+"""`builtin:python-docs`: the documentation of the Python standard library, read on the user's own
+machine.
 
     language reference (pydoc_data.topics)  ─┐
     docstrings in the library's .py files   ─┼→ entries → pairs     a summary and what follows
     __doc__ of modules written in C         ─┘          → passages  texts to train on
                                                         → retrieval the held-out fifth, to search
 
-Only stdlib modules written in C are imported (their docs exist nowhere else); Python files are parsed, never run.
+Only stdlib modules written in C are imported (their docs exist nowhere else); Python files are
+parsed, never run.
 
-The held-out split. Docstrings that share a normalised summary or a normalised body (lower case, white space collapsed) form
-a group, also through others (union-find). A group is held out when the 64-bit BLAKE2b of its smallest normalised text is a
-multiple of 5: the same on every machine with the same Python. Topics are never held out. A training text or pair is left out
-if it quotes, whatever the punctuation, a held-out summary, a held-out body, or a paragraph of at least 12 words of such a body.
+The held-out split. Docstrings that share a normalised summary or a normalised body (lower case,
+white space collapsed) form a group, also through others (union-find). A group is held out when the
+64-bit BLAKE2b of its smallest normalised text is a multiple of 5: the same on every machine with
+the same Python. Topics are never held out. A training text or pair is left out if it quotes,
+whatever the punctuation, a held-out summary, a held-out body, or a paragraph of at least 12 words
+of such a body.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ from llm2comp.data.docstrings import (
 )
 
 T = TypeVar("T")
-Phrases: TypeAlias = dict[tuple[str, ...], list[tuple[str, ...]]]  # first words of a phrase → all its words
+# first words of a phrase → all its words
+Phrases: TypeAlias = dict[tuple[str, ...], list[tuple[str, ...]]]
 
 _PHRASE_START_WORDS = 4
 _QUOTED_PARAGRAPH_WORDS = 12
@@ -53,12 +58,16 @@ class Retrieval:
 def entries() -> tuple[Entry, ...]:
     """Everything documented, sorted by qualified name; of several docs under one name the longest.
 
-    A name is the public one: `_heapq.heappush` counts as `heapq.heappush`, `posix.stat` as `os.stat`.
+    A name is the public one: `_heapq.heappush` counts as `heapq.heappush`, `posix.stat` as
+    `os.stat`.
     """
     found: dict[str, Entry] = {}
     for name, kind, doc in (*_topic_docs(), *_source_docs(), *_compiled_docs()):
         entry = _entry(name, kind, doc)
-        if entry and (name not in found or (len(entry.text), entry.text) > (len(found[name].text), found[name].text)):
+        if entry and (
+            name not in found
+            or (len(entry.text), entry.text) > (len(found[name].text), found[name].text)
+        ):
             found[name] = entry
     return tuple(found[name] for name in sorted(found))
 
@@ -66,27 +75,52 @@ def entries() -> tuple[Entry, ...]:
 def pairs(heldout: bool) -> list[tuple[str, str]]:
     """Distinct (summary, body) of docstrings, from the held-out groups or from the others.
 
-    A summary has 4 to 60 words; the words of a body, leaving out doctests, make at least 80 characters.
+    A summary has 4 to 60 words; the words of a body, leaving out doctests, make at least 80
+    characters.
     """
-    chosen = [entry for entry in entries() if _is_pair(entry) and _split()[normalise(entry.summary)] == heldout]
-    distinct = _first_of_each(((normalise(entry.summary), normalise(entry.body)), entry) for entry in chosen)
-    return [(entry.summary, entry.body) for entry in distinct if heldout or not quotes_held_out(entry.text)]
+    chosen = [
+        entry
+        for entry in entries()
+        if _is_pair(entry) and _split()[normalise(entry.summary)] == heldout
+    ]
+    distinct = _first_of_each(
+        ((normalise(entry.summary), normalise(entry.body)), entry) for entry in chosen
+    )
+    return [
+        (entry.summary, entry.body)
+        for entry in distinct
+        if heldout or not quotes_held_out(entry.text)
+    ]
 
 
 def passages() -> list[str]:
-    """Distinct texts of 4 words and more to train on: entries, cut at paragraph ends if long; nothing held out."""
-    cut = (passage for entry in entries() for passage in _cut(entry.text) if len(_words(passage)) >= 4)
-    return _first_of_each((normalise(passage), passage) for passage in cut if not quotes_held_out(passage))
+    """Distinct texts of 4 words and more to train on: entries, cut at paragraph ends if long;
+    nothing held out.
+    """
+    cut = (
+        passage for entry in entries() for passage in _cut(entry.text) if len(_words(passage)) >= 4
+    )
+    return _first_of_each(
+        (normalise(passage), passage) for passage in cut if not quotes_held_out(passage)
+    )
 
 
 def retrieval() -> Retrieval:
-    """Make the held-out fifth a search task: one query per distinct summary, one document per distinct body.
+    """Make the held-out fifth a search task: one query per distinct summary, one document per
+    distinct body.
 
     Every body that stands under a summary anywhere in the fifth is relevant to it.
     """
-    held_out = [(normalise(summary), normalise(body), summary, body) for summary, body in pairs(heldout=True)]
-    qids = {key: f"q{number:04}" for number, key in enumerate(dict.fromkeys(row[0] for row in held_out))}
-    docids = {key: f"d{number:04}" for number, key in enumerate(dict.fromkeys(row[1] for row in held_out))}
+    held_out = [
+        (normalise(summary), normalise(body), summary, body)
+        for summary, body in pairs(heldout=True)
+    ]
+    qids = {
+        key: f"q{number:04}" for number, key in enumerate(dict.fromkeys(row[0] for row in held_out))
+    }
+    docids = {
+        key: f"d{number:04}" for number, key in enumerate(dict.fromkeys(row[1] for row in held_out))
+    }
     names = {normalise(entry.body): entry.name for entry in reversed(entries())}
     task = Retrieval({}, {}, {}, {docid: names[key] for key, docid in docids.items()})
     for query, document, summary, body in held_out:
@@ -97,13 +131,19 @@ def retrieval() -> Retrieval:
 
 
 def functions() -> list[tuple[str, str]]:
-    """(qualified name, documentation) of all functions, classes and methods with a distinct doc, for a search to show."""
-    members = _first_of_each((normalise(entry.text), entry) for entry in entries() if entry.kind == "member")
+    """(qualified name, documentation) of all functions, classes and methods with a distinct doc,
+    for a search to show.
+    """
+    members = _first_of_each(
+        (normalise(entry.text), entry) for entry in entries() if entry.kind == "member"
+    )
     return [(entry.name, entry.text) for entry in members]
 
 
 def quotes_held_out(text: str) -> bool:
-    """Whether the words of a held-out summary, body or longer paragraph of a body stand in this text, one after another."""
+    """Whether the words of a held-out summary, body or longer paragraph of a body stand in this
+    text, one after another.
+    """
     words, phrases = _words(text), _held_out_phrases()
     return any(
         words[start : start + len(phrase)] == phrase
@@ -121,8 +161,13 @@ def _first_of_each(keyed: Iterable[tuple[Hashable, T]]) -> list[T]:
 
 
 def _is_pair(entry: Entry) -> bool:
-    prose = " ".join(line for line in entry.body.splitlines() if not line.lstrip().startswith((">>>", "...")))
-    enough = min(len(_words(entry.summary)), len(_words(prose))) >= _PHRASE_START_WORDS and len(" ".join(_words(prose))) >= 80
+    prose = " ".join(
+        line for line in entry.body.splitlines() if not line.lstrip().startswith((">>>", "..."))
+    )
+    enough = (
+        min(len(_words(entry.summary)), len(_words(prose))) >= _PHRASE_START_WORDS
+        and len(" ".join(_words(prose))) >= 80
+    )
     return entry.kind != "topic" and enough and 4 <= len(entry.summary.split()) <= 60
 
 
@@ -139,9 +184,14 @@ def _split() -> dict[str, bool]:
 
     for entry in entries():
         if entry.kind != "topic":
-            smaller, larger = sorted((find(normalise(entry.summary)), find(normalise(entry.body or entry.summary))))
+            smaller, larger = sorted(
+                (find(normalise(entry.summary)), find(normalise(entry.body or entry.summary)))
+            )
             parent[larger] = smaller
-    return {text: int(hashlib.blake2b(find(text).encode(), digest_size=8).hexdigest(), 16) % 5 == 0 for text in parent}
+    return {
+        text: int(hashlib.blake2b(find(text).encode(), digest_size=8).hexdigest(), 16) % 5 == 0
+        for text in parent
+    }
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -154,7 +204,11 @@ def _held_out_phrases() -> Phrases:
     phrases: set[tuple[str, ...]] = set()
     for summary, body in pairs(heldout=True):
         phrases |= {_words(summary), _words(body)}
-        phrases |= {words for words in map(_words, _paragraphs(body)) if len(words) >= _QUOTED_PARAGRAPH_WORDS}
+        phrases |= {
+            words
+            for words in map(_words, _paragraphs(body))
+            if len(words) >= _QUOTED_PARAGRAPH_WORDS
+        }
     index: Phrases = {}
     for phrase in sorted(phrases):
         index.setdefault(phrase[:_PHRASE_START_WORDS], []).append(phrase)
@@ -162,10 +216,16 @@ def _held_out_phrases() -> Phrases:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Pieces of about 600 to 1,800 characters, cut at paragraph ends, and at line ends only inside a longer paragraph."""
+    """Pieces of about 600 to 1,800 characters, cut at paragraph ends, and at line ends only inside
+    a longer paragraph.
+    """
     least, most = 600, 1800
     paragraphs = (f"{paragraph}\n\n" for paragraph in _paragraphs(text))
-    parts = (part for text in paragraphs for part in ([text] if len(text) <= most else text.splitlines(keepends=True)))
+    parts = (
+        part
+        for text in paragraphs
+        for part in ([text] if len(text) <= most else text.splitlines(keepends=True))
+    )
     piece = ""
     for part in parts:
         if len(piece) >= least and len(piece) + len(part) > most:

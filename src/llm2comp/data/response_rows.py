@@ -1,4 +1,6 @@
-"""Rows of stage 1 for texts with responses: the text is the context, its response is the continuation."""
+"""Rows of stage 1 for texts with responses: the text is the context, its response is the
+continuation.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from llm2comp.recipe import PretextStage
 
 @dataclass(frozen=True)
 class ResponseRow:
-    """Token ids of a text followed by its response, the length of the text, and the teacher's embedding, if any."""
+    """Token ids of a text followed by its response, the length of the text, and the teacher's
+    embedding, if any.
+    """
 
     ids: NDArray[np.int32]
     site: int
@@ -31,10 +35,11 @@ def response_rows(
     max_tokens: int,
     bos_id: int | None,
 ) -> tuple[list[ResponseRow], Counter[str]]:
-    """Texts and responses as token ids, and those left out by reason. Arguments as for `token_rows`.
+    """Texts and responses as token ids, and those left out by reason. Arguments as for
+    `token_rows`.
 
-    `max_tokens` is for both together. Under `long_texts: truncate` the response loses its end first, down to half of them,
-    then the text.
+    `max_tokens` is for both together. Under `long_texts: truncate` the response loses its end
+    first, down to half of them, then the text.
 
     Raises:
         DataError: nothing is left.
@@ -43,7 +48,10 @@ def response_rows(
     left_out: Counter[str] = Counter()
     bos = int(bos_id is not None)
     for batch in long_enough(given, lambda one: len(one.text), stage.min_characters, left_out):
-        texts, responses = tokenise([one.text for one in batch]), tokenise([one.response for one in batch])
+        texts, responses = (
+            tokenise([one.text for one in batch]),
+            tokenise([one.response for one in batch]),
+        )
         for one, text, response in zip(batch, texts, responses, strict=True):
             said = response[bos:]
             if len(text) <= bos or not said:
@@ -53,18 +61,34 @@ def response_rows(
             else:
                 said = said[: max(max_tokens - len(text), max_tokens // 2)]
                 context = text[: max_tokens - len(said)]
-                rows.append(ResponseRow(np.asarray(context + said, dtype=np.int32), len(context), one.teacher_D))
+                rows.append(
+                    ResponseRow(
+                        np.asarray(context + said, dtype=np.int32), len(context), one.teacher_D
+                    )
+                )
     if not rows:
-        expected = f"{stage.min_characters} characters or more, {max_tokens} tokens or fewer with the response"
-        raise no_text_is_fit(left_out, expected, "set pretext.min_characters, max_tokens or long_texts: truncate")
+        expected = (
+            f"{stage.min_characters} characters or more, {max_tokens} tokens or fewer with "
+            "the response"
+        )
+        raise no_text_is_fit(
+            left_out, expected, "set pretext.min_characters, max_tokens or long_texts: truncate"
+        )
     return rows, +left_out
 
 
 class ResponseRows(PretextRows):
-    """As `PretextRows`, each row split where its response begins, with the teacher's embedding where there is one."""
+    """As `PretextRows`, each row split where its response begins, with the teacher's embedding
+    where there is one.
+    """
 
     def __init__(
-        self, rows: Sequence[ResponseRow], samples: int, seed: int, batch_size: int = 1, masking: Masking | None = None
+        self,
+        rows: Sequence[ResponseRow],
+        samples: int,
+        seed: int,
+        batch_size: int = 1,
+        masking: Masking | None = None,
     ) -> None:
         super().__init__([row.ids for row in rows], samples, 1, seed, batch_size, masking)
         self.given = rows

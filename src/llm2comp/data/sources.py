@@ -2,8 +2,9 @@
 
     source → rows {column: value}, or the reason why a row is unusable → texts or pairs, with counts
 
-A bad row never ends a run: it is left out and counted by reason. What makes a whole source useless (no such file or column, a
-broken archive, no usable row) is a DataError. Nothing that is read gets executed: no pickles, no scripts of data sets.
+A bad row never ends a run: it is left out and counted by reason. What makes a whole source useless
+(no such file or column, a broken archive, no usable row) is a DataError. Nothing that is read gets
+executed: no pickles, no scripts of data sets.
 """
 
 from __future__ import annotations
@@ -35,20 +36,29 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def read_texts(spec: TextData) -> Loaded[str]:
-    """Read the texts of a source. Raises DataError when there is no such file or column, or no usable text."""
-    return _collect(spec, (spec.column,), functools.partial(one_text, column=spec.column), lambda text: [text])
+    """Read the texts of a source. Raises DataError when there is no such file or column, or no
+    usable text.
+    """
+    return _collect(
+        spec, (spec.column,), functools.partial(one_text, column=spec.column), lambda text: [text]
+    )
 
 
 def iterate_sources(specs: Sequence[TextData], tell: Callable[[str], None]) -> Iterator[str]:
-    """Texts of several sources, one at a time; `tell` is given each source's summary at its end. Errors as `read_texts`."""
+    """Texts of several sources, one at a time; `tell` is given each source's summary at its end.
+    Errors as `read_texts`.
+    """
     for spec in specs:
         tally = Tally(spec.source)
-        yield from _items(spec, (spec.column,), functools.partial(one_text, column=spec.column), tally)
+        yield from _items(
+            spec, (spec.column,), functools.partial(one_text, column=spec.column), tally
+        )
         tell(tally.summary())
 
 
 def source_key(spec: TextData) -> dict[str, Any]:
-    """What the texts of a source depend on, for a hash: its content, its name without folders, which rows are asked for.
+    """What the texts of a source depend on, for a hash: its content, its name without folders,
+    which rows are asked for.
 
     Raises:
         DataError: there is no such source.
@@ -58,27 +68,38 @@ def source_key(spec: TextData) -> dict[str, Any]:
 
 
 def read_responses(spec: TextData, teacher: bool = False) -> Loaded[Response]:
-    """Read texts with their responses (`spec.response`), and the teacher's embeddings of these (column `teacher`) if asked for.
+    """Read texts with their responses (`spec.response`), and the teacher's embeddings of these
+    (column `teacher`) if asked for.
 
     Raises:
-        DataError: no such file, folder or column; a missing or damaged shard; no usable row; embeddings of several widths.
+        DataError: no such file, folder or column; a missing or damaged shard; no usable row;
+            embeddings of several widths.
     """
     assert spec.response is not None
     response = spec.response
 
     def given(row: Row) -> list[Response]:
-        return [Response(filled(row, spec.column), filled(row, response), vector(row, TEACHER) if teacher else None)]
+        return [
+            Response(
+                filled(row, spec.column),
+                filled(row, response),
+                vector(row, TEACHER) if teacher else None,
+            )
+        ]
 
     columns = (spec.column, response, *([TEACHER] if teacher else []))
     loaded = _collect(spec, columns, given, lambda given: [given.text, given.response])
     widths = sorted({len(given.teacher_D) for given in loaded.rows if given.teacher_D is not None})
     if len(widths) > 1:
-        raise DataError("embeddings of several widths", where=f"{spec.source}, column {TEACHER!r}", found=widths)
+        raise DataError(
+            "embeddings of several widths", where=f"{spec.source}, column {TEACHER!r}", found=widths
+        )
     return loaded
 
 
 def read_pairs(spec: PairData) -> Loaded[Pair]:
-    """Read the training pairs of a source, without the white space around each text; a list of positives gives a pair for each.
+    """Read the training pairs of a source, without the white space around each text; a list of
+    positives gives a pair for each.
 
     Raises:
         DataError: no such file or column, a list that is written as a string, or no usable pair.
@@ -89,23 +110,34 @@ def read_pairs(spec: PairData) -> Loaded[Pair]:
         positives = stripped(row, spec.positive)
         if not positives:
             raise UnusableError("empty" if spec.positive in row else f"no column {spec.positive!r}")
-        negatives = [text for column in spec.negatives for text in stripped(row, column) if text not in positives]
+        negatives = [
+            text
+            for column in spec.negatives
+            for text in stripped(row, column)
+            if text not in positives
+        ]
         if not (right := [text for text in positives if text != anchor]):
             raise UnusableError("positive equals query")
         return [Pair(anchor, positive, tuple(negatives)) for positive in right]
 
     columns = (spec.anchor, spec.positive, *spec.negatives)
-    return _collect(spec, columns, pairs, lambda pair: [pair.anchor, pair.positive, *pair.negatives])
+    return _collect(
+        spec, columns, pairs, lambda pair: [pair.anchor, pair.positive, *pair.negatives]
+    )
 
 
 def check_sources(specs: Iterable[Spec]) -> None:
-    """Raise DataError if a source is neither an existing file nor a possible Hub id. Reads nothing."""
+    """Raise DataError if a source is neither an existing file nor a possible Hub id. Reads
+    nothing.
+    """
     for spec in specs:
         if not spec.source.startswith("builtin:"):
             _is_path(spec.source)
 
 
-def _collect(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], parts: Callable[[T], list[str]]) -> Loaded[T]:
+def _collect(
+    spec: Spec, columns: Columns, make: Callable[[Row], list[T]], parts: Callable[[T], list[str]]
+) -> Loaded[T]:
     """All items of a source. `parts` are the strings of an item."""
     loaded: Loaded[T] = Loaded(spec.source)
     digest = hashlib.sha256()
@@ -117,7 +149,9 @@ def _collect(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], parts
     return loaded
 
 
-def _items(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: Tally) -> Iterator[T]:
+def _items(
+    spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: Tally
+) -> Iterator[T]:
     """Turn rows into items up to the limit; count rows without one."""
     columns_seen: dict[str, None] = {}
     for place, row in _rows(spec, columns):
@@ -131,9 +165,14 @@ def _items(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: 
             tally.leave_out(str(reason), place)
             continue
         except WrittenListError as error:
-            fix = "write it as JSON lines with a real list, or one text per column (negatives: [n1, n2])"
+            fix = (
+                "write it as JSON lines with a real list, or one text per column (negatives: "
+                "[n1, n2])"
+            )
             problem = "a list written as a string is no text"
-            raise DataError(problem, where=f"{spec.source}, {place}", found=str(error)[:80], fix=fix) from None
+            raise DataError(
+                problem, where=f"{spec.source}, {place}", found=str(error)[:80], fix=fix
+            ) from None
         tally.used += 1
         yield from items
         if tally.used == spec.limit:
@@ -142,8 +181,17 @@ def _items(spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: 
         if columns_seen:
             check_columns(spec.source, columns, columns_seen)
     if not tally.used:
-        advice = convert_command(Path(spec.source), "WINDOWS-1252") if "not UTF-8" in tally.skipped else None
-        raise DataError("no usable row", where=spec.source, found=tally.left_out() or "nothing in it", fix=advice)
+        advice = (
+            convert_command(Path(spec.source), "WINDOWS-1252")
+            if "not UTF-8" in tally.skipped
+            else None
+        )
+        raise DataError(
+            "no usable row",
+            where=spec.source,
+            found=tally.left_out() or "nothing in it",
+            fix=advice,
+        )
 
 
 def _rows(spec: Spec, columns: Columns) -> Rows:
@@ -164,7 +212,11 @@ def _content(spec: TextData) -> str:
     """Digest of what `_rows` reads."""
     with _readable(spec):
         if spec.source.startswith("builtin:"):
-            texts = [row[spec.column] for _, row in _builtin_rows(spec.source, (spec.column,)) if isinstance(row, dict)]
+            texts = [
+                row[spec.column]
+                for _, row in _builtin_rows(spec.source, (spec.column,))
+                if isinstance(row, dict)
+            ]
             return hashlib.sha256(to_json(texts).encode()).hexdigest()
         if _is_path(spec.source):
             return source_digest(Path(spec.source).expanduser())
@@ -175,22 +227,34 @@ def _content(spec: TextData) -> str:
 
 @contextlib.contextmanager
 def _readable(spec: Spec) -> Iterator[None]:
-    """Turn errors of disk and archive into a DataError. For a missing column, say what the recipe should be."""
+    """Turn errors of disk and archive into a DataError. For a missing column, say what the recipe
+    should be.
+    """
     try:
         yield
     except MissingColumnError as error:
-        roles = ("column", "response") if isinstance(spec, TextData) else ("anchor", "positive", "negatives")
+        roles = (
+            ("column", "response")
+            if isinstance(spec, TextData)
+            else ("anchor", "positive", "negatives")
+        )
         asked = {role: value for role in roles if (value := getattr(spec, role))}
         settings = settings_for({"source": spec.source, **asked}, error.names)
         raise error.advised(settings and f"name the file's own columns: {settings}") from None
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot be read: {error}", where=spec.source, fix="check that the file is whole") from error
+        raise DataError(
+            f"cannot be read: {error}", where=spec.source, fix="check that the file is whole"
+        ) from error
 
 
 def _is_path(source: str) -> bool:
-    """Whether a source is a file or a folder, not a Hub data set. Raises DataError for what can be neither."""
+    """Whether a source is a file or a folder, not a Hub data set. Raises DataError for what can be
+    neither.
+    """
     path = Path(source).expanduser()
-    if not path.exists() and (file_kind(path) or not _HUB_NAME.fullmatch(source) or missing_path(source)):
+    if not path.exists() and (
+        file_kind(path) or not _HUB_NAME.fullmatch(source) or missing_path(source)
+    ):
         raise no_such_file(path.absolute())
     return path.exists()
 
@@ -198,6 +262,10 @@ def _is_path(source: str) -> bool:
 def _builtin_rows(source: str, columns: Columns) -> Rows:
     if source != "builtin:python-docs":
         raise DataError("no such builtin", where=source, expected="builtin:python-docs")
-    items = [(text,) for text in python_docs.passages()] if len(columns) == 1 else python_docs.pairs(heldout=False)
+    items = (
+        [(text,) for text in python_docs.passages()]
+        if len(columns) == 1
+        else python_docs.pairs(heldout=False)
+    )
     for number, item in enumerate(items, 1):
         yield f"item {number}", dict(zip(columns, item, strict=False))

@@ -1,13 +1,14 @@
-"""Corpora on disk: a source is read and tokenised once, kept in a cache, and read from there row by row.
+"""Corpora on disk: a source is read and tokenised once, kept in a cache, and read from there row by
+row.
 
 CACHE/tokens-<key>/tokens.i32   token ids of all rows, one after the other (little-endian int32)
                    bounds.i64   where each row begins, and where the last one ends
 CACHE/texts-<key>/texts.arrow   texts as an Arrow stream of one column, `anchor`
 CACHE/<kind>-<key>/stored.json  written last: `Stored`
 
-The key is a hash of all that the rows depend on: content of the sources and which of their rows are read, tokenizer, limits.
-CACHE is $LLM2COMP_CACHE, else $XDG_CACHE_HOME/llm2comp, else ~/.cache/llm2comp. Memory does not grow with the corpus, but for
-some ten bytes per row.
+The key is a hash of all that the rows depend on: content of the sources and which of their rows are
+read, tokenizer, limits. CACHE is $LLM2COMP_CACHE, else $XDG_CACHE_HOME/llm2comp, else
+~/.cache/llm2comp. Memory does not grow with the corpus, but for some ten bytes per row.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ from llm2comp.recipe import PretextStage, Section, TextData
 from llm2comp.system.cache import cache_folder, cached, flush
 from llm2comp.system.files import new_folder, to_json, write_text
 
-MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = "stored.json", "tokens.i32", "bounds.i64", "texts.arrow"
+MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = (
+    "stored.json",
+    "tokens.i32",
+    "bounds.i64",
+    "texts.arrow",
+)
 # To be raised when the code makes other rows of the same source and settings.
 ROWS_VERSION = 2
 # A file is known by its size and this many parts, evenly spread; a smaller one by all of it.
@@ -52,8 +58,8 @@ class Stored(Section):
 class TokenStore(Sequence[NDArray[np.int32]]):
     """Rows of token ids in a folder; each is read from the disk when it is asked for.
 
-    Not memory-mapped: pages that were touched would count as memory of the process, and a disk's error would end it without
-    a word. A folder that is deleted can be read until the process ends.
+    Not memory-mapped: pages that were touched would count as memory of the process, and a disk's
+    error would end it without a word. A folder that is deleted can be read until the process ends.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +80,9 @@ class TokenStore(Sequence[NDArray[np.int32]]):
         content = os.pread(self._file.fileno(), end - begin, begin)
         if len(content) != end - begin:
             fix = "delete the folder and run again"
-            raise DataError("is damaged", where=str(self.folder), expected=f"row {i} in {TOKENS_FILE}", fix=fix)
+            raise DataError(
+                "is damaged", where=str(self.folder), expected=f"row {i} in {TOKENS_FILE}", fix=fix
+            )
         return np.frombuffer(content, dtype="<i4")
 
     @property
@@ -104,18 +112,23 @@ def stored_rows(
     tell: Callable[[str], None],
     root: Path | None = None,
 ) -> tuple[TokenStore, Counter[str]]:
-    """Stage 1's texts as token ids, and those left out by reason: `token_rows` of all its sources, from the cache if there.
+    """Stage 1's texts as token ids, and those left out by reason: `token_rows` of all its sources,
+    from the cache if there.
 
-    `tokenizer` is what `tokenise` works with; `tell` is given a line per source, the same whether it was read now or before;
-    `root` is the cache's folder, the user's unless given. The rest as for `token_rows`.
+    `tokenizer` is what `tokenise` works with; `tell` is given a line per source, the same whether
+    it was read now or before; `root` is the cache's folder, the user's unless given. The rest as
+    for `token_rows`.
 
     Raises:
-        DataError: a source cannot be read, or no text is left. RunError: the cache cannot be written.
+        DataError: a source cannot be read, or no text is left. RunError: the cache cannot be
+            written.
     """
 
     def build(folder: Path, tell: Callable[[str], None]) -> Counter[str]:
         texts = iterate_sources(stage.data, tell)
-        return token_rows(texts, stage, tokenise, max_tokens, bos_id, lambda rows: write_rows(folder, rows))[1]
+        return token_rows(
+            texts, stage, tokenise, max_tokens, bos_id, lambda rows: write_rows(folder, rows)
+        )[1]
 
     limits = stage.model_dump(include={"min_characters", "long_texts", "site_margin_tokens"})
     key = [limits, max_tokens, bos_id, tokenizer_digest(tokenizer), version("tokenizers")]
@@ -123,8 +136,14 @@ def stored_rows(
     return TokenStore(folder), left_out
 
 
-def stored_texts(specs: Sequence[TextData], min_characters: int, tell: Callable[[str], None], root: Path | None = None) -> Any:
-    """Stage 2's texts as a memory-mapped datasets.Dataset, each as `anchor` and as `positive`; from the cache if there.
+def stored_texts(
+    specs: Sequence[TextData],
+    min_characters: int,
+    tell: Callable[[str], None],
+    root: Path | None = None,
+) -> Any:
+    """Stage 2's texts as a memory-mapped datasets.Dataset, each as `anchor` and as `positive`; from
+    the cache if there.
 
     Arguments and errors as for `stored_rows`.
     """
@@ -134,12 +153,16 @@ def stored_texts(specs: Sequence[TextData], min_characters: int, tell: Callable[
         schema = pa.schema({"anchor": pa.large_string()})
         with (folder / TEXTS_FILE).open("wb") as out, pa.ipc.new_stream(out, schema) as table:
             for texts in long_enough(iterate_sources(specs, tell), len, min_characters, Counter()):
-                table.write_batch(pa.record_batch([pa.array(texts, pa.large_string())], schema=schema))
+                table.write_batch(
+                    pa.record_batch([pa.array(texts, pa.large_string())], schema=schema)
+                )
         return Counter()
 
     folder, _ = _stored("texts", specs, [min_characters], build, tell, root)
     anchors = datasets.Dataset.from_file(str(folder / TEXTS_FILE))
-    return datasets.concatenate_datasets([anchors, anchors.rename_column("anchor", "positive")], axis=1)
+    return datasets.concatenate_datasets(
+        [anchors, anchors.rename_column("anchor", "positive")], axis=1
+    )
 
 
 def distinct(texts: Any, most: int) -> int:
@@ -153,7 +176,9 @@ def distinct(texts: Any, most: int) -> int:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Hex digest of how a fast tokenizer treats a text, without its origin and its current padding or truncation."""
+    """Hex digest of how a fast tokenizer treats a text, without its origin and its current padding
+    or truncation.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     state["split_special_tokens"] = tokenizer.split_special_tokens
     return hashlib.sha256(to_json(state, sort_keys=True).encode()).hexdigest()
@@ -167,7 +192,9 @@ def _stored(
     tell: Callable[[str], None],
     root: Path | None,
 ) -> tuple[Path, Counter[str]]:
-    """The folder that `build` fills, and its counts: one that is whole from before, else one built now."""
+    """The folder that `build` fills, and its counts: one that is whole from before, else one built
+    now.
+    """
     everything = [ROWS_VERSION, [source_key(spec) for spec in specs], *key]
     name = f"{kind}-{hashlib.sha256(to_json(everything, sort_keys=True).encode()).hexdigest()[:32]}"
     folder = (root or cache_folder()) / name
@@ -181,7 +208,11 @@ def _build(folder: Path, build: Callable[[Path, Callable[[str], None]], Counter[
     lines: list[str] = []
     with new_folder(folder, None) as new:
         left_out = build(new, lines.append)
-        stored = Stored(files={file.name: _seal(file) for file in new.iterdir()}, lines=tuple(lines), left_out=left_out)
+        stored = Stored(
+            files={file.name: _seal(file) for file in new.iterdir()},
+            lines=tuple(lines),
+            left_out=left_out,
+        )
         write_text(new / MANIFEST_FILE, stored.model_dump_json(indent=1))
     return stored
 
@@ -190,7 +221,11 @@ def _read(folder: Path) -> Stored | None:
     """The manifest of a folder if all its files are complete, else None."""
     try:
         stored = Stored.model_validate_json((folder / MANIFEST_FILE).read_bytes())
-        return stored if all(_known(folder / name) == known for name, known in stored.files.items()) else None
+        return (
+            stored
+            if all(_known(folder / name) == known for name, known in stored.files.items())
+            else None
+        )
     except (OSError, ValidationError):
         return None
 

@@ -51,7 +51,8 @@ def _texts(row: Row, column: str) -> Iterator[str]:
             raise UnusableError(f"{column!r} is not a string")
         try:
             (text or "").encode("utf-8")
-        except UnicodeEncodeError:  # lone surrogates: an escape in JSON, or a byte that did not decode
+        # lone surrogates: an escape in JSON, or a byte that did not decode
+        except UnicodeEncodeError:
             raise UnusableError("not UTF-8") from None
         yield text or ""
 
@@ -70,7 +71,9 @@ def stripped(row: Row, column: str) -> list[str]:
 
 
 def _is_written_list(text: str) -> bool:
-    """Whether a text is the Python or JSON source of a list of texts, as tables hold lists that passed through CSV."""
+    """Whether a text is the Python or JSON source of a list of texts, as tables hold lists that
+    passed through CSV.
+    """
     if not (text.startswith("[") and text.endswith("]")):
         return False
     for read in (json.loads, ast.literal_eval):
@@ -78,5 +81,9 @@ def _is_written_list(text: str) -> bool:
             found = read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-        return isinstance(found, list) and bool(found) and all(isinstance(item, str | None) for item in found)
+        return (
+            isinstance(found, list)
+            and bool(found)
+            and all(isinstance(item, str | None) for item in found)
+        )
     return False

@@ -1,4 +1,6 @@
-"""`llm2comp analyze`: why is a model good, or not: collapse, what counts as similar, what the memory tokens hold."""
+"""`llm2comp analyze`: why is a model good, or not: collapse, what counts as similar, what the
+memory tokens hold.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ from llm2comp.lab.readout import Readout, read_out
 from llm2comp.measures.clusters import clusters, merge_weights
 from llm2comp.measures.collapse import Collapse, collapse
 from llm2comp.measures.context import SITE_MARGIN, context_recovered, split_sample
-from llm2comp.measures.geometry import alignment, random_pair_cosines, related_pair_cosines, score_summary
+from llm2comp.measures.geometry import (
+    alignment,
+    random_pair_cosines,
+    related_pair_cosines,
+    score_summary,
+)
 from llm2comp.model.backbone.sharded import header_of
 from llm2comp.model.compressor import STATE_FILE, Compressor
 from llm2comp.model.encoder import refuse_not_finite
@@ -30,7 +37,14 @@ from llm2comp.model.vectors import Budget, in_batches, memory_states
 from llm2comp.runs.folder import Run, stage_of
 from llm2comp.storage.export import memory_names, reweight
 from llm2comp.storage.loading import identity, live_place, load
-from llm2comp.system.files import ANALYSIS, claim, explain_disk_errors, to_json, write_bytes, write_text
+from llm2comp.system.files import (
+    ANALYSIS,
+    claim,
+    explain_disk_errors,
+    to_json,
+    write_bytes,
+    write_text,
+)
 from llm2comp.use.embed import embed
 
 if TYPE_CHECKING:
@@ -78,7 +92,8 @@ def analyze(
     """Measure a model on texts.
 
     Args:
-        path: whatever `llm2comp.load` takes; a run is looked at through its last stage, where the frozen LM is at hand.
+        path: whatever `llm2comp.load` takes; a run is looked at through its last stage, where the
+            frozen LM is at hand.
         texts: what to embed; more texts than dimensions, or the rank figures are withheld.
         pairs: related texts, for alignment and for what counts as similar.
         threshold: cosine from which memory tokens are merged into one cluster.
@@ -87,7 +102,8 @@ def analyze(
         device: None = the best there is.
 
     Raises:
-        DataError: too few texts; an embedding that is zero or not finite, with its text. As `load` for the model.
+        DataError: too few texts; an embedding that is zero or not finite, with its text. As `load`
+            for the model.
     """
     if len(texts) < 2:
         raise DataError("too few texts to analyze", expected="2 or more", found=len(texts))
@@ -102,14 +118,22 @@ def analyze(
     figures: dict[str, float | None] = {key: getattr(measured, key) for key in OF_EMBEDDINGS}
     if pairs:
         anchors_ND = embed(model, [pair.anchor for pair in pairs], role="query").embeddings_ND
-        positives_ND = embed(model, [pair.positive for pair in pairs], role="document").embeddings_ND
+        positives_ND = embed(
+            model, [pair.positive for pair in pairs], role="document"
+        ).embeddings_ND
         figures["alignment"] = alignment(anchors_ND, positives_ND)
         related_cosines = related_pair_cosines(anchors_ND, positives_ND)
     if compressor is not None:
         rows = compressor.backbone.tokenise(texts[:SPLIT_FROM], compressor.max_tokens(READ_TOKENS))
-        figures["context_recovered"] = context_recovered(compressor, split_sample(rows, compressor.backbone.pad_id))
+        figures["context_recovered"] = context_recovered(
+            compressor, split_sample(rows, compressor.backbone.pad_id)
+        )
     withheld = _withheld(measured, bool(pairs), compressor is not None, figures)
-    labels = None if measured.memory_correlation is None else clusters(measured.memory_correlation, threshold)
+    labels = (
+        None
+        if measured.memory_correlation is None
+        else clusters(measured.memory_correlation, threshold)
+    )
     return Analysis(
         model=path,
         name=who.name,
@@ -122,26 +146,37 @@ def analyze(
         related_cosines=None if related_cosines is None else related_cosines.round(4).tolist(),
         clusters=None if labels is None else labels.tolist(),
         merge_weights=None if labels is None else merge_weights(labels).tolist(),
-        readouts=tuple(read_out(compressor, text, READ_TOKENS) for text in texts[:examples]) if compressor else (),
+        readouts=tuple(read_out(compressor, text, READ_TOKENS) for text in texts[:examples])
+        if compressor
+        else (),
     )
 
 
-def _withheld(measured: Collapse, pairs: bool, live: bool, figures: dict[str, float | None]) -> dict[str, str]:
+def _withheld(
+    measured: Collapse, pairs: bool, live: bool, figures: dict[str, float | None]
+) -> dict[str, str]:
     """Figures that are not given, and why."""
     reasons: dict[str, str] = {}
     if not measured.enough_texts:
-        reason = f"{measured.texts:,} texts for {measured.dimensions:,} dimensions: give more texts than dimensions"
+        reason = (
+            f"{measured.texts:,} texts for {measured.dimensions:,} dimensions: give more "
+            "texts than dimensions"
+        )
         reasons |= dict.fromkeys(NEED_MORE_TEXTS, reason)
     if not pairs:
         reasons["alignment"] = "needs related pairs: give --pairs"
     if figures.get("context_recovered") is None:
         short = f"no text of {2 * SITE_MARGIN} tokens or more"
-        reasons["context_recovered"] = short if live else "needs the frozen LM: give a run or a stage of one"
+        reasons["context_recovered"] = (
+            short if live else "needs the frozen LM: give a run or a stage of one"
+        )
     return reasons
 
 
 def default_folder(path: str) -> Path:
-    """Where an analysis goes unless told otherwise: into the model's run, else into a folder of its own here."""
+    """Where an analysis goes unless told otherwise: into the model's run, else into a folder of its
+    own here.
+    """
     run = Run.of(path)
     if run is None:
         return ELSEWHERE
@@ -150,10 +185,15 @@ def default_folder(path: str) -> Path:
 
 
 def write_analysis(found: Analysis, folder: Path) -> None:
-    """The plots (PNG, SVG), then `analysis.json`, over those of an earlier analysis. Raises RunError when a write fails."""
+    """The plots (PNG, SVG), then `analysis.json`, over those of an earlier analysis. Raises
+    RunError when a write fails.
+    """
     claim(folder, ANALYSIS)
     with explain_disk_errors(folder):
-        for old in (ANALYSIS_FILE, *(f"{plot}.{kind}" for plot in PLOTS for kind in ("png", "svg"))):
+        for old in (
+            ANALYSIS_FILE,
+            *(f"{plot}.{kind}" for plot in PLOTS for kind in ("png", "svg")),
+        ):
             (folder / old).unlink(missing_ok=True)
     spectrum, scores, memory = (folder / plot for plot in PLOTS)
     save_figure(spectrum_figure({found.model: found.collapse.spectrum}), spectrum)
@@ -164,7 +204,8 @@ def write_analysis(found: Analysis, folder: Path) -> None:
 
 
 def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
-    """Store a weighting of the memory tokens in a model: a model folder, a stage, or both of a finished run.
+    """Store a weighting of the memory tokens in a model: a model folder, a stage, or both of a
+    finished run.
 
     Returns what was changed. Raises ModelFolderError for a model that has no memory tokens.
     """
@@ -179,7 +220,10 @@ def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
         tensors = load_file(file)
         if len(weights_K) != len(tensors["weights"]):
             raise ModelFolderError(
-                "another number of memory tokens", where=str(file), expected=len(tensors["weights"]), found=len(weights_K)
+                "another number of memory tokens",
+                where=str(file),
+                expected=len(tensors["weights"]),
+                found=len(weights_K),
             )
         tensors["weights"] = torch.tensor(weights_K, dtype=torch.float32)
         write_bytes(file, save(tensors, header_of(file)))
@@ -193,7 +237,9 @@ def live_compressor(model: SentenceTransformer) -> Compressor | None:
     return found if isinstance(found, Compressor) else None
 
 
-def _memory(model: SentenceTransformer, compressor: Compressor | None, texts: Sequence[str]) -> Tensor | None:
+def _memory(
+    model: SentenceTransformer, compressor: Compressor | None, texts: Sequence[str]
+) -> Tensor | None:
     """Memory states of the texts, memory_NKD; None for a model without memory tokens."""
     if compressor is not None:
         module: Any = model[0]
@@ -222,12 +268,18 @@ def _embeddings(
         return states_NKD, embed(model, texts).embeddings_ND
     with torch.no_grad():
         embeddings_ND = np.asarray(compressor.pool(states_NKD).cpu().numpy())
-    return states_NKD if compressor.memory.count else None, embeddings_ND  # a pooled state is no memory token
+    # a pooled state is no memory token
+    return (
+        states_NKD if compressor.memory.count else None,
+        embeddings_ND,
+    )
 
 
 def table(found: Analysis) -> Table:
     """The figures in words."""
-    shown = Table("figure", "value", "how to read it", title=f"{found.model}: {found.collapse.texts:,} texts")
+    shown = Table(
+        "figure", "value", "how to read it", title=f"{found.model}: {found.collapse.texts:,} texts"
+    )
     dimensions = found.collapse.dimensions
     told = {
         "effective_rank": f"directions in use, of {dimensions:,}",
@@ -236,18 +288,35 @@ def table(found: Analysis) -> Table:
         "uniformity": "the lower, the more evenly texts are spread (0 = all the same)",
         "anisotropy": "mean cosine of random texts (0 = no common direction)",
         "alignment": "squared distance of related texts (0 = the same)",
-        "context_recovered": "share of the context's effect on the LM that the memory carries (1 = all)",
+        "context_recovered": "share of the context's effect on the LM that the memory carries (1 "
+        "= all)",
     }
     for key, meaning in told.items():
         value = found.figures.get(key)
-        shown.add_row(key.replace("_", " "), "withheld" if value is None else f"{value:.4g}", found.withheld.get(key, meaning))
+        shown.add_row(
+            key.replace("_", " "),
+            "withheld" if value is None else f"{value:.4g}",
+            found.withheld.get(key, meaning),
+        )
     quantiles = found.scores["random"]
-    shown.add_row("random pairs", f"{quantiles[50]:.3f}", f"half of them score less; 1 % score {quantiles[99]:.3f} or more")
+    shown.add_row(
+        "random pairs",
+        f"{quantiles[50]:.3f}",
+        f"half of them score less; 1 % score {quantiles[99]:.3f} or more",
+    )
     if found.scores["related"]:
         share = 100 * (found.scores["related_above"] or 0)
-        shown.add_row("related pairs", f"{found.scores['related'][50]:.3f}", f"{share:.0f} % of them score more than that 1 %")
+        shown.add_row(
+            "related pairs",
+            f"{found.scores['related'][50]:.3f}",
+            f"{share:.0f} % of them score more than that 1 %",
+        )
     if found.clusters is not None:
-        shown.add_row("memory clusters", f"{max(found.clusters) + 1}", f"of {len(found.clusters)} tokens: {found.clusters}")
+        shown.add_row(
+            "memory clusters",
+            f"{max(found.clusters) + 1}",
+            f"of {len(found.clusters)} tokens: {found.clusters}",
+        )
     return shown
 
 
@@ -256,12 +325,17 @@ def readout_lines(found: Analysis) -> list[str]:
     lines = []
     for readout in found.readouts:
         lines += ["", f"text: {_one_line(readout.text)}"]
-        lines += [f"  memory token {i}: {_one_line(' '.join(words))}" for i, words in enumerate(readout.words)]
+        lines += [
+            f"  memory token {i}: {_one_line(' '.join(words))}"
+            for i, words in enumerate(readout.words)
+        ]
         lines += [f"  the LM goes on from the text: {_one_line(readout.from_text)}"]
         lines += [f"  from the memory alone: {_one_line(readout.from_memory)}"]
     return lines
 
 
 def _one_line(text: str) -> str:
-    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    line = " ".join(
+        "".join(character if character.isprintable() else " " for character in text).split()
+    )
     return line if len(line) <= 160 else line[:157] + "..."

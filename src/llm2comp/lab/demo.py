@@ -33,12 +33,19 @@ TITLES = {"pretext": "after CTKD", "ucl": "after UCL", "scl": "after SCL"}
 FUSED = "encoder + BM25"
 # What a row of the table is, in one line each.
 LINES = {
-    "backbone, mean-pooled": "the LM as it comes: mean of its states over the text, nothing trained",
-    TITLES["pretext"]: "memory tokens hold what the LM needs to go on with a text; not yet what tells it from others",
+    "backbone, mean-pooled": "the LM as it comes: mean of its states over the text, nothing "
+    "trained",
+    TITLES[
+        "pretext"
+    ]: "memory tokens hold what the LM needs to go on with a text; not yet what tells it "
+    "from others",
     TITLES["ucl"]: "two views of a text were pulled together, other texts pushed away",
-    TITLES["scl"]: "summaries were pulled to the documentation that follows them: what the search below uses",
+    TITLES[
+        "scl"
+    ]: "summaries were pulled to the documentation that follows them: what the search below uses",
     "BM25": "matching of words, no model",
-    FUSED: "ranks of both added (reciprocal rank fusion): what to use where words and meaning both count",
+    FUSED: "ranks of both added (reciprocal rank fusion): what to use where words and meaning "
+    "both count",
 }
 # The demo's LMs and their recipes.
 RECIPES = {"smollm2": "python-docs", "tiny": "tiny"}
@@ -57,7 +64,9 @@ SEARCHED_MODULES = frozenset(
 
 
 def demo(out: Path, recipe: str = RECIPES["smollm2"]) -> Path:
-    """Train, score every stage on the held-out fifth of the documentation, search it. Returns the model folder."""
+    """Train, score every stage on the held-out fifth of the documentation, search it. Returns the
+    model folder.
+    """
     begin = time.monotonic()
     run = train(recipe, out)
     trained = time.monotonic()
@@ -68,7 +77,10 @@ def demo(out: Path, recipe: str = RECIPES["smollm2"]) -> Path:
     model = load(run / MODEL_FOLDER)
     found = list(search(model, QUESTIONS))
     keys = ("name", "summary", "cosine")
-    rows_found = [{"question": asked, "answers": [dict(zip(keys, one, strict=True)) for one in best]} for asked, best in found]
+    rows_found = [
+        {"question": asked, "answers": [dict(zip(keys, one, strict=True)) for one in best]}
+        for asked, best in found
+    ]
     write_text(run / "scores" / SEARCHES_FILE, to_json(rows_found, indent=1))
     for question, answers in found:
         say(Text(f"\n{question}", style="bold"))
@@ -77,12 +89,16 @@ def demo(out: Path, recipe: str = RECIPES["smollm2"]) -> Path:
     page = report([run], run / "report.html")
     end = time.monotonic()
     say(f"\nwhy it is as good as it is: {page}")
-    say(f"{run / MODEL_FOLDER}   ({trained - begin:.0f} s training, {end - trained:.0f} s scoring and search)")
+    say(
+        f"{run / MODEL_FOLDER}   ({trained - begin:.0f} s training, {end - trained:.0f} s "
+        "scoring and search)"
+    )
     return run / MODEL_FOLDER
 
 
 def score(run: Path) -> list[dict[str, float | str | None]]:
-    """Retrieval figures of the backbone, of every stage of a run, of BM25, and of the last stage with it; kept in `scores/`.
+    """Retrieval figures of the backbone, of every stage of a run, of BM25, and of the last stage
+    with it; kept in `scores/`.
 
     Encoders have an effective rank beside them, that of the documents' embeddings.
     """
@@ -93,10 +109,27 @@ def score(run: Path) -> list[dict[str, float | str | None]]:
         documents_ND = embed_texts(model, list(task.documents.values()))
         scores = collection.score(model, documents_ND)
         rank = effective_rank(spectrum(documents_ND))
-        rows.append({"model": name, "ndcg_at_10": scores.ndcg_at_10, "mrr_at_10": scores.mrr_at_10, "effective_rank": rank})
+        rows.append(
+            {
+                "model": name,
+                "ndcg_at_10": scores.ndcg_at_10,
+                "mrr_at_10": scores.mrr_at_10,
+                "effective_rank": rank,
+            }
+        )
         say(f"{name}: nDCG@10 {100 * scores.ndcg_at_10:.1f}")
-    for name, scores in (("BM25", collection.score_bm25()), (FUSED, collection.score_fused(model, documents_ND))):
-        rows.append({"model": name, "ndcg_at_10": scores.ndcg_at_10, "mrr_at_10": scores.mrr_at_10, "effective_rank": None})
+    for name, scores in (
+        ("BM25", collection.score_bm25()),
+        (FUSED, collection.score_fused(model, documents_ND)),
+    ):
+        rows.append(
+            {
+                "model": name,
+                "ndcg_at_10": scores.ndcg_at_10,
+                "mrr_at_10": scores.mrr_at_10,
+                "effective_rank": None,
+            }
+        )
     say(f"{len(task.queries)} queries over {len(task.documents)} held-out documents")
     write_text(run / "scores" / "python-docs.json", to_json(rows, indent=1))
     return rows
@@ -113,22 +146,43 @@ def _encoders(run: Run) -> Iterator[tuple[str, SentenceTransformer]]:
 
 def table(rows: list[dict[str, float | str | None]]) -> Table:
     """The demo's result as a rich table."""
-    shown = Table("model", "nDCG@10", "MRR@10", "effective rank", title="held-out Python documentation: summary line → body")
+    shown = Table(
+        "model",
+        "nDCG@10",
+        "MRR@10",
+        "effective rank",
+        title="held-out Python documentation: summary line → body",
+    )
     for row in rows:
         figures = [row["ndcg_at_10"], row["mrr_at_10"]]
         rank = row["effective_rank"]
-        shown.add_row(str(row["model"]), *(f"{100 * float(x or 0):.1f}" for x in figures), f"{rank:.1f}" if rank else "–")
+        shown.add_row(
+            str(row["model"]),
+            *(f"{100 * float(x or 0):.1f}" for x in figures),
+            f"{rank:.1f}" if rank else "–",
+        )
     return shown
 
 
-def search(model: SentenceTransformer, questions: tuple[str, ...]) -> Iterator[tuple[str, list[tuple[str, str, float]]]]:
-    """For each question the three functions whose documentation is nearest: name, summary line, cosine."""
+def search(
+    model: SentenceTransformer, questions: tuple[str, ...]
+) -> Iterator[tuple[str, list[tuple[str, str, float]]]]:
+    """For each question the three functions whose documentation is nearest: name, summary line,
+    cosine.
+    """
     named = [
-        (name, text) for name, text in python_docs.functions() if name.split(".")[0] in SEARCHED_MODULES and "._" not in name
+        (name, text)
+        for name, text in python_docs.functions()
+        if name.split(".")[0] in SEARCHED_MODULES and "._" not in name
     ]
-    documents = model.encode_document([text[:300] for _, text in named], convert_to_tensor=True, show_progress_bar=False)
+    documents = model.encode_document(
+        [text[:300] for _, text in named], convert_to_tensor=True, show_progress_bar=False
+    )
     queries = model.encode_query(list(questions), convert_to_tensor=True, show_progress_bar=False)
     for question, cosines in zip(questions, model.similarity(queries, documents), strict=True):
         best = cosines.topk(3)
-        answers = [(named[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        answers = [
+            (named[i], value)
+            for value, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
         yield question, [(name, text.splitlines()[0], value) for (name, text), value in answers]

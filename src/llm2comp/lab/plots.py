@@ -1,7 +1,8 @@
-"""Plots of collapse and training: figures, their files on white, and SVG that takes its colours from the page around it.
+"""Plots of collapse and training: figures, their files on white, and SVG that takes its colours
+from the page around it.
 
-Figures are built without pyplot, so nothing global changes. Colours were chosen for all kinds of colour vision; line style and
-marker tell the series apart as well.
+Figures are built without pyplot, so nothing global changes. Colours were chosen for all kinds of
+colour vision; line style and marker tell the series apart as well.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ from llm2comp.system.files import write_bytes
 
 INK, GRID, PAPER = "#1d2630", "#dbe0e6", "#ffffff"
 SERIES = ("#0b62a4", "#c2500a", "#0d7f5f", "#a2458a", "#8a6d00", "#5b5fc7")
-# What stands for each of these colours in a page: its own variables (see lab/report/page.css), its text colour, its background.
+# What stands for each of these colours in a page: its own variables (see lab/report/page.css), its
+# text colour, its background.
 PAGE_COLOURS = {INK: "currentColor", GRID: "var(--grid)", PAPER: "none"} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)
 }
 FEW_POINTS, SMALL_MATRIX, BINS = 30, 64, 50  # marked one by one; drawn cell by cell; of a histogram
 LONG_NAME = 44  # in characters; a longer name in a legend loses its middle
-_LINES, _MARKERS = ("-", "--", "-.", ":", (0, (6, 1.5)), (0, (3, 1.2, 1, 1.2, 1, 1.2))), ("o", "s", "^", "D", "v", "P")
+_LINES, _MARKERS = (
+    ("-", "--", "-.", ":", (0, (6, 1.5)), (0, (3, 1.2, 1, 1.2, 1, 1.2))),
+    ("o", "s", "^", "D", "v", "P"),
+)
 _STYLE: dict[str, Any] = {
     "figure.figsize": (4.4, 3.0),
     "font.size": 10,
@@ -68,16 +73,30 @@ _styled = style.context(["default", _STYLE])
 
 @_styled
 def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
-    """Singular values, largest first, on a log axis, one line per name; zeros are left out (Jing et al., arXiv 2110.09348)."""
-    points = {name: [(i, float(v)) for i, v in enumerate(values, 1) if v > 0] for name, values in spectra.items()}
+    """Singular values, largest first, on a log axis, one line per name; zeros are left out (Jing et
+    al., arXiv 2110.09348).
+    """
+    points = {
+        name: [(i, float(v)) for i, v in enumerate(values, 1) if v > 0]
+        for name, values in spectra.items()
+    }
     return curves_figure(points, "direction, largest first", "singular value", log_y=True)
 
 
 @_styled
-def curves_figure(curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, log_y: bool = False) -> Figure:
-    """One line per name through its (x, y) points. Raises DataError when there is no point at all."""
+def curves_figure(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    log_y: bool = False,
+) -> Figure:
+    """One line per name through its (x, y) points. Raises DataError when there is no point at
+    all.
+    """
     if not any(curves.values()):
-        raise DataError("nothing to plot", expected="a curve with one point or more", found=list(curves))
+        raise DataError(
+            "nothing to plot", expected="a curve with one point or more", found=list(curves)
+        )
     figure, axes = _figure(xlabel, ylabel)
     for points in curves.values():
         xy = np.asarray(points, dtype=np.float64).reshape(-1, 2)
@@ -96,14 +115,18 @@ def curves_figure(curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: s
 
 @_styled
 def heatmap_figure(matrix_KK: ArrayLike, title: str) -> Figure:
-    """Cosines between memory tokens as colours, from 0 (or the lowest) to 1. Raises DataError for what is no square."""
+    """Cosines between memory tokens as colours, from 0 (or the lowest) to 1. Raises DataError for
+    what is no square.
+    """
     matrix = np.asarray(matrix_KK, dtype=np.float64)
     if matrix.ndim != 2 or not matrix.size or len(set(matrix.shape)) != 1:
         raise DataError("no square matrix", expected="shape (K, K)", found=matrix.shape)
     figure, axes = _figure("memory token", "memory token")
     edges = np.arange(len(matrix) + 1) + 0.5
     low = min(0.0, float(np.nanmin(matrix)))
-    cells = axes.pcolormesh(edges, edges, matrix, cmap="cividis", vmin=low, vmax=1, edgecolors="face", linewidth=0.3)
+    cells = axes.pcolormesh(
+        edges, edges, matrix, cmap="cividis", vmin=low, vmax=1, edgecolors="face", linewidth=0.3
+    )
     cells.set_rasterized(len(matrix) > SMALL_MATRIX)
     axes.set_title(_text(title))
     axes.set_aspect("equal")
@@ -118,12 +141,23 @@ def heatmap_figure(matrix_KK: ArrayLike, title: str) -> Figure:
 
 @_styled
 def scores_figure(random_cosines: ArrayLike, related_cosines: ArrayLike | None) -> Figure:
-    """How often which cosine occurs, between random and between related texts. Raises DataError without finite cosines."""
+    """How often which cosine occurs, between random and between related texts. Raises DataError
+    without finite cosines.
+    """
     groups = {"random pairs": random_cosines, "related pairs": related_cosines}
-    cosines = {name: np.ravel(np.asarray(x, dtype=np.float64)) for name, x in groups.items() if x is not None}
+    cosines = {
+        name: np.ravel(np.asarray(x, dtype=np.float64))
+        for name, x in groups.items()
+        if x is not None
+    }
     for name, values in cosines.items():
         if not values.size or not np.isfinite(values).all():
-            raise DataError("cosines that cannot be plotted", where=name, expected="one or more finite numbers", found=values)
+            raise DataError(
+                "cosines that cannot be plotted",
+                where=name,
+                expected="one or more finite numbers",
+                found=values,
+            )
     figure, axes = _figure("cosine", "share of pairs")
     edges = np.histogram_bin_edges(np.concatenate(list(cosines.values())), BINS)
     handles = []
@@ -138,8 +172,13 @@ def scores_figure(random_cosines: ArrayLike, related_cosines: ArrayLike | None) 
 
 @_styled
 def save_figure(figure: Figure, stem: Path) -> None:
-    """Write `stem`.png and `stem`.svg, on white; the same figure gives the same bytes. Raises RunError as `files` does."""
-    for ending, options in (("png", {"dpi": 200, "metadata": {"Software": None}}), ("svg", {"metadata": _NO_METADATA})):
+    """Write `stem`.png and `stem`.svg, on white; the same figure gives the same bytes. Raises
+    RunError as `files` does.
+    """
+    for ending, options in (
+        ("png", {"dpi": 200, "metadata": {"Software": None}}),
+        ("svg", {"metadata": _NO_METADATA}),
+    ):
         content = io.BytesIO()
         figure.savefig(content, format=ending, **options)
         write_bytes(stem.parent / f"{stem.name}.{ending}", content.getvalue())
@@ -162,7 +201,9 @@ def inline_svg(figure: Figure, label: str, prefix: str) -> str:
         for child in [child for child in parent if _local(child.tag) in ("metadata", "style")]:
             parent.remove(child)  # its style would hold for the whole page
         parent.tag = _local(parent.tag)
-        parent.attrib = {_local(key): _adapt(_local(key), value, prefix) for key, value in parent.attrib.items()}
+        parent.attrib = {
+            _local(key): _adapt(_local(key), value, prefix) for key, value in parent.attrib.items()
+        }
     root.attrib = {"viewBox": viewbox, "role": "img", "aria-label": label}
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -206,13 +247,24 @@ def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> Non
     """Names above the plot, where they hide nothing; none for a single line."""
     if len(names) > 1:
         short = [
-            name if len(name) <= LONG_NAME else f"{name[: LONG_NAME // 2 - 1]}…{name[-LONG_NAME // 2 :]}" for name in names
+            name
+            if len(name) <= LONG_NAME
+            else f"{name[: LONG_NAME // 2 - 1]}…{name[-LONG_NAME // 2 :]}"
+            for name in names
         ]
         columns = 2 if max(map(len, short)) <= LONG_NAME // 2 else 1
-        figure.legend(handles, [_text(name) for name in short], loc="outside upper left", ncols=columns, handlelength=2.6)
+        figure.legend(
+            handles,
+            [_text(name) for name in short],
+            loc="outside upper left",
+            ncols=columns,
+            handlelength=2.6,
+        )
 
 
 def _text(text: str) -> str:
-    """Text as it stands: no mathematics between dollars, no name hidden for its first underscore."""
+    """Text as it stands: no mathematics between dollars, no name hidden for its first
+    underscore.
+    """
     plain = text.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain

@@ -1,4 +1,6 @@
-"""Memory states seen through the frozen LM: the nearest words, and its continuation from them alone."""
+"""Memory states seen through the frozen LM: the nearest words, and its continuation from them
+alone.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,10 @@ class Readout:
     """One text seen through its memory.
 
     Attributes:
-        text: what was read (cut to the model's limit).
-        words: per memory token the vocabulary entries that the LM head ranks first for its state, best first.
-        from_text: the frozen LM's continuation of the text itself.
-        from_memory: its continuation after the memory states, without the text.
-        from_nothing: its continuation of BOS alone; empty if there is no BOS.
+        text: what was read (cut to the model's limit). words: per memory token the vocabulary
+        entries that the LM head ranks first for its state, best first. from_text: the frozen LM's
+        continuation of the text itself. from_memory: its continuation after the memory states,
+        without the text. from_nothing: its continuation of BOS alone; empty if there is no BOS.
     """
 
     text: str
@@ -33,7 +34,13 @@ class Readout:
 
 
 @torch.no_grad()
-def read_out(compressor: Compressor, text: str, max_tokens: int, words: int = 5, continuation_tokens: int = 32) -> Readout:
+def read_out(
+    compressor: Compressor,
+    text: str,
+    max_tokens: int,
+    words: int = 5,
+    continuation_tokens: int = 32,
+) -> Readout:
     """Look at one text through its memory states; greedy decoding.
 
     Args:
@@ -55,17 +62,30 @@ def read_out(compressor: Compressor, text: str, max_tokens: int, words: int = 5,
     x_BTD = backbone.embed(tokens.ids_BT)
     return Readout(
         text=backbone.tokenizer.decode(row, skip_special_tokens=True),
-        words=[[backbone.tokenizer.decode([index]) for index in of_token] for of_token in best_KW.tolist()],
-        from_text=_decode(backbone, continue_greedily(backbone, x_BTD, continuation_tokens)) if row else "",
+        words=[
+            [backbone.tokenizer.decode([index]) for index in of_token]
+            for of_token in best_KW.tolist()
+        ],
+        from_text=_decode(backbone, continue_greedily(backbone, x_BTD, continuation_tokens))
+        if row
+        else "",
         from_memory=_decode(backbone, continue_greedily(backbone, memory_BSD, continuation_tokens)),
-        from_nothing=_decode(backbone, continue_greedily(backbone, start_BTD, continuation_tokens)) if start else "",
+        from_nothing=_decode(backbone, continue_greedily(backbone, start_BTD, continuation_tokens))
+        if start
+        else "",
     )
 
 
 @torch.no_grad()
 def continue_greedily(backbone: Backbone, x_BTD: Tensor, tokens: int) -> list[int]:
-    """Greedy continuation of input embeddings (1, T, D) as token ids, until EOS or the last position."""
-    room = tokens if backbone.max_positions is None else min(tokens, backbone.max_positions - x_BTD.shape[1])
+    """Greedy continuation of input embeddings (1, T, D) as token ids, until EOS or the last
+    position.
+    """
+    room = (
+        tokens
+        if backbone.max_positions is None
+        else min(tokens, backbone.max_positions - x_BTD.shape[1])
+    )
     found: list[int] = []
     for _ in range(room):
         mask_BT = torch.ones(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
@@ -74,7 +94,9 @@ def continue_greedily(backbone: Backbone, x_BTD: Tensor, tokens: int) -> list[in
         if best == backbone.tokenizer.eos_token_id:
             break
         found.append(best)
-        x_BTD = torch.cat([x_BTD, backbone.embed(torch.tensor([[best]], device=x_BTD.device)).to(x_BTD)], 1)
+        x_BTD = torch.cat(
+            [x_BTD, backbone.embed(torch.tensor([[best]], device=x_BTD.device)).to(x_BTD)], 1
+        )
     return found
 
 

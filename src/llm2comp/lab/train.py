@@ -1,4 +1,6 @@
-"""Training with what the lab adds: scores of local sets while a stage trains, if the recipe's watch names some."""
+"""Training with what the lab adds: scores of local sets while a stage trains, if the recipe's watch
+names some.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ def train(
     overrides: Sequence[str] = (),
     siblings: Sequence[Path] = (),
 ) -> Path:
-    """Run all stages of a recipe that are not done yet, then export. Run again to go on after a stop.
+    """Run all stages of a recipe that are not done yet, then export. Run again to go on after a
+    stop.
 
     Args:
         recipe: a Recipe, a file, or the name of a shipped recipe.

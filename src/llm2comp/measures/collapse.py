@@ -16,8 +16,9 @@ from llm2comp.measures.spectrum import count_above, effective_rank, participatio
 class Collapse:
     """Figures of N embeddings of D dimensions; each is explained where it is computed.
 
-    `spectrum` holds the min(D, N − 1) singular values that N texts can have above zero. With N ≤ D the effective rank,
-    participation ratio and count are bounded by N − 1: comparable between models on the same texts, but not the model's own.
+    `spectrum` holds the min(D, N − 1) singular values that N texts can have above zero. With N ≤ D
+    the effective rank, participation ratio and count are bounded by N − 1: comparable between
+    models on the same texts, but not the model's own.
     """
 
     texts: int
@@ -53,5 +54,7 @@ def collapse(embeddings_ND: ArrayLike, memory_NKD: ArrayLike | None = None) -> C
         uniformity=uniformity(x_ND),
         anisotropy=anisotropy(x_ND),
         spectrum=[float(f"{value:.5g}") for value in values[: max(1, len(x_ND) - 1)]],
-        memory_correlation=None if memory_NKD is None else memory_correlation(memory_NKD).round(5).tolist(),
+        memory_correlation=None
+        if memory_NKD is None
+        else memory_correlation(memory_NKD).round(5).tolist(),
     )

@@ -1,4 +1,6 @@
-"""Context recovered: how much of a context's effect on the frozen LM survives in the memory states."""
+"""Context recovered: how much of a context's effect on the frozen LM survives in the memory
+states.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,12 @@ SAMPLE, BATCH, SITE_MARGIN = 64, 8, 10
 
 @torch.no_grad()
 def context_kl(compressor: Compressor, batch: SplitTexts) -> tuple[float, float, int]:
-    """KL of the teacher (full text) to the decoder with memory, and to the decoder without any context.
+    """KL of the teacher (full text) to the decoder with memory, and to the decoder without any
+    context.
 
-    Sums in nats over the positions that predict the continuation and the token after it, and their number. Without a
-    BOS token nothing stands before a continuation that has lost its context, so its first token is left out of both.
+    Sums in nats over the positions that predict the continuation and the token after it, and their
+    number. Without a BOS token nothing stands before a continuation that has lost its context, so
+    its first token is left out of both.
     """
     backbone = compressor.backbone
     skipped = int(backbone.bos_id is None)
@@ -37,8 +41,12 @@ def context_kl(compressor: Compressor, batch: SplitTexts) -> tuple[float, float,
     return kl_from(memory_BKD), kl_from(memory_BKD[:, :0]), len(teacher_ND)
 
 
-def _predicting_states(compressor: Compressor, memory_BKD: Tensor, text: Tokens) -> tuple[Tensor, Tensor]:
-    """Decoder states from the last token before the text on; from the text's first token on where there is no BOS."""
+def _predicting_states(
+    compressor: Compressor, memory_BKD: Tensor, text: Tokens
+) -> tuple[Tensor, Tensor]:
+    """Decoder states from the last token before the text on; from the text's first token on where
+    there is no BOS.
+    """
     if compressor.backbone.bos_id is not None:
         return decode_from_memory(compressor, memory_BKD, text)
     if memory_BKD.shape[1] == 0:
@@ -49,15 +57,24 @@ def _predicting_states(compressor: Compressor, memory_BKD: Tensor, text: Tokens)
 
 
 def split_sample(rows: Sequence[Sequence[int]], pad_id: int, seed: int = 0) -> list[SplitTexts]:
-    """The first rows of token ids that are long enough, split at sites fixed by `seed`, in batches of like length."""
+    """The first rows of token ids that are long enough, split at sites fixed by `seed`, in batches
+    of like length.
+    """
     sites = [(row, split_site(len(row), SITE_MARGIN, seed, i)) for i, row in enumerate(rows)]
-    long = sorted([(row, site) for row, site in sites if site is not None][:SAMPLE], key=lambda item: len(item[0]))
+    long = sorted(
+        [(row, site) for row, site in sites if site is not None][:SAMPLE],
+        key=lambda item: len(item[0]),
+    )
     batches = [long[start : start + BATCH] for start in range(0, len(long), BATCH)]
-    return [SplitTexts.from_rows([row for row, _ in part], [site for _, site in part], pad_id) for part in batches]
+    return [
+        SplitTexts.from_rows([row for row, _ in part], [site for _, site in part], pad_id)
+        for part in batches
+    ]
 
 
 def context_recovered(compressor: Compressor, batches: Sequence[SplitTexts]) -> float | None:
-    """1 − KL(teacher ‖ decoder with memory) / KL(teacher ‖ decoder without context); None without a batch.
+    """1 − KL(teacher ‖ decoder with memory) / KL(teacher ‖ decoder without context); None without a
+    batch.
 
     1: the memory is as good as the context; 0: no better than no context; below 0: it misleads.
 
@@ -70,5 +87,9 @@ def context_recovered(compressor: Compressor, batches: Sequence[SplitTexts]) -> 
     sums = [context_kl(compressor, batch.to(device)) for batch in batches]
     with_memory, without = sum(s[0] for s in sums), sum(s[1] for s in sums)
     if not without > 1e-9:
-        raise DataError("the context has no effect on the LM", expected="KL without context above 0", found=without)
+        raise DataError(
+            "the context has no effect on the LM",
+            expected="KL without context above 0",
+            found=without,
+        )
     return 1.0 - with_memory / without

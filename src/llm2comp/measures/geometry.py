@@ -1,7 +1,7 @@
 """How embeddings lie on the unit sphere, and what a cosine means there.
 
-Embeddings come raw, (N, D), and are scaled to length 1 here. Every function raises a DataError that names the row for a zero
-vector or one that is not finite.
+Embeddings come raw, (N, D), and are scaled to length 1 here. Every function raises a DataError that
+names the row for a zero vector or one that is not finite.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ PERCENTS = (1, 5, 25, 50, 75, 95, 99)
 
 
 def alignment(anchors_ND: ArrayLike, positives_ND: ArrayLike) -> float:
-    """Mean ‖x − y‖² of related unit vectors, 0 (same) to 4 (Wang & Isola, arXiv 2005.10242, α = 2)."""
+    """Mean ‖x − y‖² of related unit vectors, 0 (same) to 4 (Wang & Isola, arXiv 2005.10242, α =
+    2).
+    """
     x, y = _unit_pairs(anchors_ND, positives_ND)
     return float(((x - y) ** 2).sum(1).mean())
 
 
 def uniformity(embeddings_ND: ArrayLike, t: float = 2.0) -> float:
-    """Log of the mean of exp(−t ‖x_i − x_j‖²) over pairs i < j of unit vectors (Wang & Isola, arXiv 2005.10242).
+    """Log of the mean of exp(−t ‖x_i − x_j‖²) over pairs i < j of unit vectors (Wang & Isola, arXiv
+    2005.10242).
 
-    0 when all are the same; the lower, the more evenly spread. Needs two embeddings; O(N²D) time, O(ND) memory.
+    0 when all are the same; the lower, the more evenly spread. Needs two embeddings; O(N²D) time,
+    O(ND) memory.
     """
     x = unit_vectors(embeddings_ND, least=2)
     total = 0.0
@@ -40,7 +44,8 @@ def uniformity(embeddings_ND: ArrayLike, t: float = 2.0) -> float:
 
 
 def anisotropy(embeddings_ND: ArrayLike) -> float:
-    """Mean cosine over all pairs i < j (Ethayarajh 2019, arXiv 1909.00512): 0 without a common direction, 1 when all are one.
+    """Mean cosine over all pairs i < j (Ethayarajh 2019, arXiv 1909.00512): 0 without a common
+    direction, 1 when all are one.
 
     Exact in O(ND): ‖Σx‖² is the sum over all ordered pairs, i = j among them. Needs two embeddings.
     """
@@ -48,8 +53,11 @@ def anisotropy(embeddings_ND: ArrayLike) -> float:
     return float(((x.sum(0) ** 2).sum() - (x**2).sum()) / (2 * _pairs(len(x))))
 
 
-def random_pair_cosines(embeddings_ND: ArrayLike, pairs: int = 10_000, seed: int = 0) -> NDArray[np.float64]:
-    """Cosines of random pairs i ≠ j, none drawn twice, (pairs,); of all pairs if there are no more. Needs two embeddings.
+def random_pair_cosines(
+    embeddings_ND: ArrayLike, pairs: int = 10_000, seed: int = 0
+) -> NDArray[np.float64]:
+    """Cosines of random pairs i ≠ j, none drawn twice, (pairs,); of all pairs if there are no more.
+    Needs two embeddings.
 
     Raises:
         DataError: fewer than one pair asked for.
@@ -57,8 +65,11 @@ def random_pair_cosines(embeddings_ND: ArrayLike, pairs: int = 10_000, seed: int
     x = unit_vectors(embeddings_ND, least=2)
     if pairs < 1:
         raise DataError("no pairs to draw", expected="pairs ≥ 1", found=pairs)
-    numbers = np.random.default_rng(seed).choice(_pairs(len(x)), min(pairs, _pairs(len(x))), replace=False)
-    # pair number n: rows i and i + step of a circle of N rows; steps up to N / 2 meet each pair once
+    numbers = np.random.default_rng(seed).choice(
+        _pairs(len(x)), min(pairs, _pairs(len(x))), replace=False
+    )
+    # pair number n: rows i and i + step of a circle of N rows; steps up to N / 2 meet each pair
+    # once
     step, i = np.divmod(numbers, len(x))
     j = (i + step + 1) % len(x)
     cuts = range(CHUNK, len(numbers), CHUNK)
@@ -76,11 +87,10 @@ class ScoreSummary:
     """What counts as similar for a model.
 
     Attributes:
-        random: percent → cosine that so many percent of the random pairs stay below.
-        related: the same for related pairs.
-        threshold: cosine that 1 % of the random pairs pass.
-        related_above: share of the related pairs that pass it, 0 to 1.
-        roc_auc: chance that a related pair scores higher than a random one, ties half; 0.5 = no better than drawing lots.
+        random: percent → cosine that so many percent of the random pairs stay below. related: the
+        same for related pairs. threshold: cosine that 1 % of the random pairs pass. related_above:
+        share of the related pairs that pass it, 0 to 1. roc_auc: chance that a related pair scores
+        higher than a random one, ties half; 0.5 = no better than drawing lots.
     """
 
     random: dict[int, float]
@@ -90,8 +100,11 @@ class ScoreSummary:
     roc_auc: float | None = None
 
 
-def score_summary(random_cosines: ArrayLike, related_cosines: ArrayLike | None = None) -> ScoreSummary:
-    """Quantiles of both kinds of cosines and how well they part; without related pairs, the random quantiles alone.
+def score_summary(
+    random_cosines: ArrayLike, related_cosines: ArrayLike | None = None
+) -> ScoreSummary:
+    """Quantiles of both kinds of cosines and how well they part; without related pairs, the random
+    quantiles alone.
 
     Raises:
         DataError: no cosines of a kind, or one that is not finite.
@@ -111,8 +124,12 @@ def score_summary(random_cosines: ArrayLike, related_cosines: ArrayLike | None =
     )
 
 
-def unit_vectors(vectors: ArrayLike, shape: str = "(N, D)", least: int = 1, where: str | None = None) -> NDArray[np.float64]:
-    """The vectors, float64, each scaled to length 1; checked as by `finite_vectors`, and none may be zero."""
+def unit_vectors(
+    vectors: ArrayLike, shape: str = "(N, D)", least: int = 1, where: str | None = None
+) -> NDArray[np.float64]:
+    """The vectors, float64, each scaled to length 1; checked as by `finite_vectors`, and none may
+    be zero.
+    """
     x = finite_vectors(vectors, shape, least, where)
     largest = np.abs(x).max(-1, keepdims=True)
     refuse(largest[..., 0] == 0, "a vector is zero and has no direction", where)
@@ -120,10 +137,16 @@ def unit_vectors(vectors: ArrayLike, shape: str = "(N, D)", least: int = 1, wher
     return np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True))
 
 
-def _unit_pairs(anchors_ND: ArrayLike, positives_ND: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _unit_pairs(
+    anchors_ND: ArrayLike, positives_ND: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     x, y = unit_vectors(anchors_ND, where="anchors"), unit_vectors(positives_ND, where="positives")
     if x.shape != y.shape:
-        raise DataError("anchors and positives do not pair up", expected=f"positives of shape {x.shape}", found=y.shape)
+        raise DataError(
+            "anchors and positives do not pair up",
+            expected=f"positives of shape {x.shape}",
+            found=y.shape,
+        )
     return x, y
 
 
@@ -138,7 +161,12 @@ def _cosines(x_ND: NDArray[np.float64], y_ND: NDArray[np.float64]) -> NDArray[np
 def _checked_cosines(cosines_N: ArrayLike, where: str) -> NDArray[np.float64]:
     cosines = np.asarray(cosines_N, dtype=np.float64)
     if cosines.ndim != 1 or len(cosines) == 0:
-        raise DataError("no cosines", where=where, expected="shape (N,) with N ≥ 1", found=f"shape {cosines.shape}")
+        raise DataError(
+            "no cosines",
+            where=where,
+            expected="shape (N,) with N ≥ 1",
+            found=f"shape {cosines.shape}",
+        )
     refuse(~np.isfinite(cosines), "a cosine is not finite", where)
     return cosines
 

@@ -9,7 +9,8 @@ from llm2comp.errors import DataError
 
 
 def spectrum(embeddings_ND: ArrayLike) -> NDArray[np.float64]:
-    """Singular values of the embeddings' covariance, largest first, (D,) (Jing et al., arXiv 2110.09348).
+    """Singular values of the embeddings' covariance, largest first, (D,) (Jing et al., arXiv
+    2110.09348).
 
     Mean-centred, not normalised.
 
@@ -19,13 +20,16 @@ def spectrum(embeddings_ND: ArrayLike) -> NDArray[np.float64]:
     x = finite_vectors(embeddings_ND, least=2)
     if len(x) > x.shape[1]:
         return np.linalg.svd(np.atleast_2d(np.cov(x, rowvar=False, bias=True)), compute_uv=False)
-    few = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2 / len(x)  # the same, ten times as fast for wide vectors
+    # the same, ten times as fast for wide vectors
+    few = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2 / len(x)
     few[-1] = 0.0  # centred rows sum to 0, so one direction is lost
     return np.pad(few, (0, x.shape[1] - len(few)))
 
 
 def effective_rank(values_D: ArrayLike) -> float:
-    """exp(−Σ p_i ln p_i), p_i = σ_i / Σσ (Roy & Vetterli 2007); between 1 and D. `values_D` as from `spectrum`."""
+    """exp(−Σ p_i ln p_i), p_i = σ_i / Σσ (Roy & Vetterli 2007); between 1 and D. `values_D` as from
+    `spectrum`.
+    """
     sigma = np.asarray(values_D, dtype=np.float64)
     if sigma.sum() <= 0:
         return 1.0
@@ -34,7 +38,9 @@ def effective_rank(values_D: ArrayLike) -> float:
 
 
 def participation_ratio(values_D: ArrayLike) -> float:
-    """(Σσ)² / Σσ², between 1 and D; 1 without any spread, as `effective_rank`. `values_D` as from `spectrum`."""
+    """(Σσ)² / Σσ², between 1 and D; 1 without any spread, as `effective_rank`. `values_D` as from
+    `spectrum`.
+    """
     sigma = np.asarray(values_D, dtype=np.float64)
     if sigma.sum() <= 0:
         return 1.0
@@ -49,8 +55,12 @@ def count_above(values_D: ArrayLike, share: float = 0.01) -> int:
     return int((sigma >= share * largest).sum()) if largest > 0 else 0
 
 
-def finite_vectors(vectors: ArrayLike, shape: str = "(N, D)", least: int = 1, where: str | None = None) -> NDArray[np.float64]:
-    """The vectors in float64, or a DataError: not of this shape, fewer rows than `least`, or a number that is not finite."""
+def finite_vectors(
+    vectors: ArrayLike, shape: str = "(N, D)", least: int = 1, where: str | None = None
+) -> NDArray[np.float64]:
+    """The vectors in float64, or a DataError: not of this shape, fewer rows than `least`, or a
+    number that is not finite.
+    """
     x = np.asarray(vectors, dtype=np.float64)
     if x.ndim != shape.count(",") + 1 or len(x) < least or x.size == 0:
         raise DataError(
@@ -64,7 +74,17 @@ def finite_vectors(vectors: ArrayLike, shape: str = "(N, D)", least: int = 1, wh
 
 
 def refuse(bad: NDArray[np.bool_], problem: str, where: str | None = None) -> None:
-    """Raise a DataError that names the first bad row (and memory token, if `bad` is (N, K)), unless there is none."""
+    """Raise a DataError that names the first bad row (and memory token, if `bad` is (N, K)), unless
+    there is none.
+    """
     if bad.any():
-        place = ", ".join(f"{name} {i}" for name, i in zip(("row", "memory token"), np.argwhere(bad)[0], strict=False))
-        raise DataError(problem, where=where, found=f"{place}, {bad.sum()} in all", fix="leave it out or embed it anew")
+        place = ", ".join(
+            f"{name} {i}"
+            for name, i in zip(("row", "memory token"), np.argwhere(bad)[0], strict=False)
+        )
+        raise DataError(
+            problem,
+            where=where,
+            found=f"{place}, {bad.sum()} in all",
+            fix="leave it out or embed it anew",
+        )

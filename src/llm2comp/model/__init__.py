@@ -1,1 +1,3 @@
-"""What an encoder is: tokens, memory, backbone, compressor, its module, encoders that need no training."""
+"""What an encoder is: tokens, memory, backbone, compressor, its module, encoders that need no
+training.
+"""

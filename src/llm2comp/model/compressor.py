@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
 from llm2comp.model.backbone import Backbone
 from llm2comp.model.backbone.sharded import fill, gathered, header_of, save_whole
-from llm2comp.model.memory import MemoryTokens, Order, embedding_from_memory, mean_weights, new_projection, prefix_weights
+from llm2comp.model.memory import (
+    MemoryTokens,
+    Order,
+    embedding_from_memory,
+    mean_weights,
+    new_projection,
+    prefix_weights,
+)
 from llm2comp.model.tokens import Tokens, wrap
 from llm2comp.recipe import EncoderSettings, MemorySettings
 
@@ -23,7 +30,8 @@ BOS_WEIGHT = 1e-6
 
 
 def room_for_text(positions: int | None, memory: int, asked: int) -> int:
-    """Tokens of the longest text that fits with `memory` tokens into `positions` (None: no limit): `asked` or less.
+    """Tokens of the longest text that fits with `memory` tokens into `positions` (None: no limit):
+    `asked` or less.
 
     Raises:
         BackboneError: the memory leaves no room for BOS and a token.
@@ -42,11 +50,14 @@ def room_for_text(positions: int | None, memory: int, asked: int) -> int:
 def too_few_memory_tokens(count: int, asked: int) -> ModelFolderError:
     """What `num_memory` gets from a model with `count` memory tokens."""
     expected = f"1 to {count}" if count else "a model with memory tokens"
-    return ModelFolderError("cannot give so many memory states", where="num_memory", expected=expected, found=asked)
+    return ModelFolderError(
+        "cannot give so many memory states", where="num_memory", expected=expected, found=asked
+    )
 
 
 class Compressor(nn.Module):
-    """Encoder f_θ = frozen LM + adapters + memory tokens; or, without these, one state pooled from the text's.
+    """Encoder f_θ = frozen LM + adapters + memory tokens; or, without these, one state pooled from
+    the text's.
 
     Args:
         backbone: the LM with its adapter stack.
@@ -76,7 +87,9 @@ class Compressor(nn.Module):
         self.projection: nn.Linear | None = None
         if (size := self.settings.projection) is not None:
             inside, device = backbone.input_table.shape[1], backbone.input_table.device
-            self.projection = new_projection(inside, inside if size == "same" else size, seed).to(device)
+            self.projection = new_projection(inside, inside if size == "same" else size, seed).to(
+                device
+            )
         self.register_buffer("weights_K", mean_weights(self.states).to(backbone.input_table.device))
         nested = nesting.nested if nesting else ()
         if nested and not memory.count:
@@ -91,12 +104,20 @@ class Compressor(nn.Module):
 
     @classmethod
     def fresh(
-        cls, backbone: Backbone, memory: MemorySettings | int, seed: int, settings: EncoderSettings | None = None
+        cls,
+        backbone: Backbone,
+        memory: MemorySettings | int,
+        seed: int,
+        settings: EncoderSettings | None = None,
     ) -> Compressor:
-        """New memory tokens, so many or as the settings say, over a backbone (none if `settings` pool the text's states)."""
+        """New memory tokens, so many or as the settings say, over a backbone (none if `settings`
+        pool the text's states).
+        """
         nesting = MemorySettings(tokens=memory) if isinstance(memory, int) else memory
         count = nesting.tokens if settings is None or settings.pooling == "memory" else 0
-        return cls(backbone, MemoryTokens.like(backbone.input_table, count, seed), settings, nesting, seed)
+        return cls(
+            backbone, MemoryTokens.like(backbone.input_table, count, seed), settings, nesting, seed
+        )
 
     @property
     def states(self) -> int:
@@ -106,7 +127,11 @@ class Compressor(nn.Module):
     @property
     def width(self) -> int:
         """Dimensions of an embedding: the LM's, or the projection's."""
-        return int(self.backbone.input_table.shape[1]) if self.projection is None else self.projection.out_features
+        return (
+            int(self.backbone.input_table.shape[1])
+            if self.projection is None
+            else self.projection.out_features
+        )
 
     @property
     def added(self) -> int:
@@ -114,7 +139,9 @@ class Compressor(nn.Module):
         return self.memory.count + len(self.before) + len(self.behind)
 
     def memory_states(self, tokens: Tokens) -> Tensor:
-        """Memory states m̃_1..m̃_k of left-padded texts, after the final norm: memory_BKD; or the pooled state, K = 1."""
+        """Memory states m̃_1..m̃_k of left-padded texts, after the final norm: memory_BKD; or the
+        pooled state, K = 1.
+        """
         tokens = wrap(tokens, self.before, self.behind, self._bos)
         x_BSD, mask_BS = self.memory.append(self.embed(tokens.ids_BT), tokens.mask_BT)
         if self.settings.pooling == "mean":
@@ -123,7 +150,9 @@ class Compressor(nn.Module):
         needed_BS[:, -self.states :] = True
         return self.encoder_pass(x_BSD, mask_BS, needed_BS)[:, -self.states :]
 
-    def encoder_pass(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
+    def encoder_pass(
+        self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None
+    ) -> Tensor:
         """The backbone's encoder pass on texts with the memory after them."""
         return self.backbone.encoder_pass(x_BSD, mask_BS, needed_BS)
 
@@ -134,20 +163,26 @@ class Compressor(nn.Module):
         return x_BTD
 
     def _mean(self, states_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """Mean over the text's tokens, B1D. BOS weighs `BOS_WEIGHT`, so that an empty text has an embedding; without BOS: 0."""
+        """Mean over the text's tokens, B1D. BOS weighs `BOS_WEIGHT`, so that an empty text has an
+        embedding; without BOS: 0.
+        """
         weights_BT = tokens.mask_BT.float()
         if (bos := self.backbone.bos_id) is not None:
             weights_BT = torch.where(tokens.ids_BT.eq(bos), BOS_WEIGHT * weights_BT, weights_BT)
         states_BTD = states_BTD.masked_fill(tokens.mask_BT[..., None] == 0, 0.0)
         sums_BD = torch.einsum("btd,bt->bd", states_BTD.float(), weights_BT)
-        return (sums_BD / weights_BT.sum(1, keepdim=True).clamp_min(1e-9))[:, None].to(states_BTD.dtype)
+        return (sums_BD / weights_BT.sum(1, keepdim=True).clamp_min(1e-9))[:, None].to(
+            states_BTD.dtype
+        )
 
     @property
     def _bos(self) -> int:
         return int(self.backbone.bos_id is not None)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Embeddings of left-padded texts: the weighted mean of their memory states, projected if so set, embedding_BD."""
+        """Embeddings of left-padded texts: the weighted mean of their memory states, projected if
+        so set, embedding_BD.
+        """
         return self.pool(self.memory_states(tokens))
 
     def pool(self, memory_BKD: Tensor) -> Tensor:
@@ -172,7 +207,9 @@ class Compressor(nn.Module):
         return self.settings.pooling != "mean" and not bool(others.any())
 
     def learn(self, memory: bool, embeddings: bool = False) -> None:
-        """Choose what learns beside the newest adapter: memory tokens and projection; the encoder's own embedding table."""
+        """Choose what learns beside the newest adapter: memory tokens and projection; the encoder's
+        own embedding table.
+        """
         self.memory.requires_grad_(memory and self.memory.count > 0)
         if self.projection is not None:
             self.projection.requires_grad_(memory)
@@ -183,11 +220,15 @@ class Compressor(nn.Module):
 
     def _own_table(self) -> nn.Module:
         if self.input_table is None:
-            self.input_table = copy.deepcopy(self.backbone.lm.get_input_embeddings()).float().requires_grad_(False)
+            self.input_table = (
+                copy.deepcopy(self.backbone.lm.get_input_embeddings()).float().requires_grad_(False)
+            )
         return self.input_table
 
     def max_tokens(self, asked: int) -> int:
-        """Longest text, BOS included, that fits with the memory into the LM's positions: `asked` or less."""
+        """Longest text, BOS included, that fits with the memory into the LM's positions: `asked` or
+        less.
+        """
         return room_for_text(self.backbone.max_positions, self.added, asked)
 
     def save(self, folder: Path, adapter: str) -> None:
@@ -204,11 +245,18 @@ class Compressor(nn.Module):
 
     def _saved(self, adapter: str) -> list[nn.Parameter]:
         beside = [self.memory, *filter(None, (self.projection, self.input_table))]
-        return [*self.backbone.adapters.parameters(adapter), *(p for module in beside for p in module.parameters())]
+        return [
+            *self.backbone.adapters.parameters(adapter),
+            *(p for module in beside for p in module.parameters()),
+        ]
 
     def _beside_adapters(self) -> dict[str, Tensor]:
         """Memory and projection, by their names in a stage's file."""
-        projection = {} if self.projection is None else dict(self.projection.named_parameters(prefix="projection"))
+        projection = (
+            {}
+            if self.projection is None
+            else dict(self.projection.named_parameters(prefix="projection"))
+        )
         return {"memory": self.memory.vectors_KD, **projection}
 
     def load(self, folder: Path, adapter: str) -> None:
@@ -240,5 +288,7 @@ class Compressor(nn.Module):
                 self.backbone.adapters.load(adapter, folder / "adapter")
         except (OSError, SafetensorError, KeyError) as error:
             raise ModelFolderError(
-                f"cannot be read: {error}", where=str(folder), fix="copy the folder again or train the stage anew"
+                f"cannot be read: {error}",
+                where=str(folder),
+                fix="copy the folder again or train the stage anew",
             ) from error

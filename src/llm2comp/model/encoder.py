@@ -1,4 +1,6 @@
-"""The Compressor as sentence-transformers' first module: preprocess, forward, and the stage folders it lives in."""
+"""The Compressor as sentence-transformers' first module: preprocess, forward, and the stage folders
+it lives in.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,22 @@ class MemoryEncoder(InputModule):
     Args:
         compressor: the encoder proper.
         max_tokens: longest text, BOS included, memory not; longer ones are cut.
-        role_max_tokens: other limits for the roles `query` and `document` (sentence-transformers' `task`).
+        role_max_tokens: other limits for the roles `query` and `document` (sentence-transformers'
+            `task`).
     """
 
-    def __init__(self, compressor: Compressor, max_tokens: int = 512, role_max_tokens: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        compressor: Compressor,
+        max_tokens: int = 512,
+        role_max_tokens: dict[str, int] | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.compressor = compressor
         self.max_tokens = compressor.max_tokens(max_tokens)
-        self.role_max_tokens = {role: compressor.max_tokens(n) for role, n in (role_max_tokens or {}).items()}
+        self.role_max_tokens = {
+            role: compressor.max_tokens(n) for role, n in (role_max_tokens or {}).items()
+        }
         self.tokenizer = compressor.backbone.tokenizer
         # Set by a nested loss: embeddings are then (B, P, D), the mean of so many memory states
         # for each number here, in the compressor's order.
@@ -46,30 +56,38 @@ class MemoryEncoder(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Positions of the longest input, memory and prompt included; may be set, then for all roles alike.
+        """Positions of the longest input, memory and prompt included; may be set, then for all
+        roles alike.
 
-        None is the most that the LM takes. Raises BackboneError: a number that leaves no room for a text.
+        None is the most that the LM takes. Raises BackboneError: a number that leaves no room for a
+        text.
         """
         return self.max_tokens + self.compressor.added
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
         added = self.compressor.added
-        self.max_tokens = self.compressor.max_tokens(NO_LIMIT if value is None else limit_of(value, added + 2) - added)
+        self.max_tokens = self.compressor.max_tokens(
+            NO_LIMIT if value is None else limit_of(value, added + 2) - added
+        )
         self.role_max_tokens = {}
 
     def get_embedding_dimension(self) -> int:
         """D, or what the projection makes of it."""
         return self.compressor.width
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any) -> dict[str, Any]:
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, task: str | None = None, **_: Any
+    ) -> dict[str, Any]:
         """Texts, after their prompt, as left-padded token ids. Errors as `rows`."""
         pad_id = self.compressor.backbone.pad_id
         tokens = Tokens.pad(self.rows(inputs, prompt, task), "left", pad_id)
         features = {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT}
         return features | {"texts": list(inputs)} if self.keeps_texts else features
 
-    def rows(self, texts: Sequence[str], prompt: str | None = None, role: str | None = None) -> list[list[int]]:
+    def rows(
+        self, texts: Sequence[str], prompt: str | None = None, role: str | None = None
+    ) -> list[list[int]]:
         """Token ids of texts after their prompt, BOS first, cut to the limit of the role.
 
         Raises:
@@ -107,7 +125,9 @@ def as_sentence_transformer(
     role_max_tokens: dict[str, int] | None = None,
     prompts: dict[str, str] | None = None,
 ) -> SentenceTransformer:
-    """A SentenceTransformer over a live compressor; its memory states are pooled inside the module."""
+    """A SentenceTransformer over a live compressor; its memory states are pooled inside the
+    module.
+    """
     module = MemoryEncoder(compressor, max_tokens, role_max_tokens)
     device = str(compressor.backbone.input_table.device)
     model = SentenceTransformer(modules=[module], device=device, prompts=prompts or {})
@@ -122,26 +142,34 @@ def to_dtype(model: SentenceTransformer, dtype: str) -> SentenceTransformer:
     """
     if dtype != "auto":
         modules: Any = [module for module in model if not isinstance(module, WordWeights)]
-        for parameter in (p for module in modules for p in module.parameters() if p.is_floating_point()):
+        for parameter in (
+            p for module in modules for p in module.parameters() if p.is_floating_point()
+        ):
             parameter.data = parameter.data.to(getattr(torch, dtype))
     return model
 
 
 def merge_adapters(model: SentenceTransformer) -> None:
-    """Put a live encoder's LoRA into the weights of a copy of its LM, which takes its place: faster, for encoding alone.
+    """Put a live encoder's LoRA into the weights of a copy of its LM, which takes its place:
+    faster, for encoding alone.
 
-    No frozen LM is left to decode with. Other models, full copies and LMs in 4 or 8 bits stay as they are.
+    No frozen LM is left to decode with. Other models, full copies and LMs in 4 or 8 bits stay as
+    they are.
     """
     if not isinstance(module := model[0], MemoryEncoder):
         return
     backbone = module.compressor.backbone
     if backbone.adapters.faster_merged:
         lm = backbone.adapters.merged()
-        module.compressor.backbone = Backbone(lm, backbone.tokenizer, backbone.attention, backbone.name, backbone.bos).eval()
+        module.compressor.backbone = Backbone(
+            lm, backbone.tokenizer, backbone.attention, backbone.name, backbone.bos
+        ).eval()
 
 
 def refuse_long_prompt(prompt: str, tokens: int, limit: int, where: str = "prompt") -> None:
-    """Raise RecipeError when a prompt of so many tokens, with BOS, leaves a text no room within `limit`: all would be one."""
+    """Raise RecipeError when a prompt of so many tokens, with BOS, leaves a text no room within
+    `limit`: all would be one.
+    """
     if tokens + LEAST_ROOM > limit:
         raise RecipeError(
             "the prompt leaves no room for a text",
@@ -152,27 +180,37 @@ def refuse_long_prompt(prompt: str, tokens: int, limit: int, where: str = "promp
         )
 
 
-def check_prompt(model: SentenceTransformer, prompt: str, role: str | None = None, where: str = "prompt") -> None:
+def check_prompt(
+    model: SentenceTransformer, prompt: str, role: str | None = None, where: str = "prompt"
+) -> None:
     """`refuse_long_prompt` for any model, live or exported, whose limit is known."""
     module = model[0]
     if isinstance(module, MemoryEncoder):
         limit: int | None = module.limit(role)
         tokens = len(module.compressor.backbone.tokenise([prompt])[0])
     elif isinstance(module, Transformer):
-        limit, tokens = model.max_seq_length, len(model.tokenizer(prompt, verbose=False)["input_ids"])
+        limit, tokens = (
+            model.max_seq_length,
+            len(model.tokenizer(prompt, verbose=False)["input_ids"]),
+        )
     else:
         return
     if limit and prompt:
         refuse_long_prompt(prompt, tokens, limit, where)
 
 
-def refuse_not_finite(embeddings_ND: NDArray[np.float32], texts: Sequence[str], where: str | None = None) -> None:
-    """Raise DataError, naming the text (its number, if there is no better `where`), unless all embeddings are finite."""
+def refuse_not_finite(
+    embeddings_ND: NDArray[np.float32], texts: Sequence[str], where: str | None = None
+) -> None:
+    """Raise DataError, naming the text (its number, if there is no better `where`), unless all
+    embeddings are finite.
+    """
     bad = np.flatnonzero(~np.isfinite(embeddings_ND).all(1))
     if len(bad):
         raise DataError(
             "the embedding is not finite",
             where=where or f"text {bad[0] + 1}",
-            found=f"{texts[bad[0]][:80]!r}" + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else ""),
+            found=f"{texts[bad[0]][:80]!r}"
+            + (f", and {len(bad) - 1:,} more" if len(bad) > 1 else ""),
             fix="check the model's weights; in half precision try float32",
         )

@@ -27,7 +27,16 @@ PACKAGE = "package:"
 MODULES_FILE = "modules.json"
 AT_ONCE = 128  # texts
 # What a library raises over files that are not there, damaged, or of another kind.
-FOREIGN_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError)
+FOREIGN_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,11 @@ def cosines(model: SentenceTransformer, queries: list[str], documents: list[str]
 
     The model's own prompts for queries and documents are used where it has any.
     """
-    settings: dict[str, Any] = {"batch_size": AT_ONCE, "convert_to_tensor": True, "show_progress_bar": False}
+    settings: dict[str, Any] = {
+        "batch_size": AT_ONCE,
+        "convert_to_tensor": True,
+        "show_progress_bar": False,
+    }
     with torch.autocast(model.device.type, enabled=False), torch.no_grad():
         queries_BD = normalize(model.encode_query(queries, **settings).float(), dim=-1)
         documents_ND = normalize(model.encode_document(documents, **settings).float(), dim=-1)
@@ -104,7 +117,10 @@ def load_judges(stage: SclStage, device: torch.device | str) -> Judges | None:
     for where, judge in stage.judges.items():
         if (key := (judge.name, judge.revision)) not in loaded:
             loaded[key] = _load(judge, where, device)
-    teacher, guide = (None if judge is None else loaded[judge.name, judge.revision] for judge in (stage.teacher, stage.guide))
+    teacher, guide = (
+        None if judge is None else loaded[judge.name, judge.revision]
+        for judge in (stage.teacher, stage.guide)
+    )
     prompts = {prompt for spec in stage.data if (prompt := stage.prompt_of(spec))}
     return Judges(teacher, guide, tuple(sorted(prompts, key=len, reverse=True)), stage.query_suffix)
 
@@ -133,22 +149,32 @@ def judge_source(name: str, where: str = "teacher or guide") -> str:
         if found := sorted(Path(folder).rglob(MODULES_FILE), key=lambda file: len(file.parts)):
             return str(found[0].parent)
     expected = f"an installed package with {MODULES_FILE} in it"
-    raise RecipeError("no such model", where=where, expected=expected, found=name, fix="pip install it")
+    raise RecipeError(
+        "no such model", where=where, expected=expected, found=name, fix="pip install it"
+    )
 
 
 def _load(judge: JudgeSettings, where: str, device: torch.device | str) -> SentenceTransformer:
     source = judge_source(judge.name, where)
     nearest = missing_path(source)
     if nearest is not None:
-        raise RecipeError("no such folder", where=where, found=source, fix=f"the nearest is {nearest}")
+        raise RecipeError(
+            "no such folder", where=where, found=source, fix=f"the nearest is {nearest}"
+        )
     if is_local(source) and not (expanded(source) / MODULES_FILE).is_file():
         expected = f"a folder with {MODULES_FILE}, as SentenceTransformer.save_pretrained writes it"
-        raise RecipeError("is no sentence-transformers model", where=where, expected=expected, found=source)
+        raise RecipeError(
+            "is no sentence-transformers model", where=where, expected=expected, found=source
+        )
     try:
-        model = SentenceTransformer(source, device=str(device), revision=judge.revision, trust_remote_code=False)
+        model = SentenceTransformer(
+            source, device=str(device), revision=judge.revision, trust_remote_code=False
+        )
         trial_BN = cosines(model, ["a query", "another"], ["a text", "another"])
     except FOREIGN_ERRORS as error:
-        raise RecipeError(f"cannot be used: {one_line(error)}", where=where, found=judge.name) from error
+        raise RecipeError(
+            f"cannot be used: {one_line(error)}", where=where, found=judge.name
+        ) from error
     if not trial_BN.isfinite().all():
         raise RecipeError("gives embeddings that are not finite", where=where, found=judge.name)
     model.eval().requires_grad_(False)

@@ -1,4 +1,6 @@
-"""Memory tokens: k learned vectors put behind a text, and how their final states become one embedding."""
+"""Memory tokens: k learned vectors put behind a text, and how their final states become one
+embedding.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ Order = Literal["last", "first"]
 
 
 class MemoryTokens(nn.Module):
-    """`vectors_KD`, float32, as input embeddings, the paper's m_1..m_k. Texts are left-padded, so memory stands at the end."""
+    """`vectors_KD`, float32, as input embeddings, the paper's m_1..m_k. Texts are left-padded, so
+    memory stands at the end.
+    """
 
     def __init__(self, vectors_KD: Tensor) -> None:
         super().__init__()
@@ -22,7 +26,9 @@ class MemoryTokens(nn.Module):
 
     @classmethod
     def like(cls, embeddings_VD: Tensor, count: int, seed: int) -> MemoryTokens:
-        """Fresh vectors drawn with the mean and spread that the rows of an embedding table have, dimension by dimension."""
+        """Fresh vectors drawn with the mean and spread that the rows of an embedding table have,
+        dimension by dimension.
+        """
         rows = embeddings_VD.detach().float()
         generator = torch.Generator().manual_seed(seed)
         noise_KD = torch.randn(count, rows.shape[1], generator=generator).to(rows.device)
@@ -37,7 +43,9 @@ class MemoryTokens(nn.Module):
         """Texts' input embeddings (left-padded) with the memory behind them: x_BSD, mask_BS."""
         rows = x_BTD.shape[0]
         memory_BKD = self.vectors_KD.to(x_BTD.dtype).expand(rows, -1, -1)
-        return torch.cat([x_BTD, memory_BKD], 1), torch.cat([mask_BT, mask_BT.new_ones(rows, self.count)], 1)
+        return torch.cat([x_BTD, memory_BKD], 1), torch.cat(
+            [mask_BT, mask_BT.new_ones(rows, self.count)], 1
+        )
 
 
 def mean_weights(count: int) -> Tensor:
@@ -69,10 +77,12 @@ def prefix_embeddings(memory_BKD: Tensor, prefixes: Sequence[int], order: Order)
 
 
 def new_projection(inside: int, outside: int, seed: int) -> nn.Linear:
-    """Linear map behind the pooled state, with bias as in LLM2Vec-Gen's release (arXiv 2603.10913), float32.
+    """Linear map behind the pooled state, with bias as in LLM2Vec-Gen's release (arXiv 2603.10913),
+    float32.
 
-    It begins as the identity; between two widths as a random rotation (rows or columns orthonormal), fixed by the seed. The
-    bias begins as 0. As the weights of memory tokens sum to 1, the map of their mean is the mean of their maps.
+    It begins as the identity; between two widths as a random rotation (rows or columns
+    orthonormal), fixed by the seed. The bias begins as 0. As the weights of memory tokens sum to 1,
+    the map of their mean is the mean of their maps.
     """
     projection = nn.Linear(inside, outside, device="cpu")
     nn.init.zeros_(projection.bias)
@@ -84,5 +94,7 @@ def new_projection(inside: int, outside: int, seed: int) -> nn.Linear:
 
 
 def maxsim(query_BKD: Tensor, document_CKD: Tensor) -> Tensor:
-    """Late interaction (ColBERT, arXiv 2004.12832): over the query's states, the sum of the best dot product, scores_BC."""
+    """Late interaction (ColBERT, arXiv 2004.12832): over the query's states, the sum of the best
+    dot product, scores_BC.
+    """
     return torch.einsum("bkd,cld->bckl", query_BKD, document_CKD).amax(-1).sum(-1)

@@ -1,8 +1,7 @@
 """Token ids with their mask, and the split of a text into context and continuation. No model here.
 
-Shapes in tensor names, one legend for the package:
-B texts · T text tokens · K memory tokens · S = T + K · C continuation tokens · D hidden width · V vocabulary ·
-N gathered positions.
+Shapes in tensor names, one legend for the package: B texts · T text tokens · K memory tokens · S =
+T + K · C continuation tokens · D hidden width · V vocabulary · N gathered positions.
 """
 
 from __future__ import annotations
@@ -23,14 +22,19 @@ NOT_MASKED = -1
 
 @dataclass(frozen=True)
 class Tokens:
-    """A padded batch. `ids_BT` int64; `mask_BT` int64, 1 = token, 0 = padding (its id never matters)."""
+    """A padded batch. `ids_BT` int64; `mask_BT` int64, 1 = token, 0 = padding (its id never
+    matters).
+    """
 
     ids_BT: Tensor
     mask_BT: Tensor
 
     def __post_init__(self) -> None:
         if self.ids_BT.ndim != 2 or self.ids_BT.shape != self.mask_BT.shape:
-            raise ValueError(f"expected ids and mask of one shape (B, T), got {self.ids_BT.shape} and {self.mask_BT.shape}")
+            raise ValueError(
+                f"expected ids and mask of one shape (B, T), got {self.ids_BT.shape} and "
+                f"{self.mask_BT.shape}"
+            )
 
     @classmethod
     def pad(cls, rows: Sequence[Sequence[int]], side: Side, pad_id: int = 0) -> Tokens:
@@ -55,10 +59,16 @@ class Tokens:
 
 
 def limit_of(value: object, least: int) -> int:
-    """A value of `max_seq_length`. Raises BackboneError unless a whole number that leaves room for a text."""
+    """A value of `max_seq_length`. Raises BackboneError unless a whole number that leaves room for
+    a text.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        expected = f"{least} or more: what stands around a text (memory, prompt, BOS) takes {least - 1}"
-        raise BackboneError("leaves no room for a text", where="max_seq_length", expected=expected, found=value)
+        expected = (
+            f"{least} or more: what stands around a text (memory, prompt, BOS) takes {least - 1}"
+        )
+        raise BackboneError(
+            "leaves no room for a text", where="max_seq_length", expected=expected, found=value
+        )
     return value
 
 
@@ -72,19 +82,25 @@ def wrap(tokens: Tokens, before: Sequence[int], behind: Sequence[int], start: in
         first_B1 = width - tokens.lengths_B[:, None] + start  # where the text begins
         places_BT = torch.arange(width + len(before), device=ids_BT.device).expand(rows, -1)
         inside_BT = (places_BT >= first_B1) & (places_BT < first_B1 + len(before))
-        source_BT = torch.where(places_BT < first_B1, places_BT, places_BT - len(before)).clamp(0, width - 1)
+        source_BT = torch.where(places_BT < first_B1, places_BT, places_BT - len(before)).clamp(
+            0, width - 1
+        )
         put_BT = ids_BT.new_tensor(before)[(places_BT - first_B1).clamp(0, len(before) - 1)]
         ids_BT = torch.where(inside_BT, put_BT, ids_BT.gather(1, source_BT))
         mask_BT = mask_BT.gather(1, source_BT).masked_fill(inside_BT, 1)
     rows = len(ids_BT)
     ends_BT = ids_BT.new_tensor(list(behind), dtype=torch.int64).expand(rows, -1)
-    return Tokens(torch.cat([ids_BT, ends_BT], 1), torch.cat([mask_BT, torch.ones_like(ends_BT)], 1))
+    return Tokens(
+        torch.cat([ids_BT, ends_BT], 1), torch.cat([mask_BT, torch.ones_like(ends_BT)], 1)
+    )
 
 
 def longest_first(lengths: Sequence[int], at_once: Callable[[int], int]) -> Iterator[list[int]]:
-    """Places of texts in groups of like length, the longest first: what will not fit shows at once, little is padding.
+    """Places of texts in groups of like length, the longest first: what will not fit shows at once,
+    little is padding.
 
-    `at_once` says, when a group is due, how many go into it, given the length of its longest; one at least.
+    `at_once` says, when a group is due, how many go into it, given the length of its longest; one
+    at least.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -100,7 +116,9 @@ def position_ids(mask_BT: Tensor) -> Tensor:
 
 
 def split_site(length: int, margin: int, seed: int, row: int) -> int | None:
-    """Length of the context: uniform in [margin, length − margin], fixed by (seed, row); None if the text is too short."""
+    """Length of the context: uniform in [margin, length − margin], fixed by (seed, row); None if
+    the text is too short.
+    """
     if length < 2 * margin:
         return None
     return random.Random(f"{seed}:{row}").randint(margin, length - margin)
@@ -166,6 +184,7 @@ class SplitTexts:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SplitTexts:
         """Inverse of `to_tensors`."""
         text, context, continuation = (
-            Tokens(tensors[f"{name}_ids"], tensors[f"{name}_mask"]) for name in ("text", "context", "continuation")
+            Tokens(tensors[f"{name}_ids"], tensors[f"{name}_mask"])
+            for name in ("text", "context", "continuation")
         )
         return cls(text, context, continuation, tensors.get("replaced"), tensors.get("teacher"))

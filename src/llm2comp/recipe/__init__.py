@@ -14,7 +14,15 @@ from llm2comp.recipe.parts import (
     TextData,
     WatchSettings,
 )
-from llm2comp.recipe.paths import LocalName, absolute, each_path, expanded, is_local, missing_path, moved
+from llm2comp.recipe.paths import (
+    LocalName,
+    absolute,
+    each_path,
+    expanded,
+    is_local,
+    missing_path,
+    moved,
+)
 from llm2comp.recipe.reading import (
     change_recipe,
     checked,

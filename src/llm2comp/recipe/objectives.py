@@ -58,7 +58,8 @@ OBJECTIVES = {
         {"memory", "responses", "teacher"},
     ),
     "mntp": ObjectiveRow(
-        "Some tokens of a text are hidden; the state before each must tell which it was (masked next token prediction).",
+        "Some tokens of a text are hidden; the state before each must tell which it was "
+        "(masked next token prediction).",
         "token_mean",
         {"masks"},
     ),

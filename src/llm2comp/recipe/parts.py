@@ -1,4 +1,6 @@
-"""Sections of a recipe: model, memory, adapter, data, schedule, watch. Each checks its own values."""
+"""Sections of a recipe: model, memory, adapter, data, schedule, watch. Each checks its own
+values.
+"""
 
 from __future__ import annotations
 
@@ -31,24 +33,34 @@ class Section(BaseModel):
 class ModelSettings(Section):
     """Which causal LM, and how to run it."""
 
-    name: LocalName = Field(description="Hub id, local folder, GGUF file, `builtin:smollm2` or `builtin:tiny`")
+    name: LocalName = Field(
+        description="Hub id, local folder, GGUF file, `builtin:smollm2` or `builtin:tiny`"
+    )
     revision: str | None = Field(
-        default=None, description="Hub branch, tag or commit; a token comes from HF_TOKEN or `hf auth login`"
+        default=None,
+        description="Hub branch, tag or commit; a token comes from HF_TOKEN or `hf auth login`",
     )
     dtype: Literal["auto", "fastest", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="dtype of the frozen base; auto = float32 on a CPU, bfloat16 elsewhere; fastest = bfloat16 also on a CPU "
-        "that multiplies it by instructions of its own (AVX-512 BF16, AMX), where float32 is slower",
+        description="dtype of the frozen base; auto = float32 on a CPU, bfloat16 elsewhere; "
+        "fastest = bfloat16 also on a CPU "
+        "that multiplies it by instructions of its own (AVX-512 BF16, AMX), where "
+        "float32 is slower",
     )
     quantization: Literal["nf4", "int8"] | None = Field(
-        default=None, description="linear layers of the base in 4 or 8 bits (needs bitsandbytes); for adapters of kind lora"
+        default=None,
+        description="linear layers of the base in 4 or 8 bits (needs bitsandbytes); for adapters "
+        "of kind lora",
     )
     bos: Annotated[str, Field(min_length=1)] = Field(
         default="auto",
-        description="token that starts every text, for teacher and encoder alike: auto = BOS if the LM's tokenizer puts it "
+        description="token that starts every text, for teacher and encoder alike: auto = BOS if "
+        "the LM's tokenizer puts it "
         "there by itself; none; or a special token such as `<|endoftext|>`",
     )
-    attention: Literal["bidirectional", "causal"] = Field(default="bidirectional", description="attention of the encoder pass")
+    attention: Literal["bidirectional", "causal"] = Field(
+        default="bidirectional", description="attention of the encoder pass"
+    )
     attention_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
         default=None, description="null = the family's default"
     )
@@ -58,7 +70,9 @@ class ModelSettings(Section):
 class MemorySettings(Section):
     """The learned memory tokens."""
 
-    tokens: Annotated[int, Field(ge=1, le=512)] = Field(default=8, description="k, number of memory tokens")
+    tokens: Annotated[int, Field(ge=1, le=512)] = Field(
+        default=8, description="k, number of memory tokens"
+    )
     nested: tuple[Steps, ...] = Field(
         default=(),
         description="every stage's loss is the mean over the last j tokens, each j of these and k",
@@ -72,7 +86,9 @@ class MemorySettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_attention(cls, data: Any) -> Any:
-        """Accept `attention: full` of earlier versions' runs: it was the default, and is the only behaviour now."""
+        """Accept `attention: full` of earlier versions' runs: it was the default, and is the only
+        behaviour now.
+        """
         if not isinstance(data, dict) or "attention" not in data:
             return data
         if data["attention"] == "separate":
@@ -85,7 +101,9 @@ class MemorySettings(Section):
     @model_validator(mode="after")
     def _nested_within(self) -> MemorySettings:
         if above := [first for first in self.nested if first > self.tokens]:
-            raise ValueError(f"nested {above} is more than the {self.tokens} memory tokens there are")
+            raise ValueError(
+                f"nested {above} is more than the {self.tokens} memory tokens there are"
+            )
         return self
 
 
@@ -94,13 +112,17 @@ class EncoderSettings(Section):
 
     pooling: Literal["memory", "mean", "last_token"] = Field(
         default="memory",
-        description="memory = the states of the memory tokens; mean = those of the text's tokens (LLM2Vec), last_token = the "
+        description="memory = the states of the memory tokens; mean = those of the text's tokens "
+        "(LLM2Vec), last_token = the "
         "prompt's last one (Llama2Vec): without memory tokens",
     )
-    prompt: Template = Field(default=TEXT, description="what stands around a text when last_token is read; holds {text}")
+    prompt: Template = Field(
+        default=TEXT, description="what stands around a text when last_token is read; holds {text}"
+    )
     projection: Annotated[int, Field(ge=1, strict=True)] | Literal["same"] | None = Field(
         default=None,
-        description="a linear map (with bias) after the pooled state, to so many dimensions, or to the LM's width (same); it "
+        description="a linear map (with bias) after the pooled state, to so many dimensions, or "
+        "to the LM's width (same); it "
         "learns where the memory tokens do: in stage 1, and later under train_memory",
     )
 
@@ -116,14 +138,16 @@ class AdapterSettings(Section):
 
     kind: Literal["lora", "full", "none"] = Field(
         default="lora",
-        description="full = all layers of a separate, trained copy of the LM encode; none = nothing of the LM learns, the "
+        description="full = all layers of a separate, trained copy of the LM encode; none = "
+        "nothing of the LM learns, the "
         "memory tokens alone (the rest here is unused by both)",
     )
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Share = 0.05
     targets: Literal["default", "all-linear"] | tuple[str, ...] = Field(
-        default="default", description="default = the family's q, v, o, gate, up, down (not k); or module names"
+        default="default",
+        description="default = the family's q, v, o, gate, up, down (not k); or module names",
     )
 
 
@@ -131,19 +155,28 @@ class TextData(Section):
     """Texts: a builtin, a file, or a Hub data set."""
 
     source: LocalName = Field(
-        description="`builtin:python-docs`, a jsonl/csv/parquet/txt file (also .gz, .zst), a folder that `generate-responses` "
+        description="`builtin:python-docs`, a jsonl/csv/parquet/txt file (also .gz, .zst), a "
+        "folder that `generate-responses` "
         "wrote, or a Hub data set"
     )
-    column: str = Field(default="text", description="column that holds the text (ignored for .txt: a line is a text)")
+    column: str = Field(
+        default="text",
+        description="column that holds the text (ignored for .txt: a line is a text)",
+    )
     response: str | None = Field(
         default=None,
-        description="stage 1: column of the LM's response to the text, which is its whole continuation (docs/response.md)",
+        description="stage 1: column of the LM's response to the text, which is its whole "
+        "continuation (docs/response.md)",
     )
     subset: str | None = Field(default=None, description="Hub data set: configuration name")
     split: str = Field(default="train", description="Hub data set: split")
-    file: str | None = Field(default=None, description="Hub data set: one file of its repository, read as a local one is")
+    file: str | None = Field(
+        default=None, description="Hub data set: one file of its repository, read as a local one is"
+    )
     revision: str | None = Field(default=None, description="Hub data set: branch, tag or commit")
-    limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="use at most so many rows")
+    limit: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="use at most so many rows"
+    )
 
 
 class PairData(Section):
@@ -151,11 +184,17 @@ class PairData(Section):
 
     source: LocalName = Field(description="as for texts")
     anchor: str = Field(default="anchor", description="column of the query")
-    positive: str = Field(default="positive", description="column of the text to be found; a list gives a pair for each")
-    negatives: tuple[str, ...] = Field(
-        default=(), description="columns of hard negatives; a column may hold one text or a list of texts"
+    positive: str = Field(
+        default="positive",
+        description="column of the text to be found; a list gives a pair for each",
     )
-    instruction: str | None = Field(default=None, description="put before each query through scl.query_prompt")
+    negatives: tuple[str, ...] = Field(
+        default=(),
+        description="columns of hard negatives; a column may hold one text or a list of texts",
+    )
+    instruction: str | None = Field(
+        default=None, description="put before each query through scl.query_prompt"
+    )
     subset: str | None = None
     split: str = "train"
     file: str | None = None
@@ -167,7 +206,8 @@ class JudgeSettings(Section):
     """A finished sentence-transformers encoder that says which texts of a batch are alike."""
 
     name: LocalName = Field(
-        description="Hub id, local folder (an exported encoder, too), or `package:NAME` for a model "
+        description="Hub id, local folder (an exported encoder, too), or `package:NAME` for a "
+        "model "
         "inside an installed Python package"
     )
     revision: str | None = Field(default=None, description="Hub branch, tag or commit")
@@ -176,7 +216,9 @@ class JudgeSettings(Section):
 class TeacherSettings(JudgeSettings):
     """An encoder whose similarities within each batch are learned."""
 
-    weight: Annotated[float, Field(gt=0)] = Field(default=1.0, description="beside the loss's own 1")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="beside the loss's own 1"
+    )
     temperature: Annotated[float, Field(gt=0)] = Field(
         default=0.05, description="of the softmax over the teacher's similarities"
     )
@@ -190,28 +232,38 @@ class GuideSettings(JudgeSettings):
 
     margin: float = Field(
         default=0.0,
-        description="out goes what the guide finds nearer to the query than its positive, less this",
+        description="out goes what the guide finds nearer to the query than its positive, less "
+        "this",
     )
 
 
 class Schedule(Section):
-    """Learning rate: warm-up from the floor, then decay to the floor (DeepSpeed's WarmupDecayLR in the release)."""
+    """Learning rate: warm-up from the floor, then decay to the floor (DeepSpeed's WarmupDecayLR in
+    the release).
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
-        description="auto = the release's rate for the stage (1e-4, UCL 3e-5) · 4096 / hidden width of the LM, and a tenth of "
-        "that under adapter.kind full; the floor, which is meant for a width of 4096, is scaled by the same factor",
+        description="auto = the release's rate for the stage (1e-4, UCL 3e-5) · 4096 / hidden "
+        "width of the LM, and a tenth of "
+        "that under adapter.kind full; the floor, which is meant for a width of 4096, is "
+        "scaled by the same factor",
     )
     floor_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     warmup: Literal["logarithmic", "linear"] = "logarithmic"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay: Literal["linear", "constant"] = "linear"
-    total_steps: Steps | None = Field(default=None, description="length of the schedule; null = the stage's steps")
+    total_steps: Steps | None = Field(
+        default=None, description="length of the schedule; null = the stage's steps"
+    )
 
     @model_validator(mode="after")
     def _floor_below_peak(self) -> Schedule:
         if self.learning_rate != "auto" and self.floor_learning_rate > self.learning_rate:
-            raise ValueError(f"floor_learning_rate {self.floor_learning_rate} is above learning_rate {self.learning_rate}")
+            raise ValueError(
+                f"floor_learning_rate {self.floor_learning_rate} is above learning_rate "
+                f"{self.learning_rate}"
+            )
         return self
 
     @property
@@ -223,11 +275,25 @@ class Schedule(Section):
 
 
 class WatchSettings(Section):
-    """Collapse watch: measures on a fixed sample of texts during training. It does not influence what is learned."""
+    """Collapse watch: measures on a fixed sample of texts during training. It does not influence
+    what is learned.
+    """
 
-    every_steps: Steps | None = Field(default=None, description="steps from one watch to the next; null = five per stage")
-    texts: Annotated[int, Field(ge=8)] = Field(default=256, description="texts in the sample, and pairs for the alignment")
-    max_tokens: Annotated[int, Field(ge=16)] = Field(default=256, description="longer texts of the sample are cut")
-    data: tuple[TextData, ...] = Field(default=(), description="where the sample is drawn; empty = the first stage's texts")
-    pairs: tuple[PairData, ...] = Field(default=(), description="pairs for the alignment; empty = those of scl, if any")
-    tasks: tuple[LocalName, ...] = Field(default=(), description="folders of local evaluation sets, scored at every watch")
+    every_steps: Steps | None = Field(
+        default=None, description="steps from one watch to the next; null = five per stage"
+    )
+    texts: Annotated[int, Field(ge=8)] = Field(
+        default=256, description="texts in the sample, and pairs for the alignment"
+    )
+    max_tokens: Annotated[int, Field(ge=16)] = Field(
+        default=256, description="longer texts of the sample are cut"
+    )
+    data: tuple[TextData, ...] = Field(
+        default=(), description="where the sample is drawn; empty = the first stage's texts"
+    )
+    pairs: tuple[PairData, ...] = Field(
+        default=(), description="pairs for the alignment; empty = those of scl, if any"
+    )
+    tasks: tuple[LocalName, ...] = Field(
+        default=(), description="folders of local evaluation sets, scored at every watch"
+    )

@@ -1,4 +1,6 @@
-"""Names that may be local paths: make them absolute, tell them from Hub ids, find them in a moved run."""
+"""Names that may be local paths: make them absolute, tell them from Hub ids, find them in a moved
+run.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def absolute(name: str) -> str:
-    """The absolute path if the name exists here or can only be a path; any other name (Hub id, builtin) unchanged.
+    """The absolute path if the name exists here or can only be a path; any other name (Hub id,
+    builtin) unchanged.
 
     `~` is expanded. Applying this twice changes nothing.
     """
@@ -47,7 +50,8 @@ def is_local(name: str) -> bool:
 def missing_path(name: str) -> str | None:
     """The nearest existing folder if a missing name looks like a path, else None.
 
-    A name looks like one if it cannot be a Hub id, or lies below a folder that is here (`runs/dmeo`).
+    A name looks like one if it cannot be a Hub id, or lies below a folder that is here
+    (`runs/dmeo`).
     """
     path = expanded(name)
     if _exists(path) or not (_only_a_path(name) or path.parent.name and path.parent.is_dir()):
@@ -61,11 +65,15 @@ def missing_path(name: str) -> str | None:
 
 def _only_a_path(name: str) -> bool:
     """Whether a name can be neither a Hub id nor `builtin:...`."""
-    return name.startswith((".", "~", os.sep)) or (os.sep in name and ":" not in name and not _HUB_ID.fullmatch(name))
+    return name.startswith((".", "~", os.sep)) or (
+        os.sep in name and ":" not in name and not _HUB_ID.fullmatch(name)
+    )
 
 
 def each_path(tree: Any, change: Callable[[str], str]) -> Any:
-    """Settings with `change` applied to every name that may be a path (models, data, folders of sets)."""
+    """Settings with `change` applied to every name that may be a path (models, data, folders of
+    sets).
+    """
     if isinstance(tree, list | tuple):
         return [each_path(item, change) for item in tree]
     if not isinstance(tree, dict):
@@ -82,7 +90,9 @@ def each_path(tree: Any, change: Callable[[str], str]) -> Any:
 
 
 def moved(name: str, old: Path, new: Path) -> str:
-    """A path in a run that moved from `old` to `new`: the same file relative to the run if it exists, else the old path."""
+    """A path in a run that moved from `old` to `new`: the same file relative to the run if it
+    exists, else the old path.
+    """
     if not is_local(name) or old == new:
         return name
     beside = Path(os.path.normpath(new / os.path.relpath(name, old)))

@@ -1,4 +1,6 @@
-"""Reading a recipe: strict YAML, overrides, and errors that name the field and the nearest valid key."""
+"""Reading a recipe: strict YAML, overrides, and errors that name the field and the nearest valid
+key.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     """Read a recipe file (or the name of a shipped recipe) and apply `key.sub=value` overrides.
 
     Raises:
-        RecipeError: the file is missing or not YAML, a key is unknown, or a value does not fit; names the field.
+        RecipeError: the file is missing or not YAML, a key is unknown, or a value does not fit;
+            names the field.
     """
     file = find_recipe(path)
     tree = read_yaml(file, "recipe")
@@ -31,13 +34,26 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
 
 def read_yaml(file: Path, kind: str) -> dict[str, Any]:
-    """The settings in a YAML file. Raises RecipeError: unreadable, no mapping, or a key given twice."""
+    """The settings in a YAML file. Raises RecipeError: unreadable, no mapping, or a key given
+    twice.
+    """
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, a 45th day of a month
+    # no UTF-8, a 45th day of a month
+    except (
+        OSError,
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise RecipeError(f"not readable as YAML: {error}", where=str(file)) from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"not a {kind}", where=str(file), expected="a mapping of settings", found=type(tree).__name__)
+        raise RecipeError(
+            f"not a {kind}",
+            where=str(file),
+            expected="a mapping of settings",
+            found=type(tree).__name__,
+        )
     return tree
 
 
@@ -65,8 +81,14 @@ def checked(kind: type[Checked], tree: Any, where: str) -> Checked:
         items = error.errors()
         locations = [item["loc"] for item in items]
         # a list whose items are at fault is reported as too short as well: say it once
-        telling = [i for i in items if i["type"] != "too_short" or not any(len(i["loc"]) < len(x) for x in locations)]
-        raise RecipeError("\n  ".join(_explain(kind, item) for item in telling or items), where=where) from None
+        telling = [
+            i
+            for i in items
+            if i["type"] != "too_short" or not any(len(i["loc"]) < len(x) for x in locations)
+        ]
+        raise RecipeError(
+            "\n  ".join(_explain(kind, item) for item in telling or items), where=where
+        ) from None
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
@@ -74,7 +96,11 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict | list) or not tree:
         return {path: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {k: v for key, value in items for k, v in leaves(value, f"{path}.{key}" if path else str(key)).items()}
+    return {
+        k: v
+        for key, value in items
+        for k, v in leaves(value, f"{path}.{key}" if path else str(key)).items()
+    }
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -83,7 +109,9 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def shipped_files(place: str) -> dict[str, Path]:
-    """YAML files of a folder that comes with the package, by name: beside it in a checkout, inside it when installed."""
+    """YAML files of a folder that comes with the package, by name: beside it in a checkout, inside
+    it when installed.
+    """
     here = Path(__file__).resolve().parents[1]
     folders = (here / place, here.parents[1] / place)
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
@@ -99,7 +127,10 @@ def find_recipe(path: str | Path) -> Path:
     if name in shipped and not file.parent.is_dir() or str(path) in shipped:
         return shipped[name]
     raise RecipeError(
-        "no such recipe", where=str(path), expected=f"a YAML file or one of: {', '.join(shipped)}", fix=nearest(name, shipped)
+        "no such recipe",
+        where=str(path),
+        expected=f"a YAML file or one of: {', '.join(shipped)}",
+        fix=nearest(name, shipped),
     )
 
 
@@ -111,9 +142,13 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a name", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not a name", key_node.start_mark
+                )
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -148,7 +183,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _index(node: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise RecipeError("no such place in the list", where=override, expected=f"0 to {len(node) - 1}", found=part)
+        raise RecipeError(
+            "no such place in the list",
+            where=override,
+            expected=f"0 to {len(node) - 1}",
+            found=part,
+        )
     return int(part)
 
 
@@ -163,7 +203,10 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     location = ".".join(str(part) for part in item["loc"]) or "settings"
     if item["type"] == "extra_forbidden":
         valid = _keys_at(kind, item["loc"][:-1])
-        return f"{location}: unknown key; {nearest(str(item['loc'][-1]), valid) or 'valid keys: ' + ', '.join(valid)}"
+        return (
+            f"{location}: unknown key; "
+            f"{nearest(str(item['loc'][-1]), valid) or 'valid keys: ' + ', '.join(valid)}"
+        )
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] in ("missing", "value_error"):
         return f"{location}: {message}"
@@ -181,7 +224,11 @@ def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 
 def _sections_in(annotation: Any) -> typing.Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         yield annotation
     for argument in typing.get_args(annotation):
         yield from _sections_in(argument)

@@ -1,7 +1,7 @@
 """A recipe as one frozen, validated model.
 
-Defaults are the release's settings except where docs/method.md lists a deviation.
-Every `*_tokens` counts text tokens with BOS and without memory tokens, every `*_steps` optimiser steps.
+Defaults are the release's settings except where docs/method.md lists a deviation. Every `*_tokens`
+counts text tokens with BOS and without memory tokens, every `*_steps` optimiser steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from llm2comp.recipe.parts import AdapterSettings, EncoderSettings, MemorySettings, ModelSettings, Section, WatchSettings
+from llm2comp.recipe.parts import (
+    AdapterSettings,
+    EncoderSettings,
+    MemorySettings,
+    ModelSettings,
+    Section,
+    WatchSettings,
+)
 from llm2comp.recipe.stages import PretextStage, SclStage, Stage, UclStage
 
 FORMAT_VERSION = 1
@@ -40,11 +47,17 @@ class Recipe(Section):
     pretext: PretextStage | None = None
     ucl: UclStage | None = None
     scl: SclStage | None = None
-    watch: WatchSettings | None = Field(default=WatchSettings(), description="null = no collapse watch")
-    max_tokens: Annotated[int, Field(ge=4)] | None = Field(
-        default=None, description="longest text that the finished encoder reads; null = as long as its last stage's"
+    watch: WatchSettings | None = Field(
+        default=WatchSettings(), description="null = no collapse watch"
     )
-    report_to: tuple[str, ...] = Field(default=(), description="the trainers' own loggers: tensorboard, wandb, ...")
+    max_tokens: Annotated[int, Field(ge=4)] | None = Field(
+        default=None,
+        description="longest text that the finished encoder reads; null = as long as its last "
+        "stage's",
+    )
+    report_to: tuple[str, ...] = Field(
+        default=(), description="the trainers' own loggers: tensorboard, wandb, ..."
+    )
 
     @property
     def memory_tokens(self) -> int:
@@ -60,13 +73,18 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _memory_is_there(self) -> Recipe:
         if not self.memory_tokens and self.memory.nested:
-            raise ValueError(f"memory.nested is for encoder.pooling memory, found {self.encoder.pooling}")
+            raise ValueError(
+                f"memory.nested is for encoder.pooling memory, found {self.encoder.pooling}"
+            )
         return self
 
     @model_validator(mode="after")
     def _full_over_full(self) -> Recipe:
         if self.adapter.kind == "full" and self.model.quantization:
-            raise ValueError(f"adapter.kind full cannot train {self.model.quantization} weights: set lora, or no quantization")
+            raise ValueError(
+                f"adapter.kind full cannot train {self.model.quantization} weights: set "
+                "lora, or no quantization"
+            )
         return self
 
     @model_validator(mode="after")
@@ -76,7 +94,11 @@ class Recipe(Section):
             memory = "memory" in stage.needs if pretext else stage.train_memory  # type: ignore[attr-defined]
             table = stage.train_embeddings in (True, "all")  # type: ignore[attr-defined]
             if not (table or (memory and self.memory_tokens)):
-                fix = "an objective from memory, encoder.pooling: memory" if pretext else f"{name}.train_memory: true"
+                fix = (
+                    "an objective from memory, encoder.pooling: memory"
+                    if pretext
+                    else f"{name}.train_memory: true"
+                )
                 raise ValueError(f"nothing learns in {name}, as adapter.kind is none: set {fix}")
         return self
 
@@ -87,10 +109,13 @@ class Recipe(Section):
             if stage.keep_best is None:
                 continue
             if self.watch is None:
-                raise ValueError(f"{name}.keep_best {stage.keep_best!r} needs the watch, which is null")
+                raise ValueError(
+                    f"{name}.keep_best {stage.keep_best!r} needs the watch, which is null"
+                )
             if stage.keep_best not in WATCHED and not tasks:
                 raise ValueError(
-                    f"{name}.keep_best {stage.keep_best!r} is not one of {', '.join(WATCHED)}, and watch.tasks names no set"
+                    f"{name}.keep_best {stage.keep_best!r} is not one of "
+                    f"{', '.join(WATCHED)}, and watch.tasks names no set"
                 )
         return self
 
@@ -102,7 +127,10 @@ class Recipe(Section):
         if self.pretext is None:
             raise ValueError(f"{weight} needs a pretext section: its data and its objective")
         if "alignment" in self.pretext.objectives:
-            raise ValueError(f"{weight} does not go with pretext.objective alignment: its map to the teacher stays in stage 1")
+            raise ValueError(
+                f"{weight} does not go with pretext.objective alignment: its map to the "
+                "teacher stays in stage 1"
+            )
         return self
 
     @property

@@ -1,4 +1,6 @@
-"""What a finished stage was trained over; what the finished encoder is given: length limits, prompts, facts for its card."""
+"""What a finished stage was trained over; what the finished encoder is given: length limits,
+prompts, facts for its card.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from llm2comp.system.files import EXPORTED, RUN, STAGE, refuse_foreign, refuse_t
 
 
 def require_base(done: Path, recipe: Recipe) -> None:
-    """Raise RunError unless the stage of this done.json is finished, ModelFolderError unless over the base that loads now."""
+    """Raise RunError unless the stage of this done.json is finished, ModelFolderError unless over
+    the base that loads now.
+    """
     try:
         base = json.loads(done.read_text(encoding="utf-8")).get("base")
         trained = None if base is None else Base(**base)
@@ -23,9 +27,14 @@ def require_base(done: Path, recipe: Recipe) -> None:
         fix = "run `llm2comp train` on the recipe again"
         raise RunError("the stage is not finished", where=str(done.parent), fix=fix) from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"is damaged: {one_line(error)}", where=str(done), fix="copy the folder again") from None
+        raise RunError(
+            f"is damaged: {one_line(error)}", where=str(done), fix="copy the folder again"
+        ) from None
     if trained is None:
-        say(f"{done.parent}: of an earlier version, which did not note its base's digest: cannot tell whether it is the same")
+        say(
+            f"{done.parent}: of an earlier version, which did not note its base's digest: "
+            "cannot tell whether it is the same"
+        )
     else:
         check_base(trained, recipe.model, done.parent)
 
@@ -54,11 +63,15 @@ def card_of(recipe: Recipe) -> dict[str, str]:
     """Facts for the README of its exported folder."""
     stages: dict[str, Any] = dict(recipe.stages)
     card = {
-        f"{name}_data": ", ".join(Path(s).name if is_local(s := spec.source) else s for spec in stage.data)
+        f"{name}_data": ", ".join(
+            Path(s).name if is_local(s := spec.source) else s for spec in stage.data
+        )
         for name, stage in stages.items()
     }
     if recipe.scl is not None and recipe.scl.query_suffix:
-        card["note"] = f"queries were trained with {recipe.scl.query_suffix!r} behind them; append it yourself"
+        card["note"] = (
+            f"queries were trained with {recipe.scl.query_suffix!r} behind them; append it yourself"
+        )
     return {"recipe": recipe.name, "licence": base_licence(recipe.model), **card}
 
 
@@ -67,7 +80,9 @@ def _shown(source: str) -> str:
 
 
 def refuse_others(run: Path, stages: Iterable[Path], model: Path, done_file: str) -> None:
-    """Raise RunError where a run would have to replace what is not its own, before it trains; what is done stays."""
+    """Raise RunError where a run would have to replace what is not its own, before it trains; what
+    is done stays.
+    """
     refuse_taken(run, RUN)
     for folder, kind in (dict.fromkeys(stages, STAGE) | {model: EXPORTED}).items():
         if not (folder / done_file).is_file():

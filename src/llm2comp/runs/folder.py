@@ -2,7 +2,8 @@
 
 runs/x/recipe.yaml            the resolved recipe
 runs/x/environment.json       versions, machine, command
-runs/x/1-pretext/, 2-ucl/, 3-scl/   config.json, metrics.jsonl, adapter/, memory.safetensors, done.json
+runs/x/1-pretext/, 2-ucl/, 3-scl/   config.json, metrics.jsonl, adapter/, memory.safetensors,
+                                    done.json
 runs/x/model/                 plain sentence-transformers folder
 """
 
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 FOLDERS = {"pretext": "1-pretext", "ucl": "2-ucl", "scl": "3-scl"}
-RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = "recipe.yaml", "done.json", "config.json", "model"
+RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = (
+    "recipe.yaml",
+    "done.json",
+    "config.json",
+    "model",
+)
 ENVIRONMENT_FILE = "environment.json"
 
 
@@ -37,7 +43,9 @@ class Run:
 
     @classmethod
     def of(cls, path: str | Path) -> Run | None:
-        """The run that a path belongs to: itself, a stage or the model of it; None for anything else."""
+        """The run that a path belongs to: itself, a stage or the model of it; None for anything
+        else.
+        """
         folder = expanded(path).absolute()
         if (folder / RECIPE_FILE).is_file():
             return cls(folder)
@@ -46,10 +54,14 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Its recipe; paths that lay in the run follow it when it is moved. Raises RunError when there is none."""
+        """Its recipe; paths that lay in the run follow it when it is moved. Raises RunError when
+        there is none.
+        """
         file = self.path / RECIPE_FILE
         if not file.is_file():
-            raise RunError("not a run directory", where=str(self.path), expected=f"{RECIPE_FILE} in it")
+            raise RunError(
+                "not a run directory", where=str(self.path), expected=f"{RECIPE_FILE} in it"
+            )
         follow = partial(moved, old=self._trained_in(), new=self.path.absolute())
         return parse_recipe(each_path(load_recipe(file).model_dump(mode="json"), follow), str(file))
 
@@ -90,18 +102,30 @@ class Run:
             compressor.load(self.stage(name), name)
             if name == upto:
                 return compressor.eval()
-        raise RunError("no such stage in this run", where=str(self.path), expected=", ".join(recipe.stages), found=upto)
+        raise RunError(
+            "no such stage in this run",
+            where=str(self.path),
+            expected=", ".join(recipe.stages),
+            found=upto,
+        )
 
     def encoder(self, upto: str, recipe: Recipe | None = None) -> SentenceTransformer:
-        """`compressor` as a SentenceTransformer with the run's limits and prompts. Raises as it does."""
+        """`compressor` as a SentenceTransformer with the run's limits and prompts. Raises as it
+        does.
+        """
         recipe = recipe or self.recipe
-        prompts = prompts_of(recipe) if upto == "scl" else {}  # earlier stages never saw the query prompt
-        return as_sentence_transformer(self.compressor(upto, recipe), *limits_of(recipe), prompts=prompts)
+        # earlier stages never saw the query prompt
+        prompts = prompts_of(recipe) if upto == "scl" else {}
+        return as_sentence_transformer(
+            self.compressor(upto, recipe), *limits_of(recipe), prompts=prompts
+        )
 
     def _trained_in(self) -> Path:
         """Where the run lay when it was last trained; paths in its recipe are of then."""
         try:
-            return Path(json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["folder"])
+            return Path(
+                json.loads((self.path / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["folder"]
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return self.path.absolute()
 

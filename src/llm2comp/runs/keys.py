@@ -1,4 +1,6 @@
-"""What a stage's result depends on, as a hash: stages of one key are the same training, wherever their files lie."""
+"""What a stage's result depends on, as a hash: stages of one key are the same training, wherever
+their files lie.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,18 @@ from llm2comp.system.files import to_json
 
 FORMAT_VERSION = 1
 # Settings that change what is written, how fast or in how much memory, not what is learned.
-NO_EFFECT = {"log_every_steps", "save_every_steps", "workers", "compile", "max_tokens_per_batch", "mini_batch_tokens"}
+NO_EFFECT = {
+    "log_every_steps",
+    "save_every_steps",
+    "workers",
+    "compile",
+    "max_tokens_per_batch",
+    "mini_batch_tokens",
+}
 # Settings of SCL that are left out where they are off: they came later; older runs keep their keys.
 NEWER = ("teacher", "guide", "pretext_weight", "pretext_batch_size")
-# Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads, where figures go.
+# Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads,
+# where figures go.
 NO_STAGE = {"max_tokens", "report_to", "watch"}
 
 
@@ -31,13 +41,17 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
 
 def matters(path: list[str], recipe: Recipe) -> bool:
-    """Whether another value of a setting is another training; the watch is one where a stage is steered by it."""
+    """Whether another value of a setting is another training; the watch is one where a stage is
+    steered by it.
+    """
     steered = path[0] == "watch" and any(stage.keep_best for stage in recipe.stages.values())
     return path[-1] not in NO_EFFECT and (path[0] not in NO_STAGE or steered)
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Dotted name → value; an empty container is as good as none, and where a file lies does not matter."""
+    """Dotted name → value; an empty container is as good as none, and where a file lies does not
+    matter.
+    """
     tree = each_path(recipe.model_dump(mode="json"), placeless)
     return {key: value for key, value in leaves(tree).items() if value not in ([], {})}
 
@@ -48,19 +62,34 @@ def placeless(name: str) -> str:
 
 
 def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
-    """Hash of all that a stage's result depends on: settings, model and its weights, adapter, seed, data, the stage before.
+    """Hash of all that a stage's result depends on: settings, model and its weights, adapter, seed,
+    data, the stage before.
 
     Files count by name and content, wherever they lie.
     """
     settings = stage.model_dump(mode="json", exclude=NO_EFFECT)
     settings = {name: value for name, value in settings.items() if value or name not in NEWER}
-    judges = [judge_digest(judge) for judge in stage.judges.values()] if isinstance(stage, SclStage) else []
+    judges = (
+        [judge_digest(judge) for judge in stage.judges.values()]
+        if isinstance(stage, SclStage)
+        else []
+    )
     steered = {"watch"} if stage.keep_best else set()
-    shared = recipe.model_dump(mode="json", include={"model", "memory", "encoder", "adapter", "seed"} | steered)
+    shared = recipe.model_dump(
+        mode="json", include={"model", "memory", "encoder", "adapter", "seed"} | steered
+    )
     sources = [data["source"] for data in settings["data"]]
-    files = [source_digest(Path(source)) for source in sources if is_local(source) and Path(source).exists()]
-    python = platform.python_version() if "builtin:python-docs" in sources else ""  # its documentation is the data
+    files = [
+        source_digest(Path(source))
+        for source in sources
+        if is_local(source) and Path(source).exists()
+    ]
+    # its documentation is the data
+    python = platform.python_version() if "builtin:python-docs" in sources else ""
     model = weights_digest(recipe.model)
     settings, shared = each_path(settings, placeless), each_path(shared, placeless)
-    payload = to_json([FORMAT_VERSION, name, settings, shared, model, files, python, previous, *judges], sort_keys=True)
+    payload = to_json(
+        [FORMAT_VERSION, name, settings, shared, model, files, python, previous, *judges],
+        sort_keys=True,
+    )
     return hashlib.sha256(payload.encode()).hexdigest()

@@ -12,25 +12,37 @@ model = MultiVectorEncoder("path/to/this/folder")
 queries, documents = model.encode_query(["a question"]), model.encode_document(["a text"])
 model.similarity(queries, documents)  # MaxSim"""
 WEIGHTED = (
-    "The embedding is the weighted mean of the memory tokens' states (WordWeights, then mean pooling): a server that knows\n"
+    "The embedding is the weighted mean of the memory tokens' states (WordWeights, then "
+    "mean pooling): a server that knows\n"
     "`Pooling` but not `WordWeights` would silently average all tokens. "
 )
 MANY = (
-    "A text is as many vectors as there are memory tokens, each of length 1, scored by MaxSim. All other tokens are on the\n"
-    "skiplist of `MultiVectorMask`, for queries too: a server that skips nothing in queries would score all their tokens. "
+    "A text is as many vectors as there are memory tokens, each of length 1, scored by "
+    "MaxSim. All other tokens are on the\n"
+    "skiplist of `MultiVectorMask`, for queries too: a server that skips nothing in "
+    "queries would score all their tokens. "
 )
 LAST = "The embedding is the state of the last memory token: plain last-token pooling. "
 NESTED = "The means of its {} {} memory states are trained embeddings, too. "
 
 
-def write_card(module: MemoryEncoder, facts: dict[str, str], golden_file: str, multi_vector: bool) -> str:
+def write_card(
+    module: MemoryEncoder, facts: dict[str, str], golden_file: str, multi_vector: bool
+) -> str:
     """Write the README: how to use the folder, and what it was made from."""
     compressor = module.compressor
-    of = {"memory": f"memory tokens | {compressor.states}", "mean": "pooling | mean over the text's tokens"}.get(
-        compressor.settings.pooling, f"pooling | last token of the prompt {compressor.settings.prompt!r}"
+    of = {
+        "memory": f"memory tokens | {compressor.states}",
+        "mean": "pooling | mean over the text's tokens",
+    }.get(
+        compressor.settings.pooling,
+        f"pooling | last token of the prompt {compressor.settings.prompt!r}",
     )
     if compressor.projection is not None:
-        facts = {"projection": f"linear, {compressor.projection.in_features} to {compressor.width} dimensions"} | facts
+        facts = {
+            "projection": f"linear, {compressor.projection.in_features} to {compressor.width} "
+            "dimensions"
+        } | facts
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     note = ""
     if compressor.states > 1:

@@ -1,9 +1,12 @@
-"""Exported folders run by OpenVINO or ONNX Runtime on CPUs, for speed: the transformer as a graph, all else as it was.
+"""Exported folders run by OpenVINO or ONNX Runtime on CPUs, for speed: the transformer as a graph,
+all else as it was.
 
-1. `compile_folder` traces the folder's transformer (ids, mask → token states; batch and length free), writes the graph into
-   `openvino/` or `onnx/` of the folder, and holds the embeddings it gives against torch's in float32
-2. `load_compiled` gives the folder as sentence-transformers loads it, but for the torch model: the graph stands in its place.
-   Tokenizer, memory weights, pooling and prompts are the folder's own, so the graph outlives `reweight`
+1. `compile_folder` traces the folder's transformer (ids, mask → token states; batch and length
+   free), writes the graph into `openvino/` or `onnx/` of the folder, and holds the embeddings it
+   gives against torch's in float32
+2. `load_compiled` gives the folder as sentence-transformers loads it, but for the torch model: the
+   graph stands in its place. Tokenizer, memory weights, pooling and prompts are the folder's own,
+   so the graph outlives `reweight`
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class Compiled:
 
 
 class Graph(nn.Module):
-    """A graph as transformers' models are called: `input_ids`, `attention_mask` (B, T) → `last_hidden_state` (B, T, D)."""
+    """A graph as transformers' models are called: `input_ids`, `attention_mask` (B, T) →
+    `last_hidden_state` (B, T, D).
+    """
 
     def __init__(self, config: Any, run: RunGraph, compiled: Compiled) -> None:
         super().__init__()
@@ -48,13 +53,25 @@ class Graph(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> dict[str, Tensor]:
         """Token states, float32."""
-        return {"last_hidden_state": torch.from_numpy(self.run(input_ids.numpy(), attention_mask.numpy()))}
+        return {
+            "last_hidden_state": torch.from_numpy(
+                self.run(input_ids.numpy(), attention_mask.numpy())
+            )
+        }
 
 
 class CompiledTransformer(Transformer):
     """sentence-transformers' own first module over a `Graph`."""
 
-    def _load_model(self, model_name_or_path: str, transformer_task: Any, config: Any, backend: str, *_: Any, **__: Any) -> Any:
+    def _load_model(
+        self,
+        model_name_or_path: str,
+        transformer_task: Any,
+        config: Any,
+        backend: str,
+        *_: Any,
+        **__: Any,
+    ) -> Any:
         return _open(Path(model_name_or_path) / backend, config, runtime_of(backend))
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
@@ -66,13 +83,21 @@ def runtime_of(backend: str, precision: str = "float32") -> Runtime:
     """The runtime of that name, once it is sure to be installed.
 
     Raises:
-        ModelFolderError: unknown backend, a precision it does not offer, or its extra is not installed.
+        ModelFolderError: unknown backend, a precision it does not offer, or its extra is not
+            installed.
     """
     if (runtime := RUNTIMES.get(backend)) is None:
-        raise ModelFolderError("no such backend", where="backend", expected=f"torch, {', '.join(RUNTIMES)}", found=backend)
+        raise ModelFolderError(
+            "no such backend",
+            where="backend",
+            expected=f"torch, {', '.join(RUNTIMES)}",
+            found=backend,
+        )
     if precision not in runtime.precisions:
         expected = f"{', '.join(runtime.precisions)} with {backend}"
-        raise ModelFolderError("no such precision", where="precision", expected=expected, found=precision)
+        raise ModelFolderError(
+            "no such precision", where="precision", expected=expected, found=precision
+        )
     if missing := runtime.missing():
         raise ModelFolderError(
             f"needs {missing[0]}, which is not installed",
@@ -88,32 +113,46 @@ def compile_folder(folder: Path, backend: str = "openvino", precision: str = "fl
     Args:
         folder: as `export` wrote it, or another sentence-transformers folder over a transformer.
         backend: `openvino` or `onnx`.
-        precision: `float32`; for openvino also `bfloat16` (computing; weights are kept in float16) and `int8` (weights).
+        precision: `float32`; for openvino also `bfloat16` (computing; weights are kept in float16)
+            and `int8` (weights).
 
     Returns:
         The lowest cosine to torch's float32 embeddings of the golden texts.
 
     Raises:
-        ModelFolderError: not such a folder, a model that the runtime cannot express, embeddings that differ too much, or the
-            extra is not installed. RunError: the folder cannot be written.
+        ModelFolderError: not such a folder, a model that the runtime cannot express, embeddings
+            that differ too much, or the extra is not installed. RunError: the folder cannot be
+            written.
     """
     runtime = runtime_of(backend, precision)
     refuse_foreign(folder / backend, GRAPH)
     model = load_folder(folder, device="cpu").float()
     if not isinstance(module := model[0], Transformer):
         raise ModelFolderError(
-            "cannot be compiled", where=str(folder), expected="a transformer as the first module", found=type(module).__name__
+            "cannot be compiled",
+            where=str(folder),
+            expected="a transformer as the first module",
+            found=type(module).__name__,
         )
     expected_ND = golden_vectors(model)
     features = module.preprocess(["two texts,", "one of them longer than the other"])
     with new_folder(folder / backend, GRAPH) as target:
         try:
-            runtime.write(module.auto_model, features["input_ids"], features["attention_mask"], target, precision)
+            runtime.write(
+                module.auto_model,
+                features["input_ids"],
+                features["attention_mask"],
+                target,
+                precision,
+            )
         except (OSError, MemoryError):
             raise
-        except Exception as error:  # what converters raise on a model they do not know has no common base
+        # what converters raise on a model they do not know has no common base
+        except Exception as error:
             raise ModelFolderError(
-                f"{backend} cannot express this model: {_reason(error)}", where=str(folder), fix="stay with torch"
+                f"{backend} cannot express this model: {_reason(error)}",
+                where=str(folder),
+                fix="stay with torch",
             ) from error
         files = {file.name: sha256(file) for file in sorted(target.iterdir())}
         facts = {"format_version": FORMAT_VERSION, "precision": precision, "files": files}
@@ -126,7 +165,9 @@ def compile_folder(folder: Path, backend: str = "openvino", precision: str = "fl
                 where=str(folder),
                 expected=f"cosine ≥ {MIN_COSINE[precision]}",
                 found=f"{lowest:.6f}",
-                fix="choose a finer precision: " + ", ".join(runtime.precisions) if len(runtime.precisions) > 1 else None,
+                fix="choose a finer precision: " + ", ".join(runtime.precisions)
+                if len(runtime.precisions) > 1
+                else None,
             )
     return lowest
 
@@ -135,18 +176,26 @@ def load_compiled(folder: Path, backend: str = "openvino") -> SentenceTransforme
     """A folder with its graph, on the CPU; the torch model's weights are not read.
 
     Raises:
-        ModelFolderError: not an exported folder, no graph in it, a file missing or damaged, or the extra is not installed.
+        ModelFolderError: not an exported folder, no graph in it, a file missing or damaged, or the
+            extra is not installed.
     """
     runtime_of(backend)
     try:
         first = json.loads((folder / "modules.json").read_text(encoding="utf-8"))[0]["type"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelFolderError(
-            "not an exported folder", where=str(folder), expected="a model/ folder", fix="write one with llm2comp export"
+            "not an exported folder",
+            where=str(folder),
+            expected="a model/ folder",
+            fix="write one with llm2comp export",
         ) from error
     try:
         model: SentenceTransformer = SentenceTransformer._load_with_module_classes(
-            str(folder), {first: CompiledTransformer}, device="cpu", local_files_only=True, backend=backend
+            str(folder),
+            {first: CompiledTransformer},
+            device="cpu",
+            local_files_only=True,
+            backend=backend,
         )
         golden_vectors(model, ["a trial: some damage shows only here"])
         return model
@@ -163,24 +212,41 @@ def compiled_of(model: SentenceTransformer) -> Compiled | None:
 
 
 def _open(folder: Path, config: Any, runtime: Runtime) -> Graph:
-    """The graph in a folder that `compile_folder` wrote, once its files are found to be those that were written."""
+    """The graph in a folder that `compile_folder` wrote, once its files are found to be those that
+    were written.
+    """
     fix = f"write it again: llm2comp export, or compile_folder(..., {runtime.name!r})"
     try:
         facts = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))
-        version, precision, files = facts["format_version"], str(facts["precision"]), dict(facts["files"])
+        version, precision, files = (
+            facts["format_version"],
+            str(facts["precision"]),
+            dict(facts["files"]),
+        )
     except FileNotFoundError as error:
-        raise ModelFolderError("holds no compiled graph", where=str(folder), expected=GRAPH_FILE, fix=fix) from error
+        raise ModelFolderError(
+            "holds no compiled graph", where=str(folder), expected=GRAPH_FILE, fix=fix
+        ) from error
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ModelFolderError(f"cannot be read: {_reason(error)}", where=str(folder / GRAPH_FILE), fix=fix) from error
+        raise ModelFolderError(
+            f"cannot be read: {_reason(error)}", where=str(folder / GRAPH_FILE), fix=fix
+        ) from error
     if version != FORMAT_VERSION or precision not in runtime.precisions:
-        raise ModelFolderError("unknown format", where=str(folder / GRAPH_FILE), found=f"{version}, {precision}", fix=fix)
+        raise ModelFolderError(
+            "unknown format",
+            where=str(folder / GRAPH_FILE),
+            found=f"{version}, {precision}",
+            fix=fix,
+        )
     for name, digest in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ModelFolderError("is missing or damaged", where=str(folder / name), fix=fix)
     try:
         run = runtime.open(folder, precision, torch.get_num_threads())
     except Exception as error:
-        raise ModelFolderError(f"cannot be loaded: {_reason(error)}", where=str(folder), fix=fix) from error
+        raise ModelFolderError(
+            f"cannot be loaded: {_reason(error)}", where=str(folder), fix=fix
+        ) from error
     return Graph(config, run, Compiled(runtime.name, precision, ":".join(files.values())))
 
 

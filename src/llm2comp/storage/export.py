@@ -1,10 +1,14 @@
-"""Write a trained encoder as a plain sentence-transformers folder, and check later that it still gives the same embeddings.
+"""Write a trained encoder as a plain sentence-transformers folder, and check later that it still
+gives the same embeddings.
 
 `export`, so that `SentenceTransformer(folder)` needs no flag, no code and not this package:
-1. make transformer, tokenizer and pooling as stock parts in float32 (`stock.py`), and hold their embeddings against those of
-   the native encoder in float32: half precision would blur the comparison, and with it what is wrong
-2. round the weights to the dtype asked for, write the folder, load it as any user would: in float32 it gives what was rounded
-3. store these embeddings as golden.json, and beside them how far half precision takes them (`Precision`)
+1. make transformer, tokenizer and pooling as stock parts in float32 (`stock.py`), and hold their
+   embeddings against those of the native encoder in float32: half precision would blur the
+   comparison, and with it what is wrong
+2. round the weights to the dtype asked for, write the folder, load it as any user would: in float32
+   it gives what was rounded
+3. store these embeddings as golden.json, and beside them how far half precision takes them
+   (`Precision`)
 """
 
 from __future__ import annotations
@@ -43,7 +47,14 @@ from llm2comp.storage.golden import (
     verify,
 )
 from llm2comp.storage.stock import stock_model
-from llm2comp.storage.weights import memory_ids, memory_names, memory_weights, set_weights, use_prefix, word_weights
+from llm2comp.storage.weights import (
+    memory_ids,
+    memory_names,
+    memory_weights,
+    set_weights,
+    use_prefix,
+    word_weights,
+)
 from llm2comp.system.console import say
 from llm2comp.system.files import EXPORTED, new_folder, refuse_foreign, to_json, write_text
 
@@ -73,32 +84,43 @@ def export(
     multi_vector: bool = False,
     dtype: str | None = None,
 ) -> None:
-    """Write a live memory encoder as a stock sentence-transformers folder; replaces an earlier one as a whole.
+    """Write a live memory encoder as a stock sentence-transformers folder; replaces an earlier one
+    as a whole.
 
     Args:
         model: as `as_sentence_transformer` or `llm2comp.load` on a stage folder give it.
         folder: where to.
         card: facts for the folder's README: `base`, `licence`, `trained_on`, `command`, `note`.
-        multi_vector: for `MultiVectorEncoder(folder)`: a text is its memory states, each of length 1, scored by MaxSim.
+        multi_vector: for `MultiVectorEncoder(folder)`: a text is its memory states, each of length
+            1, scored by MaxSim.
         dtype: of the stored weights, one of DTYPES; default: that of the encoder's LM.
 
     Raises:
-        ModelFolderError: the exported folder embeds otherwise than the native encoder, or no stock folder can do what it
-            does (many vectors without memory tokens); no such dtype.
-        BackboneError: the tokenizer cannot carry a template. RecipeError: a prompt that leaves no room for a text.
+        ModelFolderError: the exported folder embeds otherwise than the native encoder, or no stock
+            folder can do what it does (many vectors without memory tokens); no such dtype.
+        BackboneError: the tokenizer cannot carry a template. RecipeError: a prompt that leaves no
+            room for a text.
         RunError: the folder holds something else than an exported model, or cannot be written.
     """
     module = model[0]
     if not isinstance(module, MemoryEncoder):
-        raise ModelFolderError("is exported already", expected="a live memory encoder", found=type(module).__name__)
+        raise ModelFolderError(
+            "is exported already", expected="a live memory encoder", found=type(module).__name__
+        )
     for role, prompt in model.prompts.items():
         check_prompt(model, prompt or "", role, where=f"prompts.{role}")
     refuse_foreign(folder, EXPORTED)
     dtype = dtype or str(module.compressor.backbone.input_table.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise ModelFolderError("no such dtype", where="dtype", expected=", ".join(DTYPES), found=dtype)
+        raise ModelFolderError(
+            "no such dtype", where="dtype", expected=", ".join(DTYPES), found=dtype
+        )
     with in_float32(module):
-        native = memory_vectors(model, GOLDEN_TEXTS).flatten(1) if multi_vector else embed_texts(model, GOLDEN_TEXTS)
+        native = (
+            memory_vectors(model, GOLDEN_TEXTS).flatten(1)
+            if multi_vector
+            else embed_texts(model, GOLDEN_TEXTS)
+        )
     with new_folder(folder, EXPORTED) as target:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             stock = stock_model(module, Path(scratch), multi_vector)
@@ -107,7 +129,9 @@ def export(
             stored = _write(stock, target, dtype)
         exported = golden_vectors(load_as(target, "cpu", type(stock), "float32"))
         hold(folder, stored, exported, UNLIKE)
-        precision = Precision.of(target, type(stock), exported, GOLDEN_TEXTS, dtype, lowest_cosine(native, exported))
+        precision = Precision.of(
+            target, type(stock), exported, GOLDEN_TEXTS, dtype, lowest_cosine(native, exported)
+        )
         golden = {
             "format_version": FORMAT_VERSION,
             "llm2comp": version("llm2comp"),
@@ -123,7 +147,8 @@ def export(
         write_text(target / "README.md", write_card(module, facts, GOLDEN_FILE, multi_vector))
     if precision.computing < TOLD_BELOW:
         say(
-            f"{folder}: computed in {dtype}, its embeddings differ from float32 (lowest cosine {precision.computing:.4f}); "
+            f"{folder}: computed in {dtype}, its embeddings differ from float32 (lowest "
+            f"cosine {precision.computing:.4f}); "
             "compute in float32: model_kwargs={'dtype': 'float32'}, or export with dtype float32"
         )
 
@@ -132,12 +157,17 @@ def _keep_settings(model: SentenceTransformer, stock: Any) -> None:
     """Copy settings that users made on the live model (prompts, truncate_dim, ...)."""
     stock.prompts = dict(model.prompts)
     if isinstance(stock, SentenceTransformer):
-        stock.default_prompt_name, stock.truncate_dim = model.default_prompt_name, model.truncate_dim
+        stock.default_prompt_name, stock.truncate_dim = (
+            model.default_prompt_name,
+            model.truncate_dim,
+        )
         stock.similarity_fn_name = model.similarity_fn_name
 
 
 def _write(stock: Any, target: Path, dtype: str) -> Tensor:
-    """Round the transformer's weights, save all. Returns the golden vectors of the rounded weights, in float32."""
+    """Round the transformer's weights, save all. Returns the golden vectors of the rounded weights,
+    in float32.
+    """
     for parameter in stock[0].auto_model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))
     stock.save(str(target), create_model_card=False)
@@ -150,7 +180,8 @@ def reweight(folder: Path, weights_K: Sequence[float]) -> None:
     """Set new weights for the memory tokens of an exported folder, and renew its golden vectors.
 
     Raises:
-        ModelFolderError: not a folder that `export` wrote, or another number of memory tokens. RunError: cannot be written.
+        ModelFolderError: not a folder that `export` wrote, or another number of memory tokens.
+            RunError: cannot be written.
     """
     model = load_folder(folder, device="cpu")
     names = memory_names(model) or []
@@ -166,11 +197,22 @@ def reweight(folder: Path, weights_K: Sequence[float]) -> None:
     set_weights(model, weights_K)
     with new_folder(folder, None) as target:
         shutil.copytree(folder, target, dirs_exist_ok=True)
-        words.save(str(target / json.loads((folder / "modules.json").read_text())[list(model).index(words)]["path"]))
+        words.save(
+            str(
+                target
+                / json.loads((folder / "modules.json").read_text())[list(model).index(words)][
+                    "path"
+                ]
+            )
+        )
         golden = json.loads((folder / GOLDEN_FILE).read_text(encoding="utf-8"))
-        vectors = golden_vectors(load_as(target, "cpu", SentenceTransformer, "float32"), golden["texts"])
+        vectors = golden_vectors(
+            load_as(target, "cpu", SentenceTransformer, "float32"), golden["texts"]
+        )
         golden["embeddings"] = rounded(vectors)
         if half := golden.get("precision"):
             kind, texts = type(model), golden["texts"]
-            golden["precision"] = Precision.of(target, kind, vectors, texts, half["dtype"], half["weights"]).record()
+            golden["precision"] = Precision.of(
+                target, kind, vectors, texts, half["dtype"], half["weights"]
+            ).record()
         write_text(target / GOLDEN_FILE, to_json(golden))

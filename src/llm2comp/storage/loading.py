@@ -1,4 +1,6 @@
-"""`llm2comp.load`: whatever names a model (folder, run, stage of a run, baseline, Hub id), a SentenceTransformer."""
+"""`llm2comp.load`: whatever names a model (folder, run, stage of a run, baseline, Hub id), a
+SentenceTransformer.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ from typing import get_args
 from sentence_transformers import SentenceTransformer
 
 from llm2comp.errors import BackboneError, ModelFolderError, one_line
-from llm2comp.model.backbone import hub_commit, licence_in, load_backbone, resolve_device, weights_digest
+from llm2comp.model.backbone import (
+    hub_commit,
+    licence_in,
+    load_backbone,
+    resolve_device,
+    weights_digest,
+)
 from llm2comp.model.backbone.naming import BUILTIN_ENCODERS
 from llm2comp.model.backbone.sources import BUILTIN_MODELS, is_gguf
 from llm2comp.model.baselines.kinds import BASELINE_FILE, NAMES
@@ -35,7 +43,9 @@ _NO_EFFECT_FOLDERS = ("checkpoint-", "best", "openvino", "onnx")
 
 @dataclass(frozen=True)
 class Identity:
-    """What a model is called in results: `organisation/model`, and a revision that changes with its weights."""
+    """What a model is called in results: `organisation/model`, and a revision that changes with its
+    weights.
+    """
 
     name: str
     revision: str
@@ -53,27 +63,44 @@ def load(
 
     Args:
         path: `builtin:general` (default: the encoder that comes with the package, on SmolLM2-135M),
-            `builtin:general-tiny` (on a toy LM), an exported model folder, a run directory
-            (its finished model), a stage folder of a run (adapters on the live backbone), `mean:NAME`, `echo:NAME`, ... (the
-            causal LM NAME as a training-free encoder, one of NAMES), the folder of a saved one, or the Hub id of a
-            sentence-transformers model.
+            `builtin:general-tiny` (on a toy LM), an exported model folder, a run directory (its
+            finished model), a stage folder of a run (adapters on the live backbone), `mean:NAME`,
+            `echo:NAME`, ... (the causal LM NAME as a training-free encoder, one of NAMES), the
+            folder of a saved one, or the Hub id of a sentence-transformers model.
         device: `cpu`, `cuda`, `mps`; default: the best there is.
         num_memory: j: the embedding is the mean of the last j memory states, of an encoder that
             an earlier version trained of the first j; default: all, by their stored weights.
-        backend: `torch`; `openvino` or `onnx`: the compiled graph in an exported folder, on the CPU (docs/speed.md).
-        dtype: of weights and computing under torch; default: what the folder, the recipe or the Hub model says.
-        merged: put a live encoder's adapters into its weights: faster, for encoding alone (no frozen LM is left).
+        backend: `torch`; `openvino` or `onnx`: the compiled graph in an exported folder, on the CPU
+            (docs/speed.md).
+        dtype: of weights and computing under torch; default: what the folder, the recipe or the Hub
+            model says.
+        merged: put a live encoder's adapters into its weights: faster, for encoding alone (no
+            frozen LM is left).
 
     Raises:
-        ModelFolderError: nothing loadable there, an unfinished run, a damaged file, or not so many memory tokens.
-        BackboneError: no such device or dtype; a causal LM that cannot be loaded. RecipeError: settings of a saved baseline.
+        ModelFolderError: nothing loadable there, an unfinished run, a damaged file, or not so many
+            memory tokens.
+        BackboneError: no such device or dtype; a causal LM that cannot be loaded. RecipeError:
+            settings of a saved baseline.
     """
     if dtype not in get_args(Dtype):
-        raise BackboneError("no such dtype", where="dtype", expected=", ".join(get_args(Dtype)), found=dtype)
+        raise BackboneError(
+            "no such dtype", where="dtype", expected=", ".join(get_args(Dtype)), found=dtype
+        )
     if dtype != "auto" and backend != "torch":
         fix = "leave dtype out; a graph's precision is chosen when it is written"
-        raise BackboneError("cannot change its dtype", where=f"backend {backend}", expected="dtype auto", found=dtype, fix=fix)
-    model = _load(str(path), device, dtype) if backend == "torch" else _load_graph(str(path), device, backend)
+        raise BackboneError(
+            "cannot change its dtype",
+            where=f"backend {backend}",
+            expected="dtype auto",
+            found=dtype,
+            fix=fix,
+        )
+    model = (
+        _load(str(path), device, dtype)
+        if backend == "torch"
+        else _load_graph(str(path), device, backend)
+    )
     if merged:
         merge_adapters(model)
     if num_memory is not None:
@@ -97,26 +124,34 @@ def _load(path: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
     if stage is None:
         return to_dtype(load_folder(_finished(folder, path), device), dtype)
     run = Run(folder.parent)
-    changes = ({} if device is None else {"device": device}) | ({} if dtype == "auto" else {"dtype": dtype})
+    changes = ({} if device is None else {"device": device}) | (
+        {} if dtype == "auto" else {"dtype": dtype}
+    )
     settings = run.recipe.model.model_copy(update=changes)
     return run.encoder(stage, run.recipe.model_copy(update={"model": settings}))
 
 
 def _load_graph(path: str, device: str | None, backend: str) -> SentenceTransformer:
     if device not in (None, "cpu"):
-        raise BackboneError("runs on the CPU only", where=f"backend {backend}", expected="device cpu", found=device)
+        raise BackboneError(
+            "runs on the CPU only", where=f"backend {backend}", expected="device cpu", found=device
+        )
     return load_compiled(_finished(expanded(path).absolute(), path), backend)
 
 
 def live_place(path: str) -> str:
-    """The last stage of a run or of a packaged encoder, where the LM is at hand; any other path as it is."""
+    """The last stage of a run or of a packaged encoder, where the LM is at hand; any other path as
+    it is.
+    """
     path = _packaged(path)
     run = Run.of(path)
     return str(run.last) if run is not None and run.path == Path(path).absolute() else path
 
 
 def card_facts(path: str) -> dict[str, str]:
-    """Facts about a run, a stage or a packaged encoder for the README of its exported folder; none for other models."""
+    """Facts about a run, a stage or a packaged encoder for the README of its exported folder; none
+    for other models.
+    """
     run = Run.of(_packaged(path))
     if run is None:
         return {}
@@ -128,7 +163,9 @@ def card_facts(path: str) -> dict[str, str]:
 
 def _packaged(path: str) -> str:
     """The last stage of a packaged encoder; any other path as it is, `~` expanded."""
-    return str(Run(BUILTIN_ENCODERS[path]).last) if path in BUILTIN_ENCODERS else str(expanded(path))
+    return (
+        str(Run(BUILTIN_ENCODERS[path]).last) if path in BUILTIN_ENCODERS else str(expanded(path))
+    )
 
 
 def identity(path: str | Path, model: SentenceTransformer) -> Identity:
@@ -138,7 +175,10 @@ def identity(path: str | Path, model: SentenceTransformer) -> Identity:
     """
     who, weights = _identity(path, model), memory_weights(model)
     if graph := compiled_of(model):
-        who = Identity(f"{who.name}-{graph.backend}-{graph.precision}", _short(f"{who.revision}:{graph.digest}"))
+        who = Identity(
+            f"{who.name}-{graph.backend}-{graph.precision}",
+            _short(f"{who.revision}:{graph.digest}"),
+        )
     if not weights or weights == mean_weights(len(weights)).tolist():
         return who
     count, size = len(weights), sum(weight > 0 for weight in weights)
@@ -151,25 +191,37 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
     folder, module = Path(_packaged(str(path))).absolute(), model[0]
     if isinstance(module, BaselineEncoder):
         kind, _, name = str(path).partition(":")
-        label = f"llm2comp/{kind}-{_plain(name)}" if name and kind in NAMES else f"local/{_plain(folder.name)}"
+        label = (
+            f"llm2comp/{kind}-{_plain(name)}"
+            if name and kind in NAMES
+            else f"local/{_plain(folder.name)}"
+        )
         saved, prompts = module.saved(), sorted(item for item in model.prompts.items() if item[1])
-        return Identity(label, _short(f"{saved.to_yaml()}:{prompts}:{weights_digest(saved.model.settings())}"))
+        return Identity(
+            label, _short(f"{saved.to_yaml()}:{prompts}:{weights_digest(saved.model.settings())}")
+        )
     if not folder.is_dir():
         return Identity(str(path), hub_commit(str(path)) or "unknown")
     run, stage = Run.of(folder), stage_of(folder)
     if run is None:
         return Identity(f"local/{_plain(folder.name)}", _short(_content(folder)))
     if stage is None:
-        return Identity(f"llm2comp/{_plain(run.path.name)}", _short(_content(_finished(folder, str(path)))))
+        return Identity(
+            f"llm2comp/{_plain(run.path.name)}", _short(_content(_finished(folder, str(path))))
+        )
     recipe = run.recipe
     names = list(recipe.stages)
     parts = [_content(run.stage(earlier)) for earlier in names[: names.index(stage) + 1]]
     label = f"llm2comp/{_plain(run.path.name)}-{folder.name}"
-    return Identity(label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *parts])))
+    return Identity(
+        label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *parts]))
+    )
 
 
 def model_folder(folder: Path) -> Path:
-    """The exported folder that a path means: itself, or the one in a finished run. Raises ModelFolderError: not finished."""
+    """The exported folder that a path means: itself, or the one in a finished run. Raises
+    ModelFolderError: not finished.
+    """
     return _finished(folder, str(folder))
 
 
@@ -179,7 +231,10 @@ def _finished(folder: Path, asked: str) -> Path:
         return folder
     if not (folder / MODEL_FOLDER).is_dir():
         raise ModelFolderError(
-            "the run is not finished", where=asked, expected=f"{MODEL_FOLDER}/ in it", fix="run it again, or load a stage"
+            "the run is not finished",
+            where=asked,
+            expected=f"{MODEL_FOLDER}/ in it",
+            fix="run it again, or load a stage",
         )
     return folder / MODEL_FOLDER
 
@@ -191,15 +246,25 @@ def _baseline(kind: str, name: str, device: str | None, dtype: Dtype) -> Sentenc
 
 def _from_hub(name: str, device: str | None) -> SentenceTransformer:
     expected = (
-        f"{GENERAL}, a model/ folder, a run, a stage of a run, a Hub id, or KIND:NAME with KIND one of {', '.join(NAMES)}"
+        f"{GENERAL}, a model/ folder, a run, a stage of a run, a Hub id, or KIND:NAME with "
+        f"KIND one of {', '.join(NAMES)}"
     )
     if (nearest_folder := missing_path(name)) is not None:
-        raise ModelFolderError("no such folder", where=name, expected=expected, found=f"there is {nearest_folder}")
+        raise ModelFolderError(
+            "no such folder", where=name, expected=expected, found=f"there is {nearest_folder}"
+        )
     if not _HUB_ID.fullmatch(name) or is_gguf(name):
         kind, colon, _ = name.partition(":")
-        fix = (nearest(name, BUILTIN_ENCODERS) if kind == "builtin" else nearest(kind, NAMES)) if colon else None
+        fix = (
+            (nearest(name, BUILTIN_ENCODERS) if kind == "builtin" else nearest(kind, NAMES))
+            if colon
+            else None
+        )
         if name in BUILTIN_MODELS or is_gguf(name):
-            fix = f"a language model is no encoder yet: train one on it, or take it untrained, as mean:{name}"
+            fix = (
+                "a language model is no encoder yet: train one on it, or take it untrained, "
+                f"as mean:{name}"
+            )
         raise ModelFolderError("no such folder", where=name, expected=expected, fix=fix)
     try:
         with hub(name):
@@ -209,7 +274,9 @@ def _from_hub(name: str, device: str | None) -> SentenceTransformer:
             raise ModelFolderError(why, where=name, expected=expected) from error
         cause = one_line(f"{type(error).__name__}: {error}")
         raise ModelFolderError(
-            f"no such folder, nor a model that the Hub gives: {cause}", where=name, expected=expected
+            f"no such folder, nor a model that the Hub gives: {cause}",
+            where=name,
+            expected=expected,
         ) from error
 
 
@@ -219,11 +286,18 @@ def _plain(name: str) -> str:
 
 
 def _content(folder: Path) -> str:
-    """Hex digest over names and content of a folder's files, those of checkpoints, logs and compiled graphs left out."""
+    """Hex digest over names and content of a folder's files, those of checkpoints, logs and
+    compiled graphs left out.
+    """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
         place = file.relative_to(folder)
-        weighs = file.is_file() and file.name not in _NO_EFFECT and file.suffix != ".jsonl" and not file.name.startswith(".")
+        weighs = (
+            file.is_file()
+            and file.name not in _NO_EFFECT
+            and file.suffix != ".jsonl"
+            and not file.name.startswith(".")
+        )
         if weighs and not place.parts[0].startswith(_NO_EFFECT_FOLDERS):
             digest.update(f"{place.as_posix()}:{sha256(file)}".encode())
     return digest.hexdigest()

@@ -1,7 +1,9 @@
-"""OpenVINO and ONNX Runtime: how each writes the graph of a transformer, and how it runs it. The one place that knows them.
+"""OpenVINO and ONNX Runtime: how each writes the graph of a transformer, and how it runs it. The
+one place that knows them.
 
-Both are given eager attention: its mask is a large negative number, not minus infinity, so that a row of padding that sees
-nothing (a sliding window) stays finite. The runtimes fuse attention by themselves.
+Both are given eager attention: its mask is a large negative number, not minus infinity, so that a
+row of padding that sees nothing (a sliding window) stays finite. The runtimes fuse attention by
+themselves.
 """
 
 from __future__ import annotations
@@ -22,14 +24,20 @@ from torch import Tensor, nn
 
 NAMES = ("input_ids", "attention_mask")
 OUTPUT = "last_hidden_state"
-OPENVINO_FILE, ONNX_FILE = "openvino_model.xml", "model.onnx"  # as sentence-transformers and optimum call them
+# as sentence-transformers and optimum call them
+OPENVINO_FILE, ONNX_FILE = (
+    "openvino_model.xml",
+    "model.onnx",
+)
 # ids_BT, mask_BT → states_BTD
 RunGraph = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """`write(body, ids_BT, mask_BT, folder, precision)`; `open(folder, precision, threads)`, which may be called at once."""
+    """`write(body, ids_BT, mask_BT, folder, precision)`; `open(folder, precision, threads)`, which
+    may be called at once.
+    """
 
     name: str
     packages: tuple[str, ...]
@@ -50,13 +58,17 @@ class _States(nn.Module):
         self.body = body
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found: Tensor = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        found: Tensor = self.body(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
         return found
 
 
 @contextlib.contextmanager
 def _traceable(body: Any) -> Iterator[nn.Module]:
-    """The body for tracing: eager attention, no gradients, no remarks about what a trace takes for constant."""
+    """The body for tracing: eager attention, no gradients, no remarks about what a trace takes for
+    constant.
+    """
     before, exporter = body.config._attn_implementation, logging.getLogger("torch.onnx")
     level = exporter.level
     body.set_attn_implementation("eager")
@@ -69,7 +81,9 @@ def _traceable(body: Any) -> Iterator[nn.Module]:
         body.set_attn_implementation(before)
 
 
-def _write_openvino(body: Any, ids_BT: Tensor, mask_BT: Tensor, folder: Path, precision: str) -> None:
+def _write_openvino(
+    body: Any, ids_BT: Tensor, mask_BT: Tensor, folder: Path, precision: str
+) -> None:
     import openvino
 
     free = [(name, [-1, -1], openvino.Type.i64) for name in NAMES]
@@ -83,9 +97,11 @@ def _write_openvino(body: Any, ids_BT: Tensor, mask_BT: Tensor, folder: Path, pr
 
 
 def round_weights(graph: Any) -> int:
-    """Round the matrices of an OpenVINO graph to 8 bits, symmetrically, a scale per output (tables: per row), in place.
+    """Round the matrices of an OpenVINO graph to 8 bits, symmetrically, a scale per output (tables:
+    per row), in place.
 
-    The graph then says matrix = float(int8) · scale, which OpenVINO takes for compressed weights. Returns how many.
+    The graph then says matrix = float(int8) · scale, which OpenVINO takes for compressed weights.
+    Returns how many.
     """
     import openvino
     from openvino import opset13 as ops
@@ -104,7 +120,9 @@ def round_weights(graph: Any) -> int:
         largest = np.abs(constant.data).max(axis, keepdims=True)
         scale = np.maximum(largest, np.finfo(np.float32).tiny * 127) / 127
         rounded = ops.constant(np.round(constant.data / scale).astype(np.int8))
-        again = ops.multiply(ops.convert(rounded, openvino.Type.f32), ops.constant(scale.astype(np.float32)))
+        again = ops.multiply(
+            ops.convert(rounded, openvino.Type.f32), ops.constant(scale.astype(np.float32))
+        )
         op.input(place).replace_source_output(again.output(0))
         count += 1
     return count
@@ -118,8 +136,11 @@ def _open_openvino(folder: Path, precision: str, threads: int) -> RunGraph:
     graph = openvino.Core().compile_model(folder / OPENVINO_FILE, "CPU", settings)
 
     def run(ids_BT: NDArray[np.int64], mask_BT: NDArray[np.int64]) -> NDArray[np.float32]:
-        request = graph.create_infer_request()  # a request of its own: the result is not overwritten by another call
-        found: NDArray[np.float32] = request.infer(dict(zip(NAMES, (ids_BT, mask_BT), strict=True)))[0]
+        # a request of its own: the result is not overwritten by another call
+        request = graph.create_infer_request()
+        found: NDArray[np.float32] = request.infer(
+            dict(zip(NAMES, (ids_BT, mask_BT), strict=True))
+        )[0]
         return found
 
     return run
@@ -138,7 +159,8 @@ def _write_onnx(body: Any, ids_BT: Tensor, mask_BT: Tensor, folder: Path, precis
             verbose=False,
         )
         assert program is not None
-        program.save(folder / ONNX_FILE, external_data=True)  # a file of its own for weights: no limit of 2 GB
+        # a file of its own for weights: no limit of 2 GB
+        program.save(folder / ONNX_FILE, external_data=True)
 
 
 def _open_onnx(folder: Path, precision: str, threads: int) -> RunGraph:
@@ -146,16 +168,24 @@ def _open_onnx(folder: Path, precision: str, threads: int) -> RunGraph:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(folder / ONNX_FILE, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        folder / ONNX_FILE, options, providers=["CPUExecutionProvider"]
+    )
 
     def run(ids_BT: NDArray[np.int64], mask_BT: NDArray[np.int64]) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = session.run([OUTPUT], dict(zip(NAMES, (ids_BT, mask_BT), strict=True)))[0]
+        found: NDArray[np.float32] = session.run(
+            [OUTPUT], dict(zip(NAMES, (ids_BT, mask_BT), strict=True))
+        )[0]
         return found
 
     return run
 
 
 RUNTIMES = {
-    "openvino": Runtime("openvino", ("openvino",), ("float32", "bfloat16", "int8"), _write_openvino, _open_openvino),
-    "onnx": Runtime("onnx", ("onnx", "onnxscript", "onnxruntime"), ("float32",), _write_onnx, _open_onnx),
+    "openvino": Runtime(
+        "openvino", ("openvino",), ("float32", "bfloat16", "int8"), _write_openvino, _open_openvino
+    ),
+    "onnx": Runtime(
+        "onnx", ("onnx", "onnxscript", "onnxruntime"), ("float32",), _write_onnx, _open_onnx
+    ),
 }

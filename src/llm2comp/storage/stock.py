@@ -1,15 +1,18 @@
-"""A live encoder as stock sentence-transformers modules, so that its folder needs no flag, no code and not this package.
+"""A live encoder as stock sentence-transformers modules, so that its folder needs no flag, no code
+and not this package.
 
 1. merge the adapters into a float32 copy of the LM; keep the model without its LM head
-2. append the memory vectors to the embedding table, after the last token's row (row ÷ the family's embedding scale)
-3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens after every text, cut or not. Memory
-   tokens are ids of this template alone, in no vocabulary: a name in one would be found in texts that happen to hold it
+2. append the memory vectors to the embedding table, after the last token's row (row ÷ the family's
+   embedding scale)
+3. let the tokenizer's one template put BOS and prompt before, prompt and memory tokens after every
+   text, cut or not. Memory tokens are ids of this template alone, in no vocabulary: a name in one
+   would be found in texts that happen to hold it
 4. write `is_causal: false` (bidirectional encoders) into the config
 5. pool: memory tokens by their weight, all else 0 (WordWeights, then mean); the last or only
    memory token, or a prompt's last one: by last token; the text's tokens: mean, BOS as good as none
-6. put the projection, if there is one, after the pooling (Dense). Where memory tokens are weighed, put it before that, on the
-   token states: the map of a mean is the mean of the maps, and WordWeights gives float32, which Dense refuses in a model of
-   half precision
+6. put the projection, if there is one, after the pooling (Dense). Where memory tokens are weighed,
+   put it before that, on the token states: the map of a mean is the mean of the maps, and
+   WordWeights gives float32, which Dense refuses in a model of half precision
 """
 
 from __future__ import annotations
@@ -22,7 +25,12 @@ import torch
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
-from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer, WordWeights
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Pooling,
+    Transformer,
+    WordWeights,
+)
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -39,11 +47,14 @@ TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_st
 NO_BIDIRECTIONAL_KEY = {"gemma3_text", "gemma3"}
 
 
-def stock_model(module: MemoryEncoder, folder: Path, multi_vector: bool = False) -> SentenceTransformer | MultiVectorEncoder:
+def stock_model(
+    module: MemoryEncoder, folder: Path, multi_vector: bool = False
+) -> SentenceTransformer | MultiVectorEncoder:
     """The modules; the transformer among them is written to `folder` on the way.
 
     Raises:
-        BackboneError: no fast tokenizer. ModelFolderError: no stock module can do what this encoder does.
+        BackboneError: no fast tokenizer. ModelFolderError: no stock module can do what this encoder
+            does.
     """
     compressor = module.compressor
     ids = _write_transformer(module, folder)
@@ -57,13 +68,17 @@ def stock_model(module: MemoryEncoder, folder: Path, multi_vector: bool = False)
     if multi_vector:
         others = sorted(transformer.tokenizer.get_vocab())
         mask = MultiVectorMask(others, skiplist_tasks=["query", "document"])
-        return MultiVectorEncoder(modules=[transformer, mask, Normalize("token_embeddings")], device="cpu")
+        return MultiVectorEncoder(
+            modules=[transformer, mask, Normalize("token_embeddings")], device="cpu"
+        )
     modules = [transformer, *_projected(compressor, _pooling(compressor, transformer, ids))]
     return SentenceTransformer(modules=modules, device="cpu")
 
 
 def _write_transformer(module: MemoryEncoder, folder: Path) -> dict[str, int]:
-    """Steps 1 to 4 of the module docstring up to the config. Returns the memory tokens' ids by their names."""
+    """Steps 1 to 4 of the module docstring up to the config. Returns the memory tokens' ids by
+    their names.
+    """
     compressor = module.compressor
     backbone = compressor.backbone
     tokenizer, memory = _tokenizer(compressor)
@@ -90,14 +105,18 @@ def _write_transformer(module: MemoryEncoder, folder: Path) -> dict[str, int]:
 
 
 def _tokenizer(compressor: Compressor) -> tuple[Any, dict[str, int]]:
-    """The backbone's tokenizer with the template BOS, prompt around the text, memory; padded on the right.
+    """The backbone's tokenizer with the template BOS, prompt around the text, memory; padded on the
+    right.
 
-    It is rebuilt as the generic class: a family's own class may set up its template anew when it is loaded. No chat template.
+    It is rebuilt as the generic class: a family's own class may set up its template anew when it is
+    loaded. No chat template.
     """
     backbone = compressor.backbone
     backend: Any = getattr(backbone.tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise BackboneError("has no fast tokenizer, which the exported folder needs", where=backbone.name)
+        raise BackboneError(
+            "has no fast tokenizer, which the exported folder needs", where=backbone.name
+        )
     backend = Tokenizer.from_str(backend.to_str())
     vocabulary, prefix = backend.get_vocab(with_added_tokens=True), "<mem_"
     while f"{prefix}0>" in vocabulary:  # WordWeights goes by names, so ours are no token's
@@ -109,20 +128,35 @@ def _tokenizer(compressor: Compressor) -> tuple[Any, dict[str, int]]:
         own["bos_token"] = backbone.bos_token
     start = {} if backbone.bos_token is None else {backbone.bos_token: [backbone.bos_id]}
     around = {"<before>": compressor.before, "<behind>": compressor.behind}
-    pieces = start | {name: ids for name, ids in around.items() if ids} | {name: [i] for name, i in memory.items()}
-    template = [name for name in (*start, "<before>", "$A", "<behind>", *memory) if name == "$A" or name in pieces]
+    pieces = (
+        start
+        | {name: ids for name, ids in around.items() if ids}
+        | {name: [i] for name, i in memory.items()}
+    )
+    template = [
+        name
+        for name in (*start, "<before>", "$A", "<behind>", *memory)
+        if name == "$A" or name in pieces
+    ]
     kept: Any = [
-        {"id": name, "ids": ids, "tokens": [name if name in memory else backend.id_to_token(i) for i in ids]}
+        {
+            "id": name,
+            "ids": ids,
+            "tokens": [name if name in memory else backend.id_to_token(i) for i in ids],
+        }
         for name, ids in pieces.items()
     ]
     backend.post_processor = TemplateProcessing(single=template, special_tokens=kept)
     special = {key: own[key] for key in ("bos_token", "eos_token", "unk_token") if key in own}
     special["pad_token"] = own.get("pad_token") or own.get("eos_token") or _any_token(backend)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="right", truncation_side="right", **special), memory
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="right", truncation_side="right", **special
+    ), memory
 
 
 def _any_token(backend: Any) -> str:
-    """A token to pad with where the family has none: as padding is masked, any will do that is found in texts anyway.
+    """A token to pad with where the family has none: as padding is masked, any will do that is
+    found in texts anyway.
 
     Another one would be found in texts from now on. Where there is none at all, id 0's.
     """
@@ -136,14 +170,21 @@ def _pooling(compressor: Compressor, transformer: Any, memory: dict[str, int]) -
     if compressor.last_alone:
         return [Pooling(width, "lasttoken")]
     if compressor.settings.pooling == "memory":
-        weights, rest = dict(zip(memory, compressor.get_buffer("weights_K").tolist(), strict=True)), 0.0
+        weights, rest = (
+            dict(zip(memory, compressor.get_buffer("weights_K").tolist(), strict=True)),
+            0.0,
+        )
     elif (bos := compressor.backbone.bos_token) is None:
         return [Pooling(width, "mean")]
     else:
         weights, rest = {bos: BOS_WEIGHT}, 1.0
     size = transformer.auto_model.get_input_embeddings().weight.shape[0]
     by_id = {index: token for token, index in (transformer.tokenizer.get_vocab() | memory).items()}
-    words = WordWeights([by_id.get(index, f"<unused_{index}>") for index in range(size)], weights, unknown_word_weight=rest)
+    words = WordWeights(
+        [by_id.get(index, f"<unused_{index}>") for index in range(size)],
+        weights,
+        unknown_word_weight=rest,
+    )
     words.requires_grad_(False)
     return [words, Pooling(compressor.width, "mean")]
 
@@ -154,6 +195,8 @@ def _projected(compressor: Compressor, pooling: list[Any]) -> list[Any]:
         return pooling
     weighed = isinstance(pooling[0], WordWeights)
     name = "token_embeddings" if weighed else "sentence_embedding"
-    dense = Dense(linear.in_features, linear.out_features, activation_function=None, module_input_name=name)
+    dense = Dense(
+        linear.in_features, linear.out_features, activation_function=None, module_input_name=name
+    )
     dense.linear.load_state_dict(linear.state_dict())
     return [dense, *pooling] if weighed else [*pooling, dense]

@@ -1,4 +1,6 @@
-"""The weights of the memory tokens in the mean: of a live encoder, and of a loaded folder that `export` wrote."""
+"""The weights of the memory tokens in the mean: of a live encoder, and of a loaded folder that
+`export` wrote.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,22 @@ from llm2comp.storage.stock import MEMORY_NAME, ORDER_KEY
 
 
 def memory_ids(model: SentenceTransformer) -> dict[str, int]:
-    """Name → id of the memory tokens of a loaded folder that `export` wrote, in order; none for any other model.
+    """Name → id of the memory tokens of a loaded folder that `export` wrote, in order; none for any
+    other model.
 
-    They stand in the tokenizer's template alone; in folders of earlier versions, which hold them as added tokens, there too.
+    They stand in the tokenizer's template alone; in folders of earlier versions, which hold them as
+    added tokens, there too.
     """
     tokenizer: Any = model[0].tokenizer if isinstance(model[0], Transformer) else None
     template = getattr(getattr(tokenizer, "backend_tokenizer", None), "post_processor", None)
     if not isinstance(template, TemplateProcessing):
         return {}
     tokens = json.loads(template.__getstate__())["special_tokens"]
-    return {name: piece["ids"][0] for name, piece in sorted(tokens.items(), key=_first_id) if MEMORY_NAME.fullmatch(name)}
+    return {
+        name: piece["ids"][0]
+        for name, piece in sorted(tokens.items(), key=_first_id)
+        if MEMORY_NAME.fullmatch(name)
+    }
 
 
 def _first_id(item: tuple[str, Any]) -> int:
@@ -36,7 +44,9 @@ def _first_id(item: tuple[str, Any]) -> int:
 
 
 def memory_names(model: SentenceTransformer) -> list[str] | None:
-    """The memory tokens of a loaded folder that `export` wrote, in order; None for any other model."""
+    """The memory tokens of a loaded folder that `export` wrote, in order; None for any other
+    model.
+    """
     return list(memory_ids(model)) or None
 
 

@@ -1,4 +1,6 @@
-"""The user's cache: corpora as token ids, converted models, digests. One process at a time writes an entry."""
+"""The user's cache: corpora as token ids, converted models, digests. One process at a time writes
+an entry.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def cache_folder() -> Path:
 
 
 def cached(folder: Path, read: Callable[[], Held | None], build: Callable[[], Held]) -> Held:
-    """Return `read(folder)` if the cache entry is complete. Otherwise one process runs `build`, and others wait.
+    """Return `read(folder)` if the cache entry is complete. Otherwise one process runs `build`, and
+    others wait.
 
     Raises:
         RunError: the cache cannot be written; names the variable that moves it.
@@ -36,11 +39,15 @@ def cached(folder: Path, read: Callable[[], Held | None], build: Callable[[], He
         with explain_disk_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
-                for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed
+                # of a process that was killed
+                for leftover in folder.parent.glob(f".{folder.name}.*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 return build() if (found := read()) is None else found
     except RunError as error:
-        fix = f"free space, or set {CACHE_VARIABLE} to a folder that has room and can be written, then run again"
+        fix = (
+            f"free space, or set {CACHE_VARIABLE} to a folder that has room and can be "
+            "written, then run again"
+        )
         raise RunError(error.problem, where=error.where, fix=fix) from error
 
 

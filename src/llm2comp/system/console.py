@@ -1,4 +1,6 @@
-"""What a person sees: the console on standard error, progress bars, and the choices of command options."""
+"""What a person sees: the console on standard error, progress bars, and the choices of command
+options.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,18 @@ from types import TracebackType
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")  # under a launcher rank 0 speaks for all
+# under a launcher rank 0 speaks for all
+console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
 LINE_EVERY_SECONDS = 10.0
 
 
@@ -29,7 +40,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Bar:
-    """Progress of one long task: a live bar on a terminal, a plain line every ten seconds elsewhere.
+    """Progress of one long task: a live bar on a terminal, a plain line every ten seconds
+    elsewhere.
 
     with Bar("embed", total=1000) as bar:
         bar.advance(32, "1,234 tokens/s")
@@ -37,8 +49,17 @@ class Bar:
     `stays=False` removes the bar at the end (part of a longer task). `shown=False` shows nothing.
     """
 
-    def __init__(self, name: str, total: int, done: int = 0, stays: bool = True, shown: bool = True) -> None:
-        self.name, self.total, self.done, self.note, self.stays, self.shown = name, total, done, "", stays, shown
+    def __init__(
+        self, name: str, total: int, done: int = 0, stays: bool = True, shown: bool = True
+    ) -> None:
+        self.name, self.total, self.done, self.note, self.stays, self.shown = (
+            name,
+            total,
+            done,
+            "",
+            stays,
+            shown,
+        )
         self._first, self._begin, self._last_line = done, time.monotonic(), 0.0
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -47,10 +68,17 @@ class Bar:
         """Start the clock and draw."""
         self._begin = self._last_line = time.monotonic()
         if self.shown and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             clocks = (TimeElapsedColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, *clocks, console=console, transient=not self.stays)
-            self._task = self._progress.add_task(self.name, total=self.total, completed=self.done, note="")
+            self._task = self._progress.add_task(
+                self.name, total=self.total, completed=self.done, note=""
+            )
             self._progress.start()
         return self
 
@@ -63,7 +91,12 @@ class Bar:
         elif self.shown and time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._line()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Leave the last state on the screen."""
         if self._progress is not None:
             self._progress.stop()
@@ -79,5 +112,7 @@ class Bar:
 
 
 def say(message: object) -> None:
-    """One line (or a rich renderable) for the person at the console; brackets in a line are no markup."""
+    """One line (or a rich renderable) for the person at the console; brackets in a line are no
+    markup.
+    """
     console.print(message, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -25,8 +25,11 @@ from typing import Any
 
 from llm2comp.errors import Llm2CompError, RunError
 
-# How a failed write speaks in libraries that write by themselves: safetensors and tokenizers, then torch.
-_NATIVE = re.compile(r"([^:\n]+) \(os error \d+\)|inline_container\.cc|PytorchStreamWriter|iostream error")
+# How a failed write speaks in libraries that write by themselves: safetensors and tokenizers, then
+# torch.
+_NATIVE = re.compile(
+    r"([^:\n]+) \(os error \d+\)|inline_container\.cc|PytorchStreamWriter|iostream error"
+)
 
 MARK_FILE = ".llm2comp.json"
 # What systems put into folders by themselves, and a run's lock.
@@ -39,7 +42,8 @@ class Kind:
 
     Args:
         name: what messages call it.
-        writes: patterns of the paths below it that the command writes; a `*` stands for any part, over / too.
+        writes: patterns of the paths below it that the command writes; a `*` stands for any part,
+            over / too.
         older: files that identify a folder written before marks existed.
     """
 
@@ -48,25 +52,61 @@ class Kind:
     older: tuple[str, ...] = ()
 
 
-_IN_STAGE = ("config.json", "metrics.jsonl", "watch.jsonl", "done.json", "memory.safetensors", "alignment.safetensors")
-_IN_GRAPH = ("llm2comp.json", "openvino_model.xml", "openvino_model.bin", "model.onnx", "model.onnx.data")
+_IN_STAGE = (
+    "config.json",
+    "metrics.jsonl",
+    "watch.jsonl",
+    "done.json",
+    "memory.safetensors",
+    "alignment.safetensors",
+)
+_IN_GRAPH = (
+    "llm2comp.json",
+    "openvino_model.xml",
+    "openvino_model.bin",
+    "model.onnx",
+    "model.onnx.data",
+)
 GRAPH = Kind("a compiled graph", _IN_GRAPH, ("llm2comp.json",))
 EXPORTED = Kind(
     "an exported model",
     (
-        *("README.md", "golden.json", "done.json", "modules.json", "config.json", "generation_config.json"),
-        *("config_sentence_transformers.json", "sentence_*_config.json", "model*.safetensors", "model.safetensors.index.json"),
-        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *(
+            "README.md",
+            "golden.json",
+            "done.json",
+            "modules.json",
+            "config.json",
+            "generation_config.json",
+        ),
+        *(
+            "config_sentence_transformers.json",
+            "sentence_*_config.json",
+            "model*.safetensors",
+            "model.safetensors.index.json",
+        ),
+        *(
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        ),
         *("[0-9]_*/*config.json", "[0-9]_*/*.safetensors"),
         *(f"{backend}/{name}" for backend in ("openvino", "onnx") for name in _IN_GRAPH),
     ),
     ("golden.json", "modules.json"),
 )
-STAGE = Kind("a stage of a run", (*_IN_STAGE, "adapter/*", "best/*", "checkpoint-*", "runs/*", ".*.part"), ("config.json",))
+STAGE = Kind(
+    "a stage of a run",
+    (*_IN_STAGE, "adapter/*", "best/*", "checkpoint-*", "runs/*", ".*.part"),
+    ("config.json",),
+)
 RUN = Kind("a run", older=("recipe.yaml", "environment.json"))
 RESPONSES = Kind("a folder of responses", older=("responses.json",))
 STUDY = Kind("a study", older=("study.yaml", "runs"))
-ANALYSIS = Kind("an analysis", ("analysis.json", "spectrum.*", "scores.*", "memory.*"), ("analysis.json",))
+ANALYSIS = Kind(
+    "an analysis", ("analysis.json", "spectrum.*", "scores.*", "memory.*"), ("analysis.json",)
+)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,7 +131,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path, kind: Kind | None) -> Iterator[Path]:
-    """Give a temporary folder to fill. It replaces `path` at the end; after an error `path` is unchanged.
+    """Give a temporary folder to fill. It replaces `path` at the end; after an error `path` is
+    unchanged.
 
     Args:
         path: where to.
@@ -114,7 +155,9 @@ def new_folder(path: Path, kind: Kind | None) -> Iterator[Path]:
         try:
             yield temporary
             if kind is not None:
-                write_text(temporary / MARK_FILE, json.dumps({kind.name: _files(temporary)}, indent=1))
+                write_text(
+                    temporary / MARK_FILE, json.dumps({kind.name: _files(temporary)}, indent=1)
+                )
             open_to_others(temporary)
             _take_place(temporary, path, old)
         finally:
@@ -134,12 +177,18 @@ def _take_place(new: Path, path: Path, old: Path) -> None:
 
 
 def refuse_foreign(folder: Path, kind: Kind) -> None:
-    """Raise RunError if a folder may not be replaced: it has no mark of this kind, or holds other files."""
+    """Raise RunError if a folder may not be replaced: it has no mark of this kind, or holds other
+    files.
+    """
     marked = _mark(folder, kind)
     if marked is None:
         _refuse(folder, f"a new or empty folder, or {kind.name}", _entries(folder))
     else:
-        others = [name for name in _files(folder) if name not in marked and not _matches(name, kind.writes)]
+        others = [
+            name
+            for name in _files(folder)
+            if name not in marked and not _matches(name, kind.writes)
+        ]
         _refuse(folder, f"{kind.name} and nothing else", others)
 
 
@@ -152,45 +201,83 @@ def remove_folder(folder: Path, kind: Kind) -> None:
 
 
 def refuse_taken(folder: Path, kind: Kind) -> None:
-    """Raise RunError if a folder has no mark of this kind and a name to be written is already taken."""
+    """Raise RunError if a folder has no mark of this kind and a name to be written is already
+    taken.
+    """
     if _mark(folder, kind) is None:
-        taken = [name for name in _entries(folder) if not name.startswith(".") and _matches(name, kind.writes)]
+        taken = [
+            name
+            for name in _entries(folder)
+            if not name.startswith(".") and _matches(name, kind.writes)
+        ]
         _refuse(folder, f"a new or empty folder, or {kind.name}", taken)
 
 
 def claim(folder: Path, kind: Kind) -> None:
-    """Mark a folder that will be filled step by step. Raises RunError as `refuse_taken` does, or if writing fails."""
+    """Mark a folder that will be filled step by step. Raises RunError as `refuse_taken` does, or if
+    writing fails.
+    """
     refuse_taken(folder, kind)
     marks = _marks(folder)
     if kind.name not in marks:
         write_text(folder / MARK_FILE, json.dumps(marks | {kind.name: []}, indent=1))
 
 
-def refuse_output(file: Path, inputs: Iterable[Path] = (), ours: Callable[[Path], bool] | None = None) -> None:
-    """Raise RunError if a file may not be written: it is a folder, an input, or `ours` says it is not ours."""
+def refuse_output(
+    file: Path, inputs: Iterable[Path] = (), ours: Callable[[Path], bool] | None = None
+) -> None:
+    """Raise RunError if a file may not be written: it is a folder, an input, or `ours` says it is
+    not ours.
+    """
     if not file.exists():
         return
     fix = "give another --out"
     if file.is_dir():
-        raise RunError("a folder stands there", where=str(file), expected="a file to write", fix=fix)
+        raise RunError(
+            "a folder stands there", where=str(file), expected="a file to write", fix=fix
+        )
     for given in inputs:
         if given.exists() and file.samefile(given):
-            raise RunError("would replace its own input", where=str(file), found=f"the same file as {given}", fix=fix)
+            raise RunError(
+                "would replace its own input",
+                where=str(file),
+                found=f"the same file as {given}",
+                fix=fix,
+            )
     if ours is not None and file.stat().st_size and not ours(file):
         found = "a file that this command did not write"
-        raise RunError("would replace what is not its own", where=str(file), found=found, fix=f"{fix}, or move it away")
+        raise RunError(
+            "would replace what is not its own",
+            where=str(file),
+            found=found,
+            fix=f"{fix}, or move it away",
+        )
 
 
 def _refuse(folder: Path, expected: str, foreign: list[str]) -> None:
     if foreign:
-        found = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5:,} more" if len(foreign) > 5 else "")
+        found = ", ".join(foreign[:5]) + (
+            f" and {len(foreign) - 5:,} more" if len(foreign) > 5 else ""
+        )
         fix = "give another folder, or move these away"
-        raise RunError("would replace what is not its own", where=str(folder), expected=expected, found=found, fix=fix)
+        raise RunError(
+            "would replace what is not its own",
+            where=str(folder),
+            expected=expected,
+            found=found,
+            fix=fix,
+        )
 
 
 def _entries(folder: Path) -> list[str]:
-    """Names in a folder, without files that belong to nobody (such as .DS_Store). Empty if there is no folder."""
-    return sorted({path.name for path in folder.iterdir()}.difference(_NOBODYS)) if folder.is_dir() else []
+    """Names in a folder, without files that belong to nobody (such as .DS_Store). Empty if there is
+    no folder.
+    """
+    return (
+        sorted({path.name for path in folder.iterdir()}.difference(_NOBODYS))
+        if folder.is_dir()
+        else []
+    )
 
 
 def _files(folder: Path) -> list[str]:
@@ -198,7 +285,11 @@ def _files(folder: Path) -> list[str]:
     found = []
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if Path(place, name).is_symlink()]
-        found += [Path(place, name).relative_to(folder).as_posix() for name in (*files, *links) if name not in _NOBODYS]
+        found += [
+            Path(place, name).relative_to(folder).as_posix()
+            for name in (*files, *links)
+            if name not in _NOBODYS
+        ]
     return sorted(found)
 
 
@@ -208,7 +299,11 @@ def _marks(folder: Path) -> dict[str, list[str]]:
         found = json.loads((folder / MARK_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and all(isinstance(files, list) for files in found.values()) else {}
+    return (
+        found
+        if isinstance(found, dict) and all(isinstance(files, list) for files in found.values())
+        else {}
+    )
 
 
 def _mark(folder: Path, kind: Kind) -> list[str] | None:
@@ -222,7 +317,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def open_to_others(path: Path) -> None:
-    """Give a file or folder the access that the umask allows. Libraries write some for the owner alone."""
+    """Give a file or folder the access that the umask allows. Libraries write some for the owner
+    alone.
+    """
     mask = os.umask(0o077)
     os.umask(mask)
     for place in (path, *path.rglob("*")):
@@ -244,7 +341,9 @@ def whole_or_gone(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write (full disk, no permission) into a RunError that names the place; other errors pass."""
+    """Turn a failed write (full disk, no permission) into a RunError that names the place; other
+    errors pass.
+    """
     try:
         yield
     except Exception as error:
@@ -252,7 +351,9 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise RunError(
-            f"cannot write: {reason}", where=str(path), fix="free space or choose another place, then run again"
+            f"cannot write: {reason}",
+            where=str(path),
+            fix="free space or choose another place, then run again",
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""The Hugging Face Hub. We ask it one quick question first, because libraries retry each file for minutes."""
+"""The Hugging Face Hub. We ask it one quick question first, because libraries retry each file for
+minutes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _silent_at: list[float] = []  # when the Hub last did not answer
 
 @contextlib.contextmanager
 def hub(name: str) -> Iterator[None]:
-    """Wrap calls that may ask the Hub for `name`. If the Hub does not answer quickly, only its cache is used."""
+    """Wrap calls that may ask the Hub for `name`. If the Hub does not answer quickly, only its
+    cache is used.
+    """
     if Path(name).exists() or constants.HF_HUB_OFFLINE or answers():
         yield
         return
@@ -34,7 +38,8 @@ def answers() -> bool:
     _silent_at.clear()
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # no network, no name server, a proxy that refuses: what is raised depends on the version
+    # no network, no name server, a proxy that refuses: what is raised depends on the version
+    except Exception:
         _silent_at.append(time.monotonic())
     return not _silent_at
 
@@ -43,11 +48,17 @@ def unasked() -> str | None:
     """Why the Hub is not asked at the moment; None if it is."""
     if _silent_at:
         return f"{constants.ENDPOINT} does not answer"
-    return "HF_HUB_OFFLINE is set, and nothing of that name is kept here" if constants.HF_HUB_OFFLINE else None
+    return (
+        "HF_HUB_OFFLINE is set, and nothing of that name is kept here"
+        if constants.HF_HUB_OFFLINE
+        else None
+    )
 
 
 def not_at_hand(name: str, file: str = "config.json") -> str | None:
-    """Message for a model that is not in the cache while the Hub is not asked. None if that is not the reason."""
+    """Message for a model that is not in the cache while the Hub is not asked. None if that is not
+    the reason.
+    """
     why = unasked()
     if why is None or Path(name).exists():
         return None

@@ -1,4 +1,6 @@
-"""Batches of contrastive learning: how many different rows there are for one, and pairs by their number of hard negatives."""
+"""Batches of contrastive learning: how many different rows there are for one, and pairs by their
+number of hard negatives.
+"""
 
 from __future__ import annotations
 
@@ -21,24 +23,34 @@ def enough(stage: str, rows: int) -> None:
     if rows < 2:
         expected = "two or more that differ and are long enough"
         raise DataError(
-            "too few usable rows", where=f"{stage}.data", expected=expected, found=f"{rows:,}", fix="give more data"
+            "too few usable rows",
+            where=f"{stage}.data",
+            expected=expected,
+            found=f"{rows:,}",
+            fix="give more data",
         )
 
 
 def clipped(name: str, stage: AnyStage, rows: int) -> AnyStage:
-    """The stage with batches that so many different rows can fill. Raises DataError where there are no two."""
+    """The stage with batches that so many different rows can fill. Raises DataError where there are
+    no two.
+    """
     enough(name, rows)
     if rows >= stage.batch_size:
         return stage
-    say(f"{name}: batches of {rows:,}, as there are no more different rows (batch_size: {stage.batch_size:,})")
+    say(
+        f"{name}: batches of {rows:,}, as there are no more different rows (batch_size: "
+        f"{stage.batch_size:,})"
+    )
     return stage.model_copy(update={"batch_size": rows})
 
 
 def pair_datasets(pairs: Sequence[Pair], batch_size: int) -> dict[str, Any]:
-    """Pairs as one table per number of hard negatives (a batch needs as many for each of its queries).
+    """Pairs as one table per number of hard negatives (a batch needs as many for each of its
+    queries).
 
-    Where too few for a batch have so many negatives, the last ones of these are dropped; where too few have so little, the
-    pairs are left out.
+    Where too few for a batch have so many negatives, the last ones of these are dropped; where too
+    few have so little, the pairs are left out.
 
     Raises:
         DataError: no two different pairs.
@@ -53,7 +65,10 @@ def pair_datasets(pairs: Sequence[Pair], batch_size: int) -> dict[str, Any]:
     if len(groups) == 1:
         enough("scl", most_in_a_batch(groups[lowest]))
     elif most_in_a_batch(groups[lowest]) < batch_size:
-        say(f"left out: {len(groups.pop(lowest)):,} pairs with {lowest} hard negatives, too few for a batch")
+        say(
+            f"left out: {len(groups.pop(lowest)):,} pairs with {lowest} hard negatives, "
+            "too few for a batch"
+        )
     tables = {}
     for count, group in sorted(groups.items()):
         columns = {"anchor": [p.anchor for p in group], "positive": [p.positive for p in group]}

@@ -1,6 +1,8 @@
-"""All that can be known before anything trains: `train`, `--dry-run` and studies ask the same `check`.
+"""All that can be known before anything trains: `train`, `--dry-run` and studies ask the same
+`check`.
 
-Nothing is written, and of the model only configuration and tokenizer are read; of the data as much as shows that they suffice.
+Nothing is written, and of the model only configuration and tokenizer are read; of the data as much
+as shows that they suffice.
 """
 
 from __future__ import annotations
@@ -23,7 +25,16 @@ from llm2comp.model.compressor import room_for_text
 from llm2comp.model.encoder import refuse_long_prompt
 from llm2comp.model.judges import load_judges
 from llm2comp.objectives.mntp import mask_token_id
-from llm2comp.recipe import ContrastiveStage, PairData, PretextStage, Recipe, SclStage, Stage, TextData, UclStage
+from llm2comp.recipe import (
+    ContrastiveStage,
+    PairData,
+    PretextStage,
+    Recipe,
+    SclStage,
+    Stage,
+    TextData,
+    UclStage,
+)
 from llm2comp.recipe.parts import TEXT
 from llm2comp.training.batches import enough, most_in_a_batch
 from llm2comp.training.sample import LocalSets
@@ -33,12 +44,15 @@ LEAST_ROWS = 2  # of different ones: one text is like nothing, and tells nothing
 
 
 def check(recipe: Recipe, local_sets: LocalSets | None = None) -> None:
-    """Find before anything trains what some stage would stumble over; `local_sets` as in `run.train`.
+    """Find before anything trains what some stage would stumble over; `local_sets` as in
+    `run.train`.
 
     Raises:
-        RecipeError: settings that the model cannot go with: dimensions, prompts without room, loggers that are not here;
-            a teacher or guide that cannot be loaded or gives no embeddings.
-        BackboneError: no such model or device, no causal LM; what an objective or a stage asks of it and it lacks.
+        RecipeError: settings that the model cannot go with: dimensions, prompts without room,
+            loggers that are not here; a teacher or guide that cannot be loaded or gives no
+            embeddings.
+        BackboneError: no such model or device, no causal LM; what an objective or a stage asks of
+            it and it lacks.
         DataError: a missing file or column, too few texts or pairs.
     """
     check_data(recipe, local_sets)
@@ -109,7 +123,9 @@ class _Known:
         dims = stage.matryoshka_dims if isinstance(stage, ContrastiveStage) else ()
         if too_wide := [dim for dim in dims if dim > self.width]:
             where, expected = f"{name}.matryoshka_dims", f"up to {self.width}"
-            raise RecipeError("more dimensions than the model has", where=where, expected=expected, found=too_wide)
+            raise RecipeError(
+                "more dimensions than the model has", where=where, expected=expected, found=too_wide
+            )
         if isinstance(stage, SclStage):
             limit = self.room(stage.query_max_tokens)
             for number, spec in enumerate(stage.data):
@@ -138,12 +154,16 @@ class _Known:
 
 
 def check_rows(name: str, stage: Stage, known: _Known) -> None:
-    """Whether a stage's data hold two different rows at least. Raises DataError; reads no further than needed."""
+    """Whether a stage's data hold two different rows at least. Raises DataError; reads no further
+    than needed.
+    """
     if isinstance(stage, SclStage):
         pairs = [pair for spec in stage.data for pair in read_pairs(spec).rows]
         enough(name, most_in_a_batch(pairs))
     elif isinstance(stage, UclStage):
-        enough(name, _different(text for text in _texts(stage) if len(text) >= stage.min_characters))
+        enough(
+            name, _different(text for text in _texts(stage) if len(text) >= stage.min_characters)
+        )
     elif isinstance(stage, PretextStage) and not stage.needs_responses:
         limits = (stage, known.tokenise, known.limit(stage), known.bos_id)
         token_rows(_texts(stage), *limits, keep=lambda rows: _two(name, rows))
@@ -176,4 +196,6 @@ def _check_loggers(recipe: Recipe) -> None:
             for logger in get_reporting_integration_callbacks([name]):
                 logger()
         except (ValueError, ImportError, RuntimeError) as error:
-            raise RecipeError(f"cannot be logged to: {error}", where="report_to", found=name) from error
+            raise RecipeError(
+                f"cannot be logged to: {error}", where="report_to", found=name
+            ) from error

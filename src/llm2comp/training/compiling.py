@@ -1,4 +1,6 @@
-"""`torch.compile` for a stage: what of the LM's layers is worth it, in place, and plain modules again afterwards."""
+"""`torch.compile` for a stage: what of the LM's layers is worth it, in place, and plain modules
+again afterwards.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ from llm2comp.system.console import say
 
 @contextlib.contextmanager
 def compiled(model: nn.Module, on: bool = True) -> Iterator[None]:
-    """Norms and MLPs of all layers compiled inside, where the small operations are; attention stays as it is.
+    """Norms and MLPs of all layers compiled inside, where the small operations are; attention stays
+    as it is.
 
-    Attention's masks and kernels differ between the three passes and from batch to batch, which would be compiled again and
-    again. Dropout is drawn as it is without: GradCache needs the same in two passes, of which one has no gradient.
+    Attention's masks and kernels differ between the three passes and from batch to batch, which
+    would be compiled again and again. Dropout is drawn as it is without: GradCache needs the same
+    in two passes, of which one has no gradient.
     """
     parts = parts_to_compile(model) if on else []
     if parts:
@@ -32,5 +36,12 @@ def compiled(model: nn.Module, on: bool = True) -> Iterator[None]:
 
 def parts_to_compile(model: nn.Module) -> list[nn.Module]:
     """The layers' direct children but their attention."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    return [part for layer in layers for part in layer.children() if "Attention" not in type(part).__name__]
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    return [
+        part
+        for layer in layers
+        for part in layer.children()
+        if "Attention" not in type(part).__name__
+    ]

@@ -62,7 +62,11 @@ class Size:
         width, heads = config.hidden_size, config.num_attention_heads
         inner = getattr(config, "intermediate_size", None) or 4 * width
         chosen = getattr(config, "num_experts_per_tok", None)
-        met = [p.numel() * (chosen / len(p) if chosen and p.ndim == 3 else 1.0) for p in lm.parameters() if p.ndim >= 2]
+        met = [
+            p.numel() * (chosen / len(p) if chosen and p.ndim == 3 else 1.0)
+            for p in lm.parameters()
+            if p.ndim >= 2
+        ]
         wide = heads * (getattr(config, "head_dim", None) or width // heads)
         head = lm.get_output_embeddings().weight.numel()
         weights = sum(met) - embedding_weights(lm)

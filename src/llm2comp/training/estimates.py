@@ -1,4 +1,6 @@
-"""What training needs of a device's memory, estimated, and what of a batch is therefore computed at once."""
+"""What training needs of a device's memory, estimated, and what of a batch is therefore computed at
+once.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,11 @@ AnyStage = TypeVar("AnyStage", bound=Stage)
 
 
 def fitted(name: str, stage: AnyStage, backbone: Backbone, full_copy: bool) -> AnyStage:
-    """A stage with all that its model and device decide: its learning rate, and what is computed at once.
+    """A stage with all that its model and device decide: its learning rate, and what is computed at
+    once.
 
-    The optimiser steps stay those of the recipe. Says what was chosen. Among several processes batches stay whole.
+    The optimiser steps stay those of the recipe. Says what was chosen. Among several processes
+    batches stay whole.
     """
     width, device = int(backbone.input_table.shape[1]), backbone.input_table.device
     chosen = stage.at_width(width, full_copy)
@@ -36,7 +40,10 @@ def fitted(name: str, stage: AnyStage, backbone: Backbone, full_copy: bool) -> A
     if tokens is None:
         return chosen
     limit = "max_tokens_per_batch" if isinstance(stage, PretextStage) else "mini_batch_tokens"
-    say(f"{name}: {tokens:,} tokens at once, as a whole batch may not fit the memory of {device} ({name}.{limit})")
+    say(
+        f"{name}: {tokens:,} tokens at once, as a whole batch may not fit the memory of "
+        f"{device} ({name}.{limit})"
+    )
     return chosen.model_copy(update={limit: tokens})
 
 
@@ -47,7 +54,9 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def tokens_at_once(stage: Stage, config: Any, full: bool, device: torch.device, free: int | None = None) -> int | None:
+def tokens_at_once(
+    stage: Stage, config: Any, full: bool, device: torch.device, free: int | None = None
+) -> int | None:
     """Tokens that fit into what is free, a power of two.
 
     `free` says how many bytes that are; None: as many as the device has free now. The result is
@@ -65,18 +74,28 @@ def tokens_at_once(stage: Stage, config: Any, full: bool, device: torch.device, 
             return None
         texts, longest = 1, stage.max_tokens
     longest = min(longest, getattr(config, "max_position_embeddings", None) or longest)
-    room = SHARE * (free_memory(device) if free is None else free) - logits(config, stage, stage.batch_size * longest, full)
+    room = SHARE * (free_memory(device) if free is None else free) - logits(
+        config, stage, stage.batch_size * longest, full
+    )
     fit = max(1.0, room / activations(config, stage, 1, 1, full))
     most = MOST.get(device.type, MOST_ON_GPU)
-    return None if stage.batch_size * texts * longest <= fit else min(most, 2 ** int(math.log2(fit)))
+    return (
+        None if stage.batch_size * texts * longest <= fit else min(most, 2 ** int(math.log2(fit)))
+    )
 
 
 def base_bytes(lm: Any, size: int, quantization: str | None) -> int:
-    """Bytes of the frozen base, `size` per weight; in 4 or 8 bits linear layers but the head take less (scales counted)."""
+    """Bytes of the frozen base, `size` per weight; in 4 or 8 bits linear layers but the head take
+    less (scales counted).
+    """
     head = lm.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    linear = sum(
+        m.weight.numel() for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not head
+    )
     rest = sum(p.numel() for p in lm.parameters()) - linear
-    return int(size * rest + {"nf4": 0.5625, "int8": 1.0}.get(quantization or "", float(size)) * linear)
+    return int(
+        size * rest + {"nf4": 0.5625, "int8": 1.0}.get(quantization or "", float(size)) * linear
+    )
 
 
 def texts_at_once(stage: Stage, per_sample: int, mean: float) -> float:
@@ -98,10 +117,18 @@ def embedding_weights(lm: Any) -> int:
     return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
 
 
-def trained_embeddings(stage: Stage, lm: Any, memory_tokens: int, projection: int | str | None = None) -> int:
-    """Trained weights beside the adapter: the memory's rows, the whole table of embeddings, the projection."""
+def trained_embeddings(
+    stage: Stage, lm: Any, memory_tokens: int, projection: int | str | None = None
+) -> int:
+    """Trained weights beside the adapter: the memory's rows, the whole table of embeddings, the
+    projection.
+    """
     rows, width = (int(n) for n in lm.get_input_embeddings().weight.shape)
-    mapped = 0 if projection is None else (width + 1) * (width if projection == "same" else int(projection))
+    mapped = (
+        0
+        if projection is None
+        else (width + 1) * (width if projection == "same" else int(projection))
+    )
     if isinstance(stage, ContrastiveStage):
         memory, table = stage.train_memory, stage.train_embeddings
     else:
@@ -112,17 +139,29 @@ def trained_embeddings(stage: Stage, lm: Any, memory_tokens: int, projection: in
 def activations(config: Any, stage: Stage, texts: float, tokens: float, full: bool) -> int:
     """Estimate of what the backward pass keeps: states per token and layer.
 
-    Per token and layer about 20 D + 6 F numbers (projections, LoRA's inputs and dropout, norms; F = width of the MLP);
-    checkpointing keeps D. In stage 1 the encoder sees half of a text; of the rest the decoder, without LoRA, keeps half.
+    Per token and layer about 20 D + 6 F numbers (projections, LoRA's inputs and dropout, norms; F =
+    width of the MLP); checkpointing keeps D. In stage 1 the encoder sees half of a text; of the
+    rest the decoder, without LoRA, keeps half.
     """
     d, layers = config.hidden_size, config.num_hidden_layers
     f = getattr(config, "intermediate_size", None) or 4 * d
     size = 4 if full and stage.precision == "float32" else 2
     per_layer = d if stage.gradient_checkpointing else 20 * d + 6 * f
-    return int(texts * tokens * layers * per_layer * size * (0.75 if isinstance(stage, PretextStage) else 1.0))
+    return int(
+        texts
+        * tokens
+        * layers
+        * per_layer
+        * size
+        * (0.75 if isinstance(stage, PretextStage) else 1.0)
+    )
 
 
 def logits(config: Any, stage: Stage | None, positions: float, full: bool) -> int:
-    """Estimate of one chunk of logits in float32, of teacher and student with their logarithms; only stage 1 has any."""
-    at_once = min(CHUNK if full else CHUNK_ON_GPU, positions) if isinstance(stage, PretextStage) else 0
+    """Estimate of one chunk of logits in float32, of teacher and student with their logarithms;
+    only stage 1 has any.
+    """
+    at_once = (
+        min(CHUNK if full else CHUNK_ON_GPU, positions) if isinstance(stage, PretextStage) else 0
+    )
     return int(4 * at_once * config.vocab_size * 4)

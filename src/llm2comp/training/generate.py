@@ -1,7 +1,8 @@
-"""`llm2comp generate-responses`: what an LM says to each of many texts, and a teacher's embedding of it (LLM2Vec-Gen).
+"""`llm2comp generate-responses`: what an LM says to each of many texts, and a teacher's embedding
+of it (LLM2Vec-Gen).
 
-Shards appear whole or not at all, each depends on its own texts alone, and what is there is not made again: a run that was
-stopped goes on, and several machines can share one folder.
+Shards appear whole or not at all, each depends on its own texts alone, and what is there is not
+made again: a run that was stopped goes on, and several machines can share one folder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llm2comp.data.responses import MANIFEST_FILE, Manifest, read_manifest, read_shard, shard_file, teacher_file
+from llm2comp.data.responses import (
+    MANIFEST_FILE,
+    Manifest,
+    read_manifest,
+    read_shard,
+    shard_file,
+    teacher_file,
+)
 from llm2comp.errors import DataError, RunError, one_line
 from llm2comp.model.backbone import Backbone, load_backbone, weights_digest
 from llm2comp.model.encoder import refuse_not_finite
@@ -70,24 +78,37 @@ class Responder:
     """An LM that responds to texts.
 
     Args:
-        backbone: the LM; without adapters. Its own generation settings (sampling, penalties) are put aside, its EOS ids kept.
+        backbone: the LM; without adapters. Its own generation settings (sampling, penalties) are
+            put aside, its EOS ids kept.
         options: how to respond.
 
     Raises:
-        DataError: a template asked for that is not there or cannot be applied; a prompt that leaves no room for a text.
+        DataError: a template asked for that is not there or cannot be applied; a prompt that leaves
+            no room for a text.
     """
 
     def __init__(self, backbone: Backbone, options: ResponseOptions) -> None:
         self.backbone, self.options = backbone, options
         if options.prompt.count(TEXT) != 1:
-            raise DataError("no prompt", where="--prompt", expected=f"a text with {TEXT} in it, once", found=options.prompt)
+            raise DataError(
+                "no prompt",
+                where="--prompt",
+                expected=f"a text with {TEXT} in it, once",
+                found=options.prompt,
+            )
         self.template: str | None = self._template()
         lm: Any = backbone.lm
         ends = lm.generation_config.eos_token_id
         own = ends if isinstance(ends, list) else [ends]
-        self.eos_ids = sorted({int(end) for end in (*own, backbone.tokenizer.eos_token_id) if end is not None})
+        self.eos_ids = sorted(
+            {int(end) for end in (*own, backbone.tokenizer.eos_token_id) if end is not None}
+        )
         lm.generation_config = type(lm.generation_config)()
-        room = None if backbone.max_positions is None else backbone.max_positions - options.max_new_tokens
+        room = (
+            None
+            if backbone.max_positions is None
+            else backbone.max_positions - options.max_new_tokens
+        )
         self.max_tokens = options.max_tokens if room is None else min(room, options.max_tokens)
         empty = len(self._tokens(""))
         if empty >= self.max_tokens:
@@ -100,10 +121,16 @@ class Responder:
             )
 
     def respond(self, rows: Sequence[Sequence[int]]) -> tuple[list[str], int]:
-        """Responses to prompts that `prompt` made, and how many tokens they are. Stock generation, left padding, KV cache."""
+        """Responses to prompts that `prompt` made, and how many tokens they are. Stock generation,
+        left padding, KV cache.
+        """
         backbone, options = self.backbone, self.options
         tokens = Tokens.pad(rows, "left", backbone.pad_id).to(backbone.input_table.device)
-        drawing = {"do_sample": True, "temperature": options.temperature, "top_k": 0} if options.temperature else {}
+        drawing = (
+            {"do_sample": True, "temperature": options.temperature, "top_k": 0}
+            if options.temperature
+            else {}
+        )
         with torch.no_grad():
             ids_BT = backbone.lm.generate(
                 input_ids=tokens.ids_BT,
@@ -115,14 +142,20 @@ class Responder:
                 **drawing,
             )
         said = [self._until_end(row) for row in ids_BT[:, tokens.ids_BT.shape[1] :].tolist()]
-        return [str(backbone.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said], sum(map(len, said))
+        return [str(backbone.tokenizer.decode(ids, skip_special_tokens=True)) for ids in said], sum(
+            map(len, said)
+        )
 
     def prompt(self, text: str) -> tuple[list[int], bool]:
-        """Token ids of what the LM is told, and whether the text's end was cut off for them to fit."""
+        """Token ids of what the LM is told, and whether the text's end was cut off for them to
+        fit.
+        """
         ids = self._tokens(text)
         if len(ids) <= self.max_tokens:
             return ids, False
-        spans = self.backbone.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+        spans = self.backbone.tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=False, verbose=False
+        )
         ends = [0, *(end for _, end in spans["offset_mapping"])]
         keep = len(ends) - 1
         while len(ids) > self.max_tokens:
@@ -135,13 +168,20 @@ class Responder:
         if self.template is None:
             return self.backbone.tokenise([said])[0]
         chat = self._chat(said)
-        row: list[int] = self.backbone.tokenizer(chat, add_special_tokens=False, verbose=False)["input_ids"]
+        row: list[int] = self.backbone.tokenizer(chat, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         return row
 
     def _chat(self, said: str) -> str:
-        """Through the template; models that think aloud (Qwen 3) are told not to, as the paper's code does."""
+        """Through the template; models that think aloud (Qwen 3) are told not to, as the paper's
+        code does.
+        """
         chat: str = self.backbone.tokenizer.apply_chat_template(
-            [{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            [{"role": "user", "content": said}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
         )
         return chat
 
@@ -152,17 +192,26 @@ class Responder:
         try:
             self._chat(self.options.prompt)
             return str(backbone.tokenizer.get_chat_template())
-        except Exception as error:  # jinja's errors, and ValueError where there is no template or several
+        # jinja's errors, and ValueError where there is no template or several
+        except Exception as error:
             raise DataError(
-                f"the chat template cannot be applied: {one_line(error, 200)}", where=backbone.name, fix="--no-chat-template"
+                f"the chat template cannot be applied: {one_line(error, 200)}",
+                where=backbone.name,
+                fix="--no-chat-template",
             ) from error
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        return ids[: next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))]
+        return ids[
+            : next((place for place, token in enumerate(ids) if token in self.eos_ids), len(ids))
+        ]
 
 
 def generate_responses(
-    model: str, texts: Sequence[str], out: Path, options: ResponseOptions | None = None, share: tuple[int, int] = (1, 1)
+    model: str,
+    texts: Sequence[str],
+    out: Path,
+    options: ResponseOptions | None = None,
+    share: tuple[int, int] = (1, 1),
 ) -> str:
     """Make the shards of a share that are not there yet.
 
@@ -177,11 +226,14 @@ def generate_responses(
         One line: what is there, how many responses are empty.
 
     Raises:
-        RunError: the folder holds responses made otherwise, or something else. DataError: a damaged shard; see `Responder`.
+        RunError: the folder holds responses made otherwise, or something else. DataError: a damaged
+            shard; see `Responder`.
     """
     options = options or ResponseOptions()
     refuse_taken(out, RESPONSES)
-    settings = ModelSettings(name=model, revision=options.revision, attention="causal", device=options.device or "auto")
+    settings = ModelSettings(
+        name=model, revision=options.revision, attention="causal", device=options.device or "auto"
+    )
     responder = Responder(load_backbone(settings), options)
     teacher = None if options.teacher is None else load(options.teacher, options.device)
     manifest = _manifest(settings, responder, texts, teacher)
@@ -190,9 +242,15 @@ def generate_responses(
     missing = [shard for shard in mine if not shard_file(out, shard).exists()]
     sizes = {shard: len(texts[manifest.place(shard)]) for shard in mine}
     if options.chat_template is None:
-        say(f"{model}: through its chat template" if responder.template else f"{model}: no chat template, texts go as they are")
+        say(
+            f"{model}: through its chat template"
+            if responder.template
+            else f"{model}: no chat template, texts go as they are"
+        )
     cut = 0
-    with Bar("generate", sum(sizes.values()), sum(sizes[shard] for shard in mine if shard not in missing)) as bar:
+    with Bar(
+        "generate", sum(sizes.values()), sum(sizes[shard] for shard in mine if shard not in missing)
+    ) as bar:
         for shard in missing:
             cut += _make_shard(responder, teacher, texts[manifest.place(shard)], out, shard, bar)
     empty = sum(
@@ -203,47 +261,69 @@ def generate_responses(
     )
     done = sum(shard_file(out, shard).exists() for shard in range(manifest.shards))
     notes = f"{empty:,} empty" + f", {cut:,} texts cut to fit the prompt" * bool(cut)
-    return f"{out}: {sum(sizes.values()):,} responses, {notes}; {done:,} of {manifest.shards:,} shards are there"
+    return (
+        f"{out}: {sum(sizes.values()):,} responses, {notes}; {done:,} of {manifest.shards:,} "
+        "shards are there"
+    )
 
 
 def _make_shard(
-    responder: Responder, teacher: SentenceTransformer | None, texts: Sequence[str], out: Path, shard: int, bar: Bar
+    responder: Responder,
+    teacher: SentenceTransformer | None,
+    texts: Sequence[str],
+    out: Path,
+    shard: int,
+    bar: Bar,
 ) -> int:
     """Respond to the texts of one shard, embed, write. Returns how many texts were cut."""
     prompts = [responder.prompt(text) for text in texts]
     responses = [""] * len(texts)
     begin, tokens, answered = time.monotonic(), 0, 0
     with _own_randomness(responder.options.seed, shard):
-        for places in longest_first([len(ids) for ids, _ in prompts], lambda _: responder.options.batch_size):
+        for places in longest_first(
+            [len(ids) for ids, _ in prompts], lambda _: responder.options.batch_size
+        ):
             found, count = responder.respond([prompts[i][0] for i in places])
             for i, response in zip(places, found, strict=True):
                 responses[i] = response
             tokens, answered = tokens + count, answered + len(places)
             spent = max(time.monotonic() - begin, 1e-9)
-            bar.advance(len(places), f"{answered / spent:,.1f} texts/s, {tokens / spent:,.0f} tokens/s")
+            bar.advance(
+                len(places), f"{answered / spent:,.1f} texts/s, {tokens / spent:,.0f} tokens/s"
+            )
     if teacher is not None:
         vectors_ND = embed_texts(teacher, responses).numpy()
         with np.errstate(over="ignore"):
             halves_ND = vectors_ND.astype(np.float16)
-        refuse_not_finite(halves_ND.astype(np.float32), responses, f"{responder.options.teacher}, shard {shard}")
+        refuse_not_finite(
+            halves_ND.astype(np.float32), responses, f"{responder.options.teacher}, shard {shard}"
+        )
         buffer = io.BytesIO()
         np.save(buffer, halves_ND)
         write_bytes(teacher_file(out, shard), buffer.getvalue())
-    rows = (to_json({"text": t, "response": r}, ensure_ascii=False) for t, r in zip(texts, responses, strict=True))
+    rows = (
+        to_json({"text": t, "response": r}, ensure_ascii=False)
+        for t, r in zip(texts, responses, strict=True)
+    )
     write_text(shard_file(out, shard), "".join(row + "\n" for row in rows))
     return sum(was_cut for _, was_cut in prompts)
 
 
 @contextlib.contextmanager
 def _own_randomness(seed: int, shard: int) -> Iterator[None]:
-    """A sequence of random numbers fixed by (seed, shard), whatever was made before; the others go on afterwards."""
+    """A sequence of random numbers fixed by (seed, shard), whatever was made before; the others go
+    on afterwards.
+    """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(random.Random(f"{seed}:{shard}").getrandbits(63))
         yield
 
 
 def _manifest(
-    settings: ModelSettings, responder: Responder, texts: Sequence[str], teacher: SentenceTransformer | None
+    settings: ModelSettings,
+    responder: Responder,
+    texts: Sequence[str],
+    teacher: SentenceTransformer | None,
 ) -> Manifest:
     options = responder.options
     digest = hashlib.sha256("".join(to_json(text) + "\n" for text in texts).encode())
@@ -260,13 +340,17 @@ def _manifest(
         temperature=options.temperature,
         seed=options.seed,
         teacher=options.teacher,
-        teacher_revision=identity(options.teacher, teacher).revision if options.teacher and teacher else None,
+        teacher_revision=identity(options.teacher, teacher).revision
+        if options.teacher and teacher
+        else None,
         shard_size=options.shard_size,
     )
 
 
 def _claim(out: Path, manifest: Manifest) -> None:
-    """Make the folder that of these settings. Raises RunError when it is of others, or holds something else."""
+    """Make the folder that of these settings. Raises RunError when it is of others, or holds
+    something else.
+    """
     if not (out / MANIFEST_FILE).is_file():
         claim(out, RESPONSES)
         write_text(out / MANIFEST_FILE, manifest.model_dump_json(indent=1))
@@ -274,7 +358,10 @@ def _claim(out: Path, manifest: Manifest) -> None:
     there, asked = read_manifest(out).model_dump(), manifest.model_dump()
     changed = [key for key in asked if asked[key] != there[key]]
     if changed:
-        lines = [f"{key}: {str(there[key])[:60]!r} there, {str(asked[key])[:60]!r} asked for" for key in changed[:5]]
+        lines = [
+            f"{key}: {str(there[key])[:60]!r} there, {str(asked[key])[:60]!r} asked for"
+            for key in changed[:5]
+        ]
         raise RunError(
             "the folder holds responses made otherwise",
             where=str(out),

@@ -1,4 +1,6 @@
-"""How long a recipe will take: a few small steps of each stage, run as the run itself would, in a folder that goes away."""
+"""How long a recipe will take: a few small steps of each stage, run as the run itself would, in a
+folder that goes away.
+"""
 
 from __future__ import annotations
 
@@ -50,17 +52,34 @@ def times(recipe: Recipe, tokens: Mapping[str, int]) -> str:
         hours[name] = tokens[name] / rate / 3600
     each = ", ".join(f"{name} {said(value)}" for name, value in hours.items())
     device = backbone.input_table.device
-    return f"about {said(sum(hours.values()))} on this {device} ({each}; from {STEPS} small steps each, the watch not counted)"
+    return (
+        f"about {said(sum(hours.values()))} on this {device} ({each}; from {STEPS} small "
+        "steps each, the watch not counted)"
+    )
 
 
 def _trial(stage: AnyStage) -> AnyStage:
     """A few small steps of a stage on its first rows."""
     specs: Any = stage.data  # type: ignore[attr-defined]
     limit = getattr(stage, "max_tokens", None) or stage.document_max_tokens  # type: ignore[attr-defined]
-    few = {"steps": STEPS, "batch_size": max(2, min(stage.batch_size, TOKENS // limit)), "save_every_steps": STEPS}
-    plain = {"log_every_steps": 1, "keep_best": None, "patience": None, "compile": False, "workers": 0}
-    first = tuple(spec.model_copy(update={"limit": min(ROWS, spec.limit or ROWS)}) for spec in specs)
-    once = {"gradient_accumulation_steps": 1} if hasattr(stage, "gradient_accumulation_steps") else {}
+    few = {
+        "steps": STEPS,
+        "batch_size": max(2, min(stage.batch_size, TOKENS // limit)),
+        "save_every_steps": STEPS,
+    }
+    plain = {
+        "log_every_steps": 1,
+        "keep_best": None,
+        "patience": None,
+        "compile": False,
+        "workers": 0,
+    }
+    first = tuple(
+        spec.model_copy(update={"limit": min(ROWS, spec.limit or ROWS)}) for spec in specs
+    )
+    once = (
+        {"gradient_accumulation_steps": 1} if hasattr(stage, "gradient_accumulation_steps") else {}
+    )
     return stage.model_copy(update={**few, **plain, **once, "data": first})
 
 
@@ -88,4 +107,10 @@ def _unseen() -> Iterator[None]:
 
 def said(hours: float) -> str:
     """Hours for people."""
-    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours >= 1 / 60 else "under a minute"
+    return (
+        f"{hours:.1f} h"
+        if hours >= 1
+        else f"{60 * hours:.0f} min"
+        if hours >= 1 / 60
+        else "under a minute"
+    )

@@ -1,4 +1,6 @@
-"""What is computed at once in training: a batch cut into pieces of so many tokens, and fewer of them once memory runs out."""
+"""What is computed at once in training: a batch cut into pieces of so many tokens, and fewer of
+them once memory runs out.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,27 @@ _SIDES = {"text": "right", "context": "left", "continuation": "right"}
 
 def masks_of(inputs: dict[str, Any]) -> list[Tensor]:
     """The masks of whole texts, one per column of texts."""
-    return [value for name, value in inputs.items() if name.endswith("attention_mask") or name == "text_mask"]
+    return [
+        value
+        for name, value in inputs.items()
+        if name.endswith("attention_mask") or name == "text_mask"
+    ]
 
 
 def pieces_of(batch: dict[str, Tensor], max_tokens: int | None) -> list[dict[str, Tensor]]:
-    """A batch of `SplitTexts.to_tensors` in pieces of like length, the longest first; None: all of it in one piece.
+    """A batch of `SplitTexts.to_tensors` in pieces of like length, the longest first; None: all of
+    it in one piece.
 
-    Each piece holds as many texts as fit into `max_tokens` when all are as long as its longest, one at least; padding that
-    its own texts do not need is cut off.
+    Each piece holds as many texts as fit into `max_tokens` when all are as long as its longest, one
+    at least; padding that its own texts do not need is cut off.
     """
     if max_tokens is None:
         return [batch]
     lengths = batch["text_mask"].sum(1).tolist()
-    return [_some_rows(batch, places) for places in longest_first(lengths, lambda longest: max_tokens // longest)]
+    return [
+        _some_rows(batch, places)
+        for places in longest_first(lengths, lambda longest: max_tokens // longest)
+    ]
 
 
 def _some_rows(batch: dict[str, Tensor], places: Sequence[int]) -> dict[str, Tensor]:
@@ -41,15 +51,21 @@ def _some_rows(batch: dict[str, Tensor], places: Sequence[int]) -> dict[str, Ten
     rows = {name: tensor[index] for name, tensor in batch.items()}
     for part, side in _SIDES.items():
         width = int(rows[f"{part}_mask"].sum(1).max())
-        for name in (f"{part}_ids", f"{part}_mask", *(["replaced"] if part == "text" and "replaced" in rows else [])):
+        for name in (
+            f"{part}_ids",
+            f"{part}_mask",
+            *(["replaced"] if part == "text" and "replaced" in rows else []),
+        ):
             rows[name] = rows[name][:, -width:] if side == "left" else rows[name][:, :width]
     return rows
 
 
 class FittingMixin:
-    """Put before a trainer class: each batch goes through in pieces, and in smaller ones for good once memory runs out.
+    """Put before a trainer class: each batch goes through in pieces, and in smaller ones for good
+    once memory runs out.
 
-    A stage's gradients, random state and result are then those of a stage with the smaller limit from the start.
+    A stage's gradients, random state and result are then those of a stage with the smaller limit
+    from the start.
     """
 
     stage_name: str
@@ -57,30 +73,45 @@ class FittingMixin:
     limit_name: str  # setting for the tokens that are computed at once
 
     def pieces(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """What of a batch goes through forward and backward pass at once; their losses add up to the batch's."""
+        """What of a batch goes through forward and backward pass at once; their losses add up to
+        the batch's.
+        """
         return [inputs]
 
     def at_once(self, inputs: dict[str, Any]) -> tuple[int, bool]:
-        """How many tokens are computed at once where memory has just run out, and whether they are of several texts."""
+        """How many tokens are computed at once where memory has just run out, and whether they are
+        of several texts.
+        """
         raise NotImplementedError
 
     def set_limit(self, tokens: int) -> None:
         """Compute at most so many tokens at once from here on."""
         raise NotImplementedError
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward passes over one batch. Raises RunError when memory is too small for a single text."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Forward and backward passes over one batch. Raises RunError when memory is too small for
+        a single text.
+        """
         trainer: Any = self
-        alone = trainer.accelerator.distributed_type == DistributedType.NO  # ranks must not choose each for itself
+        # ranks must not choose each for itself
+        alone = trainer.accelerator.distributed_type == DistributedType.NO
         return until_it_fits(
             lambda: self._attempt(model, inputs, *args, **kwargs),
             lambda error: self._make_room(inputs, alone, error),
-            [parameter for parameter in model.parameters() if parameter.requires_grad] if alone else [],
+            [parameter for parameter in model.parameters() if parameter.requires_grad]
+            if alone
+            else [],
             trainer.args.device,
         )
 
-    def _attempt(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward passes over all pieces of a batch; gradients of several devices are joined once."""
+    def _attempt(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Forward and backward passes over all pieces of a batch; gradients of several devices are
+        joined once.
+        """
         trainer: Any = self
         pieces, losses = self.pieces(inputs), []
         for number, self.piece in enumerate(pieces):
@@ -90,20 +121,30 @@ class FittingMixin:
         return torch.stack(losses).sum()
 
     def _make_room(self, inputs: dict[str, Any], alone: bool, error: RuntimeError) -> None:
-        """Halve the tokens that are computed at once for the rest of the stage. Raises RunError where that cannot be."""
+        """Halve the tokens that are computed at once for the rest of the stage. Raises RunError
+        where that cannot be.
+        """
         trainer: Any = self
         setting = f"{self.stage_name}.{self.limit_name}"
         tokens, several = self.at_once(inputs)
         if not (alone and several):
-            lower = f"set {setting}, or lower {self.stage_name}.batch_size" if several else "lower the limit of a text's length"
+            lower = (
+                f"set {setting}, or lower {self.stage_name}.batch_size"
+                if several
+                else "lower the limit of a text's length"
+            )
             raise RunError(
                 "out of memory",
                 where=f"{self.stage_name}, step {trainer.state.global_step + 1}",
-                found=f"no room for {tokens:,} tokens{' of several texts' if several else ', one text,'} at once",
+                found=f"no room for {tokens:,} "
+                f"tokens{' of several texts' if several else ', one text,'} at once",
                 fix=f"{lower}, or set gradient_checkpointing: true or precision: bfloat16",
             ) from error
         self.set_limit(tokens // 2)
-        say(f"{self.stage_name}: out of memory; going on with {tokens // 2:,} tokens at once ({setting})")
+        say(
+            f"{self.stage_name}: out of memory; going on with {tokens // 2:,} tokens at "
+            f"once ({setting})"
+        )
 
 
 def until_it_fits(
@@ -112,9 +153,11 @@ def until_it_fits(
     parameters: Iterable[nn.Parameter],
     device: torch.device,
 ) -> Tensor:
-    """Call `attempt`, which adds to gradients; where memory runs out, `make_room` and call it again.
+    """Call `attempt`, which adds to gradients; where memory runs out, `make_room` and call it
+    again.
 
-    Gradients and random state are put back first: what counts is one attempt that went through from its beginning.
+    Gradients and random state are put back first: what counts is one attempt that went through from
+    its beginning.
 
     Args:
         attempt: forward and backward passes; its value is returned.
@@ -135,7 +178,8 @@ def until_it_fits(
             if not is_out_of_memory(error):
                 raise
             make_room(error)
-        clear_device_cache(garbage_collection=True)  # here nothing refers to the failed attempt any more
+        # here nothing refers to the failed attempt any more
+        clear_device_cache(garbage_collection=True)
         torch.set_rng_state(states[0])
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1], device)

@@ -1,4 +1,6 @@
-"""`--dry-run`: the resolved plan of a recipe and what it will need, from the model's config alone (no weights are read)."""
+"""`--dry-run`: the resolved plan of a recipe and what it will need, from the model's config alone
+(no weights are read).
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,12 @@ from llm2comp.training.stages import load_queries, load_responses, load_texts
 SAMPLE = 1000
 GIB = 2**30
 FITS = "will fit"
-FITS_NOT = "will probably NOT fit: lower batch_size, or set gradient_checkpointing, max_tokens_per_batch or mini_batch_tokens"
-PROCESS = 3 * GIB // 2  # interpreter, libraries and texts, as the demo's process holds them between its stages
+FITS_NOT = (
+    "will probably NOT fit: lower batch_size, or set gradient_checkpointing, "
+    "max_tokens_per_batch or mini_batch_tokens"
+)
+# interpreter, libraries and texts, as the demo's process holds them between its stages
+PROCESS = 3 * GIB // 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,9 @@ class StagePlan:
     launches: int
 
 
-def plan(recipe: Recipe, gpu: Gpu | None = None, local_sets: LocalSets | None = None) -> tuple[list[StagePlan], int]:
+def plan(
+    recipe: Recipe, gpu: Gpu | None = None, local_sets: LocalSets | None = None
+) -> tuple[list[StagePlan], int]:
     """Plans of all stages, here or on some GPU, and the bytes of the frozen base.
 
     `local_sets` as in `run.train`.
@@ -83,10 +91,14 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, local_sets: LocalSets | None = 
         stage = planned(asked, batch, config, full, device, free)
         mean = mean_tokens(tokenizer, texts, stage)
         samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
-        trainable = learning + trained_embeddings(stage, lm, recipe.memory_tokens, recipe.encoder.projection)
+        trainable = learning + trained_embeddings(
+            stage, lm, recipe.memory_tokens, recipe.encoder.projection
+        )
         at_once = texts_at_once(stage, per_sample, mean)
         length = mean + recipe.memory_tokens
-        kept = activations(config, stage, at_once, length, full) + logits(config, stage, at_once * length, full)
+        kept = activations(config, stage, at_once, length, full) + logits(
+            config, stage, at_once * length, full
+        )
         peak = held + 16 * trainable + kept
         own = size if size.whole else replace(size, adapter=learning)
         flops = samples * sample_flops(stage, own, mean, per_sample, recipe.memory_tokens)
@@ -97,7 +109,9 @@ def plan(recipe: Recipe, gpu: Gpu | None = None, local_sets: LocalSets | None = 
     return plans, base
 
 
-def planned(stage: Stage, batch: int, config: Any, full: bool, device: torch.device, free: int) -> Stage:
+def planned(
+    stage: Stage, batch: int, config: Any, full: bool, device: torch.device, free: int
+) -> Stage:
     """The stage with the batch and the tokens at once that it will be trained with."""
     stage = stage.model_copy(update={"batch_size": batch})
     limit = "max_tokens_per_batch" if isinstance(stage, PretextStage) else "mini_batch_tokens"
@@ -106,7 +120,8 @@ def planned(stage: Stage, batch: int, config: Any, full: bool, device: torch.dev
 
 
 def stage_texts(stage: Stage) -> tuple[list[str], int, int, int]:
-    """The first thousand of a stage's texts, how many there are, how many (views, columns) make one sample, the batch.
+    """The first thousand of a stage's texts, how many there are, how many (views, columns) make one
+    sample, the batch.
 
     Raises:
         DataError: as the stage would.
@@ -123,9 +138,15 @@ def stage_texts(stage: Stage) -> tuple[list[str], int, int, int]:
             stage.batch_size,
         )
     assert isinstance(stage, PretextStage | UclStage)
-    texts: Iterable[str] = load_texts(stage.data) if isinstance(stage, UclStage) or not stage.needs_responses else ()
+    texts: Iterable[str] = (
+        load_texts(stage.data) if isinstance(stage, UclStage) or not stage.needs_responses else ()
+    )
     if isinstance(stage, PretextStage) and stage.needs_responses:
-        texts = [f"{a.text} {a.response}" for a in load_responses(stage) if len(a.text) >= stage.min_characters]
+        texts = [
+            f"{a.text} {a.response}"
+            for a in load_responses(stage)
+            if len(a.text) >= stage.min_characters
+        ]
     first: list[str] = []
     distinct: set[str] = set()
     most, count = stage.batch_size if isinstance(stage, UclStage) else 0, 0
@@ -155,10 +176,16 @@ def beside(stage: SclStage | None) -> Iterable[str]:
     if stage is None:
         return
     if (teacher := stage.teacher) is not None:
-        temperatures = f"{teacher.temperature:g}, ours {teacher.student_temperature or stage.temperature:g}"
+        temperatures = (
+            f"{teacher.temperature:g}, ours {teacher.student_temperature or stage.temperature:g}"
+        )
         yield f"scl.teacher: {teacher.name}, weight {teacher.weight:g}, temperature {temperatures}"
     if (guide := stage.guide) is not None:
-        same = " (the teacher)" if teacher and (guide.name, guide.revision) == (teacher.name, teacher.revision) else ""
+        same = (
+            " (the teacher)"
+            if teacher and (guide.name, guide.revision) == (teacher.name, teacher.revision)
+            else ""
+        )
         yield f"scl.guide: {guide.name}{same}, margin {guide.margin:g}"
     if stage.pretext_weight:
         size = stage.pretext_batch_size or "pretext.batch_size"
@@ -195,7 +222,11 @@ def show_plan(
     worst = max(p.peak for p in plans) + (PROCESS if on_cpu else 0)
     fits = worst < 0.9 * free
     need = f"base model {base / GIB:.1f} GiB, needs about {worst / GIB:.1f} GiB"
-    has = f"{gpu.name}: {free / GIB:.1f} GiB in all" if gpu else f"{device}: {free / GIB:.1f} GiB free"
+    has = (
+        f"{gpu.name}: {free / GIB:.1f} GiB in all"
+        if gpu
+        else f"{device}: {free / GIB:.1f} GiB free"
+    )
     say(f"{has}, {need}: {FITS if fits else FITS_NOT}")
     if gpu:
         say(predicted(plans, gpu))
@@ -211,4 +242,7 @@ def predicted(plans: Sequence[StagePlan], gpu: Gpu) -> str:
     each = ", ".join(f"{name} {said(value)}" for name, value in found.items())
     price = sum(found.values()) * gpu.price
     time = f"{said(sum(found.values()))} on one {gpu.name} ({each})"
-    return f"time: about {time}, price {price:,.2f} at {gpu.price:g} an hour; predicted, see docs/scaling.md"
+    return (
+        f"time: about {time}, price {price:,.2f} at {gpu.price:g} an hour; predicted, see "
+        "docs/scaling.md"
+    )

@@ -52,7 +52,9 @@ class ProgressCallback(TrainerCallback):
         if self.bar is not None:
             self.bar.advance(1, f"{self.loss}{self.counter.rate():,.0f} tokens/s")
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         """Remember the loss for the bar."""
         if logs and "loss" in logs:
             self.loss = f"loss {logs['loss']:.4f} "
@@ -64,13 +66,17 @@ class ProgressCallback(TrainerCallback):
 
 
 class StepLines:
-    """A file of JSON lines, each with its `step`; grows while a stage trains and survives a kill."""
+    """A file of JSON lines, each with its `step`; grows while a stage trains and survives a
+    kill.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def begin(self, step: int) -> list[dict[str, Any]]:
-        """Keep the lines up to the step that training goes on from (a killed run wrote some beyond it); none at 0."""
+        """Keep the lines up to the step that training goes on from (a killed run wrote some beyond
+        it); none at 0.
+        """
         kept = [row for row in self.read() if row["step"] <= step] if step > 0 else []
         write_text(self.file, "".join(f"{to_json(row)}\n" for row in kept))
         return kept
@@ -89,7 +95,9 @@ class StepLines:
 
 
 class MetricsCallback(TrainerCallback):
-    """A line per log in the stage folder's metrics.jsonl: step, loss, learning_rate, grad_norm, tokens_per_second."""
+    """A line per log in the stage folder's metrics.jsonl: step, loss, learning_rate, grad_norm,
+    tokens_per_second.
+    """
 
     def __init__(self, folder: Path, counter: TokenCounter) -> None:
         self.lines, self.counter = StepLines(folder / METRICS_FILE), counter
@@ -99,7 +107,9 @@ class MetricsCallback(TrainerCallback):
         if state.is_world_process_zero:
             self.lines.begin(state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         """Append one line."""
         if state.is_world_process_zero and logs and "loss" in logs:
             row: dict[str, Any] = {"step": state.global_step}

@@ -1,4 +1,6 @@
-"""Several processes, one for each device: what rank 0 does for all, and what the launchers' kinds of sharding ask for."""
+"""Several processes, one for each device: what rank 0 does for all, and what the launchers' kinds
+of sharding ask for.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,15 @@ def ranks() -> int:
 
 
 def sharding() -> str | None:
-    """How `accelerate launch` was told to spread the weights over devices; None: each device has all of them."""
+    """How `accelerate launch` was told to spread the weights over devices; None: each device has
+    all of them.
+    """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "FSDP"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+    if (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    ):
         return "ZeRO-3"
     return None
 
@@ -50,12 +57,16 @@ def check_launch(recipe: Recipe) -> None:
     """Find what the launcher's settings cannot go with before anything is loaded.
 
     Raises:
-        RunError: DeepSpeed that is not installed; the first version of FSDP; settings of a recipe that need whole weights,
-            or one process; or let ranks pass the layers different numbers of times, which would wait
-            for each other for ever.
+        RunError: DeepSpeed that is not installed; the first version of FSDP; settings of a recipe
+            that need whole weights, or one process; or let ranks pass the layers different numbers
+            of times, which would wait for each other for ever.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and find_spec("deepspeed") is None:
-        raise RunError("DeepSpeed is not installed", where="launch", fix=f"{install_extra('deepspeed')}, or launch with FSDP2")
+        raise RunError(
+            "DeepSpeed is not installed",
+            where="launch",
+            fix=f"{install_extra('deepspeed')}, or launch with FSDP2",
+        )
     off = {"teacher": None, "guide": None, "pretext_weight": 0.0}
     for setting in off if ranks() > 1 and recipe.scl is not None else ():
         if getattr(recipe.scl, setting) != off[setting]:
@@ -65,18 +76,24 @@ def check_launch(recipe: Recipe) -> None:
     if kind is None:
         return
     if kind == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise RunError("cannot train under this version of FSDP", where="launch", expected="fsdp_version: 2")
+        raise RunError(
+            "cannot train under this version of FSDP", where="launch", expected="fsdp_version: 2"
+        )
     for name, stage in recipe.stages.items():
         for setting in ("keep_best", "max_tokens_per_batch", "mini_batch_tokens"):
             if (value := getattr(stage, setting, None)) is not None:
                 problem = f"cannot be had while {kind} spreads the weights"
                 raise RunError(
-                    problem, where=f"{name}.{setting}", found=value, fix="set it to null, or launch without sharding"
+                    problem,
+                    where=f"{name}.{setting}",
+                    found=value,
+                    fix="set it to null, or launch without sharding",
                 )
 
 
 def on_main(work: Callable[[], Found], device: str) -> Found:
-    """What `work` returns in rank 0, for all ranks; they wait for it, and an error of the family is raised in all of them.
+    """What `work` returns in rank 0, for all ranks; they wait for it, and an error of the family is
+    raised in all of them.
 
     `device`: `cpu` lets the processes talk through gloo though there may be GPUs.
     """
@@ -100,8 +117,9 @@ def on_main(work: Callable[[], Found], device: str) -> Found:
 def root_stays_whole(model: nn.Module) -> Iterator[None]:
     """For a forward pass of an FSDP module with a backward pass inside it, of its layers alone.
 
-    FSDP2 takes the end of any backward pass for the end of the step and spreads the root's weights again (embeddings, LM head,
-    memory), which the rest of the forward pass reads. Inside, they stay whole.
+    FSDP2 takes the end of any backward pass for the end of the step and spreads the root's weights
+    again (embeddings, LM head, memory), which the rest of the forward pass reads. Inside, they stay
+    whole.
     """
     if not isinstance(model, FSDPModule):
         yield
@@ -114,13 +132,17 @@ def root_stays_whole(model: nn.Module) -> Iterator[None]:
 
 
 class RanksMixin:
-    """Put before a trainer class: FSDP2 by the LM's layers, and checkpoints without the frozen base."""
+    """Put before a trainer class: FSDP2 by the LM's layers, and checkpoints without the frozen
+    base.
+    """
 
     def shard_by_layer(self, lm: Any) -> None:
-        """Tell accelerate the layer class of an LM, which a module around it does not; and let autocast see to dtypes.
+        """Tell accelerate the layer class of an LM, which a module around it does not; and let
+        autocast see to dtypes.
 
-        For bfloat16 accelerate would have FSDP2 cast weights, losses and embeddings, and add gradients up in it. Here it is
-        autocast inside the forward pass, float32 outside, as accelerate does it without FSDP2.
+        For bfloat16 accelerate would have FSDP2 cast weights, losses and embeddings, and add
+        gradients up in it. Here it is autocast inside the forward pass, float32 outside, as
+        accelerate does it without FSDP2.
         """
         trainer: Any = self
         if not trainer.is_fsdp_enabled:
@@ -150,10 +172,12 @@ class RanksMixin:
 
 
 def joint_batches(trainer: Any) -> Any:
-    """A sentence-transformers trainer's loader of this rank's part of batches that are drawn for all ranks together.
+    """A sentence-transformers trainer's loader of this rank's part of batches that are drawn for
+    all ranks together.
 
-    So no text is twice in what the loss compares, all ranks work on one table of a kind, and 2 ranks with b texts see what one
-    process with 2b would. A last batch that is not full for all is left out.
+    So no text is twice in what the loss compares, all ranks work on one table of a kind, and 2
+    ranks with b texts see what one process with 2b would. A last batch that is not full for all is
+    left out.
 
     Raises:
         DataError: there is not one such batch.
@@ -164,5 +188,9 @@ def joint_batches(trainer: Any) -> Any:
     trainer.args.dataloader_drop_last = True
     loader = trainer._build_dataloader(trainer.train_dataset, size, dataset_kind="train")
     if not len(loader):
-        raise DataError("too few distinct rows for one batch of all devices", where=trainer.stage_name, expected=f"{size:,}")
+        raise DataError(
+            "too few distinct rows for one batch of all devices",
+            where=trainer.stage_name,
+            expected=f"{size:,}",
+        )
     return trainer.accelerator.prepare(loader)

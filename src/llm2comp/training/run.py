@@ -1,4 +1,6 @@
-"""A run: recipe → run directory (`runs/folder.py`), stage after stage; running again goes on where it stopped."""
+"""A run: recipe → run directory (`runs/folder.py`), stage after stage; running again goes on where
+it stopped.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +46,32 @@ from llm2comp.runs.folder import (
 from llm2comp.runs.keys import FORMAT_VERSION, matters, settings_of, stage_keys
 from llm2comp.storage.export import export
 from llm2comp.system.console import say
-from llm2comp.system.files import RUN, STAGE, claim, explain_disk_errors, new_folder, remove_folder, to_json, write_text
+from llm2comp.system.files import (
+    RUN,
+    STAGE,
+    claim,
+    explain_disk_errors,
+    new_folder,
+    remove_folder,
+    to_json,
+    write_text,
+)
 from llm2comp.training.checks import check
 from llm2comp.training.estimates import fitted
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import LocalSets, Watch
 from llm2comp.training.stages import RUNNERS, RunOptions
 
-PACKAGES = ("llm2comp", "torch", "transformers", "peft", "sentence-transformers", "datasets", "accelerate", "numpy")
+PACKAGES = (
+    "llm2comp",
+    "torch",
+    "transformers",
+    "peft",
+    "sentence-transformers",
+    "datasets",
+    "accelerate",
+    "numpy",
+)
 
 
 def train(
@@ -67,8 +87,10 @@ def train(
         recipe: a Recipe, a file, or the name of a shipped recipe.
         out: run directory; default `runs/<recipe name>`.
         overrides: `key.sub=value` changes to the recipe.
-        siblings: other run directories; a stage that one of them finished on the same inputs is copied, not trained.
-        local_sets: what makes a scorer of the folders that `watch.tasks` names; needed where it names some.
+        siblings: other run directories; a stage that one of them finished on the same inputs is
+            copied, not trained.
+        local_sets: what makes a scorer of the folders that `watch.tasks` names; needed where it
+            names some.
 
     Returns:
         The run directory; `<run>/model` is the finished encoder.
@@ -77,7 +99,11 @@ def train(
         Llm2CompError: see the family; nothing half-written stays in a stage that is called done.
     """
     quiet_libraries()
-    resolved = change_recipe(recipe, overrides) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    resolved = (
+        change_recipe(recipe, overrides)
+        if isinstance(recipe, Recipe)
+        else load_recipe(recipe, overrides)
+    )
     run = expanded(out) if out is not None else Path("runs") / resolved.name
     check_launch(resolved)
     with contextlib.ExitStack() as held:
@@ -86,7 +112,9 @@ def train(
     return run
 
 
-def _open(run: Path, recipe: Recipe, held: contextlib.ExitStack, local_sets: LocalSets | None) -> None:
+def _open(
+    run: Path, recipe: Recipe, held: contextlib.ExitStack, local_sets: LocalSets | None
+) -> None:
     """Make the directory this recipe's and this process's."""
     _refuse_foreign(run, recipe)
     check(recipe, local_sets)
@@ -95,11 +123,17 @@ def _open(run: Path, recipe: Recipe, held: contextlib.ExitStack, local_sets: Loc
     try:
         held.enter_context(FileLock(run / ".lock", timeout=0))
     except Timeout as error:
-        raise RunError("another process is training here", where=str(run), fix="wait for it, or give another --out") from error
+        raise RunError(
+            "another process is training here",
+            where=str(run),
+            fix="wait for it, or give another --out",
+        ) from error
     _claim(run, recipe)
 
 
-def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path], local_sets: LocalSets | None) -> None:
+def _run_stages(
+    run: Path, recipe: Recipe, siblings: Sequence[Path], local_sets: LocalSets | None
+) -> None:
     backbone = load_backbone(recipe.model)
     compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
     keys = stage_keys(recipe)
@@ -108,7 +142,9 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path], local_sets:
         folder = run / FOLDERS[name]
         key = keys[name]
         add_adapter(compressor, recipe, name)
-        if on_main(partial(_done_or_begun, recipe, name, key, folder, siblings), recipe.model.device):
+        if on_main(
+            partial(_done_or_begun, recipe, name, key, folder, siblings), recipe.model.device
+        ):
             say(f"{folder.name}: done before")
             compressor.load(folder, name)
             continue
@@ -118,14 +154,23 @@ def _run_stages(run: Path, recipe: Recipe, siblings: Sequence[Path], local_sets:
         kept = RUNNERS[name](compressor, fit, folder, recipe.seed + number, options)  # type: ignore[operator]
         seconds = round(time.time() - begin, 1)
         base = Base.of(recipe.model).model_dump()
-        done = {"inputs": key, "steps": stage.steps, "kept_step": kept, "seconds": seconds, "base": base}
+        done = {
+            "inputs": key,
+            "steps": stage.steps,
+            "kept_step": kept,
+            "seconds": seconds,
+            "base": base,
+        }
         _finish(compressor, name, done, folder)
-        if sharding():  # what the next stage adds would not be spread over the devices: begin with whole weights
+        # what the next stage adds would not be spread over the devices: begin with whole weights
+        if sharding():
             del compressor
             compressor = Run(run).compressor(name, recipe)
     exported = f"{key}:{recipe.max_tokens}"
     if is_main_process() and not is_done(run / MODEL_FOLDER, exported):
-        model = as_sentence_transformer(compressor.eval(), *limits_of(recipe), prompts=prompts_of(recipe))
+        model = as_sentence_transformer(
+            compressor.eval(), *limits_of(recipe), prompts=prompts_of(recipe)
+        )
         export(model, run / MODEL_FOLDER, card_of(recipe))
         write_text(run / MODEL_FOLDER / DONE_FILE, to_json({"inputs": exported}))
 
@@ -138,7 +183,9 @@ def _options(recipe: Recipe, compressor: Compressor, local_sets: LocalSets | Non
     return RunOptions(recipe.report_to, watch, recipe.pretext)
 
 
-def _done_or_begun(recipe: Recipe, name: str, key: str, folder: Path, siblings: Sequence[Path]) -> bool:
+def _done_or_begun(
+    recipe: Recipe, name: str, key: str, folder: Path, siblings: Sequence[Path]
+) -> bool:
     """Whether a stage is done, here or in a sibling; if not, its folder is made ready."""
     _take_over(folder, key, siblings)
     if is_done(folder, key):
@@ -150,16 +197,22 @@ def _done_or_begun(recipe: Recipe, name: str, key: str, folder: Path, siblings: 
 
 
 def _take_over(folder: Path, key: str, siblings: Sequence[Path]) -> None:
-    """Copy a stage that a sibling has finished on the same inputs, unless it is done here; it appears whole or not at all."""
+    """Copy a stage that a sibling has finished on the same inputs, unless it is done here; it
+    appears whole or not at all.
+    """
     found = [run / folder.name for run in siblings if is_done(run / folder.name, key)]
     if found and not is_done(folder, key):
         say(f"{folder.name}: the same as {found[0]}, taken from there")
         with new_folder(folder, STAGE) as copy:
-            shutil.copytree(found[0], copy, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True)
+            shutil.copytree(
+                found[0], copy, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True
+            )
 
 
 def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
-    """A stage's folder to train in: with the checkpoints of an unfinished training on the same inputs, else empty."""
+    """A stage's folder to train in: with the checkpoints of an unfinished training on the same
+    inputs, else empty.
+    """
     with explain_disk_errors(folder):
         if not has_inputs(folder / CONFIG_FILE, key):
             remove_folder(folder, STAGE)
@@ -171,7 +224,9 @@ def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
 
 
 def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Path) -> None:
-    """Write a stage's result, to which every rank may add its part; say that it is done, drop its checkpoints."""
+    """Write a stage's result, to which every rank may add its part; say that it is done, drop its
+    checkpoints.
+    """
     with explain_disk_errors(folder):
         compressor.save(folder, name)
     on_main(partial(_mark_done, done, folder), str(compressor.backbone.input_table.device))
@@ -184,16 +239,27 @@ def _mark_done(done: dict[str, Any], folder: Path) -> None:
 
 
 def _refuse_foreign(run: Path, recipe: Recipe) -> None:
-    """Raise RunError for a directory of another recipe that has trained something, or of something else."""
-    refuse_others(run, [run / FOLDERS[name] for name in recipe.stages], run / MODEL_FOLDER, DONE_FILE)
+    """Raise RunError for a directory of another recipe that has trained something, or of something
+    else.
+    """
+    refuse_others(
+        run, [run / FOLDERS[name] for name in recipe.stages], run / MODEL_FOLDER, DONE_FILE
+    )
     file = run / RECIPE_FILE
     if file.exists():
         if not (any(run.glob(f"*/{DONE_FILE}")) or any(run.glob("*/checkpoint-*"))):
             return
         before, now = settings_of(Run(run).recipe), settings_of(recipe)
-        changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and matters(key.split("."), recipe)]
+        changed = [
+            key
+            for key in {**before, **now}
+            if before.get(key) != now.get(key) and matters(key.split("."), recipe)
+        ]
         if changed:
-            lines = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked for" for key in sorted(changed)[:5]]
+            lines = [
+                f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked for"
+                for key in sorted(changed)[:5]
+            ]
             raise RunError(
                 "the run directory belongs to another recipe",
                 where=str(run),

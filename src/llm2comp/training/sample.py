@@ -1,4 +1,6 @@
-"""The fixed sample of texts and pairs that a run is watched on, and the figures that it gives at any moment."""
+"""The fixed sample of texts and pairs that a run is watched on, and the figures that it gives at
+any moment.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,16 @@ class Watch:
     """The fixed sample of a run, and what it shows at any moment.
 
     Raises:
-        DataError: a source of the sample cannot be read. RecipeError: `keep_best` names no figure and no local set.
+        DataError: a source of the sample cannot be read. RecipeError: `keep_best` names no figure
+            and no local set.
     """
 
     def __init__(
-        self, recipe: Recipe, settings: WatchSettings, compressor: Compressor, local_sets: LocalSets | None = None
+        self,
+        recipe: Recipe,
+        settings: WatchSettings,
+        compressor: Compressor,
+        local_sets: LocalSets | None = None,
     ) -> None:
         backbone = compressor.backbone
         self.settings = settings
@@ -68,7 +75,8 @@ class Watch:
         self.scores = local_scores(settings, local_sets)
 
     def measure(self, compressor: Compressor, prompt: bool) -> dict[str, Any]:
-        """All figures of an encoder as it is now. `prompt`: anchors of pairs behind their instruction.
+        """All figures of an encoder as it is now. `prompt`: anchors of pairs behind their
+        instruction.
 
         Raises:
             DataError: an embedding is zero or not finite; names the row of the sample.
@@ -81,7 +89,10 @@ class Watch:
                 figures = self._figures(compressor, prompt)
         finally:
             compressor.train(training)
-        rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in figures.items()}
+        rounded = {
+            key: float(f"{value:.6g}") if isinstance(value, float) else value
+            for key, value in figures.items()
+        }
         return rounded | {"seconds": round(time.monotonic() - begin, 2)}
 
     def _figures(self, compressor: Compressor, prompt: bool) -> dict[str, Any]:
@@ -91,12 +102,16 @@ class Watch:
         found["context_recovered"] = context_recovered(compressor, self.splits)
         found["alignment"] = None
         if self.pairs:
-            anchors = [(instruction if prompt else "") + pair.anchor for instruction, pair in self.pairs]
+            anchors = [
+                (instruction if prompt else "") + pair.anchor for instruction, pair in self.pairs
+            ]
             positives = [pair.positive for _, pair in self.pairs]
             rows = compressor.backbone.tokenise(anchors + positives, self.limit)
             both_ND = _embeddings(compressor, memory_states(compressor, rows))
             found["alignment"] = alignment(both_ND[: len(anchors)], both_ND[len(anchors) :])
-        found["tasks"] = self.scores(as_sentence_transformer(compressor, self.limit)) if self.scores else {}
+        found["tasks"] = (
+            self.scores(as_sentence_transformer(compressor, self.limit)) if self.scores else {}
+        )
         return found
 
 
@@ -132,7 +147,9 @@ def unchanged_randomness() -> Iterator[None]:
 
 
 def _sample_texts(recipe: Recipe, settings: WatchSettings) -> list[str]:
-    """Texts drawn from the watch's own sources, or those of the first stage that reads texts, or the pairs' positives."""
+    """Texts drawn from the watch's own sources, or those of the first stage that reads texts, or
+    the pairs' positives.
+    """
     specs: Sequence[TextData] = settings.data
     for stage in recipe.stages.values():
         if not specs and isinstance(stage, PretextStage | UclStage):
@@ -141,9 +158,13 @@ def _sample_texts(recipe: Recipe, settings: WatchSettings) -> list[str]:
         texts = [text for spec in specs for text in read_texts(_at_most(spec)).rows]
     else:
         assert recipe.scl is not None
-        texts = [pair.positive for spec in recipe.scl.data for pair in read_pairs(_at_most(spec)).rows]
+        texts = [
+            pair.positive for spec in recipe.scl.data for pair in read_pairs(_at_most(spec)).rows
+        ]
     least = 0 if settings.data else MIN_CHARACTERS
-    usable = list(dict.fromkeys(text for text in texts if len(text) >= least)) or list(dict.fromkeys(texts))
+    usable = list(dict.fromkeys(text for text in texts if len(text) >= least)) or list(
+        dict.fromkeys(texts)
+    )
     return random.Random(recipe.seed).sample(usable, min(settings.texts, len(usable)))
 
 

@@ -1,4 +1,6 @@
-"""Learning-rate schedule: warm-up from a floor, then decay to it (DeepSpeed's WarmupDecayLR, as in the release)."""
+"""Learning-rate schedule: warm-up from a floor, then decay to it (DeepSpeed's WarmupDecayLR, as in
+the release).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ def learning_rate(schedule: Schedule, steps: int, step: int) -> float:
     peak, floor, warmup = schedule.peak, schedule.floor_learning_rate, schedule.warmup_steps
     total = schedule.total_steps or steps
     if step < warmup:
-        share = math.log(step + 1) / math.log(max(2, warmup)) if schedule.warmup == "logarithmic" else step / warmup
+        share = (
+            math.log(step + 1) / math.log(max(2, warmup))
+            if schedule.warmup == "logarithmic"
+            else step / warmup
+        )
     elif schedule.decay == "constant":
         share = 1.0
     else:

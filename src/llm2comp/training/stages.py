@@ -54,12 +54,16 @@ class RunOptions:
 
 
 def load_texts(specs: Sequence[TextData]) -> Iterator[str]:
-    """Texts of a stage one by one, with a line per source that says what was read and what was left out."""
+    """Texts of a stage one by one, with a line per source that says what was read and what was left
+    out.
+    """
     return iterate_sources(specs, say)
 
 
 def load_responses(stage: PretextStage) -> list[Response]:
-    """All texts of a stage with their responses, and the teacher's embeddings of these where the stage aligns to them."""
+    """All texts of a stage with their responses, and the teacher's embeddings of these where the
+    stage aligns to them.
+    """
     found: list[Response] = []
     for spec in stage.data:
         loaded = read_responses(spec, teacher="teacher" in stage.needs)
@@ -67,7 +71,12 @@ def load_responses(stage: PretextStage) -> list[Response]:
         found += loaded.rows
     widths = sorted({len(given.teacher_D) for given in found if given.teacher_D is not None})
     if len(widths) > 1:
-        raise DataError("teachers of several widths", where="pretext.data", found=widths, fix="embed all responses by one")
+        raise DataError(
+            "teachers of several widths",
+            where="pretext.data",
+            found=widths,
+            fix="embed all responses by one",
+        )
     return found
 
 
@@ -77,10 +86,15 @@ def load_queries(stage: SclStage, spec: PairData) -> list[Pair]:
     say(loaded.summary())
     prompt = stage.prompt_of(spec)
     suffix = stage.query_suffix if spec.instruction else ""
-    return [Pair(f"{prompt}{pair.anchor}{suffix}", pair.positive, pair.negatives) for pair in loaded.rows]
+    return [
+        Pair(f"{prompt}{pair.anchor}{suffix}", pair.positive, pair.negatives)
+        for pair in loaded.rows
+    ]
 
 
-def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed: int, options: RunOptions) -> int | None:
+def run_pretext(
+    compressor: Compressor, stage: PretextStage, folder: Path, seed: int, options: RunOptions
+) -> int | None:
     """Stage 1: context compression."""
     compressor.learn(memory=True, embeddings=stage.train_embeddings == "all")
     settings = _arguments(compressor, stage, folder, seed, options.report_to)
@@ -90,22 +104,38 @@ def run_pretext(compressor: Compressor, stage: PretextStage, folder: Path, seed:
     else:
         settings["per_device_train_batch_size"] = per_step  # the trainer cuts it by length
     arguments = TrainingArguments(**settings)
-    dataset = pretext_samples(compressor, stage, stage.steps * per_step * arguments.world_size, seed)
+    dataset = pretext_samples(
+        compressor, stage, stage.steps * per_step * arguments.world_size, seed
+    )
     if compressor.memory.count and "memory" not in stage.needs:
-        say(f"stage 1: {stage.objective_name} does not train the memory tokens; encoder.pooling: mean or last_token has none")
+        say(
+            f"stage 1: {stage.objective_name} does not train the memory tokens; "
+            "encoder.pooling: mean or last_token has none"
+        )
     table_VD, to_teacher = compressor.backbone.input_table, None
     if "teacher" in stage.needs:
-        assert isinstance(dataset, ResponseRows), "the recipe asks for responses where it asks for alignment"
+        assert isinstance(dataset, ResponseRows), (
+            "the recipe asks for responses where it asks for alignment"
+        )
         width = len(dataset.given[0].teacher_D)  # type: ignore[arg-type]
-        to_teacher = map_to_teacher(table_VD.shape[1], width, seed, table_VD.device, compressor.projection)
-    model, collate = PretextModel(compressor, stage, to_teacher), PretextCollator(compressor.backbone.pad_id)
-    trainer = PretextTrainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
+        to_teacher = map_to_teacher(
+            table_VD.shape[1], width, seed, table_VD.device, compressor.projection
+        )
+    model, collate = (
+        PretextModel(compressor, stage, to_teacher),
+        PretextCollator(compressor.backbone.pad_id),
+    )
+    trainer = PretextTrainer(
+        model=model, args=arguments, train_dataset=dataset, data_collator=collate
+    )
     kept = _train(trainer, compressor, "pretext", stage, folder, options)
     model.save_map(folder)
     return kept
 
 
-def pretext_samples(compressor: Compressor, stage: PretextStage, samples: int, seed: int) -> PretextRows:
+def pretext_samples(
+    compressor: Compressor, stage: PretextStage, samples: int, seed: int
+) -> PretextRows:
     """So many samples of stage 1 in their fixed order. Raises DataError when no text is fit."""
     backbone = compressor.backbone
     max_tokens = compressor.max_tokens(stage.max_tokens)
@@ -117,7 +147,9 @@ def pretext_samples(compressor: Compressor, stage: PretextStage, samples: int, s
         rows, left_out = response_rows(load_responses(stage), *limits)
     else:
         rows, left_out = stored_rows(*limits, backbone.tokenizer, say)
-    reasons = "; left out: " * bool(left_out) + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    reasons = "; left out: " * bool(left_out) + ", ".join(
+        f"{count:,} {reason}" for reason, count in left_out.items()
+    )
     say(f"stage 1: {len(rows):,} texts of up to {max_tokens} tokens{reasons}")
     together = stage.batch_size if stage.group_by_length else 1
     masks = masking(backbone, stage, seed) if "masks" in stage.needs else None
@@ -129,10 +161,14 @@ def pretext_samples(compressor: Compressor, stage: PretextStage, samples: int, s
 def masking(backbone: Backbone, stage: PretextStage, seed: int) -> Masking:
     """The masks of MNTP. Raises BackboneError when the mask token is not one token."""
     mask_id = mask_token_id(backbone.tokenizer, stage.mask_token, backbone.name)
-    return Masking(stage.mask_rate, mask_id, len(backbone.tokenizer), stage.mask_replacement == "bert", seed)
+    return Masking(
+        stage.mask_rate, mask_id, len(backbone.tokenizer), stage.mask_replacement == "bert", seed
+    )
 
 
-def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
+def run_ucl(
+    compressor: Compressor, stage: UclStage, folder: Path, seed: int, options: RunOptions
+) -> int | None:
     """Stage 2: SimCSE; each text twice under different dropout, or also cropped."""
     rows = stored_texts(stage.data, stage.min_characters, say)
     stage = clipped("ucl", stage, distinct(rows, stage.batch_size))
@@ -140,7 +176,8 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, op
     compressor.learn(memory=stage.train_memory, embeddings=stage.train_embeddings)
     model = as_sentence_transformer(compressor, stage.max_tokens)
     arguments = SentenceTransformerTrainingArguments(
-        batch_sampler=BatchSamplers.NO_DUPLICATES, **_arguments(compressor, stage, folder, seed, options.report_to)
+        batch_sampler=BatchSamplers.NO_DUPLICATES,
+        **_arguments(compressor, stage, folder, seed, options.report_to),
     )
     crops = CropCollator(model.preprocess, seed=seed, share=stage.crop_share)
     trainer = ContrastiveTrainer(
@@ -153,45 +190,60 @@ def run_ucl(compressor: Compressor, stage: UclStage, folder: Path, seed: int, op
     return _train(trainer, compressor, "ucl", stage, folder, options)
 
 
-def run_scl(compressor: Compressor, stage: SclStage, folder: Path, seed: int, options: RunOptions) -> int | None:
+def run_scl(
+    compressor: Compressor, stage: SclStage, folder: Path, seed: int, options: RunOptions
+) -> int | None:
     """Stage 3: query against positive, hard negatives and the rest of the batch."""
     pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
     stage = clipped("scl", stage, most_in_a_batch(pairs))
     rows = pair_datasets(pairs, stage.batch_size)
-    say(f"stage 3: {len(pairs):,} pairs; " + ", ".join(f"{len(part):,} {name}" for name, part in rows.items()))
+    say(
+        f"stage 3: {len(pairs):,} pairs; "
+        + ", ".join(f"{len(part):,} {name}" for name, part in rows.items())
+    )
     compressor.learn(memory=stage.train_memory, embeddings=stage.train_embeddings)
     limits = {"query": stage.query_max_tokens, "document": stage.document_max_tokens}
     model = as_sentence_transformer(compressor, stage.document_max_tokens, limits)
     columns = {column for part in rows.values() for column in part.column_names}
     arguments = SentenceTransformerTrainingArguments(
         batch_sampler=BatchSamplers.NO_DUPLICATES,
-        router_mapping={column: "query" if column == "anchor" else "document" for column in columns},
+        router_mapping={
+            column: "query" if column == "anchor" else "document" for column in columns
+        },
         **_arguments(compressor, stage, folder, seed, options.report_to),
     )
     train_dataset = next(iter(rows.values())) if len(rows) == 1 else rows
     judges = load_judges(stage, compressor.backbone.input_table.device)
     loss = contrastive_loss(model, stage, judges)
-    trainer = ContrastiveTrainer(model=model, args=arguments, train_dataset=train_dataset, loss=loss)
+    trainer = ContrastiveTrainer(
+        model=model, args=arguments, train_dataset=train_dataset, loss=loss
+    )
     trainer.judges = judges
     if stage.pretext_weight:
         trainer.kept = kept_pretext(compressor, stage, seed, options.pretext)
     return _train(trainer, compressor, "scl", stage, folder, options)
 
 
-def kept_pretext(compressor: Compressor, stage: SclStage, seed: int, pretext: PretextStage | None) -> KeptPretext:
+def kept_pretext(
+    compressor: Compressor, stage: SclStage, seed: int, pretext: PretextStage | None
+) -> KeptPretext:
     """Stage 1's loss, to be added to that of stage 3."""
     assert pretext is not None, "a recipe with scl.pretext_weight has a pretext section"
     size = stage.pretext_batch_size or pretext.batch_size
     pretext = pretext.model_copy(update={"batch_size": size})
     rows = pretext_samples(compressor, pretext, stage.steps * size, seed)
     model = PretextModel(compressor, pretext)
-    return KeptPretext(model, rows, PretextCollator(compressor.backbone.pad_id), size, stage.pretext_weight)
+    return KeptPretext(
+        model, rows, PretextCollator(compressor.backbone.pad_id), size, stage.pretext_weight
+    )
 
 
 RUNNERS = {"pretext": run_pretext, "ucl": run_ucl, "scl": run_scl}
 
 
-def _arguments(compressor: Compressor, stage: Stage, folder: Path, seed: int, report_to: Sequence[str]) -> dict[str, Any]:
+def _arguments(
+    compressor: Compressor, stage: Stage, folder: Path, seed: int, report_to: Sequence[str]
+) -> dict[str, Any]:
     """What all stages ask of their trainer."""
     device = compressor.backbone.input_table.device
     return {
@@ -217,14 +269,21 @@ def _arguments(compressor: Compressor, stage: Stage, folder: Path, seed: int, re
     }
 
 
-def _train(trainer: Any, compressor: Compressor, name: str, stage: Stage, folder: Path, options: RunOptions) -> int | None:
-    """Train from the last complete checkpoint, or from the start. Returns the step that was kept, if the stage kept one."""
+def _train(
+    trainer: Any, compressor: Compressor, name: str, stage: Stage, folder: Path, options: RunOptions
+) -> int | None:
+    """Train from the last complete checkpoint, or from the start. Returns the step that was kept,
+    if the stage kept one.
+    """
     counter = progress.TokenCounter()
     trainer.begin_stage(compressor, name, stage, counter)
     backbone = compressor.backbone
     backbone.set_attention_dropout(stage.attention_dropout)
     backbone.set_checkpointing(stage.gradient_checkpointing)
-    callbacks: list[TrainerCallback] = [progress.ProgressCallback(name, counter), progress.MetricsCallback(folder, counter)]
+    callbacks: list[TrainerCallback] = [
+        progress.ProgressCallback(name, counter),
+        progress.MetricsCallback(folder, counter),
+    ]
     if options.watch is not None:
         callbacks.append(WatchCallback(options.watch, compressor, name, stage, folder, counter))
     _keep_callbacks(trainer, callbacks)

@@ -1,4 +1,6 @@
-"""The ecosystem's trainers with what all stages share: schedule, adapter checkpoints, token count, safe resume."""
+"""The ecosystem's trainers with what all stages share: schedule, adapter checkpoints, token count,
+safe resume.
+"""
 
 from __future__ import annotations
 
@@ -45,20 +47,35 @@ class StageMixin(RanksMixin, FittingMixin):
     stage: Stage
     counter: TokenCounter
 
-    def begin_stage(self, compressor: Compressor, stage_name: str, stage: Stage, counter: TokenCounter) -> None:
+    def begin_stage(
+        self, compressor: Compressor, stage_name: str, stage: Stage, counter: TokenCounter
+    ) -> None:
         """What this trainer trains."""
-        self.compressor, self.stage_name, self.stage, self.counter = compressor, stage_name, stage, counter
+        self.compressor, self.stage_name, self.stage, self.counter = (
+            compressor,
+            stage_name,
+            stage,
+            counter,
+        )
         self.shard_by_layer(compressor.backbone.lm)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
         """The recipe's schedule."""
         trainer: Any = self
-        trainer.lr_scheduler = scheduler(optimizer or trainer.optimizer, self.stage.schedule, self.stage.steps)
+        trainer.lr_scheduler = scheduler(
+            optimizer or trainer.optimizer, self.stage.schedule, self.stage.steps
+        )
         lr_scheduler: LambdaLR = trainer.lr_scheduler
         return lr_scheduler
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Count text tokens, then the trainer's own step. Raises RunError when the loss has run away."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Count text tokens, then the trainer's own step. Raises RunError when the loss has run
+        away.
+        """
         trainer: Any = self
         self.counter.tokens += sum(int(mask.sum()) for mask in masks_of(inputs))
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
@@ -66,12 +83,15 @@ class StageMixin(RanksMixin, FittingMixin):
             raise RunError(
                 "the loss is not finite",
                 where=f"{self.stage_name}, step {trainer.state.global_step + 1}",
-                fix=f"lower {self.stage_name}.schedule.learning_rate or set precision: float32, in a new run directory",
+                fix=f"lower {self.stage_name}.schedule.learning_rate or set precision: "
+                "float32, in a new run directory",
             )
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The newest adapter and the memory, nothing of the base. All ranks call it: each may hold a part of the weights."""
+        """The newest adapter and the memory, nothing of the base. All ranks call it: each may hold
+        a part of the weights.
+        """
         trainer: Any = self
         self.compressor.save(Path(output_dir or trainer.args.output_dir), self.stage_name)
 
@@ -79,7 +99,9 @@ class StageMixin(RanksMixin, FittingMixin):
         self.compressor.load(Path(checkpoint), self.stage_name)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Mark a checkpoint complete once all of it is written; an unmarked one is not resumed from."""
+        """Mark a checkpoint complete once all of it is written; an unmarked one is not resumed
+        from.
+        """
         trainer: Any = self
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
         with whole_or_gone(folder):
@@ -90,7 +112,9 @@ class StageMixin(RanksMixin, FittingMixin):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Newest complete checkpoint in a stage folder; incomplete ones (a kill while saving) are removed."""
+    """Newest complete checkpoint in a stage folder; incomplete ones (a kill while saving) are
+    removed.
+    """
     complete = []
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / COMPLETE_FILE).exists():
@@ -101,12 +125,16 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class PretextModel(nn.Module):
-    """Stage 1 as one module, batch → loss: encoder, teacher and decoder pass under one wrapper (DDP, FSDP).
+    """Stage 1 as one module, batch → loss: encoder, teacher and decoder pass under one wrapper
+    (DDP, FSDP).
 
-    `to_teacher`: for `alignment` to a teacher of another width without a projection; saved with the stage, not exported.
+    `to_teacher`: for `alignment` to a teacher of another width without a projection; saved with the
+    stage, not exported.
     """
 
-    def __init__(self, compressor: Compressor, stage: PretextStage, to_teacher: nn.Linear | None = None) -> None:
+    def __init__(
+        self, compressor: Compressor, stage: PretextStage, to_teacher: nn.Linear | None = None
+    ) -> None:
         super().__init__()
         self.compressor = compressor
         self.stage = stage
@@ -156,17 +184,26 @@ class KeptPretext:
 
 
 class PretextTrainer(StageMixin, Trainer):
-    """transformers' Trainer over a PretextModel; samples in their fixed order, means over the whole optimiser step."""
+    """transformers' Trainer over a PretextModel; samples in their fixed order, means over the whole
+    optimiser step.
+    """
 
     loss_is_scaled_for_ga = True
     limit_name = "max_tokens_per_batch"
     max_tokens: int | None = None
 
-    def begin_stage(self, compressor: Compressor, stage_name: str, stage: Stage, counter: TokenCounter) -> None:
-        """As for all trainers. Raises RunError for a limit over sharded weights: ranks with fewer pieces would wait."""
+    def begin_stage(
+        self, compressor: Compressor, stage_name: str, stage: Stage, counter: TokenCounter
+    ) -> None:
+        """As for all trainers. Raises RunError for a limit over sharded weights: ranks with fewer
+        pieces would wait.
+        """
         super().begin_stage(compressor, stage_name, stage, counter)
         self.set_limit(getattr(stage, self.limit_name))
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        sharded = self.accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        )
         if sharded and self.max_tokens is not None:
             where, fix = f"{stage_name}.{self.limit_name}", "set it to null and lower batch_size"
             raise RunError("batches by tokens do not go with sharded weights", where=where, fix=fix)
@@ -196,17 +233,31 @@ class PretextTrainer(StageMixin, Trainer):
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
         return SequentialSampler(rows)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Micro-batches of one optimiser step, and the number of items over all of them and all devices."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Micro-batches of one optimiser step, and the number of items over all of them and all
+        devices.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        items = torch.tensor([self._stage_model().items(batch) for batch in batches], device=device).sum(0)
+        items = torch.tensor(
+            [self._stage_model().items(batch) for batch in batches], device=device
+        ).sum(0)
         return batches, self.accelerator.reduce(items) if self.args.world_size > 1 else items
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Loss scaled so that the gradients' mean over devices is the mean over all items."""
-        items = self._stage_model().items(inputs) if num_items_in_batch is None else num_items_in_batch.tolist()
+        items = (
+            self._stage_model().items(inputs)
+            if num_items_in_batch is None
+            else num_items_in_batch.tolist()
+        )
         with root_stays_whole(model):
             loss = model(items=items, **inputs) * self.args.world_size
         return (loss, {}) if return_outputs else loss
@@ -225,7 +276,11 @@ class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
     kept: KeptPretext | None = None
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The contrastive loss, and stage 1's where it is kept."""
         loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[arg-type]
@@ -248,7 +303,9 @@ class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
         """None: the exported folder gets a card of its own."""
 
     def at_once(self, inputs: dict[str, Any]) -> tuple[int, bool]:
-        """Most text tokens that the loss may encode at once; a limit under twice the shortest text leaves each alone."""
+        """Most text tokens that the loss may encode at once; a limit under twice the shortest text
+        leaves each alone.
+        """
         columns = [mask.sum(1).sort(descending=True).values for mask in masks_of(inputs)]
         size, limit = self.stage.mini_batch_size, self.stage.mini_batch_tokens
         if size is None and limit is None:
@@ -263,5 +320,7 @@ class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
     def set_limit(self, tokens: int) -> None:
         """Another loss, equal in value and gradient."""
         self.stage = self.stage.model_copy(update={self.limit_name: tokens})
-        loss: Any = self.prepare_loss(contrastive_loss(self.model, self.stage, self.judges), self.model)
+        loss: Any = self.prepare_loss(
+            contrastive_loss(self.model, self.stage, self.judges), self.model
+        )
         self.loss = loss

@@ -1,7 +1,10 @@
-"""Collapse watch: figures of a fixed sample while a stage trains, the best step kept, an early stop, warnings in words.
+"""Collapse watch: figures of a fixed sample while a stage trains, the best step kept, an early
+stop, warnings in words.
 
-sample   drawn once per run, seeded: texts (collapse), the longer ones split (context recovered), pairs (alignment)
-watch    every n steps, adapters on, dropout off, randomness put back: nothing that is learned changes
+sample   drawn once per run, seeded: texts (collapse), the longer ones split (context recovered),
+         pairs (alignment)
+watch    every n steps, adapters on, dropout off, randomness put back: nothing that is learned
+         changes
 file     <stage>/watch.jsonl, a line per watch; the first at step 0, the last at the stage's end
 """
 
@@ -31,19 +34,35 @@ RANK_FALL, COPY = 0.7, 0.99
 
 
 class WatchCallback(TrainerCallback):
-    """Watches a stage at its first step, every n, and its last; keeps the best and stops early if the stage asks for it."""
+    """Watches a stage at its first step, every n, and its last; keeps the best and stops early if
+    the stage asks for it.
+    """
 
     def __init__(
-        self, watch: Watch, compressor: Compressor, name: str, stage: Stage, folder: Path, counter: TokenCounter
+        self,
+        watch: Watch,
+        compressor: Compressor,
+        name: str,
+        stage: Stage,
+        folder: Path,
+        counter: TokenCounter,
     ) -> None:
-        self.watch, self.compressor, self.name, self.stage, self.counter = watch, compressor, name, stage, counter
+        self.watch, self.compressor, self.name, self.stage, self.counter = (
+            watch,
+            compressor,
+            name,
+            stage,
+            counter,
+        )
         self.lines, self.best_folder = StepLines(folder / WATCH_FILE), folder / BEST_FOLDER
         self.every = watch.settings.every_steps or max(1, stage.steps // 5)
         self.seen: list[dict[str, Any]] = []
         self.due = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Go on behind the lines of a stage that is resumed; watch a fresh one before its first step."""
+        """Go on behind the lines of a stage that is resumed; watch a fresh one before its first
+        step.
+        """
         if state.is_world_process_zero:
             self.seen = self.lines.begin(state.global_step)
         if state.global_step == 0:
@@ -73,7 +92,10 @@ class WatchCallback(TrainerCallback):
 
     def _record(self, state: Any) -> None:
         logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        line = {"step": state.global_step, "loss": logged[-1] if logged and state.global_step else None}
+        line = {
+            "step": state.global_step,
+            "loss": logged[-1] if logged and state.global_step else None,
+        }
         try:
             line |= self.watch.measure(self.compressor, prompt=self.name == "scl")
         except DataError as error:
@@ -81,9 +103,12 @@ class WatchCallback(TrainerCallback):
                 f"the watch found that {error.problem}",
                 where=f"{self.name}, step {state.global_step}",
                 found=error.found,
-                fix=f"lower {self.name}.schedule.learning_rate or set precision: float32, in a new run directory",
+                fix=f"lower {self.name}.schedule.learning_rate or set precision: float32, in "
+                "a new run directory",
             ) from error
-        line["warnings"] = warnings_of(self.seen[0] if self.seen else line, line, compresses=self.name == "pretext")
+        line["warnings"] = warnings_of(
+            self.seen[0] if self.seen else line, line, compresses=self.name == "pretext"
+        )
         line["best"] = self._is_best(line)
         told = {text.split(":")[0] for old in self.seen for text in old["warnings"]}
         for text in line["warnings"]:
@@ -107,7 +132,11 @@ class WatchCallback(TrainerCallback):
     def _in_vain(self) -> bool:
         """Whether the last `patience` watches brought nothing better."""
         patience = self.stage.patience
-        return patience is not None and len(self.seen) > patience and not any(line["best"] for line in self.seen[-patience:])
+        return (
+            patience is not None
+            and len(self.seen) > patience
+            and not any(line["best"] for line in self.seen[-patience:])
+        )
 
 
 def keep_best(compressor: Compressor, name: str, folder: Path) -> int | None:
@@ -132,23 +161,31 @@ def figure_of(line: dict[str, Any], figure: str) -> float | None:
 
 
 def warnings_of(first: dict[str, Any], now: dict[str, Any], compresses: bool) -> list[str]:
-    """What a watch has to say in words, against the stage's first one; `compresses`: the stage learns to continue."""
+    """What a watch has to say in words, against the stage's first one; `compresses`: the stage
+    learns to continue.
+    """
     found = []
     before, rank = first["effective_rank"], now["effective_rank"]
     if rank < RANK_FALL * before:
         found.append(
-            f"the effective rank falls: {before:.1f} at step {first['step']}, now {rank:.1f}; the embeddings collapse into "
+            f"the effective rank falls: {before:.1f} at step {first['step']}, now "
+            f"{rank:.1f}; the embeddings collapse into "
             "fewer directions (a lower learning rate, fewer steps, or a contrastive stage helps)"
         )
     correlation = now["memory_correlation"]  # None: an encoder without memory tokens
     if correlation and (count := copies(correlation, COPY)):
         found.append(
-            f"memory tokens become copies: {count} of {len(correlation)} give nearly what another gives "
-            f"(mean cosine {COPY} or more); fewer tokens, or merging (`llm2comp analyze --write-weights`), would do as well"
+            f"memory tokens become copies: {count} of {len(correlation)} give nearly what "
+            "another gives "
+            f"(mean cosine {COPY} or more); fewer tokens, or merging (`llm2comp analyze "
+            "--write-weights`), would do as well"
         )
     recovered = now["context_recovered"]
     if compresses and now["step"] and recovered is not None and recovered < 0:
-        found.append(f"the memory misleads: the LM continues worse with it than without any context ({recovered:.2f})")
+        found.append(
+            "the memory misleads: the LM continues worse with it than without any "
+            f"context ({recovered:.2f})"
+        )
     return found
 
 
@@ -156,7 +193,8 @@ def check_watch(recipe: Recipe, local_sets: LocalSets | None = None) -> None:
     """Find what a watch would stumble over before anything trains.
 
     Raises:
-        DataError: a source or a folder of sets cannot be read. RecipeError: `keep_best` names nothing that is watched.
+        DataError: a source or a folder of sets cannot be read. RecipeError: `keep_best` names
+            nothing that is watched.
     """
     if recipe.watch is None:
         return
@@ -169,5 +207,8 @@ def check_watch(recipe: Recipe, local_sets: LocalSets | None = None) -> None:
     for name, stage in recipe.stages.items():
         if stage.keep_best is not None and stage.keep_best not in (*WATCHED, *names):
             raise RecipeError(
-                "no such figure", where=f"{name}.keep_best", expected=", ".join((*WATCHED, *names)), found=stage.keep_best
+                "no such figure",
+                where=f"{name}.keep_best",
+                expected=", ".join((*WATCHED, *names)),
+                found=stage.keep_best,
             )

@@ -1,4 +1,5 @@
-"""Texts → embeddings in bulk: long-text policies, batches with progress, files in one step (writing.py).
+"""Texts → embeddings in bulk: long-text policies, batches with progress, files in one step
+(writing.py).
 
 All texts are tokenised before the first is encoded, each once (inputs.py); vectors.py batches them.
 """
@@ -36,20 +37,21 @@ def embed(
         model: any sentence-transformers model.
         texts: the texts.
         role: use the model's stored prompt for queries or documents.
-        long_texts: what to do with texts over the model's limit: cut them, embed their parts and average
-            (each part weighs by its tokens), or stop.
-        max_tokens_per_batch: texts are encoded so many tokens at once, padding and memory included; one text at least.
-            None = by the device.
+        long_texts: what to do with texts over the model's limit: cut them, embed their parts and
+            average (each part weighs by its tokens), or stop.
+        max_tokens_per_batch: texts are encoded so many tokens at once, padding and memory included;
+            one text at least. None = by the device.
         normalise: scale each embedding to length 1.
 
     Raises:
-        DataError: no texts, or one that is not Unicode; a text over the limit under `error`; a prompt that leaves no room;
-            an embedding that is not finite.
+        DataError: no texts, or one that is not Unicode; a text over the limit under `error`; a
+            prompt that leaves no room; an embedding that is not finite.
     """
     _check_texts(texts)
     prompt, frame = prompt_of(model, role), frame_of(model)
     room = _room(model, frame, prompt)
-    # A text is one part or, under chunk-mean, several: what the model is given, its tokens, its weight in the mean.
+    # A text is one part or, under chunk-mean, several: what the model is given, its tokens, its
+    # weight in the mean.
     parts = [[prompt + text] for text in texts]
     ids = [[row] for row in tokenise(model, [prompt + text for text in texts])]
     weights = [[1] for _ in texts]
@@ -95,31 +97,54 @@ def _check_texts(texts: Sequence[str]) -> None:
     for number, text in enumerate(texts, 1):
         try:
             text.encode("utf-8")
-        except (UnicodeEncodeError, AttributeError):  # a byte that did not decode, as in arguments; no string at all
-            raise DataError("not a Unicode text", where=f"text {number}", found=ascii(text)[:80]) from None
+        # a byte that did not decode, as in arguments; no string at all
+        except (
+            UnicodeEncodeError,
+            AttributeError,
+        ):
+            raise DataError(
+                "not a Unicode text", where=f"text {number}", found=ascii(text)[:80]
+            ) from None
 
 
 def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
-    """Tokens of prompt and text that fit into one input, beside what the model itself adds (BOS, memory)."""
+    """Tokens of prompt and text that fit into one input, beside what the model itself adds (BOS,
+    memory).
+    """
     limit = model.max_seq_length or 10**9
     around = len(model.tokenizer("", verbose=False)["input_ids"])
     room = frame.room if frame else limit - around
     if room < 1:
-        raise DataError("leaves no room for a text", where="max_seq_length", expected=f"{around + 1} or more", found=limit)
+        raise DataError(
+            "leaves no room for a text",
+            where="max_seq_length",
+            expected=f"{around + 1} or more",
+            found=limit,
+        )
     if prompt and len(tokenise(model, [prompt])[0]) >= room:
-        raise DataError("the prompt leaves no room for a text", expected=f"fewer than {room} tokens", found=repr(prompt[:80]))
+        raise DataError(
+            "the prompt leaves no room for a text",
+            expected=f"fewer than {room} tokens",
+            found=repr(prompt[:80]),
+        )
     return room
 
 
 def _pieces(model: SentenceTransformer, text: str, prompt: str, room: int) -> list[str]:
     """A text in parts that each fit after the prompt, cut between tokens."""
-    spans = model.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
+    spans = model.tokenizer(
+        text, return_offsets_mapping=True, add_special_tokens=False, verbose=False
+    )["offset_mapping"]
     free = room - (len(tokenise(model, [prompt])[0]) if prompt else 0)
     parts, begin = [], 0
     while begin < len(spans):
         end = min(begin + free, len(spans))
-        # a part may have more tokens than the text had there: its last character whole, its first word without a space
-        while end > begin + 1 and len(tokenise(model, [prompt + text[spans[begin][0] : spans[end - 1][1]]])[0]) > room:
+        # a part may have more tokens than the text had there: its last character whole, its first
+        # word without a space
+        while (
+            end > begin + 1
+            and len(tokenise(model, [prompt + text[spans[begin][0] : spans[end - 1][1]]])[0]) > room
+        ):
             end -= 1
         parts.append(text[spans[begin][0] : spans[end - 1][1]])
         begin = end

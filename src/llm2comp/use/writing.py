@@ -33,9 +33,11 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Places:
-    """Where texts stand in their source: `numbers` (N,) counts its rows from 0, `rows` are all of them.
+    """Where texts stand in their source: `numbers` (N,) counts its rows from 0, `rows` are all of
+    them.
 
-    `zero`: all rows are written, those without a text as zeros; otherwise the texts alone, with their numbers.
+    `zero`: all rows are written, those without a text as zeros; otherwise the texts alone, with
+    their numbers.
     """
 
     numbers: Sequence[int]
@@ -48,8 +50,8 @@ def places_of(loaded: Loaded[str], bad_rows: BadRows, source: str) -> Places | N
 
     Args:
         loaded: what was read.
-        bad_rows: what to do where rows have no text that can be embedded: stop; leave them out and write the numbers of the
-            others; write zeros in their place.
+        bad_rows: what to do where rows have no text that can be embedded: stop; leave them out and
+            write the numbers of the others; write zeros in their place.
         source: what an error calls it.
 
     Raises:
@@ -62,16 +64,19 @@ def places_of(loaded: Loaded[str], bad_rows: BadRows, source: str) -> Places | N
             f"{loaded.there - loaded.used:,} of {loaded.there:,} rows cannot be embedded",
             where=source,
             found=loaded.left_out(),
-            fix="mend them; or --bad-rows skip (left out, the others keep their row numbers) or zero (zeros in their place)",
+            fix="mend them; or --bad-rows skip (left out, the others keep their row numbers) "
+            "or zero (zeros in their place)",
         )
     return None
 
 
-def write_embeddings(path: Path, embedded: Embedded, texts: Sequence[str], places: Places | None = None) -> None:
+def write_embeddings(
+    path: Path, embedded: Embedded, texts: Sequence[str], places: Places | None = None
+) -> None:
     """Write .npy (the matrix), .parquet or .jsonl (columns text, embedding), in one step.
 
-    With `places` that are not `zero` there is a column `row` before these, beside .npy a file `.rows.npy`; with `zero` a text
-    that there is not is null.
+    With `places` that are not `zero` there is a column `row` before these, beside .npy a file
+    `.rows.npy`; with `zero` a text that there is not is null.
 
     Raises:
         DataError: another suffix. RunError: not to be replaced, or cannot be written.
@@ -89,10 +94,15 @@ def write_embeddings(path: Path, embedded: Embedded, texts: Sequence[str], place
 
         width = embedded.embeddings_ND.shape[1]
         column = pa.FixedSizeListArray.from_arrays(pa.array(embedded.embeddings_ND.ravel()), width)
-        pq.write_table(pa.table({**rows, "text": pa.array(texts, pa.string()), "embedding": column}), buffer)
+        pq.write_table(
+            pa.table({**rows, "text": pa.array(texts, pa.string()), "embedding": column}), buffer
+        )
     else:
         columns = {**rows, "text": texts, "embedding": embedded.embeddings_ND.tolist()}
-        lines = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        lines = (
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        )
         buffer.write("".join(to_json(line, ensure_ascii=False) + "\n" for line in lines).encode())
     beside = rows_file(path)
     if path.suffix == ".npy":  # row numbers of an earlier file would be wrong beside this one
@@ -109,7 +119,9 @@ def rows_file(path: Path) -> Path:
     return path.with_suffix(".rows.npy")
 
 
-def _spread(embedded: Embedded, texts: Sequence[str], places: Places) -> tuple[Embedded, list[str | None]]:
+def _spread(
+    embedded: Embedded, texts: Sequence[str], places: Places
+) -> tuple[Embedded, list[str | None]]:
     """A row for each of the source: zeros and no text where it had none."""
     all_ND = np.zeros((places.rows, embedded.embeddings_ND.shape[1]), dtype=np.float32)
     all_ND[list(places.numbers)] = embedded.embeddings_ND
@@ -123,11 +135,15 @@ def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
     """See that `write_embeddings` can write, before hours are spent on embedding.
 
     Raises:
-        DataError: another suffix, a folder, no right to write. RunError: one of the inputs, or a file of others.
+        DataError: another suffix, a folder, no right to write. RunError: one of the inputs, or a
+            file of others.
     """
     if path.suffix not in OUTPUT_FORMATS:
         raise DataError(
-            "unknown format", where=str(path), expected=" or ".join(OUTPUT_FORMATS), found=path.suffix or "no suffix"
+            "unknown format",
+            where=str(path),
+            expected=" or ".join(OUTPUT_FORMATS),
+            found=path.suffix or "no suffix",
         )
     home = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not home.is_dir() or not os.access(home, os.W_OK):
@@ -149,5 +165,10 @@ def _holds_embeddings(file: Path) -> bool:
         with file.open(encoding="utf-8") as lines:
             first = json.loads(lines.readline())
         return isinstance(first, dict) and "embedding" in first
-    except (OSError, ValueError, EOFError):  # pyarrow's for a file that is no parquet is a ValueError
+    # pyarrow's for a file that is no parquet is a ValueError
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+    ):
         return False

@@ -1,4 +1,6 @@
-"""`llm2comp evaluate`: models × tasks → scores in mteb's format, a table, and a summary that the report reads."""
+"""`llm2comp evaluate`: models × tasks → scores in mteb's format, a table, and a summary that the
+report reads.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ RESULTS_FOLDER = Path("llm2comp-scores")
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What one model got: task → {score (0 to 1), metric, split}; task → why it could not be run."""
+    """What one model got: task → {score (0 to 1), metric, split}; task → why it could not be
+    run.
+    """
 
     model: str
     name: str
@@ -57,8 +61,9 @@ class EvaluateOptions:
         tasks: names of tasks and benchmarks of mteb, or `paper14`.
         local: folders of local sets.
         pairs: files of questions and answers.
-        instructions: `auto` (the paper's 14 instructions, for models of ours that were trained with instructions), `none`,
-            or a YAML file of task names and instructions, which go to any model.
+        instructions: `auto` (the paper's 14 instructions, for models of ours that were trained with
+            instructions), `none`, or a YAML file of task names and instructions, which go to any
+            model.
         template: how an instruction stands before a text.
         max_tokens_per_batch: tokens at once, padding included; None = by the device.
         device: None = the best there is.
@@ -75,7 +80,9 @@ class EvaluateOptions:
     pairs: tuple[Questions, ...] = ()
 
 
-def evaluate(models: Sequence[str], options: EvaluateOptions, out: Path | None = None) -> list[ModelScores]:
+def evaluate(
+    models: Sequence[str], options: EvaluateOptions, out: Path | None = None
+) -> list[ModelScores]:
     """Run every task on every model; results that are there already are not run again.
 
     Args:
@@ -103,26 +110,47 @@ def evaluate(models: Sequence[str], options: EvaluateOptions, out: Path | None =
 
 
 def results_folder(model: str, out: Path | None = None, beside: Sequence[str] = ()) -> Path:
-    """Where a model's results go: `out`, or `scores/` in its run, or in the first run among those `beside` it, or one here."""
+    """Where a model's results go: `out`, or `scores/` in its run, or in the first run among those
+    `beside` it, or one here.
+    """
     run = next((run for each in (model, *beside) if (run := Run.of(each))), None)
     return out or (run.path / SCORES_FOLDER if run else RESULTS_FOLDER)
 
 
-def _encoder(path: str, tasks: Sequence[Any], instructions: Mapping[str, str], options: EvaluateOptions) -> Encoder:
+def _encoder(
+    path: str, tasks: Sequence[Any], instructions: Mapping[str, str], options: EvaluateOptions
+) -> Encoder:
     """A model as mteb calls it, with the instructions it is to get."""
     if path.lower() in LEXICAL:
         return LEXICAL[path.lower()]()
     model = load(path, options.device, options.num_memory)
     if options.instructions == "auto" and not _knows_instructions(path, model):
         instructions = {}
-    if model.device.type == "cpu":  # twice the speed; elsewhere a second copy of a large LM may not fit
+    # twice the speed; elsewhere a second copy of a large LM may not fit
+    if model.device.type == "cpu":
         merge_adapters(model)
     who = identity(path, model)
-    used = {task.metadata.name: instructions[task.metadata.name] for task in tasks if task.metadata.name in instructions}
+    used = {
+        task.metadata.name: instructions[task.metadata.name]
+        for task in tasks
+        if task.metadata.name in instructions
+    }
     for task, instruction in used.items():
-        check_prompt(model, options.template.replace("{instruction}", instruction), "query", where=f"instruction of {task}")
-    # One revision per setting that changes scores: results under other instructions or lengths are other results.
-    settings = to_json([sorted(instructions.items()), options.template if instructions else "", model.max_seq_length])
+        check_prompt(
+            model,
+            options.template.replace("{instruction}", instruction),
+            "query",
+            where=f"instruction of {task}",
+        )
+    # One revision per setting that changes scores: results under other instructions or lengths are
+    # other results.
+    settings = to_json(
+        [
+            sorted(instructions.items()),
+            options.template if instructions else "",
+            model.max_seq_length,
+        ]
+    )
     revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
     at_once = options.max_tokens_per_batch
     return MtebEncoder(model, who.name, revision, used, options.template, at_once)
@@ -134,23 +162,34 @@ def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], folder: Pat
     name, revision = str(meta and meta.name), str(meta and meta.revision)
     row = ModelScores(_label(path), name, revision)
     told = len(getattr(encoder, "instructions", {}))
-    say(f"{path}: {name}, revision {revision}, {len(tasks)} tasks" + f", {told} of them with an instruction" * bool(told))
+    say(
+        f"{path}: {name}, revision {revision}, {len(tasks)} tasks"
+        + f", {told} of them with an instruction" * bool(told)
+    )
     begin = time.monotonic()
     for number, outcome in enumerate(run_tasks(encoder, tasks, folder), 1):
         if outcome.score is None:
             row.failed[outcome.task] = outcome.why
             result = f"left out: {outcome.why}"
         else:
-            row.scores[outcome.task] = {key: getattr(outcome.score, key) for key in ("score", "metric", "split")}
+            row.scores[outcome.task] = {
+                key: getattr(outcome.score, key) for key in ("score", "metric", "split")
+            }
             result = f"{100 * outcome.score.score:.2f} {outcome.score.metric}"
         spent = time.monotonic() - begin
-        left = f", about {spent / number * (len(tasks) - number):.0f} s left" if number < len(tasks) else ""
+        left = (
+            f", about {spent / number * (len(tasks) - number):.0f} s left"
+            if number < len(tasks)
+            else ""
+        )
         say(f"  {number}/{len(tasks)} {outcome.task}: {result} ({outcome.seconds:.0f} s{left})")
     return row
 
 
 def table(rows: Sequence[ModelScores], compare: bool = False) -> Table:
-    """Tasks down, models across, in percent; `compare` adds the published rows of the paper's tasks."""
+    """Tasks down, models across, in percent; `compare` adds the published rows of the paper's
+    tasks.
+    """
     tasks = list(dict.fromkeys(task for row in rows for task in (*row.scores, *row.failed)))
     shown = Table("task", "figure")
     columns: list[dict[str, str]] = []
@@ -172,14 +211,18 @@ def table(rows: Sequence[ModelScores], compare: bool = False) -> Table:
 
 
 def _average(row: ModelScores, tasks: Sequence[str]) -> str:
-    """Mean over all tasks asked for; none where one is missing, as it would be a mean of something else."""
+    """Mean over all tasks asked for; none where one is missing, as it would be a mean of something
+    else.
+    """
     if not tasks or any(task not in row.scores for task in tasks):
         return ""
     return f"{100 * sum(row.scores[task]['score'] for task in tasks) / len(tasks):.2f}"
 
 
 def read_summary(file: Path) -> list[ModelScores]:
-    """Rows of a summary file, none where there is no such file. Raises RunError when it is damaged."""
+    """Rows of a summary file, none where there is no such file. Raises RunError when it is
+    damaged.
+    """
     try:
         rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
         for row in rows:
@@ -194,32 +237,49 @@ def earlier_rows(rows: Sequence[ModelScores], folder: Path) -> list[ModelScores]
     """Models with results in a folder, as far as they share tasks with `rows`."""
     tasks = {task for row in rows for task in (*row.scores, *row.failed)}
     known = {(row.name, row.revision) for row in rows}
-    before = [row for row in read_summary(folder / SUMMARY_FILE) if (row.name, row.revision) not in known]
-    cut = [replace(row, scores={t: s for t, s in row.scores.items() if t in tasks}, failed={}) for row in before]
+    before = [
+        row for row in read_summary(folder / SUMMARY_FILE) if (row.name, row.revision) not in known
+    ]
+    cut = [
+        replace(row, scores={t: s for t, s in row.scores.items() if t in tasks}, failed={})
+        for row in before
+    ]
     return [row for row in cut if row.scores]
 
 
 def _keep(file: Path, row: ModelScores) -> None:
-    """Put a row into the summary, beside those of other models, by other processes too; what it got in other tasks stays."""
+    """Put a row into the summary, beside those of other models, by other processes too; what it got
+    in other tasks stays.
+    """
     with explain_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_name(f".{file.name}.lock")):
             rows = read_summary(file)
             same = [old for old in rows if (old.name, old.revision) == (row.name, row.revision)]
-            scores = {task: score for old in same for task, score in old.scores.items()} | row.scores
+            scores = {
+                task: score for old in same for task, score in old.scores.items()
+            } | row.scores
             kept = [old for old in rows if old not in same]
             merged = replace(row, scores=scores)
             write_text(file, to_json([vars(one) for one in (*kept, merged)], indent=1))
 
 
 def _tasks(options: EvaluateOptions) -> list[Any]:
-    tasks = named_tasks(options.tasks) + [task for folder in options.local for task in local_tasks(folder)]
+    tasks = named_tasks(options.tasks) + [
+        task for folder in options.local for task in local_tasks(folder)
+    ]
     tasks += [pairs_task(asked) for asked in options.pairs]
     if not tasks:
-        raise DataError("nothing to evaluate", expected="--tasks paper14, a task of mteb's, --local DIR, or --pairs FILE")
+        raise DataError(
+            "nothing to evaluate",
+            expected="--tasks paper14, a task of mteb's, --local DIR, or --pairs FILE",
+        )
     name, count = Counter(task.metadata.name for task in tasks).most_common(1)[0]
     if count > 1:
-        raise DataError(f"{count} sets are named {name!r}", fix="rename one of them: results are kept by this name")
+        raise DataError(
+            f"{count} sets are named {name!r}",
+            fix="rename one of them: results are kept by this name",
+        )
     return tasks
 
 
@@ -232,16 +292,28 @@ def _instructions(options: EvaluateOptions) -> dict[str, str]:
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(file), expected="auto, none, or a YAML file") from None
-    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
-        raise DataError("not a table of instructions", where=str(file), expected="lines of `task name: instruction`")
+        raise DataError(
+            f"cannot be read: {error}", where=str(file), expected="auto, none, or a YAML file"
+        ) from None
+    if not isinstance(found, dict) or not all(
+        isinstance(text, str) for pair in found.items() for text in pair
+    ):
+        raise DataError(
+            "not a table of instructions",
+            where=str(file),
+            expected="lines of `task name: instruction`",
+        )
     return found
 
 
 def _knows_instructions(path: str | Path, model: SentenceTransformer) -> bool:
-    """Whether a model is one of ours that saw instructions in training: it stores a prompt for queries."""
+    """Whether a model is one of ours that saw instructions in training: it stores a prompt for
+    queries.
+    """
     folder = Path(path)
-    ours = isinstance(model[0], MemoryEncoder) or any((folder / place / GOLDEN_FILE).is_file() for place in ("", "model"))
+    ours = isinstance(model[0], MemoryEncoder) or any(
+        (folder / place / GOLDEN_FILE).is_file() for place in ("", "model")
+    )
     return ours and bool(model.prompts.get("query"))
 
 

@@ -21,22 +21,32 @@ QUERIES_AT_ONCE = 256
 
 
 class LexicalEncoder(AbsEncoder, abc.ABC):
-    """Vectors of word weights. Only the vocabulary and word rarity are fitted, on each task's own texts."""
+    """Vectors of word weights. Only the vocabulary and word rarity are fitted, on each task's own
+    texts.
+    """
 
     batch_size = 1024
     name: str
     revision: str
 
     def __init__(self) -> None:
-        self.mteb_model_meta = ModelMeta.create_empty({"name": f"llm2comp/{self.name}", "revision": self.revision})
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {"name": f"llm2comp/{self.name}", "revision": self.revision}
+        )
 
     def fit_task(self, task: Any) -> None:
-        """Fit vocabulary and word rarity on all texts of a loaded task. Raises DataError if no word is usable."""
+        """Fit vocabulary and word rarity on all texts of a loaded task. Raises DataError if no word
+        is usable.
+        """
         self._fit_words(texts_of(task), task.metadata.name)
 
     def encode(self, inputs: Any, **_: Any) -> NDArray[np.float32]:
-        """Vectors of a data loader's texts, (N, vocabulary), float32; 0 for a text without known words."""
-        found: NDArray[np.float32] = self._weigh([text for batch in inputs for text in batch["text"]]).toarray()
+        """Vectors of a data loader's texts, (N, vocabulary), float32; 0 for a text without known
+        words.
+        """
+        found: NDArray[np.float32] = self._weigh(
+            [text for batch in inputs for text in batch["text"]]
+        ).toarray()
         return found
 
     def _fit_words(self, texts: Iterable[str], where: str) -> None:
@@ -60,16 +70,20 @@ class TfidfEncoder(LexicalEncoder):
     name, revision = "tfidf", "sublinear-english-1"
 
     def _fit(self, texts: list[str]) -> None:
-        self._vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english", dtype=np.float32).fit(texts)
+        self._vectorizer = TfidfVectorizer(
+            sublinear_tf=True, stop_words="english", dtype=np.float32
+        ).fit(texts)
 
     def _weigh(self, texts: Sequence[str]) -> csr_matrix:
         return self._vectorizer.transform(texts)
 
 
 class Bm25Encoder(LexicalEncoder):
-    """BM25 as Lucene has it, with bm25s's tokens, English stop words and defaults: ranks documents for a query.
+    """BM25 as Lucene has it, with bm25s's tokens, English stop words and defaults: ranks documents
+    for a query.
 
-    Texts that are compared as equals (similarity, classes, clusters) get the vectors of these weights.
+    Texts that are compared as equals (similarity, classes, clusters) get the vectors of these
+    weights.
     """
 
     name, revision = "bm25", "lucene-english-1"
@@ -86,44 +100,69 @@ class Bm25Encoder(LexicalEncoder):
         counts = csr_matrix(self._counter.transform(texts))
         lengths_N = np.asarray(counts.sum(axis=1)).ravel() / self._mean_length
         damping = np.repeat(self.k1 * (1 - self.b + self.b * lengths_N), np.diff(counts.indptr))
-        counts.data = (counts.data / (counts.data + damping) * self._rarity_V[counts.indices]).astype(np.float32)
+        counts.data = (
+            counts.data / (counts.data + damping) * self._rarity_V[counts.indices]
+        ).astype(np.float32)
         return counts
 
     def index(self, corpus: Dataset, *, task_metadata: Any, **_: Any) -> None:
-        """Index the documents (title and text) of a retrieval task; word rarity comes from these alone."""
+        """Index the documents (title and text) of a retrieval task; word rarity comes from these
+        alone.
+        """
         texts = [f"{row.get('title') or ''} {row['text']}" for row in corpus]
         self._fit_words(texts, task_metadata.name)
         self._ids, self._weights = list(corpus["id"]), self._weigh(texts)
 
     def search(
-        self, queries: Dataset, *, top_k: int, top_ranked: Mapping[str, Sequence[str]] | None = None, **_: Any
+        self,
+        queries: Dataset,
+        *,
+        top_k: int,
+        top_ranked: Mapping[str, Sequence[str]] | None = None,
+        **_: Any,
     ) -> dict[str, dict[str, float]]:
-        """Query id → its best documents and their scores: those that share a word with it, or all its candidates."""
+        """Query id → its best documents and their scores: those that share a word with it, or all
+        its candidates.
+        """
         places = {document: place for place, document in enumerate(self._ids)}
         names, counts = list(queries["id"]), self._counter.transform(queries["text"])
         found: dict[str, dict[str, float]] = {}
         for first in range(0, len(names), QUERIES_AT_ONCE):
             scores_QD = (counts[first : first + QUERIES_AT_ONCE] @ self._weights.T).toarray()
-            for query, scores_D in zip(names[first : first + QUERIES_AT_ONCE], scores_QD, strict=True):
-                chosen = np.array([places[each] for each in top_ranked[query]]) if top_ranked else np.flatnonzero(scores_D)
+            for query, scores_D in zip(
+                names[first : first + QUERIES_AT_ONCE], scores_QD, strict=True
+            ):
+                chosen = (
+                    np.array([places[each] for each in top_ranked[query]])
+                    if top_ranked
+                    else np.flatnonzero(scores_D)
+                )
                 best = chosen[np.argsort(-scores_D[chosen], kind="stable")[:top_k]]
                 found[query] = {self._ids[place]: float(scores_D[place]) for place in best}
         return found
 
 
 # Models by name that need no training and no weights.
-LEXICAL: Mapping[str, type[LexicalEncoder]] = {kind.name: kind for kind in (TfidfEncoder, Bm25Encoder)}
+LEXICAL: Mapping[str, type[LexicalEncoder]] = {
+    kind.name: kind for kind in (TfidfEncoder, Bm25Encoder)
+}
 
 
 def texts_of(task: Any) -> Iterator[str]:
-    """Every text in a loaded task, whatever its layout: columns of strings, lists of them, corpus and queries."""
-    yield from _strings(task.dataset, skipped={"id", "_id", "label", "labels", "score", "relevant_docs", "top_ranked"})
+    """Every text in a loaded task, whatever its layout: columns of strings, lists of them, corpus
+    and queries.
+    """
+    yield from _strings(
+        task.dataset,
+        skipped={"id", "_id", "label", "labels", "score", "relevant_docs", "top_ranked"},
+    )
 
 
 def _strings(value: Any, skipped: set[str]) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Dataset) and {"title", "text"} <= set(value.column_names):  # a document as mteb joins it
+    # a document as mteb joins it
+    elif isinstance(value, Dataset) and {"title", "text"} <= set(value.column_names):
         yield from (f"{row['title']} {row['text']}" for row in value)
     elif isinstance(value, Dataset):
         for column in value.column_names:

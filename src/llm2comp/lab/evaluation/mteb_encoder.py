@@ -1,4 +1,6 @@
-"""Any sentence-transformers model as mteb calls encoders: instructions, batches that fit, checked embeddings."""
+"""Any sentence-transformers model as mteb calls encoders: instructions, batches that fit, checked
+embeddings.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,13 @@ class MtebEncoder(AbsEncoder):
 
     Args:
         model: the model.
-        name: `organisation/model`; revision: what tells this checkpoint and its settings from all others.
-        instructions: task name → instruction, put before queries and before texts of tasks without roles by `template`;
-            other tasks get the model's stored prompts, by mteb's rules.
+        name: `organisation/model`; revision: what tells this checkpoint and its settings from all
+            others.
+        instructions: task name → instruction, put before queries and before texts of tasks without
+            roles by `template`; other tasks get the model's stored prompts, by mteb's rules.
         template: holds `{instruction}`.
-        max_tokens_per_batch: tokens at once, padding included; None: what suits the device. Halved for
-            all that follows when memory runs out.
+        max_tokens_per_batch: tokens at once, padding included; None: what suits the device. Halved
+            for all that follows when memory runs out.
         progress: draw a bar per call.
     """
 
@@ -48,13 +51,26 @@ class MtebEncoder(AbsEncoder):
         progress: bool = True,
     ) -> None:
         self.model = model
-        self.model_prompts = {key: prompt for key, prompt in model.prompts.items() if prompt is not None}
+        self.model_prompts = {
+            key: prompt for key, prompt in model.prompts.items() if prompt is not None
+        }
         self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": revision})
-        self.instructions, self.template, self.progress = dict(instructions or {}), template, progress
+        self.instructions, self.template, self.progress = (
+            dict(instructions or {}),
+            template,
+            progress,
+        )
         self.budget = Budget.of(model.device, max_tokens_per_batch)
 
     def encode(
-        self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: PromptType | None = None, **_: Any
+        self,
+        inputs: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **_: Any,
     ) -> NDArray[np.float32]:
         """Embeddings of a data loader's texts, in order: (N, D), float32.
 

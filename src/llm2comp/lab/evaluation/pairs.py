@@ -1,4 +1,6 @@
-"""A file of questions and their answers → an mteb task: each question must find its answer among all answers, or more texts."""
+"""A file of questions and their answers → an mteb task: each question must find its answer among
+all answers, or more texts.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Questions:
 
     Args:
         file: any source of pairs (docs/data.md); `query` and `answer` are its columns.
-        documents: a source of texts, whose column `document` joins the answers; those that are an answer count once.
+        documents: a source of texts, whose column `document` joins the answers; those that are an
+            answer count once.
     """
 
     file: str
@@ -46,11 +49,12 @@ class Questions:
 def pairs_task(asked: Questions) -> AbsTask:
     """Read questions and answers as an mteb retrieval task `Pairs-<file>`, by nDCG@10.
 
-    Texts that differ only in outer white space are one. A question that is there several times has several answers.
-    On equal scores a text that answers nothing ranks first.
+    Texts that differ only in outer white space are one. A question that is there several times has
+    several answers. On equal scores a text that answers nothing ranks first.
 
     Raises:
-        DataError: no such file or column; a row without question or answer (a figure needs every row); fewer than two texts.
+        DataError: no such file or column; a row without question or answer (a figure needs every
+            row); fewer than two texts.
     """
     pairs = _whole(
         asked.file,
@@ -63,19 +67,30 @@ def pairs_task(asked: Questions) -> AbsTask:
     if asked.documents is not None:
         spec = TextData(source=asked.documents, column=asked.document)
         texts = _whole(asked.documents, lambda: read_texts(spec), _document)
-        others = [text for text in dict.fromkeys(text.strip() for text in texts) if text not in answers]
+        others = [
+            text for text in dict.fromkeys(text.strip() for text in texts) if text not in answers
+        ]
         name += f"-among-{_plain(asked.documents)}"
     if len(answers) + len(others) < 2:
         raise DataError(
-            "nothing to choose from", where=asked.file, expected="two different answers or more", found=len(answers)
+            "nothing to choose from",
+            where=asked.file,
+            expected="two different answers or more",
+            found=len(answers),
         )
     ids = {text: f"answer-{number}" for number, text in enumerate(answers)}
     relevant: dict[str, dict[str, int]] = {}
-    queries = {text: f"query-{number}" for number, text in enumerate(dict.fromkeys(pair.anchor.strip() for pair in pairs))}
+    queries = {
+        text: f"query-{number}"
+        for number, text in enumerate(dict.fromkeys(pair.anchor.strip() for pair in pairs))
+    }
     for pair in pairs:
         relevant.setdefault(queries[pair.anchor.strip()], {})[ids[pair.positive.strip()]] = 1
     corpus = [*ids.items(), *((text, f"other-{number}") for number, text in enumerate(others))]
-    say(f"{name}: {len(queries):,} questions, {len(ids):,} answers to be found among {len(corpus):,} texts")
+    say(
+        f"{name}: {len(queries):,} questions, {len(ids):,} answers to be found among "
+        f"{len(corpus):,} texts"
+    )
     parts = collection(
         [{"id": key, "title": "", "text": text} for text, key in corpus],
         [{"id": key, "text": text} for text, key in queries.items()],
@@ -83,17 +98,26 @@ def pairs_task(asked: Questions) -> AbsTask:
         None,
     )
     content = to_json([corpus, list(queries.items()), relevant]).encode()
-    return make_task("retrieval", name, SPLIT, {SPLIT: parts}, hashlib.sha256(content).hexdigest()[:12])
+    return make_task(
+        "retrieval", name, SPLIT, {SPLIT: parts}, hashlib.sha256(content).hexdigest()[:12]
+    )
 
 
-def _whole(source: str, read: Callable[[], Loaded[T]], columns: Callable[[Sequence[str]], str]) -> list[T]:
+def _whole(
+    source: str, read: Callable[[], Loaded[T]], columns: Callable[[Sequence[str]], str]
+) -> list[T]:
     """All rows of a source; `columns`: the options that would fit the columns it has."""
     try:
         loaded = read()
     except MissingColumnError as error:
         raise error.advised(f"say which columns to read, such as {columns(error.names)}") from None
     if loaded.skipped:
-        raise DataError("rows that cannot be used", where=source, found=loaded.left_out(), fix="mend or remove them")
+        raise DataError(
+            "rows that cannot be used",
+            where=source,
+            found=loaded.left_out(),
+            fix="mend or remove them",
+        )
     return loaded.rows
 
 

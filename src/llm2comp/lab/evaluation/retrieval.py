@@ -40,7 +40,12 @@ class Collection:
         relevant: query id → ids of its documents.
     """
 
-    def __init__(self, queries: Mapping[str, str], documents: Mapping[str, str], relevant: Mapping[str, set[str]]) -> None:
+    def __init__(
+        self,
+        queries: Mapping[str, str],
+        documents: Mapping[str, str],
+        relevant: Mapping[str, set[str]],
+    ) -> None:
         self.documents = dict(documents)
         self._evaluator = InformationRetrievalEvaluator(
             dict[str, Any](queries),
@@ -56,8 +61,12 @@ class Collection:
         )
 
     def score(self, model: SentenceTransformer, documents_ND: Tensor | None = None) -> Scores:
-        """Rank all documents by cosine; queries get the model's query prompt. `documents_ND`: embedded before, in order."""
-        found: Any = self._evaluator.compute_metrices(model, corpus_embeddings=documents_ND)["cosine"]
+        """Rank all documents by cosine; queries get the model's query prompt. `documents_ND`:
+        embedded before, in order.
+        """
+        found: Any = self._evaluator.compute_metrices(model, corpus_embeddings=documents_ND)[
+            "cosine"
+        ]
         return _scores(found)
 
     def score_bm25(self) -> Scores:
@@ -71,32 +80,57 @@ class Collection:
 
     def _by_cosine(self, model: SentenceTransformer, documents_ND: Tensor | None) -> list[Ranking]:
         if documents_ND is None:
-            documents_ND = model.encode_document(list(self.documents.values()), convert_to_tensor=True, show_progress_bar=False)
-        queries_QD = model.encode_query(self._evaluator.queries, convert_to_tensor=True, show_progress_bar=False)
-        best = cos_sim(queries_QD.float().cpu(), documents_ND.float().cpu()).topk(min(FUSED_DEPTH, len(self.documents)))
+            documents_ND = model.encode_document(
+                list(self.documents.values()), convert_to_tensor=True, show_progress_bar=False
+            )
+        queries_QD = model.encode_query(
+            self._evaluator.queries, convert_to_tensor=True, show_progress_bar=False
+        )
+        best = cos_sim(queries_QD.float().cpu(), documents_ND.float().cpu()).topk(
+            min(FUSED_DEPTH, len(self.documents))
+        )
         return self._named(best.indices.tolist(), best.values.tolist())
 
     def _by_bm25(self, depth: int) -> list[Ranking]:
-        """Lucene's variant, English stop words; documents without a word of the query are left out."""
+        """Lucene's variant, English stop words; documents without a word of the query are left
+        out.
+        """
         index = bm25s.BM25()
-        index.index(bm25s.tokenize(list(self.documents.values()), stopwords="en", show_progress=False), show_progress=False)
+        index.index(
+            bm25s.tokenize(list(self.documents.values()), stopwords="en", show_progress=False),
+            show_progress=False,
+        )
         queries = bm25s.tokenize(self._evaluator.queries, stopwords="en", show_progress=False)
-        places, scores = index.retrieve(queries, k=min(depth, len(self.documents)), show_progress=False)
+        places, scores = index.retrieve(
+            queries, k=min(depth, len(self.documents)), show_progress=False
+        )
         named = self._named(places.tolist(), scores.tolist())
-        return [[(document, score) for document, score in ranking if score > 0] for ranking in named]
+        return [
+            [(document, score) for document, score in ranking if score > 0] for ranking in named
+        ]
 
-    def _named(self, places: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> list[Ranking]:
+    def _named(
+        self, places: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
+    ) -> list[Ranking]:
         ids = list(self.documents)
         rows = zip(places, scores, strict=True)
-        return [[(ids[place], score) for place, score in zip(row, values, strict=True)] for row, values in rows]
+        return [
+            [(ids[place], score) for place, score in zip(row, values, strict=True)]
+            for row, values in rows
+        ]
 
     def _score_rankings(self, rankings: Sequence[Ranking]) -> Scores:
-        results: list[Any] = [[{"corpus_id": name, "score": float(score)} for name, score in row[:DEPTH]] for row in rankings]
+        results: list[Any] = [
+            [{"corpus_id": name, "score": float(score)} for name, score in row[:DEPTH]]
+            for row in rankings
+        ]
         return _scores(self._evaluator.compute_metrics(results))
 
 
 def fuse(rankings: Sequence[Ranking]) -> Ranking:
-    """One ranking of several by reciprocal ranks, the best first; of equal ones the first named comes first."""
+    """One ranking of several by reciprocal ranks, the best first; of equal ones the first named
+    comes first.
+    """
     sums: dict[str, float] = defaultdict(float)
     for ranking in rankings:
         for rank, (name, _) in enumerate(ranking, 1):

@@ -28,14 +28,19 @@ if TYPE_CHECKING:
 
 Encoder: TypeAlias = MtebEncoder | LexicalEncoder
 
-FETCH_ADVICE = "check the network, `hf auth login` for a gated set, HF_HUB_OFFLINE; run again: only what is missing runs"
+FETCH_ADVICE = (
+    "check the network, `hf auth login` for a gated set, HF_HUB_OFFLINE; run again: "
+    "only what is missing runs"
+)
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One task's figure, 0 to 1 (mean over its splits and subsets); `metric` is mteb's key for it."""
+    """One task's figure, 0 to 1 (mean over its splits and subsets); `metric` is mteb's key for
+    it.
+    """
 
     task: str
     score: float
@@ -44,12 +49,16 @@ class Score:
 
 
 class TaskFailedError(DataError):
-    """A task that cannot be run: its data cannot be fetched, or it needs more than texts (images, ...)."""
+    """A task that cannot be run: its data cannot be fetched, or it needs more than texts (images,
+    ...).
+    """
 
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """Result of one task: its score, or why there is none. `seconds` is 0 if the result existed before."""
+    """Result of one task: its score, or why there is none. `seconds` is 0 if the result existed
+    before.
+    """
 
     task: str
     score: Score | None
@@ -57,7 +66,9 @@ class TaskOutcome:
     seconds: float
 
 
-def run_tasks(encoder: Encoder, tasks: Sequence[Any], results: Path | None) -> Iterator[TaskOutcome]:
+def run_tasks(
+    encoder: Encoder, tasks: Sequence[Any], results: Path | None
+) -> Iterator[TaskOutcome]:
     """Run every task; if one fails, go on with the others.
 
     Raises:
@@ -73,10 +84,12 @@ def run_tasks(encoder: Encoder, tasks: Sequence[Any], results: Path | None) -> I
 
 
 def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
-    """Evaluate one task, or read its result if `results` holds one of this model, revision and data set.
+    """Evaluate one task, or read its result if `results` holds one of this model, revision and data
+    set.
 
     Raises:
-        TaskFailedError: the data set cannot be fetched, mteb cannot run the task on this model, or its score is NaN.
+        TaskFailedError: the data set cannot be fetched, mteb cannot run the task on this model, or
+            its score is NaN.
         DataError: an embedding is not finite. RunError: the result cannot be written.
     """
     cache = ResultCache(results) if results else None
@@ -89,7 +102,10 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
                     task.load_data()
             if isinstance(encoder, LexicalEncoder):
                 encoder.fit_task(task)
-            with explain_disk_errors(results or Path()), _explained(task, "mteb cannot score it with this model", None):
+            with (
+                explain_disk_errors(results or Path()),
+                _explained(task, "mteb cannot score it with this model", None),
+            ):
                 found = mteb.evaluate(
                     cast("EncoderProtocol", encoder),
                     task,
@@ -132,7 +148,11 @@ def _kept(cache: ResultCache | None, encoder: Encoder, task: Any) -> Any:
         found = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
     except ValueError:  # cut off or not one of mteb's: made anew
         return None
-    if found is None or found.dataset_revision != task.metadata.revision or found.get_missing_evaluations(task):
+    if (
+        found is None
+        or found.dataset_revision != task.metadata.revision
+        or found.get_missing_evaluations(task)
+    ):
         return None
     return found
 
@@ -140,9 +160,15 @@ def _kept(cache: ResultCache | None, encoder: Encoder, task: Any) -> Any:
 def _score(task: Any, result: Any) -> Score:
     name = task.metadata.name
     metric = PAPER14[name].metric if name in PAPER14 else task.metadata.main_score
-    rows = [row for split in task.eval_splits for row in result.scores[split] if row["hf_subset"] in task.hf_subsets]
+    rows = [
+        row
+        for split in task.eval_splits
+        for row in result.scores[split]
+        if row["hf_subset"] in task.hf_subsets
+    ]
     score = sum(float(row[metric]) for row in rows) / len(rows)
-    return Score(name, round(score, 6), metric, "+".join(task.eval_splits))  # as exact as mteb's files
+    # as exact as mteb's files
+    return Score(name, round(score, 6), metric, "+".join(task.eval_splits))
 
 
 @contextmanager
@@ -152,7 +178,10 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -39,7 +39,9 @@ class CheckedRow:
     def value(self, key: str) -> Any:
         """Whatever stands there."""
         if key not in self.values:
-            raise DataError(f"no key {key!r}", where=self.where, found=", ".join(self.values) or "no key at all")
+            raise DataError(
+                f"no key {key!r}", where=self.where, found=", ".join(self.values) or "no key at all"
+            )
         return self.values[key]
 
     def text(self, key: str, *, may_be_blank: bool = False) -> str:
@@ -65,7 +67,9 @@ class CheckedRow:
         return float(value)
 
     def label(self, key: str) -> str:
-        """A class by its name without outer spaces; a whole number (1 or 1.0) counts as its digits, yes or no as a word."""
+        """A class by its name without outer spaces; a whole number (1 or 1.0) counts as its digits,
+        yes or no as a word.
+        """
         value = self.value(key)
         if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
             return str(value).lower() if isinstance(value, bool) else str(int(value))
@@ -94,7 +98,9 @@ class CheckedRow:
         return value
 
     def _wrong(self, key: str, expected: str) -> DataError:
-        return DataError(f"{key!r} is not {expected}", where=self.where, found=ascii(self.values[key])[:80])
+        return DataError(
+            f"{key!r} is not {expected}", where=self.where, found=ascii(self.values[key])[:80]
+        )
 
 
 class SetFiles:
@@ -105,11 +111,17 @@ class SetFiles:
         self._read: set[Path] = set()
 
     def find(self, name: str) -> Path | None:
-        """The file of that name, plain or compressed. Raises DataError if there is more than one."""
-        found = [path for ending in _COMPRESSIONS if (path := self.folder / f"{name}{ending}").is_file()]
+        """The file of that name, plain or compressed. Raises DataError if there is more than
+        one.
+        """
+        found = [
+            path for ending in _COMPRESSIONS if (path := self.folder / f"{name}{ending}").is_file()
+        ]
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
-            raise DataError("the same part twice", where=str(self.folder), found=names, fix="keep one of them")
+            raise DataError(
+                "the same part twice", where=str(self.folder), found=names, fix="keep one of them"
+            )
         return found[0] if found else None
 
     def evaluated_split(self, pattern: str) -> str:
@@ -120,7 +132,9 @@ class SetFiles:
         raise self._missing(" or ".join(pattern.format(split) for split in ("test", "dev")))
 
     def rows(self, name: str, *columns: str) -> list[CheckedRow]:
-        """All rows of a file; `columns` must be in a table's header. Raises DataError if it is missing, unreadable or empty."""
+        """All rows of a file; `columns` must be in a table's header. Raises DataError if it is
+        missing, unreadable or empty.
+        """
         path = self.find(name)
         if path is None:
             raise self._missing(name)
@@ -128,14 +142,21 @@ class SetFiles:
         try:
             rows = list(self._rows(path, columns))
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"cannot be read: {error}", where=str(path), fix="check that the file is whole") from error
+            raise DataError(
+                f"cannot be read: {error}", where=str(path), fix="check that the file is whole"
+            ) from error
         if not rows:
-            raise DataError("no row in it", where=str(path), expected="one row for each item to evaluate")
+            raise DataError(
+                "no row in it", where=str(path), expected="one row for each item to evaluate"
+            )
         return rows
 
     def revision(self) -> str:
         """First 12 hex digits of the sha256 over names and contents of the files that were read."""
-        lines = (f"{path.relative_to(self.folder).as_posix()} {sha256(path)}\n" for path in sorted(self._read))
+        lines = (
+            f"{path.relative_to(self.folder).as_posix()} {sha256(path)}\n"
+            for path in sorted(self._read)
+        )
         return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
     @staticmethod
@@ -149,6 +170,15 @@ class SetFiles:
     def _missing(self, expected: str) -> DataError:
         if not self.folder.is_dir():
             return DataError("no such folder", where=str(self.folder))
-        names = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+        names = sorted(
+            path.relative_to(self.folder).as_posix()
+            for path in self.folder.rglob("*")
+            if path.is_file()
+        )
         found = ", ".join(names[:10]) or "no file"
-        return DataError("a part is missing", where=str(self.folder), expected=f"{expected} (plain, .gz or .zst)", found=found)
+        return DataError(
+            "a part is missing",
+            where=str(self.folder),
+            expected=f"{expected} (plain, .gz or .zst)",
+            found=found,
+        )

@@ -37,16 +37,28 @@ def local_tasks(folder: Path) -> list[Any]:
 
 def _tasks_of(name: str) -> list[Any]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a task has a newer version: the paper's are asked for by name
+        # that a task has a newer version: the paper's are asked for by name
+        warnings.simplefilter("ignore")
         if name == PAPER14_NAME:
-            return [mteb.get_task(task.name, hf_subsets=_subsets(task.subset)) for task in PAPER14.values()]
+            return [
+                mteb.get_task(task.name, hf_subsets=_subsets(task.subset))
+                for task in PAPER14.values()
+            ]
         benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
         if name in benchmarks:
             return list(benchmarks[name].tasks)
         try:
-            return [mteb.get_task(name, hf_subsets=_subsets(PAPER14[name].subset) if name in PAPER14 else None)]
+            return [
+                mteb.get_task(
+                    name, hf_subsets=_subsets(PAPER14[name].subset) if name in PAPER14 else None
+                )
+            ]
         except KeyError:
-            known = [PAPER14_NAME, *benchmarks, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))]
+            known = [
+                PAPER14_NAME,
+                *benchmarks,
+                *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)),
+            ]
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise DataError(
                 "no such task or benchmark",

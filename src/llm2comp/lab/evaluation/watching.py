@@ -34,4 +34,7 @@ class LocalTasks:
     def __call__(self, model: SentenceTransformer) -> dict[str, float]:
         """Name → main score, 0 to 1."""
         encoder = MtebEncoder(model, "llm2comp/watch", "none", progress=False)
-        return {name: round(run_task(encoder, task).score, 5) for name, task in zip(self.names, self.tasks, strict=True)}
+        return {
+            name: round(run_task(encoder, task).score, 5)
+            for name, task in zip(self.names, self.tasks, strict=True)
+        }

@@ -23,8 +23,8 @@ def report(runs: Sequence[Path], out: Path) -> Path:
     """Write a page about run folders; it needs no network and no other file. Returns `out`.
 
     Raises:
-        RunError: no run, one given twice, a folder that is no run, a damaged file (and line); `out` is another's file, or
-            cannot be written.
+        RunError: no run, one given twice, a folder that is no run, a damaged file (and line); `out`
+            is another's file, or cannot be written.
         RecipeError: a run's recipe.yaml is damaged.
     """
     refuse_output(out, (), _is_page)
@@ -53,7 +53,9 @@ def page(runs: Sequence[Path]) -> str:
         keep_trailing_newline=True,
     )
     names = [log.label for log in logs]
-    return templates.get_template("page.html.j2").render(names=names, parts=parts, published=published_section())
+    return templates.get_template("page.html.j2").render(
+        names=names, parts=parts, published=published_section()
+    )
 
 
 def _read_logs(folders: Sequence[Path]) -> list[RunLog]:
@@ -64,5 +66,8 @@ def _read_logs(folders: Sequence[Path]) -> list[RunLog]:
         if count > 1:
             raise RunError("the same run is given more than once", where=str(place))
     names = Counter(place.name for place in places)
-    labels = [place.name if names[place.name] == 1 else str(folder) for place, folder in zip(places, folders, strict=True)]
+    labels = [
+        place.name if names[place.name] == 1 else str(folder)
+        for place, folder in zip(places, folders, strict=True)
+    ]
     return [read_log(folder, label) for folder, label in zip(folders, labels, strict=True)]

@@ -17,7 +17,9 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column names the rows. `numeric`: the other columns are right-aligned numbers."""
+    """Cells as text; the first column names the rows. `numeric`: the other columns are
+    right-aligned numbers.
+    """
 
     caption: str
     header: tuple[str, ...]
@@ -27,7 +29,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot, a sentence on how to read it, and its numbers. Without a plot the numbers are shown alone.
+    """A plot, a sentence on how to read it, and its numbers. Without a plot the numbers are shown
+    alone.
 
     `ident` is unique in the page.
     """
@@ -104,7 +107,8 @@ def curves(
     ylabel: str = "",
     beside: Mapping[str, Points] | None = None,
 ) -> list[Plot]:
-    """Curves against the step, as a plot in a list that is empty without points; the table also holds those `beside` them.
+    """Curves against the step, as a plot in a list that is empty without points; the table also
+    holds those `beside` them.
 
     What was measured at one step alone is no curve: its numbers are shown.
     """
@@ -113,7 +117,10 @@ def curves(
         return []
     columns = {name: dict(points) for name, points in {**shown, **(beside or {})}.items() if points}
     steps = sorted({step for column in columns.values() for step in column})
-    rows = tuple((f"{step:,.0f}", *(number(column.get(step)) for column in columns.values())) for step in steps)
+    rows = tuple(
+        (f"{step:,.0f}", *(number(column.get(step)) for column in columns.values()))
+        for step in steps
+    )
     table = Table(f"{of}: {title.lower()} at each step", ("step", *columns), rows)
     if len({step for points in shown.values() for step, _ in points}) < 2:
         return [Plot(ident, title, Markup(), f"Measured at one step alone. {reading}", table)]

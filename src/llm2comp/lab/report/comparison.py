@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm2comp.lab.evaluation.published import SOURCE, published
-from llm2comp.lab.report.blocks import NONE, PageSection, Part, Plot, Points, Table, curves, duration, number, percent
+from llm2comp.lab.report.blocks import (
+    NONE,
+    PageSection,
+    Part,
+    Plot,
+    Points,
+    Table,
+    curves,
+    duration,
+    number,
+    percent,
+)
 from llm2comp.lab.report.reading import RunLog
 from llm2comp.lab.report.sections import evaluation_table, spectrum_plots
 from llm2comp.lab.report.verdict import measured_states
@@ -18,10 +29,14 @@ IDENT = "compare"
 
 def comparison_part(runs: Sequence[RunLog]) -> Part:
     """Final figures, settings that differ, and joint plots of loss and spectrum."""
-    final = _side_by_side("Where each run ended", "figure", {run.label: final_figures(run) for run in runs})
+    final = _side_by_side(
+        "Where each run ended", "figure", {run.label: final_figures(run) for run in runs}
+    )
     settings = {run.label: settings_of(run) for run in runs}
     changed = _side_by_side("Settings that differ", "setting", settings, differing=True)
-    evaluations = {f"{run.label}: {entry.model}": entry for run in runs for entry in run.evaluations}
+    evaluations = {
+        f"{run.label}: {entry.model}": entry for run in runs for entry in run.evaluations
+    }
     scores = [evaluation_table(evaluations)] if evaluations else []
     sections = [
         PageSection(f"{IDENT}-final", "Final figures", tables=(final, *scores)),
@@ -46,7 +61,9 @@ def final_figures(run: RunLog) -> dict[str, str]:
             figures[f"{stage.title}, last loss"] = number(stage.metrics[-1].loss)
     for _, watch in measured_states(run)[-1:]:
         figures |= {name: number(value(watch)) for name, value in FIGURES.items()}
-        figures |= {f"{task}, watched, × 100": percent(score) for task, score in watch.tasks.items()}
+        figures |= {
+            f"{task}, watched, × 100": percent(score) for task, score in watch.tasks.items()
+        }
     for row in [row for row in run.demo if row.effective_rank is not None][-1:]:
         figures["Python documentation, nDCG@10 × 100"] = percent(row.ndcg_at_10)
         figures["Python documentation, MRR@10 × 100"] = percent(row.mrr_at_10)
@@ -59,11 +76,17 @@ def settings_of(run: RunLog) -> dict[str, str]:
     return {name: "null" if value is None else str(value) for name, value in leaves(tree).items()}
 
 
-def _side_by_side(caption: str, first: str, columns: dict[str, dict[str, str]], differing: bool = False) -> Table:
+def _side_by_side(
+    caption: str, first: str, columns: dict[str, dict[str, str]], differing: bool = False
+) -> Table:
     """One row per name that appears in any column, or only the rows that differ."""
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [(name, *(column.get(name, NONE) for column in columns.values())) for name in names]
-    shown = [row for row in rows if len(set(row[1:])) > 1] if differing else [row for row in rows if set(row[1:]) != {NONE}]
+    shown = (
+        [row for row in rows if len(set(row[1:])) > 1]
+        if differing
+        else [row for row in rows if set(row[1:]) != {NONE}]
+    )
     return Table(caption, (first, *columns), tuple(shown), numeric=not differing)
 
 
@@ -77,8 +100,12 @@ def _plots(runs: Sequence[RunLog]) -> list[Plot]:
             if stage.name == name and stage.metrics
         }
         if len(lines) > 1:
-            plots += curves(f"{IDENT}-{name}", f"Loss of stage {place}", "All runs", lines, reading, "loss")
-    spectra = {run.label: states[-1][1].spectrum for run in runs if (states := measured_states(run))}
+            plots += curves(
+                f"{IDENT}-{name}", f"Loss of stage {place}", "All runs", lines, reading, "loss"
+            )
+    spectra = {
+        run.label: states[-1][1].spectrum for run in runs if (states := measured_states(run))
+    }
     return plots + spectrum_plots(f"{IDENT}-spectrum", "All runs, where each ended", spectra)
 
 
@@ -87,11 +114,20 @@ def published_section() -> PageSection:
     rows = published()
     tasks = dict.fromkeys(task for row in rows for task in row.scores)
     cells = tuple(
-        (row.model, row.stage, row.samples, *(_as_printed(x) for x in (row.average, *map(row.scores.get, tasks))))
+        (
+            row.model,
+            row.stage,
+            row.samples,
+            *(_as_printed(x) for x in (row.average, *map(row.scores.get, tasks))),
+        )
         for row in rows
     )
-    table = Table("The paper's table, in percent", ("model", "stage", "samples", "average", *tasks), cells)
-    return PageSection("published", "Published figures", text=(f"{SOURCE}.",), tables=(table,), folded=True)
+    table = Table(
+        "The paper's table, in percent", ("model", "stage", "samples", "average", *tasks), cells
+    )
+    return PageSection(
+        "published", "Published figures", text=(f"{SOURCE}.",), tables=(table,), folded=True
+    )
 
 
 def _as_printed(percent: float | None) -> str:

@@ -18,7 +18,10 @@ SEARCHES_FILE = "searches.json"
 
 def _square(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
     if any(len(row) != len(matrix) for row in matrix):
-        raise ValueError(f"{len(matrix)} rows of {', '.join(str(len(row)) for row in matrix)} numbers are no square")
+        raise ValueError(
+            f"{len(matrix)} rows of {', '.join(str(len(row)) for row in matrix)} numbers "
+            "are no square"
+        )
     return matrix
 
 
@@ -50,7 +53,9 @@ class WatchLine(Line):
     alignment: float | None = None
     anisotropy: float
     texts: int
-    memory_correlation: Annotated[tuple[tuple[float, ...], ...], AfterValidator(_square)] | None = None
+    memory_correlation: Annotated[tuple[tuple[float, ...], ...], AfterValidator(_square)] | None = (
+        None
+    )
     spectrum: tuple[float, ...] = ()
     tasks: dict[str, float] = {}
     warnings: tuple[str, ...] = ()
@@ -58,7 +63,9 @@ class WatchLine(Line):
 
 
 class Done(Line):
-    """done.json of a stage; `kept_step`: the step of the watch whose weights the stage ended with, None = its last."""
+    """done.json of a stage; `kept_step`: the step of the watch whose weights the stage ended with,
+    None = its last.
+    """
 
     steps: int
     seconds: float
@@ -141,7 +148,9 @@ class StageLog:
         """The last step of training, or the last one that is logged."""
         if self.done:
             return self.watch[-1].step if self.watch else self.done.steps
-        return max([line.step for line in self.metrics] + [line.step for line in self.watch], default=0)
+        return max(
+            [line.step for line in self.metrics] + [line.step for line in self.watch], default=0
+        )
 
     @property
     def result(self) -> WatchLine | None:
@@ -168,10 +177,13 @@ def read_log(folder: Path, label: str) -> RunLog:
     """Read a run folder.
 
     Raises:
-        RunError: not a run, or a damaged file or line, which is named. RecipeError: its recipe.yaml is damaged.
+        RunError: not a run, or a damaged file or line, which is named. RecipeError: its recipe.yaml
+            is damaged.
     """
     recipe = Run(folder).recipe
-    stages = [_read_stage(folder / FOLDERS[name], name, stage) for name, stage in recipe.stages.items()]
+    stages = [
+        _read_stage(folder / FOLDERS[name], name, stage) for name, stage in recipe.stages.items()
+    ]
     return RunLog(
         label,
         folder,
@@ -186,7 +198,10 @@ def read_log(folder: Path, label: str) -> RunLog:
 
 def _read_stage(folder: Path, name: str, settings: Stage) -> StageLog:
     done = _read(folder / DONE_FILE, Done)
-    metrics, watch = _lines(folder / "metrics.jsonl", Metrics), _lines(folder / "watch.jsonl", WatchLine)
+    metrics, watch = (
+        _lines(folder / "metrics.jsonl", Metrics),
+        _lines(folder / "watch.jsonl", WatchLine),
+    )
     return StageLog(name, list(FOLDERS).index(name) + 1, settings, done, metrics, watch)
 
 
@@ -197,7 +212,9 @@ def _read(file: Path, kind: type[T]) -> T | None:
 def _lines(file: Path, kind: type[T]) -> tuple[T, ...]:
     lines = file.read_bytes().splitlines() if file.exists() else []
     adapter = TypeAdapter(kind)
-    return tuple(_parse(line, adapter, f"{file}, line {number}") for number, line in enumerate(lines, 1))
+    return tuple(
+        _parse(line, adapter, f"{file}, line {number}") for number, line in enumerate(lines, 1)
+    )
 
 
 def _parse(content: bytes, kind: TypeAdapter[T], where: str) -> T:

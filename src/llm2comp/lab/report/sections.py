@@ -5,17 +5,51 @@ from __future__ import annotations
 import shlex
 
 from llm2comp.lab.plots import heatmap_figure, spectrum_figure
-from llm2comp.lab.report.blocks import NONE, PageSection, Part, Plot, Points, Table, curves, drawn, duration, number, percent
+from llm2comp.lab.report.blocks import (
+    NONE,
+    PageSection,
+    Part,
+    Plot,
+    Points,
+    Table,
+    curves,
+    drawn,
+    duration,
+    number,
+    percent,
+)
 from llm2comp.lab.report.reading import Evaluation, RunLog, StageLog
-from llm2comp.lab.report.verdict import measured_states, searches_section, short_section, use_section, warnings_section
-from llm2comp.lab.report.words import ABOUT, FIGURES, HEATMAP, LOSS, RANKS, SPECTRUM, TASKS, WATCH_PLOTS, adapter_of, sentence
+from llm2comp.lab.report.verdict import (
+    measured_states,
+    searches_section,
+    short_section,
+    use_section,
+    warnings_section,
+)
+from llm2comp.lab.report.words import (
+    ABOUT,
+    FIGURES,
+    HEATMAP,
+    LOSS,
+    RANKS,
+    SPECTRUM,
+    TASKS,
+    WATCH_PLOTS,
+    adapter_of,
+    sentence,
+)
 from llm2comp.recipe import PretextStage, Stage
 
 
 def run_part(run: RunLog, ident: str) -> Part:
     """The sections of one run."""
     sections = [short_section(run, ident), *use_section(run, ident), *searches_section(run, ident)]
-    sections += [*warnings_section(run, ident), overview(run, ident), *_scores(run, ident), *_course(run, ident)]
+    sections += [
+        *warnings_section(run, ident),
+        overview(run, ident),
+        *_scores(run, ident),
+        *_course(run, ident),
+    ]
     sections += [section for stage in run.stages for section in _stage(run, stage, ident)]
     sections += _environment(run, ident)
     return Part(ident, run.label, sentence(run), sections)
@@ -26,7 +60,8 @@ def overview(run: RunLog, ident: str) -> PageSection:
     recipe = run.recipe
     facts = {
         "Recipe": recipe.name,
-        "Model": recipe.model.name + (f" at {recipe.model.revision}" if recipe.model.revision else ""),
+        "Model": recipe.model.name
+        + (f" at {recipe.model.revision}" if recipe.model.revision else ""),
         "Memory tokens": str(recipe.memory.tokens),
         "Attention of the encoder": recipe.model.attention,
         "Adapter": adapter_of(recipe),
@@ -53,7 +88,12 @@ def _stage_row(stage: StageLog) -> tuple[str, ...]:
 def _data(settings: Stage) -> str:
     names = []
     for spec in getattr(settings, "data", ()):
-        parts = [spec.source, spec.subset, spec.file, f"first {spec.limit:,} rows" if spec.limit else None]
+        parts = [
+            spec.source,
+            spec.subset,
+            spec.file,
+            f"first {spec.limit:,} rows" if spec.limit else None,
+        ]
         names.append(", ".join(part for part in parts if part))
     return "; ".join(names)
 
@@ -61,7 +101,9 @@ def _data(settings: Stage) -> str:
 def _steps(stage: StageLog) -> str:
     planned = stage.settings.steps
     if stage.done is None:
-        return f"{stage.reached:,} of {planned:,}, not " + ("finished" if stage.reached else "begun")
+        return f"{stage.reached:,} of {planned:,}, not " + (
+            "finished" if stage.reached else "begun"
+        )
     early = f" of {planned:,}, stopped early" if stage.reached < planned else ""
     kept = f", step {stage.done.kept_step:,} kept" if stage.done.kept_step is not None else ""
     return f"{stage.reached:,}{early}{kept}"
@@ -72,33 +114,59 @@ def _scores(run: RunLog, ident: str) -> list[PageSection]:
     text = (RANKS,) if run.demo and measured_states(run) else ()
     if run.demo:
         rows = tuple(
-            (row.model, percent(row.ndcg_at_10), percent(row.mrr_at_10), number(row.effective_rank)) for row in run.demo
+            (row.model, percent(row.ndcg_at_10), percent(row.mrr_at_10), number(row.effective_rank))
+            for row in run.demo
         )
-        caption = "Finding held-out Python documentation by its summary line; nDCG and MRR times 100"
+        caption = (
+            "Finding held-out Python documentation by its summary line; nDCG and MRR times 100"
+        )
         tables.append(Table(caption, ("model", "nDCG@10", "MRR@10", "effective rank"), rows))
     if run.evaluations:
         tables.append(evaluation_table({entry.model: entry for entry in run.evaluations}))
-    failed = tuple((task, entry.model, why) for entry in run.evaluations for task, why in entry.failed.items())
+    failed = tuple(
+        (task, entry.model, why) for entry in run.evaluations for task, why in entry.failed.items()
+    )
     if failed:
         tables.append(Table("Tasks that failed", ("task", "model", "why"), failed, numeric=False))
-    return [PageSection(f"{ident}-scores", "Scores", text=text, tables=tuple(tables))] if tables else []
+    return (
+        [PageSection(f"{ident}-scores", "Scores", text=text, tables=tuple(tables))]
+        if tables
+        else []
+    )
 
 
 def evaluation_table(entries: dict[str, Evaluation]) -> Table:
-    """Tasks down, models across, scores times 100; the mean over the tasks where all models have them all."""
-    metrics = {task: f"{score.metric}, {score.split}" for e in entries.values() for task, score in e.scores.items()}
-    tasks = dict.fromkeys([*metrics, *(task for entry in entries.values() for task in entry.failed)])
+    """Tasks down, models across, scores times 100; the mean over the tasks where all models have
+    them all.
+    """
+    metrics = {
+        task: f"{score.metric}, {score.split}"
+        for e in entries.values()
+        for task, score in e.scores.items()
+    }
+    tasks = dict.fromkeys(
+        [*metrics, *(task for entry in entries.values() for task in entry.failed)]
+    )
     rows = []
     for task in tasks:
         cells = [
-            percent(entry.scores[task].score) if task in entry.scores else "failed" if task in entry.failed else NONE
+            percent(entry.scores[task].score)
+            if task in entry.scores
+            else "failed"
+            if task in entry.failed
+            else NONE
             for entry in entries.values()
         ]
         rows.append((task, *cells, metrics.get(task, NONE)))
     if len(tasks) > 1 and all(len(entry.scores) == len(tasks) for entry in entries.values()):
-        means = [sum(score.score for score in entry.scores.values()) / len(tasks) for entry in entries.values()]
+        means = [
+            sum(score.score for score in entry.scores.values()) / len(tasks)
+            for entry in entries.values()
+        ]
         rows.append((f"mean of {len(tasks)}", *map(percent, means), NONE))
-    return Table("Evaluation, main score of each task times 100", ("task", *entries, "metric"), tuple(rows))
+    return Table(
+        "Evaluation, main score of each task times 100", ("task", *entries, "metric"), tuple(rows)
+    )
 
 
 def _course(run: RunLog, ident: str) -> list[PageSection]:
@@ -106,23 +174,45 @@ def _course(run: RunLog, ident: str) -> list[PageSection]:
     states = measured_states(run)
     if not states:
         return []
-    used = {name: value for name, value in FIGURES.items() if any(value(watch) is not None for _, watch in states)}
-    rows = tuple((name, *(number(value(watch)) for value in used.values())) for name, watch in states)
+    used = {
+        name: value
+        for name, value in FIGURES.items()
+        if any(value(watch) is not None for _, watch in states)
+    }
+    rows = tuple(
+        (name, *(number(value(watch)) for value in used.values())) for name, watch in states
+    )
     table = Table(f"Measured on the same {states[0][1].texts:,} texts", ("encoder", *used), rows)
-    plots = spectrum_plots(f"{ident}-spectrum", run.label, {name: watch.spectrum for name, watch in states})
-    return [PageSection(f"{ident}-course", "Before and after each stage", tables=(table,), plots=tuple(plots))]
+    plots = spectrum_plots(
+        f"{ident}-spectrum", run.label, {name: watch.spectrum for name, watch in states}
+    )
+    return [
+        PageSection(
+            f"{ident}-course", "Before and after each stage", tables=(table,), plots=tuple(plots)
+        )
+    ]
 
 
 def spectrum_plots(ident: str, of: str, spectra: dict[str, tuple[float, ...]]) -> list[Plot]:
     """Spectra in one drawing, in a list that is empty without any value above zero."""
-    spectra = {name: values for name, values in spectra.items() if any(value > 0 for value in values)}
+    spectra = {
+        name: values for name, values in spectra.items() if any(value > 0 for value in values)
+    }
     if not spectra:
         return []
     longest = max(map(len, spectra.values()))
     rows = tuple(
-        (str(i + 1), *(number(values[i]) if i < len(values) else NONE for values in spectra.values())) for i in range(longest)
+        (
+            str(i + 1),
+            *(number(values[i]) if i < len(values) else NONE for values in spectra.values()),
+        )
+        for i in range(longest)
     )
-    table = Table("Singular values of the embeddings' covariance, largest first", ("direction", *spectra), rows)
+    table = Table(
+        "Singular values of the embeddings' covariance, largest first",
+        ("direction", *spectra),
+        rows,
+    )
     return [drawn(ident, "Spectrum", of, spectrum_figure(spectra), SPECTRUM, table)]
 
 
@@ -131,7 +221,11 @@ def _stage(run: RunLog, stage: StageLog, ident: str) -> list[PageSection]:
     place, of = f"{ident}-{stage.name}", f"{run.label}, {stage.title}"
     loss: Points = [(line.step, line.loss) for line in stage.metrics]
     logged = {
-        name: [(line.step, value) for line in stage.metrics if (value := getattr(line, field)) is not None]
+        name: [
+            (line.step, value)
+            for line in stage.metrics
+            if (value := getattr(line, field)) is not None
+        ]
         for field, name in (
             ("learning_rate", "learning rate"),
             ("grad_norm", "gradient norm"),
@@ -141,19 +235,29 @@ def _stage(run: RunLog, stage: StageLog, ident: str) -> list[PageSection]:
     plots = curves(f"{place}-loss", "Loss", of, {"loss": loss}, LOSS[stage.name], beside=logged)
     for title, names, reading in WATCH_PLOTS:
         lines: dict[str, Points] = {
-            name: [(w.step, value) for w in stage.watch if (value := FIGURES[name](w)) is not None] for name in names
+            name: [(w.step, value) for w in stage.watch if (value := FIGURES[name](w)) is not None]
+            for name in names
         }
         ylabel = "directions" if title == "Effective rank" else title.lower()
         plots += curves(f"{place}-{title.split()[0].lower()}", title, of, lines, reading, ylabel)
     tasks = dict.fromkeys(task for line in stage.watch for task in line.tasks)
     scores: dict[str, Points] = {
-        task: [(line.step, 100 * line.tasks[task]) for line in stage.watch if task in line.tasks] for task in tasks
+        task: [(line.step, 100 * line.tasks[task]) for line in stage.watch if task in line.tasks]
+        for task in tasks
     }
     plots += curves(f"{place}-tasks", "Evaluation sets", of, scores, TASKS, "score × 100")
     plots += _heatmap(stage, place, of)
-    names = tuple(stage.settings.objectives) if isinstance(stage.settings, PretextStage) else (stage.name,)
+    names = (
+        tuple(stage.settings.objectives)
+        if isinstance(stage.settings, PretextStage)
+        else (stage.name,)
+    )
     about = tuple(ABOUT[name] for name in names)
-    return [PageSection(place, f"Stage {stage.number}: {stage.title}", about, plots=tuple(plots))] if plots else []
+    return (
+        [PageSection(place, f"Stage {stage.number}: {stage.title}", about, plots=tuple(plots))]
+        if plots
+        else []
+    )
 
 
 def _heatmap(stage: StageLog, place: str, of: str) -> list[Plot]:
@@ -161,7 +265,9 @@ def _heatmap(stage: StageLog, place: str, of: str) -> list[Plot]:
         return []
     matrix = stage.result.memory_correlation
     places = [str(i) for i in range(1, len(matrix) + 1)]
-    rows = tuple((i, *(f"{cosine:.3f}" for cosine in row)) for i, row in zip(places, matrix, strict=True))
+    rows = tuple(
+        (i, *(f"{cosine:.3f}" for cosine in row)) for i, row in zip(places, matrix, strict=True)
+    )
     table = Table(f"{of}: mean cosine between memory tokens", ("token", *places), rows)
     figure = heatmap_figure(matrix, f"step {stage.result.step:,}")
     return [drawn(f"{place}-memory", "Memory tokens", of, figure, HEATMAP, table)]
@@ -171,7 +277,23 @@ def _environment(run: RunLog, ident: str) -> list[PageSection]:
     found = run.environment
     if found is None:
         return []
-    facts = (("Started", found.started), ("Device", found.device), ("Machine", found.machine), ("Python", found.python))
-    table = Table("Packages", ("package", "version"), tuple(sorted(found.packages.items())), numeric=False)
+    facts = (
+        ("Started", found.started),
+        ("Device", found.device),
+        ("Machine", found.machine),
+        ("Python", found.python),
+    )
+    table = Table(
+        "Packages", ("package", "version"), tuple(sorted(found.packages.items())), numeric=False
+    )
     command = shlex.join(found.command)
-    return [PageSection(f"{ident}-environment", "Environment", facts=facts, code=command, tables=(table,), folded=True)]
+    return [
+        PageSection(
+            f"{ident}-environment",
+            "Environment",
+            facts=facts,
+            code=command,
+            tables=(table,),
+            folded=True,
+        )
+    ]

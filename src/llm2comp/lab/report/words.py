@@ -24,38 +24,47 @@ WATCH_PLOTS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "Effective rank",
         ("effective rank", "participation ratio"),
-        "About how many independent directions the embeddings use: higher is richer, a fall towards 1 is collapse.",
+        "About how many independent directions the embeddings use: higher is richer, a "
+        "fall towards 1 is collapse.",
     ),
     (
         "Context recovered",
         ("context recovered",),
-        "How much of a text's effect on the language model survives in the memory tokens: 1 is all of it, 0 is none; below 0: "
+        "How much of a text's effect on the language model survives in the memory "
+        "tokens: 1 is all of it, 0 is none; below 0: "
         "the memory misleads the LM, as memory does that is not trained.",
     ),
     (
         "Uniformity and alignment",
         ("uniformity", "alignment"),
-        "Lower is better for both: uniformity falls as texts spread out, alignment as texts that belong together come closer.",
+        "Lower is better for both: uniformity falls as texts spread out, alignment as "
+        "texts that belong together come closer.",
     ),
     (
         "Anisotropy",
         ("anisotropy",),
-        "The mean cosine of texts that have nothing to do with each other: near 0 is good, near 1 all embeddings look alike.",
+        "The mean cosine of texts that have nothing to do with each other: near 0 is "
+        "good, near 1 all embeddings look alike.",
     ),
 )
 
 
 ABOUT = {
     **{name: row.about for name, row in OBJECTIVES.items()},
-    "ucl": "Each text is read twice, with random differences; its two embeddings are pulled together, others away.",
-    "scl": "Queries are pulled to the texts that answer them, and away from the other texts of the batch.",
+    "ucl": "Each text is read twice, with random differences; its two embeddings are pulled "
+    "together, others away.",
+    "scl": "Queries are pulled to the texts that answer them, and away from the other texts of "
+    "the batch.",
 }
 
 
 LOSS = {
-    "pretext": "Lower is better: how far the language model is from the right continuation with the memory tokens alone.",
-    "ucl": "Lower is better: how hard it still is to tell a text's second view from the other texts of the batch.",
-    "scl": "Lower is better: how hard it still is to tell a query's text from the other texts of the batch.",
+    "pretext": "Lower is better: how far the language model is from the right continuation with "
+    "the memory tokens alone.",
+    "ucl": "Lower is better: how hard it still is to tell a text's second view from the other "
+    "texts of the batch.",
+    "scl": "Lower is better: how hard it still is to tell a query's text from the other texts "
+    "of the batch.",
 }
 
 
@@ -63,16 +72,21 @@ TASKS = "Scores on evaluation sets while the stage trained, times 100: higher is
 
 
 RANKS = (
-    "The effective rank in the first table is that of all held-out documents; elsewhere on this page it is that of the watch's "
+    "The effective rank in the first table is that of all held-out documents; elsewhere "
+    "on this page it is that of the watch's "
     "few texts. More texts fill more directions, so compare it within a table only."
 )
 
 
-HEATMAP = "Mean cosine of each two memory tokens: bright squares off the diagonal are tokens that carry the same."
+HEATMAP = (
+    "Mean cosine of each two memory tokens: bright squares off the diagonal are tokens that "
+    "carry the same."
+)
 
 
 SPECTRUM = (
-    "How much the embeddings spread along each direction: a slow decline uses many, a cliff means that the rest collapsed."
+    "How much the embeddings spread along each direction: a slow decline uses many, a "
+    "cliff means that the rest collapsed."
 )
 
 
@@ -80,7 +94,10 @@ def sentence(run: RunLog) -> str:
     """One sentence: which model was trained on which data."""
     stages = ", then ".join(stage.title for stage in run.stages)
     tokens = run.recipe.memory.tokens
-    return f"{run.recipe.model.name} as a text encoder with {tokens} memory token{'s'[: tokens != 1]}, trained by {stages}."
+    return (
+        f"{run.recipe.model.name} as a text encoder with {tokens} memory "
+        f"token{'s'[: tokens != 1]}, trained by {stages}."
+    )
 
 
 def adapter_of(recipe: Recipe) -> str:
@@ -88,4 +105,8 @@ def adapter_of(recipe: Recipe) -> str:
     settings = recipe.adapter
     if settings.kind == "none":
         return "nothing"
-    return "all layers of a copy" if settings.kind == "full" else f"LoRA, rank {settings.rank}, alpha {settings.alpha:g}"
+    return (
+        "all layers of a copy"
+        if settings.kind == "full"
+        else f"LoRA, rank {settings.rank}, alpha {settings.alpha:g}"
+    )

@@ -23,27 +23,44 @@ class Study(Section):
 
     format_version: Literal[1]
     name: Name
-    recipe: str = Field(description="the common ground: a recipe file, or the name of a shipped recipe")
-    overrides: tuple[str, ...] = Field(default=(), description="`key.sub=value` changes to the common ground")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
-    systems: dict[Name, Changes] = Field(description="name → dotted keys and their values, over the common ground")
-    grid: dict[Name, Annotated[dict[Name, Changes], Field(min_length=1)]] = Field(
-        default={}, description="axis → name of a value → changes; every system with every combination"
+    recipe: str = Field(
+        description="the common ground: a recipe file, or the name of a shipped recipe"
     )
-    training_free: tuple[str, ...] = Field(default=(), description="training-free encoders over the common ground's model")
-    models: tuple[str, ...] = Field(default=(), description="any other models that `evaluate` takes")
+    overrides: tuple[str, ...] = Field(
+        default=(), description="`key.sub=value` changes to the common ground"
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    systems: dict[Name, Changes] = Field(
+        description="name → dotted keys and their values, over the common ground"
+    )
+    grid: dict[Name, Annotated[dict[Name, Changes], Field(min_length=1)]] = Field(
+        default={},
+        description="axis → name of a value → changes; every system with every combination",
+    )
+    training_free: tuple[str, ...] = Field(
+        default=(), description="training-free encoders over the common ground's model"
+    )
+    models: tuple[str, ...] = Field(
+        default=(), description="any other models that `evaluate` takes"
+    )
     published: bool = Field(default=False, description="the paper's rows beside, cited")
     after: tuple[After, ...] = Field(
-        default=("pretext", "ucl", "scl"), description="stages whose encoders are scored; last = each system's last one"
+        default=("pretext", "ucl", "scl"),
+        description="stages whose encoders are scored; last = each system's last one",
     )
-    scores: tuple[LocalName, ...] = Field(default=(), description="folders of local evaluation sets")
+    scores: tuple[LocalName, ...] = Field(
+        default=(), description="folders of local evaluation sets"
+    )
 
     @field_validator("training_free")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in NAMES:
-                raise ValueError(f"no such encoder: {name!r}; {nearest(name, NAMES) or 'one of ' + ', '.join(NAMES)}")
+                raise ValueError(
+                    f"no such encoder: {name!r}; "
+                    f"{nearest(name, NAMES) or 'one of ' + ', '.join(NAMES)}"
+                )
         return value
 
     @field_validator("seeds", "training_free", "models", "after")
@@ -59,9 +76,14 @@ class Study(Section):
             raise ValueError("a study needs systems, training_free or models")
         if self.grid and not self.systems:
             raise ValueError("grid varies systems, and there are none")
-        every = [*self.systems.values(), *(changes for values in self.grid.values() for changes in values.values())]
+        every = [
+            *self.systems.values(),
+            *(changes for values in self.grid.values() for changes in values.values()),
+        ]
         if taken := {"seed", "name"} & {key for changes in every for key in changes}:
-            raise ValueError(f"a system cannot set {', '.join(sorted(taken))}: the study does, with seeds")
+            raise ValueError(
+                f"a system cannot set {', '.join(sorted(taken))}: the study does, with seeds"
+            )
         if self.systems and not self.after:
             raise ValueError("after names no stage, so that no system is scored")
         return self
@@ -76,12 +98,15 @@ def load_study(path: str | Path, changes: Sequence[str] = (), local: Sequence[Pa
         local: further folders of local sets.
 
     Raises:
-        RecipeError: no such study, not YAML, unknown keys (names the nearest), values that do not fit.
+        RecipeError: no such study, not YAML, unknown keys (names the nearest), values that do not
+            fit.
     """
     file = find_study(path)
     found = checked(Study, read_yaml(file, "study"), str(file))
     scores = dict.fromkeys((*found.scores, *map(str, local)))
-    return found.model_copy(update={"overrides": (*found.overrides, *changes), "scores": tuple(scores)})
+    return found.model_copy(
+        update={"overrides": (*found.overrides, *changes), "scores": tuple(scores)}
+    )
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -90,11 +115,15 @@ def shipped_studies() -> dict[str, Path]:
 
 
 def find_study(path: str | Path) -> Path:
-    """The file at `path`, or the shipped study of that name. Raises RecipeError that names the nearest."""
+    """The file at `path`, or the shipped study of that name. Raises RecipeError that names the
+    nearest.
+    """
     shipped = shipped_studies()
     if Path(path).is_file():
         return Path(path)
     if str(path) in shipped:
         return shipped[str(path)]
     expected = f"a YAML file or one of: {', '.join(shipped)}"
-    raise RecipeError("no such study", where=str(path), expected=expected, fix=nearest(Path(path).stem, shipped))
+    raise RecipeError(
+        "no such study", where=str(path), expected=expected, fix=nearest(Path(path).stem, shipped)
+    )

@@ -1,4 +1,6 @@
-"""Figures of a study: averages by system and stage, and over each numeric axis of its grid; bars are standard deviations."""
+"""Figures of a study: averages by system and stage, and over each numeric axis of its grid; bars
+are standard deviations.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,14 @@ def over_axis(rows: Sequence[StudyRow], axis: str, sets: Sequence[str]) -> Figur
         if axis in row.axes:
             others = [f"{name}{value}" for name, value in row.axes.items() if name != axis]
             mean, sd = _average(row, sets)
-            points.setdefault(f"{'-'.join([row.base, *others])}, {row.stage}", []).append((float(row.axes[axis]), mean, sd))
-    figure = _with_bars({name: sorted(line) for name, line in points.items()}, axis, "average over all sets, percent")
+            points.setdefault(f"{'-'.join([row.base, *others])}, {row.stage}", []).append(
+                (float(row.axes[axis]), mean, sd)
+            )
+    figure = _with_bars(
+        {name: sorted(line) for name, line in points.items()},
+        axis,
+        "average over all sets, percent",
+    )
     (axes,) = figure.axes
     values = sorted({x for line in points.values() for x, *_ in line})
     if values[0] > 0 and values[-1] > 8 * values[0]:
@@ -58,15 +66,29 @@ def over_axis(rows: Sequence[StudyRow], axis: str, sets: Sequence[str]) -> Figur
     return figure
 
 
-def _with_bars(points: Mapping[str, Points], xlabel: str, ylabel: str, along_x: bool = False) -> Figure:
-    figure = curves_figure({name: [(x, y) for x, y, _ in line] for name, line in points.items()}, xlabel, ylabel)
+def _with_bars(
+    points: Mapping[str, Points], xlabel: str, ylabel: str, along_x: bool = False
+) -> Figure:
+    figure = curves_figure(
+        {name: [(x, y) for x, y, _ in line] for name, line in points.items()}, xlabel, ylabel
+    )
     (axes,) = figure.axes
     lines = list(axes.lines)
     for line, values in zip(lines, points.values(), strict=True):
         for x, y, sd in values:
             if sd is not None:
                 across, up = (sd, None) if along_x else (None, sd)
-                axes.errorbar(x, y, up, across, color=line.get_color(), capsize=2.5, elinewidth=1, marker="", linestyle="none")
+                axes.errorbar(
+                    x,
+                    y,
+                    up,
+                    across,
+                    color=line.get_color(),
+                    capsize=2.5,
+                    elinewidth=1,
+                    marker="",
+                    linestyle="none",
+                )
     axes.tick_params(colors=INK)
     return figure
 

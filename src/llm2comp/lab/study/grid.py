@@ -23,7 +23,9 @@ DONE, TRAIN = "done", "train"
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One recipe of a study. `system` is `base` followed by its grid values; `keys` are those of `stage_keys`."""
+    """One recipe of a study. `system` is `base` followed by its grid values; `keys` are those of
+    `stage_keys`.
+    """
 
     system: str
     base: str
@@ -44,7 +46,11 @@ class StudyRun:
     def scored(self, after: Sequence[str]) -> dict[str, str]:
         """As it is called in `after` → the stage, for stages that this run has."""
         stages = list(self.recipe.stages)
-        return {asked: stages[-1] if asked == LAST else asked for asked in after if asked == LAST or asked in stages}
+        return {
+            asked: stages[-1] if asked == LAST else asked
+            for asked in after
+            if asked == LAST or asked in stages
+        }
 
 
 def runs_of(study: Study, where: str) -> list[StudyRun]:
@@ -53,32 +59,56 @@ def runs_of(study: Study, where: str) -> list[StudyRun]:
     The order does not matter for sharing: the first run that has a stage trains it.
 
     Raises:
-        Llm2CompError: a recipe is invalid or its data or model cannot be had; names the system. Two names are the same.
+        Llm2CompError: a recipe is invalid or its data or model cannot be had; names the system. Two
+            names are the same.
     """
     common = load_recipe(study.recipe, study.overrides)
-    axes = [[(axis, value, changes) for value, changes in values.items()] for axis, values in study.grid.items()]
+    axes = [
+        [(axis, value, changes) for value, changes in values.items()]
+        for axis, values in study.grid.items()
+    ]
     runs = []
     for seed, (base, changes) in product(study.seeds, study.systems.items()):
         for chosen in product(*axes):
             system = "-".join([base, *(f"{axis}{value}" for axis, value, _ in chosen)])
             with naming(f"{where}, system {system!r}"):
-                overrides = [line for each in (changes, *(more for *_, more in chosen)) for line in as_overrides(each)]
-                recipe = change_recipe(common, [*overrides, f"seed={seed}", f"name={system}-seed{seed}"])
+                overrides = [
+                    line
+                    for each in (changes, *(more for *_, more in chosen))
+                    for line in as_overrides(each)
+                ]
+                recipe = change_recipe(
+                    common, [*overrides, f"seed={seed}", f"name={system}-seed{seed}"]
+                )
                 if seed == study.seeds[0]:
                     check(recipe, local_sets)
                 runs.append(
-                    StudyRun(system, base, {axis: value for axis, value, _ in chosen}, seed, recipe, stage_keys(recipe))
+                    StudyRun(
+                        system,
+                        base,
+                        {axis: value for axis, value, _ in chosen},
+                        seed,
+                        recipe,
+                        stage_keys(recipe),
+                    )
                 )
     names = [run.name.lower() for run in runs]
     twice = next((run.name for run in runs if names.count(run.name.lower()) > 1), None)
     if twice:
-        raise RecipeError("two runs would have one folder", where=where, found=twice, fix="rename a system, or a value in grid")
+        raise RecipeError(
+            "two runs would have one folder",
+            where=where,
+            found=twice,
+            fix="rename a system, or a value in grid",
+        )
     return runs
 
 
 def as_overrides(changes: Changes) -> list[str]:
     """Dotted keys and values as `key.sub=value` lines."""
-    return [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in changes.items()]
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in changes.items()
+    ]
 
 
 @contextmanager
@@ -88,13 +118,20 @@ def naming(place: str) -> Iterator[None]:
         yield
     except Llm2CompError as error:
         where = place if error.where in (None, "recipe") else f"{place}, {error.where}"
-        raise type(error)(error.problem, where=where, expected=error.expected, found=error.found, fix=error.fix) from error
+        raise type(error)(
+            error.problem, where=where, expected=error.expected, found=error.found, fix=error.fix
+        ) from error
 
 
 def plan(runs: Sequence[StudyRun], folder: Path) -> dict[str, dict[str, str]]:
-    """Run → stage → `done`, `train`, or the run that it is taken from; `folder` is that of all runs."""
+    """Run → stage → `done`, `train`, or the run that it is taken from; `folder` is that of all
+    runs.
+    """
     there = {
-        key: run.name for run in reversed(runs) for stage, key in run.keys.items() if is_done(run.folder(folder, stage), key)
+        key: run.name
+        for run in reversed(runs)
+        for stage, key in run.keys.items()
+        if is_done(run.folder(folder, stage), key)
     }
     found: dict[str, dict[str, str]] = {}
     for run in runs:
@@ -119,4 +156,8 @@ def begun(folder: Path, key: str) -> bool:
 
 def work(run: StudyRun, states: Mapping[str, str]) -> int:
     """Samples that a run has to train on."""
-    return sum(samples_of(stage, stage.steps) for name, stage in run.recipe.stages.items() if states[name] == TRAIN)
+    return sum(
+        samples_of(stage, stage.steps)
+        for name, stage in run.recipe.stages.items()
+        if states[name] == TRAIN
+    )

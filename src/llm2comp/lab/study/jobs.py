@@ -32,7 +32,9 @@ RUNS, SCORES, KEPT = "runs", "scores", "kept"
 
 @dataclass(frozen=True)
 class Bench:
-    """Folder and evaluation sets of a study. `sets`: name → revision; `folders`: where the sets lie."""
+    """Folder and evaluation sets of a study. `sets`: name → revision; `folders`: where the sets
+    lie.
+    """
 
     folder: Path
     after: tuple[str, ...]
@@ -47,7 +49,9 @@ class Bench:
 
 @dataclass
 class Outcome:
-    """Result of one run or untrained encoder: table rows of one seed; `samples` trained on in this call."""
+    """Result of one run or untrained encoder: table rows of one seed; `samples` trained on in this
+    call.
+    """
 
     name: str
     told: str = ""  # what was done
@@ -77,7 +81,9 @@ class Floor:
         key = [self.model, self.lm] if self.lm else None  # "": on the Hub, and not known which
         scores = _score(bench, found, self.name, self.model, key, self.device)
         found.told = "scored" if scores else "failed"
-        found.rows.append(StudyRow(system=self.name, stage=self.stage, base=self.name, scores={0: scores}))
+        found.rows.append(
+            StudyRow(system=self.name, stage=self.stage, base=self.name, scores={0: scores})
+        )
         yield found
 
 
@@ -88,12 +94,16 @@ class Group:
     runs: tuple[StudyRun, ...]
 
     def outcomes(self, bench: Bench) -> Iterator[Outcome]:
-        """Train the missing stages of each run and score its encoders. A stage that failed is not tried again."""
+        """Train the missing stages of each run and score its encoders. A stage that failed is not
+        tried again.
+        """
         states = plan(self.runs, bench.runs)
         dead: dict[str, str] = {}  # key of a stage that could not be trained → why
         for run in self.runs:
             found = Outcome(run.name, _told(states[run.name]), work(run, states[run.name]))
-            reason = next((dead[key] for key in run.keys.values() if key in dead), None) or self._train(run, bench)
+            reason = next(
+                (dead[key] for key in run.keys.values() if key in dead), None
+            ) or self._train(run, bench)
             if reason is not None:
                 found.told = "failed"
                 found.failures.append(Failure(system=run.system, run=run.name, reason=reason))
@@ -101,7 +111,8 @@ class Group:
                     place = run.folder(bench.runs, stage)
                     if begun(place, key) and not is_done(place, key):
                         dead[key] = reason
-            gc.collect()  # models and trainers refer to each other: without it the next run may find no memory
+            # models and trainers refer to each other: without it the next run may find no memory
+            gc.collect()
             for asked, stage in run.scored(bench.after).items():
                 if is_done(run.folder(bench.runs, stage), run.keys[stage]):
                     found.rows.append(_row(bench, found, run, asked, stage))
@@ -113,7 +124,11 @@ class Group:
         if _is_finished(run, folder):
             return None
         try:
-            train(run.recipe, folder, siblings=[bench.runs / other.name for other in self.runs if other is not run])
+            train(
+                run.recipe,
+                folder,
+                siblings=[bench.runs / other.name for other in self.runs if other is not run],
+            )
         except (Llm2CompError, torch.OutOfMemoryError) as error:
             return one_line(error, 400)
         return None
@@ -131,7 +146,9 @@ def groups(runs: Sequence[StudyRun]) -> list[Group]:
 
 
 def floors(training_free: Sequence[str], models: Sequence[str], lm: Any) -> list[Floor]:
-    """Encoders to compare with: training-free ones over the recipes' `model`, and others that the study names."""
+    """Encoders to compare with: training-free ones over the recipes' `model`, and others that the
+    study names.
+    """
     device = None if lm.device == "auto" else lm.device
     digest = weights_digest(lm) if training_free else None
     free = [Floor(name, f"{name}:{lm.name}", digest, device) for name in training_free]
@@ -143,31 +160,49 @@ def _row(bench: Bench, found: Outcome, run: StudyRun, asked: str, stage: str) ->
     logs = read_log(bench.runs / run.name, run.name).stages
     trained = logs[: [log.name for log in logs].index(stage) + 1]
     result = trained[-1].result
-    # An encoder depends on its stage and on how long a text it reads, which may be a later stage's setting.
+    # An encoder depends on its stage and on how long a text it reads, which may be a later stage's
+    # setting.
     limit = run.recipe.max_tokens or list(run.keys.values())[-1]
     return StudyRow(
         system=run.system,
         stage=asked,
         base=run.base,
         axes=run.axes,
-        scores={run.seed: _score(bench, found, run.system, str(run.folder(bench.runs, stage)), [run.keys[stage], limit])},
+        scores={
+            run.seed: _score(
+                bench,
+                found,
+                run.system,
+                str(run.folder(bench.runs, stage)),
+                [run.keys[stage], limit],
+            )
+        },
         ranks={run.seed: result.effective_rank} if result else {},
         samples={run.seed: sum(samples_of(log.settings, log.reached) for log in trained)},
     )
 
 
-def _score(bench: Bench, found: Outcome, system: str, model: str, key: Any, device: str | None = None) -> dict[str, float]:
-    """Set → percent, for the sets that could be scored; `key` = all that the encoder depends on, None where not known."""
+def _score(
+    bench: Bench, found: Outcome, system: str, model: str, key: Any, device: str | None = None
+) -> dict[str, float]:
+    """Set → percent, for the sets that could be scored; `key` = all that the encoder depends on,
+    None where not known.
+    """
     digest = hashlib.sha256(to_json([key, bench.sets], sort_keys=True).encode()).hexdigest()
     kept = bench.folder / SCORES / KEPT / f"{digest}.json"
     if key is not None and (before := _read_kept(kept)) is not None:
         return before
     try:
-        (row,) = evaluate([model], EvaluateOptions(local=bench.folders, device=device), bench.folder / SCORES)
+        (row,) = evaluate(
+            [model], EvaluateOptions(local=bench.folders, device=device), bench.folder / SCORES
+        )
     except (Llm2CompError, torch.OutOfMemoryError) as error:
         found.failures.append(Failure(system=system, run=model, reason=one_line(error, 400)))
         return {}
-    found.failures += [Failure(system=system, run=f"{model}, {task}", reason=why) for task, why in row.failed.items()]
+    found.failures += [
+        Failure(system=system, run=f"{model}, {task}", reason=why)
+        for task, why in row.failed.items()
+    ]
     scores = {task: round(100 * result["score"], 4) for task, result in row.scores.items()}
     if key is not None and not row.failed:
         write_text(kept, to_json(scores, indent=1))
@@ -194,4 +229,6 @@ def _is_finished(run: StudyRun, folder: Path) -> bool:
 def _told(states: dict[str, str]) -> str:
     """`pretext from CTKD-seed0, ucl trained`."""
     words = {DONE: "done before", TRAIN: "trained"}
-    return ", ".join(f"{stage} {words.get(state, f'from {state}')}" for stage, state in states.items())
+    return ", ".join(
+        f"{stage} {words.get(state, f'from {state}')}" for stage, state in states.items()
+    )

@@ -1,8 +1,11 @@
-"""`llm2comp study`: train every missing run, score its encoders, write the tables; run again to resume.
+"""`llm2comp study`: train every missing run, score its encoders, write the tables; run again to
+resume.
 
 studies/NAME/study.yaml         the study as it was read
-studies/NAME/runs/SYSTEM-seedN/    run directories as those of `train`; equal stages are copied from one to the other
-studies/NAME/scores/            mteb's files; kept/: scores by all that an encoder depends on, and by its sets
+studies/NAME/runs/SYSTEM-seedN/    run directories as those of `train`; equal stages are copied from
+                                   one to the other
+studies/NAME/scores/            mteb's files; kept/: scores by all that an encoder depends on, and
+                                by its sets
 studies/NAME/worker-N.log       what each worker said, where there are several
 studies/NAME/results.json, table.csv, table.md, *.svg, *.png
 """
@@ -43,7 +46,14 @@ from llm2comp.lab.study.workers import outcomes
 from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.recipe import load_recipe
 from llm2comp.system.console import say
-from llm2comp.system.files import STUDY, claim, explain_disk_errors, refuse_taken, to_json, write_text
+from llm2comp.system.files import (
+    STUDY,
+    claim,
+    explain_disk_errors,
+    refuse_taken,
+    to_json,
+    write_text,
+)
 
 RESULTS_FILE = "results.json"
 
@@ -67,39 +77,55 @@ def study(
         workers: processes that train and score at once.
 
     Raises:
-        Llm2CompError: the study, one of its recipes, its data or sets are not valid (before anything is trained); or, after
-            the tables are written, RunError when a run failed.
+        Llm2CompError: the study, one of its recipes, its data or sets are not valid (before
+            anything is trained); or, after the tables are written, RunError when a run failed.
     """
     quiet_libraries()
     settings = load_study(file, changes, local)
     where, folder = str(find_study(file)), out or Path("studies") / settings.name
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError("a study is run by one process", where=where, fix="start it without a launcher")
+        raise RunError(
+            "a study is run by one process", where=where, fix="start it without a launcher"
+        )
     runs = runs_of(settings, where)
     if dry_run:
         say(_plan_table(runs, folder / RUNS))
         return None
-    bench = Bench(folder, settings.after, _set_revisions(settings, where), tuple(map(Path, settings.scores)))
+    bench = Bench(
+        folder, settings.after, _set_revisions(settings, where), tuple(map(Path, settings.scores))
+    )
     with explain_disk_errors(folder):
         refuse_taken(folder, STUDY)
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             claim(folder, STUDY)
-            write_text(folder / "study.yaml", yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+            write_text(
+                folder / "study.yaml",
+                yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False),
+            )
             results = _results(settings, runs, bench, workers)
             write_results(results, folder)
     except Timeout as error:
-        raise RunError("another process runs this study", where=str(folder), fix="wait, or give another --out") from error
+        raise RunError(
+            "another process runs this study", where=str(folder), fix="wait, or give another --out"
+        ) from error
     if results.failures:
         names = ", ".join(failure.run for failure in results.failures)
-        raise RunError(f"failed: {names}", where=str(folder), fix="see above or in table.md, then run it again")
+        raise RunError(
+            f"failed: {names}", where=str(folder), fix="see above or in table.md, then run it again"
+        )
     return results
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """Write the tables, results.json and plots, and show the tables; the same results give the same files."""
-    content = results.model_dump(mode="json") | {"table": records(results), "pairs": comparisons(results)}
+    """Write the tables, results.json and plots, and show the tables; the same results give the same
+    files.
+    """
+    content = results.model_dump(mode="json") | {
+        "table": records(results),
+        "pairs": comparisons(results),
+    }
     write_text(folder / RESULTS_FILE, to_json(content, indent=1))
     write_text(folder / "table.csv", as_csv(records(results)))
     write_text(folder / "table.md", as_markdown(results))
@@ -111,7 +137,14 @@ def write_results(results: Results, folder: Path) -> None:
         say(shown("pairs, 95 % interval of the paired bootstrap", header, rows, words=2))
     if results.published:
         header, rows = published_cells()
-        say(shown("published, cited; other tasks and backbones", header[:4], [row[:4] for row in rows], words=2))
+        say(
+            shown(
+                "published, cited; other tasks and backbones",
+                header[:4],
+                [row[:4] for row in rows],
+                words=2,
+            )
+        )
     say(f"{folder}: table.md, table.csv, {RESULTS_FILE} and plots")
 
 
@@ -121,10 +154,19 @@ def _results(settings: Study, runs: Sequence[StudyRun], bench: Bench, workers: i
     beside = floors(settings.training_free, settings.models, lm)
     states = plan(runs, bench.runs)
     total, worked, ended = sum(work(run, states[run.name]) for run in runs), 0, 0
-    named = [(run, asked) for asked in settings.after for run in runs if asked in run.scored(settings.after)]
-    rows = {(floor.name, floor.stage): StudyRow(system=floor.name, stage=floor.stage, base=floor.name) for floor in beside}
+    named = [
+        (run, asked)
+        for asked in settings.after
+        for run in runs
+        if asked in run.scored(settings.after)
+    ]
+    rows = {
+        (floor.name, floor.stage): StudyRow(system=floor.name, stage=floor.stage, base=floor.name)
+        for floor in beside
+    }
     rows |= {
-        (run.system, asked): StudyRow(system=run.system, stage=asked, base=run.base, axes=run.axes) for run, asked in named
+        (run.system, asked): StudyRow(system=run.system, stage=asked, base=run.base, axes=run.axes)
+        for run, asked in named
     }
     failures: list[Failure] = []
     begin = time.monotonic()
@@ -151,13 +193,24 @@ def _results(settings: Study, runs: Sequence[StudyRun], bench: Bench, workers: i
 
 
 def _set_revisions(settings: Study, where: str) -> dict[str, str]:
-    """Name of each local set → revision, which is made from its files. Raises DataError: no set, or a malformed one."""
+    """Name of each local set → revision, which is made from its files. Raises DataError: no set, or
+    a malformed one.
+    """
     if not settings.scores:
-        raise DataError("nothing to score on", where=where, expected="scores: [folder, ...] in it, or --local DIR")
+        raise DataError(
+            "nothing to score on",
+            where=where,
+            expected="scores: [folder, ...] in it, or --local DIR",
+        )
     tasks = [task for folder in settings.scores for task in local_tasks(Path(folder).expanduser())]
     found = {task.metadata.name: task.metadata.dataset["revision"] for task in tasks}
     if len(found) < len(tasks):
-        raise DataError("two sets have one name", where=where, found=", ".join(settings.scores), fix="rename or leave out one")
+        raise DataError(
+            "two sets have one name",
+            where=where,
+            found=", ".join(settings.scores),
+            fix="rename or leave out one",
+        )
     return found
 
 
@@ -167,7 +220,10 @@ def _time_left(spent: float, share: float) -> str:
 
 def _plan_table(runs: Sequence[StudyRun], folder: Path) -> Table:
     """Runs down; what happens to each of their stages."""
-    states, stages = plan(runs, folder), list(dict.fromkeys(stage for run in runs for stage in run.keys))
+    states, stages = (
+        plan(runs, folder),
+        list(dict.fromkeys(stage for run in runs for stage in run.keys)),
+    )
     table = Table("run", *stages, "samples to train", title=str(folder), title_justify="left")
     for run in runs:
         told = [states[run.name].get(stage, "–") for stage in stages]

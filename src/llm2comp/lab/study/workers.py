@@ -43,23 +43,29 @@ def outcomes(jobs: Sequence[Job], bench: Bench, workers: int) -> Iterator[Outcom
         seats.put((number, device_of(number), bench.folder / f"worker-{number}.log"))
     others = set(multiprocessing.active_children())
     try:
-        with ProcessPoolExecutor(min(workers, len(jobs)), context, _sit_down, (seats, threads_of(workers))) as pool:
+        with ProcessPoolExecutor(
+            min(workers, len(jobs)), context, _sit_down, (seats, threads_of(workers))
+        ) as pool:
             try:
                 for done in _as_they_finish([pool.submit(_all_of, job, bench) for job in jobs]):
                     yield from done.result()
-            except BaseException:  # whoever waits for these results has stopped: what is half done can be done again
+            # whoever waits for these results has stopped: what is half done can be done again
+            except BaseException:
                 for worker in set(multiprocessing.active_children()) - others:
                     worker.terminate()
                 raise
     except BrokenProcessPool as error:
         logs = str(bench.folder / "worker-*.log")
-        raise RunError("a worker died", where=logs, fix="if memory ran out, fewer --workers; then run it again") from error
+        raise RunError(
+            "a worker died", where=logs, fix="if memory ran out, fewer --workers; then run it again"
+        ) from error
 
 
 def _as_they_finish(tasks: Iterable[Future[list[Outcome]]]) -> Iterator[Future[list[Outcome]]]:
     """Like `as_completed`, but it wakes up every second.
 
-    polars, which mteb imports, handles Ctrl-C with SA_RESTART: an endless wait goes on as if nothing had happened.
+    polars, which mteb imports, handles Ctrl-C with SA_RESTART: an endless wait goes on as if
+    nothing had happened.
     """
     left = set(tasks)
     while left:
@@ -87,8 +93,11 @@ def _all_of(job: Job, bench: Bench) -> list[Outcome]:
 
 def _sit_down(seats: Any, threads: int) -> None:
     """Set up this process as a worker, before it computes anything."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the first process speaks, and ends the others
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    # on Ctrl-C the first process speaks, and ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(
+        target=_end_with, args=(multiprocessing.parent_process(),), daemon=True
+    ).start()
     number, device, log = seats.get()
     if device is not None:
         os.environ[DEVICES] = device
@@ -98,6 +107,8 @@ def _sit_down(seats: Any, threads: int) -> None:
 
 
 def _end_with(parent: Any) -> None:
-    """End this worker when its parent process dies; otherwise it would keep the locks of its run."""
+    """End this worker when its parent process dies; otherwise it would keep the locks of its
+    run.
+    """
     wait([parent.sentinel])
     os._exit(1)

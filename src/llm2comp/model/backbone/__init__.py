@@ -1,12 +1,15 @@
-"""The only place that knows transformers' models and peft: a frozen causal LM with a stack of adapters.
+"""The only place that knows transformers' models and peft: a frozen causal LM with a stack of
+adapters.
 
 One copy of the weights serves three passes:
-1. `encoder_pass`: adapters on, bidirectional by `is_causal=False` per call (no modelling code of our own)
+1. `encoder_pass`: adapters on, bidirectional by `is_causal=False` per call (no modelling code of
+   our own)
 2. teacher: `decoder_pass`: adapters off, causal; bit for bit the untouched LM
 3. decoder: `decoder_pass` on memory states: the same, with gradients to its input
 
-families.py: what differs between model families, as tables · trainable.py: what learns in a stage · model.py: the passes ·
-probes.py: trials of a model · loading.py: from a name to a probed Backbone · digest.py: which weights these are.
+families.py: what differs between model families, as tables · trainable.py: what learns in a stage ·
+model.py: the passes · probes.py: trials of a model · loading.py: from a name to a probed Backbone ·
+digest.py: which weights these are.
 """
 
 from llm2comp.model.backbone.adapters import AdapterStack

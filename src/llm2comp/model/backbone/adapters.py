@@ -1,10 +1,11 @@
 """The stack of LoRA adapters over a frozen LM.
 
-Each stage adds one adapter; older ones stay active but frozen and without dropout. LoRA deltas add, so the stack equals
-the release's merge-and-renew while the base itself is never modified.
+Each stage adds one adapter; older ones stay active but frozen and without dropout. LoRA deltas add,
+so the stack equals the release's merge-and-renew while the base itself is never modified.
 
-While a stage trains, the older adapters need no operations of their own: `folded` puts them into a second copy of the
-weights that they change. The encoder pass reads that copy, teacher and decoder go on reading the bare weights.
+While a stage trains, the older adapters need no operations of their own: `folded` puts them into a
+second copy of the weights that they change. The encoder pass reads that copy, teacher and decoder
+go on reading the bare weights.
 """
 
 from __future__ import annotations
@@ -45,14 +46,19 @@ class Fold:
         """Of a LoRA layer and those of its adapters to be folded."""
         bare = layer.base_layer.weight
         added = torch.stack([layer.get_delta_weight(name).float() for name in names]).sum(0)
-        return cls(layer.base_layer, bare, nn.Parameter((bare.float() + added).to(bare.dtype), requires_grad=False))
+        return cls(
+            layer.base_layer,
+            bare,
+            nn.Parameter((bare.float() + added).to(bare.dtype), requires_grad=False),
+        )
 
 
 class AdapterStack(Trainable):
     """Named LoRA adapters over one LM, oldest first.
 
-    Experts' fused weights (mixtures of experts) are changed as W_e + scale·B_e·A_e for each expert e, without dropout,
-    which cannot act on a weight's delta; all adapters of a stack change the same experts' weights (both are peft's rules).
+    Experts' fused weights (mixtures of experts) are changed as W_e + scale·B_e·A_e for each expert
+    e, without dropout, which cannot act on a weight's delta; all adapters of a stack change the
+    same experts' weights (both are peft's rules).
     """
 
     file = "adapter_model.safetensors"
@@ -63,7 +69,9 @@ class AdapterStack(Trainable):
         self._layers: list[Any] = []
         self._folds: list[Fold] = []
 
-    def add(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
+    def add(
+        self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0
+    ) -> None:
         """Put one more adapter on top; of all weights of the LM it alone learns from here on.
 
         Raises:
@@ -72,7 +80,8 @@ class AdapterStack(Trainable):
         rate = settings.dropout if dropout is None else dropout
         config = self._config(settings, rate)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft speaks up for GPT-2's Conv1D and for a second adapter
+            # peft speaks up for GPT-2's Conv1D and for a second adapter
+            warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             try:
                 if self._peft is None:
@@ -83,7 +92,8 @@ class AdapterStack(Trainable):
                 raise self._no_target(settings.targets, str(error)) from error
         self.names.append(name)
         self._layers = [m for m in self.lm.modules() if isinstance(m, BaseTunerLayer)]
-        if config.target_parameters:  # peft knows one rate for all layers and no dropout on experts' weights
+        # peft knows one rate for all layers and no dropout on experts' weights
+        if config.target_parameters:
             for layer in self._layers:
                 if not isinstance(layer, ParamWrapper):
                     layer.lora_dropout[name] = nn.Dropout(rate)
@@ -99,8 +109,8 @@ class AdapterStack(Trainable):
     def switched(self, off: bool) -> Iterator[None]:
         """All adapters off (or on) inside.
 
-        Flips the flag that peft's `disable_adapter()` flips, without its walk over the model and without touching
-        `requires_grad`; a test holds the two against each other.
+        Flips the flag that peft's `disable_adapter()` flips, without its walk over the model and
+        without touching `requires_grad`; a test holds the two against each other.
         """
         before = [layer._disable_adapters for layer in self._layers]
         with super().switched(off):
@@ -116,11 +126,13 @@ class AdapterStack(Trainable):
 
     @contextlib.contextmanager
     def folded(self) -> Iterator[None]:
-        """Inside, all adapters but the newest are part of the weights that the encoder pass reads: W + Σ scale·B·A.
+        """Inside, all adapters but the newest are part of the weights that the encoder pass reads:
+        W + Σ scale·B·A.
 
-        The sum is formed in float32 and rounded once to the dtype of W, as in `merged`. It costs one more copy of the
-        weights that adapters change. Nothing happens without older adapters, or where a layer is not a plain linear one
-        (quantised weights, experts, GPT-2's Conv1D): there they stay as they are.
+        The sum is formed in float32 and rounded once to the dtype of W, as in `merged`. It costs
+        one more copy of the weights that adapters change. Nothing happens without older adapters,
+        or where a layer is not a plain linear one (quantised weights, experts, GPT-2's Conv1D):
+        there they stay as they are.
         """
         older = self.names[:-1]
         if not older or not all(isinstance(layer, LoraLinear) for layer in self._layers):
@@ -140,7 +152,8 @@ class AdapterStack(Trainable):
     def _show(self, bare: bool) -> None:
         """Let the folded layers have their bare weights, or those with the older adapters.
 
-        Another tensor takes the place, the old one keeps its values: a graph that was made with it is still right.
+        Another tensor takes the place, the old one keeps its values: a graph that was made with it
+        is still right.
         """
         for fold in self._folds:
             fold.linear._parameters["weight"] = fold.bare if bare else fold.with_older
@@ -162,17 +175,25 @@ class AdapterStack(Trainable):
         return [m.lora_dropout[name] for m in self._layers if name in m.lora_dropout]
 
     def save(self, name: str, folder: Path) -> None:
-        """Write one adapter in peft's own format (adapter_config.json, adapter_model.safetensors)."""
+        """Write one adapter in peft's own format (adapter_config.json,
+        adapter_model.safetensors).
+        """
         super().save(name, folder)
         config = copy.copy(self._peft.peft_config[name])
-        config.inference_mode, config.task_type = True, peft.TaskType.CAUSAL_LM  # as AutoPeftModelForCausalLM asks for
+        # as AutoPeftModelForCausalLM asks for
+        config.inference_mode, config.task_type = (
+            True,
+            peft.TaskType.CAUSAL_LM,
+        )
         if writes():
             config.save_pretrained(str(folder))
 
     def merged(self, dtype: torch.dtype | None = None) -> Any:
-        """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then in the base's dtype.
+        """A copy of the LM with all adapters in its weights: W + Σ scale·B·A in float32, then in
+        the base's dtype.
 
-        With a `dtype`, in that one, and on the CPU: beside the LM there may be no room for a wider copy.
+        With a `dtype`, in that one, and on the CPU: beside the LM there may be no room for a wider
+        copy.
         """
         self._show(bare=True)
         lm, quantized = plain_copy(self.lm)
@@ -187,7 +208,8 @@ class AdapterStack(Trainable):
                 for name in self.names:
                     weight.data += layer.get_delta_weight(name).float()
                 weight.data = weight.data.to(dtype or own)
-                if not path.endswith(".base_layer"):  # the inner of two wrappers around one module of experts
+                # the inner of two wrappers around one module of experts
+                if not path.endswith(".base_layer"):
                     lm.set_submodule(path, base)
         for linear in quantized:
             linear.to(dtype or lm.get_input_embeddings().weight.dtype)
@@ -197,7 +219,9 @@ class AdapterStack(Trainable):
 
     def state(self, name: str) -> dict[str, Tensor]:
         """The live weights, by peft's names for them."""
-        state: dict[str, Tensor] = peft.get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        state: dict[str, Tensor] = peft.get_peft_model_state_dict(
+            self._peft, adapter_name=name, save_embedding_layers=False
+        )
         return state
 
     def _config(self, settings: AdapterSettings, dropout: float) -> Any:
@@ -218,11 +242,20 @@ class AdapterStack(Trainable):
         )
 
     def _no_target(self, targets: Any, reason: str | None = None) -> BackboneError:
-        linear = [(n, 1) for n, m in self.lm.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n]
+        linear = [
+            (n, 1)
+            for n, m in self.lm.named_modules()
+            if isinstance(m, nn.Linear) and ".lora_" not in n
+        ]
         experts = [(n, 2) for n, weight in self.lm.named_parameters() if weight.ndim == 3]
-        known = {".".join(n.replace(".base_layer", "").split(".")[-parts:]) for n, parts in linear + experts}
+        known = {
+            ".".join(n.replace(".base_layer", "").split(".")[-parts:])
+            for n, parts in linear + experts
+        }
         return BackboneError(
-            f"cannot carry these LoRA targets: {reason}" if reason else "LoRA targets match no module",
+            f"cannot carry these LoRA targets: {reason}"
+            if reason
+            else "LoRA targets match no module",
             where=f"{self.model_name} (model_type {self.lm.config.model_type})",
             expected=f"some of {', '.join(sorted(known))}",
             found=targets if isinstance(targets, str) else ", ".join(sorted(targets)) or "none",

@@ -1,8 +1,10 @@
-"""Which weights are these? A digest of a model's files that costs nothing the second time, or its commit on the Hub.
+"""Which weights are these? A digest of a model's files that costs nothing the second time, or its
+commit on the Hub.
 
 CACHE/digests/<key>   the digest of one file; the key is of its place, size, times and inode
 
-A stage's result holds the digest of the base that it was trained over (`Base`), and is refused over another one.
+A stage's result holds the digest of the base that it was trained over (`Base`), and is refused over
+another one.
 """
 
 from __future__ import annotations
@@ -24,9 +26,20 @@ from llm2comp.system.cache import cache_folder
 from llm2comp.system.files import sha256, write_text
 
 DIGESTS = "digests"
-# What changes what a model makes of a text. A model's other files (cards, settings of generation, logs) may come and go.
-FILES = ("*.safetensors", "*.gguf", "config.json", "tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "spiece.model")
-# A file changed less than so many seconds ago may change again without another time: its digest is not kept.
+# What changes what a model makes of a text. A model's other files (cards, settings of generation,
+# logs) may come and go.
+FILES = (
+    "*.safetensors",
+    "*.gguf",
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "added_tokens.json",
+    "spiece.model",
+)
+# A file changed less than so many seconds ago may change again without another time: its digest is
+# not kept.
 SETTLED = 2.0
 
 
@@ -43,18 +56,24 @@ class Base(BaseModel):
 
 
 def weights_digest(settings: ModelSettings) -> str:
-    """Digest of all weights of a local or builtin model, its configuration and its tokenizer; of a Hub id, the commit.
+    """Digest of all weights of a local or builtin model, its configuration and its tokenizer; of a
+    Hub id, the commit.
 
-    Of a GGUF, whoever converted it: that file's, and the version of the conversion.
-    Empty for a Hub id of which nothing is in the Hub's cache: what it will be shows when it has been loaded.
+    Of a GGUF, whoever converted it: that file's, and the version of the conversion. Empty for a Hub
+    id of which nothing is in the Hub's cache: what it will be shows when it has been loaded.
     """
     place = Path(model_source(settings))
     if not place.exists():
         return hub_commit(settings.name, settings.revision)
-    # The libraries write their version, and how they were called, into what they convert: the GGUF is what stays the same.
+    # The libraries write their version, and how they were called, into what they convert: the GGUF
+    # is what stays the same.
     if (converted := manifest(place)) is not None:
         return hashlib.sha256(f"{converted.format_version}:{converted.gguf}".encode()).hexdigest()
-    files = [place] if place.is_file() else sorted({file for pattern in FILES for file in place.glob(pattern)})
+    files = (
+        [place]
+        if place.is_file()
+        else sorted({file for pattern in FILES for file in place.glob(pattern)})
+    )
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}:{file_digest(file)}".encode())
@@ -84,8 +103,12 @@ def file_digest(file: Path) -> str:
     except (OSError, ValueError):
         pass
     found = sha256(file)
-    if _state(file.stat()) == _state(before) and time.time() - max(before.st_mtime, before.st_ctime) > SETTLED:
-        with contextlib.suppress(Llm2CompError):  # a cache that cannot be written: the digest is made again next time
+    if (
+        _state(file.stat()) == _state(before)
+        and time.time() - max(before.st_mtime, before.st_ctime) > SETTLED
+    ):
+        # a cache that cannot be written: the digest is made again next time
+        with contextlib.suppress(Llm2CompError):
             write_text(kept, found)
     return found
 
@@ -96,13 +119,19 @@ def _state(stat: Any) -> tuple[int, ...]:
 
 
 def check_base(trained: Base, settings: ModelSettings, where: Path) -> None:
-    """Raise ModelFolderError unless what these settings load is the base that something was trained over."""
+    """Raise ModelFolderError unless what these settings load is the base that something was trained
+    over.
+    """
     now = Base.of(settings)
     if now.digest == trained.digest:
         return
     local = Path(model_source(settings)).exists()
     again = "train into another --out"
-    fix = f"put the base's files back, or {again}" if local else f"set model.revision: {trained.digest}, or {again}"
+    fix = (
+        f"put the base's files back, or {again}"
+        if local
+        else f"set model.revision: {trained.digest}, or {again}"
+    )
     raise ModelFolderError(
         "was trained over another base: over this one its embeddings mean nothing",
         where=str(where),

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from llm2comp.errors import BackboneError
 from llm2comp.recipe import nearest
 
-# LoRA targets by `model_type`: q, v, o, gate, up, down as in the release (not k), where the family keeps them apart.
+# LoRA targets by `model_type`: q, v, o, gate, up, down as in the release (not k), where the family
+# keeps them apart.
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
-_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # parameters (E, out, in) over all E experts, not modules
+# parameters (E, out, in) over all E experts, not modules
+_EXPERTS = (
+    "experts.gate_up_proj",
+    "experts.down_proj",
+)
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "mixtral": (*_ATTENTION, *_EXPERTS),
     "qwen3_moe": (*_ATTENTION, *_EXPERTS),
@@ -47,31 +52,61 @@ def starting_token(tokenizer: Any, bos: str, where: str) -> int | None:
         return None
     if bos == "auto":
         start: int | None = tokenizer.bos_token_id
-        return start if start is not None and tokenizer("x", verbose=False)["input_ids"][:1] == [start] else None
+        return (
+            start
+            if start is not None and tokenizer("x", verbose=False)["input_ids"][:1] == [start]
+            else None
+        )
     special = dict.fromkeys(
-        (*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special))
+        (
+            *tokenizer.all_special_tokens,
+            *(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special),
+        )
     )
     if bos not in special:
         expected = f"auto, none, or one of {', '.join(list(special)[:8])}"
         fix = nearest(bos, special)
-        raise BackboneError("no such special token", where=f"model.bos, {where}", expected=expected, found=bos, fix=fix)
+        raise BackboneError(
+            "no such special token",
+            where=f"model.bos, {where}",
+            expected=expected,
+            found=bos,
+            fix=fix,
+        )
     return int(tokenizer.convert_tokens_to_ids(bos))
 
 
-def split_targets(lm: nn.Module, targets: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
-    """Sort target names into those of modules, those of experts' fused weights (3-D parameters), and unknown ones."""
+def split_targets(
+    lm: nn.Module, targets: tuple[str, ...]
+) -> tuple[list[str], list[str], list[str]]:
+    """Sort target names into those of modules, those of experts' fused weights (3-D parameters),
+    and unknown ones.
+    """
     modules = [f".{path}" for path, _ in lm.named_modules()]
     # adapters that are there already put `.base_layer` into the names of what they wrap
-    experts = [f".{path}".replace(".base_layer", "") for path, weight in lm.named_parameters() if weight.ndim == 3]
+    experts = [
+        f".{path}".replace(".base_layer", "")
+        for path, weight in lm.named_parameters()
+        if weight.ndim == 3
+    ]
     found: tuple[list[str], list[str], list[str]] = ([], [], [])
     for name in targets:
-        kind = next((i for i, paths in enumerate((modules, experts)) if any(p.endswith(f".{name}") for p in paths)), 2)
+        kind = next(
+            (
+                i
+                for i, paths in enumerate((modules, experts))
+                if any(p.endswith(f".{name}") for p in paths)
+            ),
+            2,
+        )
         found[kind].append(name)
     return found
 
 
 def scale_logits(logits_NV: Tensor, config: Any) -> Tensor:
-    """What a family does between its head's projection and the softmax: scale (Cohere, Granite) or softcap (Gemma 2)."""
+    """What a family does between its head's projection and the softmax: scale (Cohere, Granite) or
+    softcap (Gemma 2).
+    """
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits_NV = logits_NV * scale
     if (scaling := getattr(config, "logits_scaling", None)) is not None:
@@ -83,7 +118,9 @@ def scale_logits(logits_NV: Tensor, config: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionDropout:
-    """Where one attention module keeps the rate of its dropout on attention weights, and the modules it asks for `training`."""
+    """Where one attention module keeps the rate of its dropout on attention weights, and the
+    modules it asks for `training`.
+    """
 
     holder: Any
     attribute: str
@@ -100,10 +137,12 @@ class AttentionDropout:
 
 
 def silence_dropout(lm: nn.Module) -> None:
-    """Set every dropout rate that a module applies by function to 0 (OPT's layers, Starcoder-2's projections).
+    """Set every dropout rate that a module applies by function to 0 (OPT's layers, Starcoder-2's
+    projections).
 
-    Such a rate would act whenever the module is switched to training, which checkpointing and `AttentionDropout` do.
-    Dropout modules need nothing: they stay in eval mode. The config keeps its values.
+    Such a rate would act whenever the module is switched to training, which checkpointing and
+    `AttentionDropout` do. Dropout modules need nothing: they stay in eval mode. The config keeps
+    its values.
     """
     for module in lm.modules():
         for name, value in list(vars(module).items()):

@@ -15,7 +15,9 @@ from llm2comp.recipe import AdapterSettings
 class Frozen(Trainable):
     """The LM itself encodes; a stage has no weights of it, and no file."""
 
-    def add(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
+    def add(
+        self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0
+    ) -> None:
         """One more stage that trains nothing of the LM."""
         self.names.append(name)
         self.lm.requires_grad_(False)

@@ -32,11 +32,15 @@ class FullCopy(Trainable):
         super().__init__(lm, model_name)
         if quantized_layers(lm):
             fix = "set model.quantization: null, or adapter.kind: lora"
-            raise BackboneError("cannot be trained in full over 4 or 8 bits", where=model_name, fix=fix)
+            raise BackboneError(
+                "cannot be trained in full over 4 or 8 bits", where=model_name, fix=fix
+            )
         self.copy: Any = copy.deepcopy(lm.base_model).float()
         self._table = self.copy.get_input_embeddings()
 
-    def add(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
+    def add(
+        self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0
+    ) -> None:
         """One more stage that trains the copy."""
         self.names.append(name)
         self.lm.requires_grad_(False)
@@ -53,7 +57,9 @@ class FullCopy(Trainable):
         return self._state()
 
     def merged(self, dtype: torch.dtype | None = None) -> Any:
-        """A copy of the LM with the trained layers, in the base's dtype; else as said, on the CPU."""
+        """A copy of the LM with the trained layers, in the base's dtype; else as said, on the
+        CPU.
+        """
         lm = copy.deepcopy(self.lm)
         lm = lm if dtype is None else lm.cpu().to(dtype)
         lm.base_model.load_state_dict(self._state(), strict=False)

@@ -1,9 +1,11 @@
-"""A causal LM in a GGUF file (llama.cpp's format), converted once into an ordinary folder of the user's cache.
+"""A causal LM in a GGUF file (llama.cpp's format), converted once into an ordinary folder of the
+user's cache.
 
 CACHE/models/<name>-<digest>/   model.safetensors, config, tokenizer, README.md (the licence)
                                 converted.json, written last: `Converted`
 
-transformers reads the file; what is kept are plain weights, which every other part of this package takes as any local model.
+transformers reads the file; what is kept are plain weights, which every other part of this package
+takes as any local model.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ from llm2comp.system.console import console, say
 from llm2comp.system.files import new_folder, sha256, to_json, write_text
 
 MANIFEST_FILE = "converted.json"
-# To be raised when the code makes other files of the same GGUF: what an older version left is then made anew.
+# To be raised when the code makes other files of the same GGUF: what an older version left is then
+# made anew.
 FORMAT_VERSION: Literal[1] = 1
-READ = "a GGUF that transformers reads: Llama, Qwen, Gemma, Mistral and others, whole and in one file"
+READ = (
+    "a GGUF that transformers reads: Llama, Qwen, Gemma, Mistral and others, whole and in one file"
+)
 _CARD = """---
 license: {licence}
 ---
@@ -51,7 +56,9 @@ class Converted(Section):
 
 @dataclass(frozen=True)
 class _Header:
-    """The plain facts at a file's head, and the dtype of most of its weights: bfloat16 where they are quantised."""
+    """The plain facts at a file's head, and the dtype of most of its weights: bfloat16 where they
+    are quantised.
+    """
 
     facts: dict[str, Any]
     dtype: torch.dtype
@@ -62,17 +69,29 @@ class _Header:
         from gguf import GGUFReader, GGUFValueType
 
         reader = GGUFReader(file)
-        facts = {key: field.contents() for key, field in reader.fields.items() if field.types[0] != GGUFValueType.ARRAY}
+        facts = {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if field.types[0] != GGUFValueType.ARRAY
+        }
         if facts.get("split.count", 0) > 1:
             raise ValueError("one part of several; join them with llama.cpp's gguf-split --merge")
         if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
-            say(f"{file}: transformers does not read its scaling of positions; for long texts take the model's own repository")
+            say(
+                f"{file}: transformers does not read its scaling of positions; for long "
+                "texts take the model's own repository"
+            )
         kinds: Counter[str] = Counter()
         for tensor in reader.tensors:
             kinds[tensor.tensor_type.name] += int(tensor.n_elements)
         if not kinds:
             raise ValueError("no weights in it")
-        return cls(facts, {"F32": torch.float32, "F16": torch.float16}.get(kinds.most_common(1)[0][0], torch.bfloat16))
+        return cls(
+            facts,
+            {"F32": torch.float32, "F16": torch.float16}.get(
+                kinds.most_common(1)[0][0], torch.bfloat16
+            ),
+        )
 
 
 def converted_folder(name: str, digest: str) -> Path:
@@ -84,13 +103,16 @@ def converted_file(file: Path) -> Path:
     """The folder made from a GGUF file, now or before.
 
     Raises:
-        BackboneError: no such file, or none that transformers reads. RunError: the cache cannot be written.
+        BackboneError: no such file, or none that transformers reads. RunError: the cache cannot be
+            written.
     """
     if not file.is_file():
         raise BackboneError("no such file", where=str(file), expected=READ)
     stat = file.stat()
     digest = _digest(file.absolute(), stat.st_size, stat.st_mtime_ns)
-    return converted(converted_folder(file.stem, digest), digest, str(file), lambda: contextlib.nullcontext(file))
+    return converted(
+        converted_folder(file.stem, digest), digest, str(file), lambda: contextlib.nullcontext(file)
+    )
 
 
 @functools.cache
@@ -115,7 +137,8 @@ def converted(
         bos: a special token that the tokenizer is to put before every text; None: as the file says.
 
     Raises:
-        BackboneError: transformers cannot read the file, or not all of it. RunError: the cache cannot be written.
+        BackboneError: transformers cannot read the file, or not all of it. RunError: the cache
+            cannot be written.
     """
 
     def build() -> Path:
@@ -153,25 +176,40 @@ def manifest(folder: Path) -> Converted | None:
     return told if sizes == told.files else None
 
 
-def _convert(file: Path, header: _Header, folder: Path, digest: str, name: str, bos: str | None) -> None:
+def _convert(
+    file: Path, header: _Header, folder: Path, digest: str, name: str, bos: str | None
+) -> None:
     with _explained(name):
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name
+        )
         lm = _dense(file, header.dtype, name)
-    if header.facts.get("tokenizer.ggml.pre") == "smollm":  # transformers knows no such splitting: each digit by itself
-        splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    # transformers knows no such splitting: each digit by itself
+    if header.facts.get("tokenizer.ggml.pre") == "smollm":
+        splits = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     if bos is not None:
-        lm.config.bos_token_id = lm.generation_config.bos_token_id = tokenizer.convert_tokens_to_ids(bos)
+        lm.config.bos_token_id = lm.generation_config.bos_token_id = (
+            tokenizer.convert_tokens_to_ids(bos)
+        )
         tokenizer.bos_token = bos
         start = (bos, tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[start])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            f"{bos} $A", special_tokens=[start]
+        )
     if (positions := getattr(lm.config, "max_position_embeddings", None)) is not None:
         tokenizer.model_max_length = positions
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     licence = to_json(header.facts.get("general.license", "unknown"))
     plain = str(header.dtype).removeprefix("torch.")
-    write_text(folder / "README.md", _CARD.format(licence=licence, name=file.stem, digest=digest, dtype=plain))
+    write_text(
+        folder / "README.md",
+        _CARD.format(licence=licence, name=file.stem, digest=digest, dtype=plain),
+    )
 
 
 def _dense(file: Path, dtype: torch.dtype, name: str) -> Any:
@@ -185,7 +223,9 @@ def _dense(file: Path, dtype: torch.dtype, name: str) -> Any:
     lm, told = loaded
     if told["missing_keys"]:
         missing = sorted(told["missing_keys"])
-        raise BackboneError("lacks weights", where=name, found=f"no {', '.join(missing[:3])}, {len(missing)} in all")
+        raise BackboneError(
+            "lacks weights", where=name, found=f"no {', '.join(missing[:3])}, {len(missing)} in all"
+        )
     lm.hf_quantizer = None
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
@@ -202,16 +242,24 @@ def _explained(name: str) -> Iterator[None]:
     except Exception as error:  # a damaged file ends in many kinds
         reason = one_line(error) or type(error).__name__
         fix = "fetch the file again, or choose another model"
-        raise BackboneError(f"cannot be read: {reason}", where=name, expected=READ, fix=fix) from error
+        raise BackboneError(
+            f"cannot be read: {reason}", where=name, expected=READ, fix=fix
+        ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, the libraries' advice stays off the screen, and their bars where there is no terminal to draw them on."""
+    """Inside, the libraries' advice stays off the screen, and their bars where there is no terminal
+    to draw them on.
+    """
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
-        with contextlib.nullcontext() if console.is_terminal else contextlib.redirect_stderr(io.StringIO()):
+        with (
+            contextlib.nullcontext()
+            if console.is_terminal
+            else contextlib.redirect_stderr(io.StringIO())
+        ):
             yield
     finally:
         transformers.utils.logging.set_verbosity(level)

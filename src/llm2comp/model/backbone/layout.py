@@ -1,15 +1,17 @@
 """What a pass need not compute: padding, and what the last layer does at places that nobody reads.
 
-A padded batch of B texts, S wide, costs B·S positions in every layer; packed one behind the other, texts cost as many as they
-have tokens, N. Layers treat every position alike, except in attention:
+A padded batch of B texts, S wide, costs B·S positions in every layer; packed one behind the other,
+texts cost as many as they have tokens, N. Layers treat every position alike, except in attention:
 1. take the N tokens out of the padded batch, x_1ND; positions start anew with each text
 2. run the body under the attention below, which transformers looks up by its name and gives no mask
-3. scaled dot products within each text alone: on CUDA in half precision by one kernel for all texts; else short texts are
-   padded for this one operation, as a call per text would cost more, and longer ones are cut apart, without a mask
+3. scaled dot products within each text alone: on CUDA in half precision by one kernel for all
+   texts; else short texts are padded for this one operation, as a call per text would cost more,
+   and longer ones are cut apart, without a mask
 4. put the states back into their places
 
-Of the last layer only keys and values are needed everywhere. Hooks let its other row-wise modules (queries, attention output,
-MLP) see the needed rows alone and put zeros into the others, whose states are then meaningless.
+Of the last layer only keys and values are needed everywhere. Hooks let its other row-wise modules
+(queries, attention output, MLP) see the needed rows alone and put zeros into the others, whose
+states are then meaningless.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths of the packed texts"
 
 @dataclass(frozen=True)
 class Layout:
-    """How one pass lays out a batch. Made by `of`; `apply` must be open while the body runs, and while a layer is recomputed.
+    """How one pass lays out a batch. Made by `of`; `apply` must be open while the body runs, and
+    while a layer is recomputed.
 
     Args:
         mask_BS: the padded batch.
@@ -73,9 +76,15 @@ class Layout:
     def unpack(self, states_1ND: Tensor) -> Tensor:
         """states_BSD, zero at padding."""
         (rows, size), width = self.mask_BS.shape, states_1ND.shape[-1]
-        return states_1ND.new_zeros(rows * size, width).index_copy(0, self.places_N, states_1ND[0]).view(rows, size, width)
+        return (
+            states_1ND.new_zeros(rows * size, width)
+            .index_copy(0, self.places_N, states_1ND[0])
+            .view(rows, size, width)
+        )
 
-    def run(self, body: Callable[..., Tensor], x_BSD: Tensor, positions_BS: Tensor, **kwargs: Any) -> Tensor:
+    def run(
+        self, body: Callable[..., Tensor], x_BSD: Tensor, positions_BS: Tensor, **kwargs: Any
+    ) -> Tensor:
         """States of a padded batch, states_BSD; `body` takes inputs, positions and mask."""
         if self.lengths is None:
             return body(x_BSD, positions_BS, self.mask_BS, **kwargs)
@@ -100,12 +109,16 @@ class Layout:
 
 def _row_wise(body: nn.Module) -> list[nn.Module]:
     """Modules of the last layer that may compute some rows alone."""
-    layer = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)][-1]
+    layer = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)][
+        -1
+    ]
     return [module for name, module in layer.named_modules() if name.rpartition(".")[2] in ROW_WISE]
 
 
 def _only_rows(module: nn.Module, rows: Tensor) -> tuple[Any, Any]:
-    """Hooks by which a module maps these rows of its (..., D) input alone, and gives zeros for the others."""
+    """Hooks by which a module maps these rows of its (..., D) input alone, and gives zeros for the
+    others.
+    """
     shape: list[int] = []
 
     def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -131,12 +144,16 @@ def packed_attention(
     is_causal: bool | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, over packed texts: query (1, heads, N, head width); key and value likewise.
+    """Attention as transformers calls it, over packed texts: query (1, heads, N, head width); key
+    and value likewise.
 
     Raises:
-        ValueError: something of the family's that changes scores (softcap, sinks, position bias) and is not known here.
+        ValueError: something of the family's that changes scores (softcap, sinks, position bias)
+            and is not known here.
     """
-    changing = [name for name in ("softcap", "s_aux", "position_bias") if unknown.get(name) is not None]
+    changing = [
+        name for name in ("softcap", "s_aux", "position_bias") if unknown.get(name) is not None
+    ]
     if changing or attention_mask is not None:
         raise ValueError(f"packed attention knows no {', '.join(changing) or 'mask'}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -144,7 +161,8 @@ def packed_attention(
     if query.is_cuda and query.dtype in HALVES and not dropout:
         return _one_kernel(query, key, value, lengths, causal, scaling), None
     dtype = query.dtype
-    if query.device.type == "cpu" and dtype in HALVES:  # there float32 is the faster, its backward twice
+    # there float32 is the faster, its backward twice
+    if query.device.type == "cpu" and dtype in HALVES:
         query, key, value = query.float(), key.float(), value.float()
     kind: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
     if (groups := query.shape[1] // key.shape[1]) > 1:
@@ -152,18 +170,27 @@ def packed_attention(
     if max(lengths) <= SHORT:
         found_1HNW = _padded_for_attention(query, key, value, lengths, causal, kind)
     else:
-        parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        parts = zip(
+            query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+        )
         attend = functional.scaled_dot_product_attention
         found_1HNW = torch.cat([attend(q, k, v, is_causal=causal, **kind) for q, k, v in parts], 2)
     return found_1HNW.transpose(1, 2).contiguous().to(dtype), None
 
 
 def _padded_for_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], causal: bool, kind: dict[str, Any]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    causal: bool,
+    kind: dict[str, Any],
 ) -> Tensor:
-    """One call for all texts, each padded behind its end: (1, H, N, W) → (1, H, N, W), H heads of width W.
+    """One call for all texts, each padded behind its end: (1, H, N, W) → (1, H, N, W), H heads of
+    width W.
 
-    A causal pass needs no mask: what a token sees stands before it. What padding sees is thrown away.
+    A causal pass needs no mask: what a token sees stands before it. What padding sees is thrown
+    away.
     """
     longest, device = max(lengths), query.device
     lengths_B1 = torch.tensor(lengths, device=device)[:, None]
@@ -174,26 +201,38 @@ def _padded_for_attention(
     def spread(x_1HNW: Tensor) -> Tensor:
         x_NHW = x_1HNW[0].transpose(0, 1)
         if not same:
-            x_NHW = x_NHW.new_zeros(real_BT.numel(), *x_NHW.shape[1:]).index_copy(0, places_N, x_NHW)
+            x_NHW = x_NHW.new_zeros(real_BT.numel(), *x_NHW.shape[1:]).index_copy(
+                0, places_N, x_NHW
+            )
         return x_NHW.reshape(*real_BT.shape, *x_NHW.shape[1:]).transpose(1, 2)
 
     sees_B1TT = None if causal or same else real_BT[:, None, None].expand(-1, -1, longest, -1)
     q, k, v = spread(query), spread(key), spread(value)
-    found_BHTW: Tensor = functional.scaled_dot_product_attention(q, k, v, attn_mask=sees_B1TT, is_causal=causal, **kind)
+    found_BHTW: Tensor = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=sees_B1TT, is_causal=causal, **kind
+    )
     found_NHW = found_BHTW.transpose(1, 2).flatten(0, 1)
     return (found_NHW if same else found_NHW[places_N]).transpose(0, 1)[None]
 
 
 def _one_kernel(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], causal: bool, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    causal: bool,
+    scaling: float | None,
 ) -> Tensor:
     """All texts in one call of flash attention, (1, N, heads, head width)."""
     repeats = query.shape[1] // key.shape[1]
     states = [query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)]
     ends = torch.tensor([0, *lengths], device=query.device).cumsum(0).to(torch.int32)
     attend: Any = varlen.varlen_attn
-    windowed = "window_size" in inspect.signature(attend).parameters  # torch 2.11 and later; before that `is_causal`
-    kind: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)} if windowed else {"is_causal": causal}
+    # torch 2.11 and later; before that `is_causal`
+    windowed = "window_size" in inspect.signature(attend).parameters
+    kind: dict[str, Any] = (
+        {"window_size": (-1, 0 if causal else -1)} if windowed else {"is_causal": causal}
+    )
     rows = [x[0].transpose(0, 1).contiguous() for x in states]
     found_NHD: Tensor = attend(*rows, ends, ends, max(lengths), max(lengths), scale=scaling, **kind)
     return found_NHD[None]

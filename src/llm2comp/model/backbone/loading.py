@@ -41,7 +41,10 @@ def resolve_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BackboneError(
-            "no such device here", where="model.device", found=name, expected="auto, cpu, cuda, cuda:1 or mps"
+            "no such device here",
+            where="model.device",
+            found=name,
+            expected="auto, cpu, cuda, cuda:1 or mps",
         ) from error
     return device
 
@@ -49,7 +52,8 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """What `model.dtype` means on a device.
 
-    A CPU without instructions for bfloat16 emulates them: there float32 is four to five times as fast.
+    A CPU without instructions for bfloat16 emulates them: there float32 is four to five times as
+    fast.
     """
     if name not in ("auto", "fastest"):
         dtype: torch.dtype = getattr(torch, name)
@@ -59,13 +63,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer. Raises BackboneError when it cannot be loaded, or has no token that `bos` names."""
+    """The model's tokenizer. Raises BackboneError when it cannot be loaded, or has no token that
+    `bos` names.
+    """
     with _explained(settings.name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_source(settings), revision=settings.revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            model_source(settings), revision=settings.revision
+        )
         tokenizer("a trial: some damage shows only here", verbose=False)
     if not tokenizer.is_fast:
         raise BackboneError(
-            "has no fast tokenizer, which the exported encoder needs", where=settings.name, expected="a tokenizer.json"
+            "has no fast tokenizer, which the exported encoder needs",
+            where=settings.name,
+            expected="a tokenizer.json",
         )
     starting_token(tokenizer, settings.bos, settings.name)
     return tokenizer
@@ -75,11 +85,14 @@ def load_config(settings: ModelSettings) -> Any:
     """The model's configuration.
 
     Raises:
-        BackboneError: it cannot be loaded, or is that of an encoder, an encoder-decoder or of a model that sees or hears.
+        BackboneError: it cannot be loaded, or is that of an encoder, an encoder-decoder or of a
+            model that sees or hears.
     """
     check_name(settings.name)
     with _explained(settings.name):
-        config = transformers.AutoConfig.from_pretrained(model_source(settings), revision=settings.revision)
+        config = transformers.AutoConfig.from_pretrained(
+            model_source(settings), revision=settings.revision
+        )
     other = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else None
     if any(hasattr(config, part) for part in ("vision_config", "audio_config")):
         other = "a model of more than text"
@@ -93,24 +106,31 @@ def load_config(settings: ModelSettings) -> Any:
 
 
 def load_skeleton(settings: ModelSettings) -> Any:
-    """The model without weights (meta tensors), from its configuration. Raises BackboneError when it cannot be made."""
+    """The model without weights (meta tensors), from its configuration. Raises BackboneError when
+    it cannot be made.
+    """
     config = load_config(settings)
     with _explained(settings.name), torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def base_licence(settings: ModelSettings) -> str:
-    """Licence that the model's card names, or `unknown`; an encoder made from it cannot be freer."""
+    """Licence that the model's card names, or `unknown`; an encoder made from it cannot be
+    freer.
+    """
     folder = Path(model_source(settings))
     with hub(settings.name):
         return licence_in(folder / "README.md" if folder.is_dir() else settings.name)
 
 
 def licence_in(card: Path | str) -> str:
-    """Licence that a model card names, a file or that of a Hub id; `unknown` where there is none."""
+    """Licence that a model card names, a file or that of a Hub id; `unknown` where there is
+    none.
+    """
     try:
         found = huggingface_hub.ModelCard.load(card, ignore_metadata_errors=True)
-    except Exception as error:  # no network, no file, a header that is not YAML: nothing to stop a run for
+    # no network, no file, a header that is not YAML: nothing to stop a run for
+    except Exception as error:
         log.info("%s: no model card (%s)", card, type(error).__name__)
         return "unknown"
     return str(found.data.license or "unknown")
@@ -123,16 +143,21 @@ def _explained(name: str) -> Iterator[None]:
             yield
     except Llm2CompError:
         raise
-    except Exception as error:  # what libraries raise on a broken or foreign file has no common base
+    # what libraries raise on a broken or foreign file has no common base
+    except Exception as error:
         if (why := not_at_hand(name)) is not None:
             raise BackboneError(
-                f"cannot be loaded: {why}", where=name, fix="check the name, or fetch the model first"
+                f"cannot be loaded: {why}",
+                where=name,
+                fix="check the name, or fetch the model first",
             ) from error
         raise BackboneError(
             f"cannot be loaded: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             where=name,
-            expected="a causal LM: a Hub id or local folder with safetensors weights, a .gguf file, or builtin:smollm2",
-            fix="check the name; gated models need `hf auth login`; offline, the files must be in the Hub cache",
+            expected="a causal LM: a Hub id or local folder with safetensors weights, a .gguf "
+            "file, or builtin:smollm2",
+            fix="check the name; gated models need `hf auth login`; offline, the files must "
+            "be in the Hub cache",
         ) from error
 
 
@@ -140,8 +165,8 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     """Load model and tokenizer, then probe them.
 
     Raises:
-        BackboneError: not found, no safetensors, truncated, not a causal LM, or one that stays causal; quantization without
-            bitsandbytes; no such `bos`.
+        BackboneError: not found, no safetensors, truncated, not a causal LM, or one that stays
+            causal; quantization without bitsandbytes; no such `bos`.
     """
     device = resolve_device(settings.device)
     load_config(settings)
@@ -149,7 +174,10 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     dtype = resolve_dtype(settings.dtype, device)
     quantized: dict[str, Any] = {}
     if settings.quantization:
-        quantized = {"quantization_config": quantization_config(settings.quantization, dtype), "device_map": {"": device}}
+        quantized = {
+            "quantization_config": quantization_config(settings.quantization, dtype),
+            "device_map": {"": device},
+        }
     loaded: Any
     with _explained(settings.name):
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -164,10 +192,23 @@ def load_backbone(settings: ModelSettings) -> Backbone:
     lm, told = loaded
     if told["missing_keys"]:  # transformers would fill them with noise
         missing = sorted(told["missing_keys"])
-        raise BackboneError("lacks weights", where=settings.name, found=f"no {', '.join(missing[:3])}, {len(missing)} in all")
-    backbone = Backbone(lm if quantized else lm.to(device), tokenizer, settings.attention, settings.name, settings.bos)
+        raise BackboneError(
+            "lacks weights",
+            where=settings.name,
+            found=f"no {', '.join(missing[:3])}, {len(missing)} in all",
+        )
+    backbone = Backbone(
+        lm if quantized else lm.to(device),
+        tokenizer,
+        settings.attention,
+        settings.name,
+        settings.bos,
+    )
     if backbone.bos_id is None:
-        log.info("%s: no BOS; texts start with their first token, the decoder with the memory", settings.name)
+        log.info(
+            "%s: no BOS; texts start with their first token, the decoder with the memory",
+            settings.name,
+        )
     if tokenizer.pad_token_id is None:
         log.info("%s: the tokenizer has no pad token; id 0 fills masked places", settings.name)
     probe(backbone)

@@ -1,10 +1,12 @@
-"""LoRA over a plain linear layer as one operation: y = x·Wᵀ + b + scale·(x·Aᵀ)·Bᵀ, in the dtype of x.
+"""LoRA over a plain linear layer as one operation: y = x·Wᵀ + b + scale·(x·Aᵀ)·Bᵀ, in the dtype of
+x.
 
-peft's own layer casts every input to the adapter's float32 and adds the two products in an operation of its own. Over a
-bfloat16 LM that is a float32 copy of x for each projection. Here
+peft's own layer casts every input to the adapter's float32 and adds the two products in an
+operation of its own. Over a bfloat16 LM that is a float32 copy of x for each projection. Here
 1. A and B stay float32, as the optimiser's master weights; their copies in the dtype of x are small
 2. active adapters become one: rows of A below each other, columns of scale·B beside each other
-3. the second product is added into the first one's output, and so are the two parts of the gradient of x
+3. the second product is added into the first one's output, and so are the two parts of the gradient
+   of x
 4. kept for the backward pass are x, which projections of one input share, and x·Aᵀ, which is narrow
 """
 
@@ -18,15 +20,22 @@ from torch import Tensor, nn
 
 
 class LoraLinear(lora.Linear):
-    """peft's LoRA layer with another forward pass. `adopt` makes one of a layer that peft has built."""
+    """peft's LoRA layer with another forward pass. `adopt` makes one of a layer that peft has
+    built.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """States (..., in) → (..., out). What the one operation cannot do goes through peft's own pass."""
+        """States (..., in) → (..., out). What the one operation cannot do goes through peft's own
+        pass.
+        """
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
             found: Tensor = self.base_layer(x, *args, **kwargs)
             return found
-        dropped = any(self.lora_dropout[name].training and getattr(self.lora_dropout[name], "p", 0.0) for name in active)
+        dropped = any(
+            self.lora_dropout[name].training and getattr(self.lora_dropout[name], "p", 0.0)
+            for name in active
+        )
         unusual = self.merged or args or kwargs or torch.is_autocast_enabled(x.device.type)
         if unusual or hasattr(self.base_layer.weight, "ds_id") or (dropped and len(active) > 1):
             return super().forward(x, *args, **kwargs)
@@ -35,22 +44,34 @@ class LoraLinear(lora.Linear):
         b_OR = torch.cat([(scaling[name] * up[name].weight).to(x.dtype) for name in active], 1)
         x_NI = x.flatten(0, -2)
         dropped_NI = self.lora_dropout[active[0]](x_NI) if dropped else None
-        found = _Lora.apply(x_NI, dropped_NI, self.base_layer.weight, self.base_layer.bias, a_RI, b_OR)  # type: ignore[no-untyped-call]
+        found = _Lora.apply(
+            x_NI, dropped_NI, self.base_layer.weight, self.base_layer.bias, a_RI, b_OR
+        )  # type: ignore[no-untyped-call]
         return found.view(*x.shape[:-1], -1)
 
 
 def adopt(layer: nn.Module) -> None:
-    """Turn peft's layer over a stock `nn.Linear` into a `LoraLinear`; leave any other kind as it is."""
+    """Turn peft's layer over a stock `nn.Linear` into a `LoraLinear`; leave any other kind as it
+    is.
+    """
     if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = LoraLinear
 
 
 class _Lora(torch.autograd.Function):
-    """The module's docstring, steps 3 and 4. `dropped_NI`: x after dropout, None where that is x itself."""
+    """The module's docstring, steps 3 and 4. `dropped_NI`: x after dropout, None where that is x
+    itself.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_NI: Tensor, dropped_NI: Tensor | None, weight_OI: Tensor, bias_O: Tensor | None, a_RI: Tensor, b_OR: Tensor
+        ctx: Any,
+        x_NI: Tensor,
+        dropped_NI: Tensor | None,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor,
+        b_OR: Tensor,
     ) -> Tensor:
         into_a_NI = x_NI if dropped_NI is None else dropped_NI
         narrow_NR = into_a_NI @ a_RI.T
@@ -60,7 +81,9 @@ class _Lora(torch.autograd.Function):
         return found_NO
 
     @staticmethod
-    def backward(ctx: Any, *incoming: Any) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None, Tensor | None]:
+    def backward(
+        ctx: Any, *incoming: Any
+    ) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None, Tensor | None]:
         into_a_NI, narrow_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
         gradient_NO: Tensor = incoming[0]
         of_x, of_dropped, _, _, of_a, of_b = ctx.needs_input_grad

@@ -12,7 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llm2comp.errors import BackboneError
 from llm2comp.model.backbone.adapters import AdapterStack
-from llm2comp.model.backbone.families import attention_dropouts, scale_logits, silence_dropout, starting_token
+from llm2comp.model.backbone.families import (
+    attention_dropouts,
+    scale_logits,
+    silence_dropout,
+    starting_token,
+)
 from llm2comp.model.backbone.frozen import Frozen
 from llm2comp.model.backbone.full import FullCopy
 from llm2comp.model.backbone.layout import HALVES, WORTH, Layout
@@ -42,19 +47,28 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, lm: Any, tokenizer: Any, attention: str = "bidirectional", name: str = "model", bos: str = "auto"
+        self,
+        lm: Any,
+        tokenizer: Any,
+        attention: str = "bidirectional",
+        name: str = "model",
+        bos: str = "auto",
     ) -> None:
         super().__init__()
         if getattr(lm.config, "is_causal", True) is False:
             raise BackboneError(
-                "is not a causal LM", where=name, expected="is_causal unset or true in its config", found="false"
+                "is not a causal LM",
+                where=name,
+                expected="is_causal unset or true in its config",
+                found="false",
             )
         self.lm = lm.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.attention = attention
         self.name = name
         self.bos = bos
-        self.bos_id = starting_token(tokenizer, bos, name)  # of every text, for encoder and teacher alike; None: none
+        # of every text, for encoder and teacher alike; None: none
+        self.bos_id = starting_token(tokenizer, bos, name)
         self.adapters: Trainable = AdapterStack(lm, name)
         self.copy: nn.Module | None = None
         self._dropouts = attention_dropouts(lm)
@@ -64,15 +78,21 @@ class Backbone(nn.Module):
         self._layout: Layout | None = None  # of the pass that runs now
         self.set_attention_dropout(0.0)
 
-    def add_adapter(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
-        """What the next stage trains: one more LoRA adapter, the one copy of the LM (`kind: full`), or nothing of it (`none`).
+    def add_adapter(
+        self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0
+    ) -> None:
+        """What the next stage trains: one more LoRA adapter, the one copy of the LM (`kind: full`),
+        or nothing of it (`none`).
 
         Raises:
-            BackboneError: LoRA targets that match no module; two kinds over one LM; a full copy of a quantised LM.
+            BackboneError: LoRA targets that match no module; two kinds over one LM; a full copy of
+                a quantised LM.
         """
         kind = KINDS[settings.kind]
         if self.adapters.names and type(self.adapters) is not kind:
-            raise BackboneError("cannot mix kinds of adapters", where=self.name, found=settings.kind)
+            raise BackboneError(
+                "cannot mix kinds of adapters", where=self.name, found=settings.kind
+            )
         if type(self.adapters) is not kind:
             self.adapters = kind(self.lm, self.name)
             self.copy = self.adapters.copy
@@ -97,13 +117,17 @@ class Backbone(nn.Module):
 
     @property
     def embedding_scale(self) -> float:
-        """What the input embedding module multiplies its rows by (Gemma 3: √D); 1 for most families."""
+        """What the input embedding module multiplies its rows by (Gemma 3: √D); 1 for most
+        families.
+        """
         return float(getattr(self.lm.get_input_embeddings(), "embed_scale", 1.0))
 
     @property
     def bos_token(self) -> str | None:
         """The token of `bos_id`."""
-        return None if self.bos_id is None else str(self.tokenizer.convert_ids_to_tokens(self.bos_id))
+        return (
+            None if self.bos_id is None else str(self.tokenizer.convert_ids_to_tokens(self.bos_id))
+        )
 
     @property
     def pad_id(self) -> int:
@@ -112,13 +136,17 @@ class Backbone(nn.Module):
         return 0 if value is None else value
 
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
-        """Token ids per text: BOS (if any) + the text's own tokens, cut to `max_tokens`; no chat template."""
+        """Token ids per text: BOS (if any) + the text's own tokens, cut to `max_tokens`; no chat
+        template.
+        """
         rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         start = [] if self.bos_id is None else [self.bos_id]
         return [(start + list(row))[:max_tokens] for row in rows]
 
     def around(self, prompt: str) -> tuple[list[int], list[int]]:
-        """Token ids of a prompt before and behind its {text}, each part tokenised for itself, without BOS."""
+        """Token ids of a prompt before and behind its {text}, each part tokenised for itself,
+        without BOS.
+        """
         if prompt == TEXT:
             return [], []
         bos = int(self.bos_id is not None)
@@ -130,36 +158,49 @@ class Backbone(nn.Module):
         x: Tensor = self.lm.get_input_embeddings()(ids_BT)
         return x
 
-    def encoder_pass(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
+    def encoder_pass(
+        self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None
+    ) -> Tensor:
         """Encoder pass: adapters on; states_BSD after the final norm.
 
         Args:
             x_BSD: input embeddings.
             mask_BS: 1 = token, 0 = padding.
-            needed_BS: bool, the states that will be used; the others may hold anything. None: all but padding's.
+            needed_BS: bool, the states that will be used; the others may hold anything. None: all
+                but padding's.
         """
         kwargs: dict[str, Any] = {"is_causal": False} if self.attention == "bidirectional" else {}
         return self._lay_out(x_BSD, mask_BS, needed_BS, **kwargs)
 
-    def decoder_pass(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None) -> Tensor:
-        """Teacher and decoder pass: adapters off, causal, no dropout. Arguments and states as `encoder_pass`."""
+    def decoder_pass(
+        self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None
+    ) -> Tensor:
+        """Teacher and decoder pass: adapters off, causal, no dropout. Arguments and states as
+        `encoder_pass`.
+        """
         with self.base_only():
             return self._lay_out(x_BSD, mask_BS, needed_BS)
 
     def decoder_layer(self, x_BSD: Tensor, mask_BS: Tensor, layer: int) -> Tensor:
-        """As `decoder_pass`, but states_BSD after one layer: 0 = the embeddings, -1 = the last, after the final norm."""
+        """As `decoder_pass`, but states_BSD after one layer: 0 = the embeddings, -1 = the last,
+        after the final norm.
+        """
         if layer == -1:
             return self.decoder_pass(x_BSD, mask_BS)
         with self.base_only():
             return self._run(x_BSD, position_ids(mask_BS), mask_BS, layer)
 
     def project(self, states_ND: Tensor) -> Tensor:
-        """Frozen LM head with the family's scale or softcap: logits_NV (held against the LM's own at load)."""
+        """Frozen LM head with the family's scale or softcap: logits_NV (held against the LM's own
+        at load).
+        """
         return scale_logits(self.lm.get_output_embeddings()(states_ND), self.config)
 
     @contextlib.contextmanager
     def base_only(self, off: bool = True) -> Iterator[None]:
-        """The untouched LM inside: adapters and attention dropout off (`off=False`: both as an encoder pass has them)."""
+        """The untouched LM inside: adapters and attention dropout off (`off=False`: both as an
+        encoder pass has them).
+        """
         self._switch_dropout(self._dropout_on and not off)
         try:
             with self.adapters.switched(off):
@@ -174,16 +215,24 @@ class Backbone(nn.Module):
             BackboneError: p > 0 and the family's attention has no such dropout.
         """
         if p > 0 and not self._dropouts:
-            raise BackboneError("has no attention dropout", where=self.name, fix="set attention_dropout: 0 for this stage")
+            raise BackboneError(
+                "has no attention dropout",
+                where=self.name,
+                fix="set attention_dropout: 0 for this stage",
+            )
         self._dropout_rate = p
         for dropout in self._dropouts:
             dropout.set_rate(p)
 
     def set_checkpointing(self, on: bool) -> None:
-        """Recompute layers in the backward pass; each recompute replays the adapter flag and layout of its forward pass."""
+        """Recompute layers in the backward pass; each recompute replays the adapter flag and layout
+        of its forward pass.
+        """
 
         def replay() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), self._as_now(self.adapters.off, self._layout, self.adapters.body)
+            return contextlib.nullcontext(), self._as_now(
+                self.adapters.off, self._layout, self.adapters.body
+            )
 
         for model in filter(None, (self.lm, self.adapters.copy)):
             if on:
@@ -197,7 +246,9 @@ class Backbone(nn.Module):
             yield
 
     def train(self, mode: bool = True) -> Backbone:
-        """Training mode for the newest adapter's dropout and the attention dropout alone; the base LM stays in eval mode."""
+        """Training mode for the newest adapter's dropout and the attention dropout alone; the base
+        LM stays in eval mode.
+        """
         super().train(False)
         self.training = mode
         for module in self.modules():
@@ -213,7 +264,9 @@ class Backbone(nn.Module):
         for dropout in self._dropouts:
             dropout.switch(on)
 
-    def _lay_out(self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None, **kwargs: Any) -> Tensor:
+    def _lay_out(
+        self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None, **kwargs: Any
+    ) -> Tensor:
         """`_run` without what this batch need not compute."""
         packed = "packing" in self.savings and self._worth_packing(mask_BS)
         if "last layer" not in self.savings:
@@ -236,20 +289,36 @@ class Backbone(nn.Module):
     def _worth_packing(self, mask_BS: Tensor) -> bool:
         longest, tokens = int(mask_BS.sum(1).max()), int(mask_BS.sum())
         window = getattr(self.config, "sliding_window", None)
-        if mask_BS.is_cuda and (self.input_table.dtype not in HALVES or (self._dropout_on and self._dropout_rate > 0)):
+        if mask_BS.is_cuda and (
+            self.input_table.dtype not in HALVES or (self._dropout_on and self._dropout_rate > 0)
+        ):
             return False  # there is no one kernel for all texts
         if window is not None and longest > window // 2:
             return False
-        # On a CPU attention of half precision is computed in float32, which only the packed form does.
+        # On a CPU attention of half precision is computed in float32, which only the packed form
+        # does.
         halves = not mask_BS.is_cuda and self.input_table.dtype in HALVES
         return halves or tokens < (1 - WORTH) * mask_BS.numel()
 
-    def _run(self, x_BSD: Tensor, positions_BS: Tensor, mask: Tensor | None, layer: int | None = None, **kwargs: Any) -> Tensor:
+    def _run(
+        self,
+        x_BSD: Tensor,
+        positions_BS: Tensor,
+        mask: Tensor | None,
+        layer: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         body = self.adapters.body
         if body is self.copy:
             x_BSD = x_BSD.float()
         if layer is not None:
             kwargs["output_hidden_states"] = True
-        found = body(inputs_embeds=x_BSD, attention_mask=mask, position_ids=positions_BS, use_cache=False, **kwargs)
+        found = body(
+            inputs_embeds=x_BSD,
+            attention_mask=mask,
+            position_ids=positions_BS,
+            use_cache=False,
+            **kwargs,
+        )
         states: Tensor = found.last_hidden_state if layer is None else found.hidden_states[layer]
         return states

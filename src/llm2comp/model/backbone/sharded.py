@@ -1,4 +1,5 @@
-"""Weights spread over several devices (FSDP2, DeepSpeed's ZeRO-3): what is saved is whole, what is loaded is spread again.
+"""Weights spread over several devices (FSDP2, DeepSpeed's ZeRO-3): what is saved is whole, what is
+loaded is spread again.
 
 Every rank must call these functions, for each lends its part; rank 0 alone writes.
 """
@@ -21,7 +22,10 @@ from llm2comp.system.files import open_to_others
 
 def writes() -> bool:
     """Whether this rank writes files: rank 0, or a process without others."""
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return (
+        not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_rank() == 0
+    )
 
 
 Facts = dict[str, str]
@@ -51,13 +55,21 @@ def _whole(tensor: Tensor) -> Tensor:
 def fill(target: Tensor, values: Tensor) -> None:
     """Copy whole values into a tensor, of which each rank may hold a part."""
     if isinstance(target, DTensor):
-        values = distribute_tensor(values.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+        values = distribute_tensor(
+            values.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
     target.copy_(values)
 
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters that ZeRO-3 has spread are whole on every rank, and what rank 0 writes to them stays."""
+    """Inside, parameters that ZeRO-3 has spread are whole on every rank, and what rank 0 writes to
+    them stays.
+    """
     spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with import_module("deepspeed").zero.GatheredParameters(spread, modifier_rank=0) if spread else contextlib.nullcontext():
+    with (
+        import_module("deepspeed").zero.GatheredParameters(spread, modifier_rank=0)
+        if spread
+        else contextlib.nullcontext()
+    ):
         yield

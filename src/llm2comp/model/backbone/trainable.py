@@ -43,7 +43,9 @@ class Trainable(ABC):
         self.copy: nn.Module | None = None  # a second body, which encodes in place of the LM's own
 
     @abstractmethod
-    def add(self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0) -> None:
+    def add(
+        self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0
+    ) -> None:
         """One more stage; of all weights of the LM its own alone learn from here on."""
 
     @abstractmethod
@@ -101,7 +103,9 @@ class Trainable(ABC):
             save_whole(state, folder / self.file)
 
     def load(self, name: str, folder: Path) -> None:
-        """Fill a stage with the weights that `save` wrote. Raises BackboneError: of other shapes."""
+        """Fill a stage with the weights that `save` wrote. Raises BackboneError: of other
+        shapes.
+        """
         if not (state := self.state(name)):
             return
         tensors = load_file(folder / self.file)

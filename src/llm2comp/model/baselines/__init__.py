@@ -1,1 +1,3 @@
-"""Encoders that need no training, to compare with: settings.py (no torch), prompts.py, encoder.py."""
+"""Encoders that need no training, to compare with: settings.py (no torch), prompts.py,
+encoder.py.
+"""

@@ -20,23 +20,33 @@ class BaselineSettings(Section):
     """How a causal LM, untouched, turns a text into one vector."""
 
     templates: tuple[str, ...] = Field(
-        default=(TEXT,), min_length=1, description="prompts that hold {text}; the embedding is the mean over all of them"
+        default=(TEXT,),
+        min_length=1,
+        description="prompts that hold {text}; the embedding is the mean over all of them",
     )
     span: Literal["text", "last_copy", "last_token"] = Field(
-        default="text", description="tokens that are pooled: of every {text}, of the last one, or the prompt's last token"
+        default="text",
+        description="tokens that are pooled: of every {text}, of the last one, or the prompt's "
+        "last token",
     )
     pooling: Literal["mean", "weighted_mean", "last"] = Field(
-        default="mean", description="over the span; weighted_mean = token i of n weighs i/(1 + ... + n)"
+        default="mean",
+        description="over the span; weighted_mean = token i of n weighs i/(1 + ... + n)",
     )
     layer: StrictInt = Field(
-        default=-1, description="-1 = the last, after the final norm; 0 = the embeddings; negative numbers count from the end"
+        default=-1,
+        description="-1 = the last, after the final norm; 0 = the embeddings; negative numbers "
+        "count from the end",
     )
     as_sentence: StrictBool = Field(
         default=False,
-        description="as PromptEOL's code does: a final full stop (unless . ' or \" is there; ? becomes one), \" becomes '",
+        description="as PromptEOL's code does: a final full stop (unless . ' or \" is there; ? "
+        "becomes one), \" becomes '",
     )
     max_tokens: Annotated[StrictInt, Field(ge=1)] = Field(
-        default=512, description="longest input, BOS and prompt included; of a longer one the text is cut, not the prompt"
+        default=512,
+        description="longest input, BOS and prompt included; of a longer one the text is cut, not "
+        "the prompt",
     )
 
     @field_validator("templates")
@@ -54,8 +64,12 @@ NAMES = {
     "last_token": BaselineSettings(pooling="last"),
     "weighted_mean": BaselineSettings(pooling="weighted_mean"),  # SGPT, arXiv 2202.08904
     "echo": BaselineSettings(templates=(ECHO,), span="last_copy"),
-    "prompt_eol": BaselineSettings(templates=(PROMPT_EOL,), span="last_token", pooling="last", as_sentence=True),
-    "meta_eol": BaselineSettings(templates=META_EOL, span="last_token", pooling="last", as_sentence=True),
+    "prompt_eol": BaselineSettings(
+        templates=(PROMPT_EOL,), span="last_token", pooling="last", as_sentence=True
+    ),
+    "meta_eol": BaselineSettings(
+        templates=META_EOL, span="last_token", pooling="last", as_sentence=True
+    ),
 }
 
 
@@ -88,14 +102,19 @@ def variant(name: str, **changes: Any) -> BaselineSettings:
     """A named encoder with other settings: `variant("prompt_eol", layer=-2)`.
 
     Raises:
-        RecipeError: no encoder of that name, an unknown setting (both name the nearest), or a value that does not fit.
+        RecipeError: no encoder of that name, an unknown setting (both name the nearest), or a value
+            that does not fit.
     """
     if name not in NAMES:
         expected = f"one of {', '.join(NAMES)}"
-        raise RecipeError("no such training-free encoder", where=name, expected=expected, fix=nearest(name, NAMES))
+        raise RecipeError(
+            "no such training-free encoder", where=name, expected=expected, fix=nearest(name, NAMES)
+        )
     return checked(BaselineSettings, NAMES[name].model_dump() | changes, name)
 
 
 def read_saved(file: Path) -> SavedBaseline:
-    """Content of a `baseline.yaml`. Raises RecipeError: no YAML, unknown keys (names the nearest), values that do not fit."""
+    """Content of a `baseline.yaml`. Raises RecipeError: no YAML, unknown keys (names the nearest),
+    values that do not fit.
+    """
     return checked(SavedBaseline, read_yaml(file, "saved encoder"), str(file))

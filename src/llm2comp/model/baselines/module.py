@@ -1,4 +1,6 @@
-"""Training-free encoders: the untouched causal LM reads a text within a prompt, and some of its states are the embedding."""
+"""Training-free encoders: the untouched causal LM reads a text within a prompt, and some of its
+states are the embedding.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from torch import Tensor
 
 from llm2comp.errors import BackboneError, ModelFolderError
 from llm2comp.model.backbone import Backbone, hub_commit, load_backbone
-from llm2comp.model.baselines.kinds import BASELINE_FILE, BaselineSettings, SavedBaseline, SavedModel, read_saved
+from llm2comp.model.baselines.kinds import (
+    BASELINE_FILE,
+    BaselineSettings,
+    SavedBaseline,
+    SavedModel,
+    read_saved,
+)
 from llm2comp.model.baselines.prompts import TEXT
 from llm2comp.model.tokens import Tokens, limit_of
 from llm2comp.system.files import write_text
@@ -26,7 +34,9 @@ PROMPTS_FILE = "config_sentence_transformers.json"
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt as the LM reads it: token ids, BOS in front, and 1 for each token that is pooled."""
+    """One prompt as the LM reads it: token ids, BOS in front, and 1 for each token that is
+    pooled.
+    """
 
     ids: list[int]
     span: list[int]
@@ -52,26 +62,36 @@ class BaselineEncoder(InputModule):
         layers = int(backbone.config.num_hidden_layers)
         if not -layers - 1 <= settings.layer <= layers:
             expected = f"0 (the embeddings) to {layers}, or -{layers + 1} to -1"
-            raise BackboneError("has no such layer", where=backbone.name, expected=expected, found=settings.layer)
-        needed = {template: len(self._read(template, ["a"])[0].ids) for template in settings.templates}
+            raise BackboneError(
+                "has no such layer", where=backbone.name, expected=expected, found=settings.layer
+            )
+        needed = {
+            template: len(self._read(template, ["a"])[0].ids) for template in settings.templates
+        }
         longest = max(needed, key=needed.__getitem__)
         if needed[longest] > self.max_tokens:
             raise BackboneError(
                 f"too few positions for the prompt {longest[:60]!r} and a text",
                 where=backbone.name,
                 expected=f"{needed[longest]} or more",
-                found=f"{self.max_tokens}: max_tokens is {settings.max_tokens}, the LM's limit {backbone.max_positions}",
+                found=f"{self.max_tokens}: max_tokens is {settings.max_tokens}, the LM's limit "
+                f"{backbone.max_positions}",
                 fix="shorten the prompt, raise max_tokens, or choose another LM",
             )
         # Tokens of a text that fit into every prompt.
         self.limit: int | None = None  # a smaller number of them, if one was set
-        self.room = min(1 + (self.max_tokens - count) // template.count(TEXT) for template, count in needed.items())
+        self.room = min(
+            1 + (self.max_tokens - count) // template.count(TEXT)
+            for template, count in needed.items()
+        )
 
     @property
     def max_seq_length(self) -> int:
-        """Longest text, counted as the tokenizer counts one by itself; the prompt around it not included. May be set.
+        """Longest text, counted as the tokenizer counts one by itself; the prompt around it not
+        included. May be set.
 
-        None, or more than the LM takes, is the most that it takes. Raises BackboneError: no room for a text.
+        None, or more than the LM takes, is the most that it takes. Raises BackboneError: no room
+        for a text.
         """
         return (self.limit or self.room) + self._by_itself
 
@@ -89,8 +109,12 @@ class BaselineEncoder(InputModule):
         """D."""
         return int(self.backbone.input_table.shape[1])
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Tensor]:
-        """Texts, each after `prompt`, as right-padded ids and spans: all texts in the first template, then in the next."""
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, **_: Any
+    ) -> dict[str, Tensor]:
+        """Texts, each after `prompt`, as right-padded ids and spans: all texts in the first
+        template, then in the next.
+        """
         texts = [self._within_limit((prompt or "") + text) for text in inputs]
         rows = [row for template in self.settings.templates for row in self._rows(template, texts)]
         tokens = Tokens.pad([row.ids for row in rows], "right", self.backbone.pad_id)
@@ -98,14 +122,22 @@ class BaselineEncoder(InputModule):
         return {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT, "span": span_BT}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Adds `sentence_embedding` (B, D), float32: the mean over the templates, which run one after the other."""
+        """Adds `sentence_embedding` (B, D), float32: the mean over the templates, which run one
+        after the other.
+        """
         keys = ("input_ids", "attention_mask", "span")
-        parts = zip(*(features[key].chunk(len(self.settings.templates)) for key in keys), strict=True)
-        features["sentence_embedding"] = torch.stack([self._pooled(*part) for part in parts]).mean(0)
+        parts = zip(
+            *(features[key].chunk(len(self.settings.templates)) for key in keys), strict=True
+        )
+        features["sentence_embedding"] = torch.stack([self._pooled(*part) for part in parts]).mean(
+            0
+        )
         return features
 
     def saved(self) -> SavedBaseline:
-        """What `save` writes: the LM by name and commit, the dtype that it runs in, the settings."""
+        """What `save` writes: the LM by name and commit, the dtype that it runs in, the
+        settings.
+        """
         name = self.backbone.name
         model = SavedModel(
             name=str(Path(name).absolute()) if Path(name).exists() else name,
@@ -128,11 +160,17 @@ class BaselineEncoder(InputModule):
         return cls(load_backbone(saved.model.settings(device)), saved.encoder)
 
     def _pooled(self, ids_BT: Tensor, mask_BT: Tensor, span_BT: Tensor) -> Tensor:
-        states_BTD = self.backbone.decoder_layer(self.backbone.embed(ids_BT), mask_BT, self.settings.layer).float()
-        return torch.einsum("btd,bt->bd", states_BTD, pooling_weights(span_BT, self.settings.pooling))
+        states_BTD = self.backbone.decoder_layer(
+            self.backbone.embed(ids_BT), mask_BT, self.settings.layer
+        ).float()
+        return torch.einsum(
+            "btd,bt->bd", states_BTD, pooling_weights(span_BT, self.settings.pooling)
+        )
 
     def _rows(self, template: str, texts: Sequence[str]) -> list[PromptRow]:
-        """Each text within the template; one that is too long is cut at its end until the whole fits."""
+        """Each text within the template; one that is too long is cut at its end until the whole
+        fits.
+        """
         rows = self._read(template, texts)
         return [
             row if len(row.ids) <= self.max_tokens else self._cut(template, text, row)
@@ -141,7 +179,10 @@ class BaselineEncoder(InputModule):
 
     def _within_limit(self, text: str) -> str:
         """A text cut to the `limit` that was set, if one was."""
-        if self.limit is None or len(offsets := self._tokenise([text])["offset_mapping"][0]) <= self.limit:
+        if (
+            self.limit is None
+            or len(offsets := self._tokenise([text])["offset_mapping"][0]) <= self.limit
+        ):
             return text
         return text[: offsets[self.limit - 1][1]]
 
@@ -155,25 +196,41 @@ class BaselineEncoder(InputModule):
 
     def _read(self, template: str, texts: Sequence[str]) -> list[PromptRow]:
         """Each text within the template, tokenised as one string; nothing is cut."""
-        filled = [fill(template, as_sentence(text) if self.settings.as_sentence else text) for text in texts]
+        filled = [
+            fill(template, as_sentence(text) if self.settings.as_sentence else text)
+            for text in texts
+        ]
         encoded = self._tokenise([string for string, _ in filled])
         start = [] if self.backbone.bos_id is None else [self.backbone.bos_id]
         rows = []
-        for (_, copies), ids, offsets in zip(filled, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            # Without BOS an empty text has no token at all: it gets the one that parts texts from each other.
+        for (_, copies), ids, offsets in zip(
+            filled, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        ):
+            # Without BOS an empty text has no token at all: it gets the one that parts texts from
+            # each other.
             row = [*start, *ids] or [self.backbone.tokenizer.eos_token_id or 0]
             inside = [0] * (len(row) - len(offsets)) + self._inside(offsets, copies)
             rows.append(PromptRow(row, inside if any(inside) else [0] * (len(row) - 1) + [1]))
         return rows
 
-    def _inside(self, offsets: Sequence[tuple[int, int]], copies: Sequence[tuple[int, int]]) -> list[int]:
-        """1 for each token that holds a character of a copy that counts; none for the span `last_token`."""
+    def _inside(
+        self, offsets: Sequence[tuple[int, int]], copies: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """1 for each token that holds a character of a copy that counts; none for the span
+        `last_token`.
+        """
         wanted = {"text": copies, "last_copy": copies[-1:], "last_token": ()}[self.settings.span]
-        # A token without width stands for the character before it (tokenizers trim blanks), or for the very beginning.
-        return [int(any((a or -1) < end and min(begin, end - 1) < b for a, b in wanted)) for begin, end in offsets]
+        # A token without width stands for the character before it (tokenizers trim blanks), or for
+        # the very beginning.
+        return [
+            int(any((a or -1) < end and min(begin, end - 1) < b for a, b in wanted))
+            for begin, end in offsets
+        ]
 
     def _tokenise(self, strings: list[str]) -> Any:
-        return self.backbone.tokenizer(strings, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return self.backbone.tokenizer(
+            strings, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
 
 
 def fill(template: str, text: str) -> tuple[str, list[tuple[int, int]]]:
@@ -187,7 +244,9 @@ def fill(template: str, text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def as_sentence(text: str) -> str:
-    """The text as PromptEOL's and MetaEOL's code puts it between quotes (`BaselineSettings.as_sentence`)."""
+    """The text as PromptEOL's and MetaEOL's code puts it between quotes
+    (`BaselineSettings.as_sentence`).
+    """
     if text and text[-1] not in ".?\"'":
         text += "."
     text = text.replace('"', "'")
@@ -195,7 +254,9 @@ def as_sentence(text: str) -> str:
 
 
 def pooling_weights(span_BT: Tensor, pooling: str) -> Tensor:
-    """Weights of the tokens, float32 (B, T), each row's sum 1: over the span alike, by place in it (SGPT), or its last one."""
+    """Weights of the tokens, float32 (B, T), each row's sum 1: over the span alike, by place in it
+    (SGPT), or its last one.
+    """
     place_BT = span_BT.cumsum(1) * span_BT
     last_BT = place_BT == span_BT.sum(1, keepdim=True)
     weights_BT = {"mean": span_BT, "weighted_mean": place_BT, "last": last_BT}[pooling].float()
@@ -204,20 +265,31 @@ def pooling_weights(span_BT: Tensor, pooling: str) -> Tensor:
 
 def baseline(backbone: Backbone, settings: BaselineSettings) -> SentenceTransformer:
     """A training-free encoder as a SentenceTransformer, on the backbone's device."""
-    return SentenceTransformer(modules=[BaselineEncoder(backbone, settings)], device=str(backbone.input_table.device)).eval()
+    return SentenceTransformer(
+        modules=[BaselineEncoder(backbone, settings)], device=str(backbone.input_table.device)
+    ).eval()
 
 
 def load_saved(folder: Path, device: str | None = None) -> SentenceTransformer:
     """A saved encoder with its prompts; a folder that holds `baseline.yaml` alone will do.
 
     Raises:
-        RecipeError, BackboneError: settings or an LM that do not fit. ModelFolderError: damaged prompts.
+        RecipeError, BackboneError: settings or an LM that do not fit. ModelFolderError: damaged
+            prompts.
     """
     module = BaselineEncoder.load(str(folder), device=device or "auto")
     file = folder / PROMPTS_FILE
     try:
         kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        prompts = {key: prompt for key, prompt in kept.get("prompts", {}).items() if isinstance(prompt, str)}
+        prompts = {
+            key: prompt
+            for key, prompt in kept.get("prompts", {}).items()
+            if isinstance(prompt, str)
+        }
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelFolderError(f"damaged: {error}", where=str(file), fix="save the encoder again") from None
-    return SentenceTransformer(modules=[module], device=str(module.backbone.input_table.device), prompts=prompts).eval()
+        raise ModelFolderError(
+            f"damaged: {error}", where=str(file), fix="save the encoder again"
+        ) from None
+    return SentenceTransformer(
+        modules=[module], device=str(module.backbone.input_table.device), prompts=prompts
+    ).eval()
