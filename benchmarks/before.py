@@ -37,7 +37,7 @@ from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import AdapterSettings, EncoderSettings, PretextStage
 from llm2comp.training.contrastive import contrastive_loss
-from llm2comp.training.trainers import PretextModel
+from llm2comp.training.pretext_model import PretextModel
 
 BEFORE, STOCK = "peft's layers", "stock"
 MAX_TOKENS = 512

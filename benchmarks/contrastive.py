@@ -19,7 +19,7 @@ from benchmarks.training import LIMITS, UNUSED, learner, loss_and_gradient
 from benchmarks.work import contrastive_flops
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import SclStage, UclStage
-from llm2comp.recipe.stages import ContrastiveStage
+from llm2comp.recipe.contrastive_stages import ContrastiveStage
 from llm2comp.training.contrastive import contrastive_loss
 
 # the release's side does a quarter of the batch per timed unit; else this row alone would take 10

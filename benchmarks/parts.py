@@ -21,7 +21,8 @@ from llm2comp.data.pretext import PretextCollator, PretextRows
 from llm2comp.data.store import TokenStore, stored_rows, write_rows
 from llm2comp.objectives.kl import Project, chunked_kl
 from llm2comp.recipe import PretextStage
-from llm2comp.system.files import new_folder, write_text
+from llm2comp.system.files import write_text
+from llm2comp.system.folders import new_folder
 
 Kl = Callable[[Tensor, Tensor, Project, Tensor], Tensor]
 

@@ -23,7 +23,7 @@ from llm2comp.data.pretext import PretextCollator, PretextRows
 from llm2comp.recipe import PretextStage
 from llm2comp.training.compiling import compiled
 from llm2comp.training.memory_limits import pieces_of
-from llm2comp.training.trainers import PretextModel
+from llm2comp.training.pretext_model import PretextModel
 
 UNUSED = [{"source": "unused"}]
 MARGIN = 10

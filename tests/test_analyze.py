@@ -26,15 +26,17 @@ import llm2comp
 from families import MEMORY
 from llm2comp.data.loaded import Pair
 from llm2comp.errors import DataError, ModelFolderError, RunError
+from llm2comp.lab import analysis_table
 from llm2comp.lab import analyze as analysis
-from llm2comp.lab.analyze import NEED_MORE_TEXTS, analyze, write_analysis, write_weights
+from llm2comp.lab.analyze import NEED_MORE_TEXTS, analyze, write_analysis
 from llm2comp.measures.context import context_recovered, split_sample
 from llm2comp.measures.geometry import alignment, anisotropy, uniformity
 from llm2comp.measures.spectrum import effective_rank, participation_ratio, spectrum
 from llm2comp.model.backbone import Base
 from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import ModelSettings, parse_recipe
-from llm2comp.storage.export import verify
+from llm2comp.storage.golden import verify
+from llm2comp.storage.reweighting import reweight
 from llm2comp.training.run import train
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished, make_tree, no_file_over, sentences, write_rows
@@ -268,7 +270,7 @@ def test_texts_too_short_to_be_split():
 
 def test_every_figure_is_in_the_table():
     for measured in (found("run", pairs=True), found("mean", 20)):
-        columns = [list(column.cells) for column in analysis.table(measured).columns]
+        columns = [list(column.cells) for column in analysis_table.table(measured).columns]
         rows = dict(zip(columns[0], zip(*columns[1:], strict=True), strict=True))
         for name in FIGURES:
             value, told = rows[name.replace("_", " ")]
@@ -285,7 +287,7 @@ def test_readout_lines_are_lines():
     object.__setattr__(
         measured, "readouts", (type(readout)(**asdict(readout) | {"words": [["\n", "fox"]]}),)
     )
-    assert not [line for line in analysis.readout_lines(measured) if "\n" in line]
+    assert not [line for line in analysis_table.readout_lines(measured) if "\n" in line]
 
 
 # ---- what is not finite
@@ -602,7 +604,7 @@ def test_a_threshold_that_merges_all_or_nothing(threshold, clusters, run, texts_
 def test_a_full_disk_leaves_the_stage_as_it_was(run):
     before = files_of(run)
     with no_file_over(100), pytest.raises(RunError, match="cannot write"):
-        write_weights(str(run / "3-scl"), [0.5, 0.25, 0.25])
+        reweight(str(run / "3-scl"), [0.5, 0.25, 0.25])
     assert files_of(run) == before
 
 
@@ -613,7 +615,7 @@ def test_a_damaged_folder_leaves_the_whole_run_as_it_was(run):
     save_file(tensors, run / "model" / "model.safetensors", metadata={"format": "pt"})
     before = files_of(run)
     with pytest.raises(ModelFolderError, match="gives other embeddings"):
-        write_weights(str(run), [0.5, 0.25, 0.25])
+        reweight(str(run), [0.5, 0.25, 0.25])
     assert files_of(run) == before
 
 

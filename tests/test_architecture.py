@@ -21,7 +21,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
     for rank in (
         "errors",
         "system.files system.console system.hub",
-        "system.cache",
+        "system.cache system.folders",
         "recipe",
         "model.tokens",
         "model.memory",
@@ -33,19 +33,24 @@ RANKS: tuple[frozenset[str], ...] = tuple(
         "runs objectives",
         "measures storage storage.runtimes",
         "storage.compiled",
-        "storage.loading",
+        "storage.loading storage.identity",
         "training use",
         "lab.plots lab.readout lab.evaluation",
         "lab.train",
         "lab.analyze lab.report",
-        "lab.study",
+        "lab.study lab.analysis_table",
         "lab.demo",
         "cli",
         "__init__ __main__",
     )
 )
 # Instead of all lower ranks: these alone.
-ONLY = {"data": {"errors", "system.files", "system.cache", "system.hub", "recipe", "model.tokens"}}
+ONLY = {
+    "data": {
+        *("errors", "system.files", "system.folders", "system.cache", "system.hub"),
+        *("recipe", "model.tokens"),
+    }
+}
 # Foreign packages that only these units may import. "recipe, errors and system import no torch" is
 # the same rule turned round.
 FOREIGN = {

@@ -16,7 +16,7 @@ from llm2comp.objectives import stage_loss
 from llm2comp.objectives.ebae_ebar import bag_ids
 from llm2comp.objectives.kl import chunked_bag_entropy
 from llm2comp.recipe import EncoderSettings, PretextStage, parse_recipe
-from llm2comp.recipe.stages import BagPrompts
+from llm2comp.recipe.pretext_stage import BagPrompts
 from llm2comp.training.stages import RunOptions, run_pretext
 from tiny_run import make_tree
 

@@ -19,7 +19,8 @@ from llm2comp.errors import ModelFolderError
 from llm2comp.model.backbone import Base, check_base, digest, hub_commit, weights_digest
 from llm2comp.recipe import ModelSettings, load_recipe, parse_recipe
 from llm2comp.runs.keys import stage_keys
-from llm2comp.storage.loading import BUILTIN_ENCODERS, identity
+from llm2comp.storage.identity import identity
+from llm2comp.storage.loading import BUILTIN_ENCODERS
 from llm2comp.system.console import GENERAL
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished, make_tree, save_backbone

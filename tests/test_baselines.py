@@ -30,7 +30,8 @@ from llm2comp.model.baselines.module import (
     pooling_weights,
 )
 from llm2comp.model.baselines.prompts import META_EOL
-from llm2comp.storage.loading import identity, load
+from llm2comp.storage.identity import identity
+from llm2comp.storage.loading import load
 from llm2comp.use.embed import embed
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, sentences, write_rows

@@ -45,7 +45,7 @@ from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import PretextStage
 from llm2comp.training.contrastive import contrastive_loss
-from llm2comp.training.trainers import PretextModel
+from llm2comp.training.pretext_model import PretextModel
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {

@@ -21,10 +21,13 @@ from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import EncoderSettings
 from llm2comp.storage import compiled, loading, runtimes
 from llm2comp.storage.compiled import MIN_COSINE, compile_folder, compiled_of, load_compiled
-from llm2comp.storage.export import export, load_folder, memory_weights, reweight, verify
-from llm2comp.storage.loading import identity
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import load_folder, verify
+from llm2comp.storage.identity import identity
+from llm2comp.storage.reweighting import reweight
 from llm2comp.storage.runtimes import RUNTIMES, round_weights
-from llm2comp.system.files import MARK_FILE
+from llm2comp.storage.weights import memory_weights
+from llm2comp.system.folders import MARK_FILE
 from oracles import embed_texts
 from tiny_run import cli
 

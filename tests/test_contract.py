@@ -13,7 +13,8 @@ from llm2comp.errors import BackboneError, DataError
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import EncoderSettings
-from llm2comp.storage.export import export, verify
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import verify
 from llm2comp.use.embed import embed
 from oracles import embed_texts
 from test_export import LONG, PROMPT

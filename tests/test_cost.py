@@ -23,7 +23,7 @@ from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import PretextStage, UclStage
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.cost import GPUS, Size, gpu_named, hours, layer_passes, sample_flops
-from llm2comp.training.trainers import PretextModel
+from llm2comp.training.pretext_model import PretextModel
 
 SMALL = Shape("llama", 2, 32, 48, 4, 2, 8, 120)
 SETTING = replace(CPU, shape=SMALL, memory_tokens=3)

@@ -20,7 +20,8 @@ from families import make_compressor
 from llm2comp.errors import BackboneError, DataError, RunError
 from llm2comp.model.encoder import MemoryEncoder, as_sentence_transformer, merge_adapters
 from llm2comp.model.inputs import frame_of
-from llm2comp.storage.export import export, load_folder
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import load_folder
 from llm2comp.use.embed import _pieces, embed
 from llm2comp.use.writing import Embedded, Places, check_output, rows_file, write_embeddings
 from oracles import embed_texts

@@ -18,21 +18,15 @@ from transformers import AutoTokenizer
 
 import llm2comp
 from llm2comp.errors import DataError, ModelFolderError, RecipeError, RunError
-from llm2comp.lab.evaluation.evaluate import (
-    EvaluateOptions,
-    ModelScores,
-    earlier_rows,
-    evaluate,
-    read_summary,
-    table,
-)
+from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
 from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
 from llm2comp.lab.evaluation.paper14 import PAPER14
 from llm2comp.lab.evaluation.published import published
 from llm2comp.lab.evaluation.running import TaskFailedError, run_task
+from llm2comp.lab.evaluation.summary import ModelScores, earlier_rows, read_summary, table
 from llm2comp.lab.evaluation.tasks import local_tasks, named_tasks
 from llm2comp.model.vectors import AT_ONCE_ON_CPU
-from llm2comp.storage.loading import identity
+from llm2comp.storage.identity import identity
 from rehearsal import rehearse
 from tiny_run import assert_refused, cli, finished, save_backbone, sentences, write_rows
 

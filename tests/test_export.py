@@ -21,15 +21,10 @@ from llm2comp.model.memory import prefix_weights
 from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import EncoderSettings
 from llm2comp.storage import stock
-from llm2comp.storage.export import (
-    GOLDEN_TEXTS,
-    export,
-    load_folder,
-    memory_ids,
-    memory_names,
-    reweight,
-    verify,
-)
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import GOLDEN_TEXTS, load_folder, verify
+from llm2comp.storage.reweighting import reweight
+from llm2comp.storage.weights import memory_ids, memory_names
 from oracles import embed_texts
 
 LIMIT = 40

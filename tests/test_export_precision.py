@@ -16,7 +16,9 @@ from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import AdapterSettings, EncoderSettings
 from llm2comp.storage import stock
-from llm2comp.storage.export import GOLDEN_TEXTS, export, reweight, verify
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import GOLDEN_TEXTS, verify
+from llm2comp.storage.reweighting import reweight
 from oracles import embed_texts
 from tiny_run import assert_refused, cli, finished
 

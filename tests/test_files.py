@@ -12,21 +12,23 @@ from tokenizers import Tokenizer, models
 
 from llm2comp.errors import DataError, RunError
 from llm2comp.system.files import (
-    MARK_FILE,
-    Kind,
-    claim,
     explain_disk_errors,
-    new_folder,
     open_to_others,
-    refuse_foreign,
-    refuse_output,
-    refuse_taken,
-    remove_folder,
     sha256,
     to_json,
     whole_or_gone,
     write_bytes,
     write_text,
+)
+from llm2comp.system.folders import (
+    MARK_FILE,
+    Kind,
+    claim,
+    new_folder,
+    refuse_foreign,
+    refuse_output,
+    refuse_taken,
+    remove_folder,
 )
 from tiny_run import no_file_over, small_disk
 

@@ -27,7 +27,8 @@ from llm2comp.model.tokens import SplitTexts, Tokens, position_ids
 from llm2comp.objectives import stage_loss
 from llm2comp.recipe import AdapterSettings, SclStage, parse_recipe
 from llm2comp.runs.folder import FOLDERS
-from llm2comp.storage.export import export, verify
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import verify
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.plan import plan
 from llm2comp.training.run import train

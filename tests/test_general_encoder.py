@@ -19,7 +19,8 @@ import llm2comp
 from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
 from llm2comp.model.backbone import weights_digest
 from llm2comp.recipe import load_recipe
-from llm2comp.storage.loading import BUILTIN_ENCODERS, identity
+from llm2comp.storage.identity import identity
+from llm2comp.storage.loading import BUILTIN_ENCODERS
 from llm2comp.system.console import GENERAL, GENERAL_TINY
 from tiny_run import assert_refused, cli, write_rows
 

@@ -21,7 +21,8 @@ from llm2comp.data.sources import read_responses, read_texts
 from llm2comp.errors import DataError, RunError
 from llm2comp.recipe import TextData
 from llm2comp.training import generate
-from llm2comp.training.generate import Responder, ResponseOptions, generate_responses
+from llm2comp.training.generate import generate_responses
+from llm2comp.training.responder import Responder, ResponseOptions
 from tiny_run import assert_refused, cli, save_backbone, sentences, write_rows
 
 TEXTS = ["the fox reads", "memory", "Ünicode 記憶\nof two lines", *sentences(8, words=6)]

@@ -22,10 +22,11 @@ from llm2comp.runs.keys import stage_keys
 from llm2comp.training.checks import check
 from llm2comp.training.contrastive import contrastive_loss, judged_loss
 from llm2comp.training.plan import beside
+from llm2comp.training.pretext_model import PretextModel
 from llm2comp.training.ranks import check_launch
+from llm2comp.training.rows import pretext_samples
 from llm2comp.training.run import train
-from llm2comp.training.stages import RunOptions, pretext_samples
-from llm2comp.training.trainers import PretextModel
+from llm2comp.training.stages import RunOptions
 from small_stages import make_stage, run_stage, same
 from test_contrastive import DATA, assert_same, columns_of, embeddings, features_of
 from test_nested import make_nested

@@ -18,7 +18,8 @@ from llm2comp.model.memory import maxsim
 from llm2comp.model.tokens import Tokens
 from llm2comp.model.vectors import memory_vectors
 from llm2comp.recipe import EncoderSettings
-from llm2comp.storage.export import GOLDEN_TEXTS, export, load_folder, verify
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import GOLDEN_TEXTS, load_folder, verify
 from test_export import USER
 
 LIMIT = 40

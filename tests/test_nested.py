@@ -24,7 +24,6 @@ from families import (
     stage_1,
 )
 from llm2comp.errors import ModelFolderError, RecipeError
-from llm2comp.lab.analyze import write_weights
 from llm2comp.model.compressor import STATE_FILE, Compressor
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.memory import (
@@ -38,8 +37,10 @@ from llm2comp.model.memory import (
 from llm2comp.model.tokens import SplitTexts, Tokens
 from llm2comp.objectives import stage_loss
 from llm2comp.recipe import EncoderSettings, MemorySettings, SclStage, UclStage, parse_recipe
-from llm2comp.storage.export import export, memory_weights, reweight
-from llm2comp.storage.loading import identity
+from llm2comp.storage.export import export
+from llm2comp.storage.identity import identity
+from llm2comp.storage.reweighting import reweight
+from llm2comp.storage.weights import memory_weights
 from llm2comp.training.contrastive import contrastive_loss
 from oracles import embed_texts
 from test_contrastive import columns_of, features_of, lora_gradients, naive
@@ -521,7 +522,7 @@ def test_the_order_goes_with_the_folder(order, tmp_path):
 
 def test_other_weights_leave_the_order(tmp_path):
     run = Path(shutil.copytree(finished()[1], tmp_path / "run"))
-    write_weights(str(run), [0.25, 0.5, 0.25])
+    reweight(str(run), [0.25, 0.5, 0.25])
     for place in ("3-scl", "model"):
         found = llm2comp.load(run / place, "cpu", num_memory=1)
         assert identity(run / place, found).name.endswith("-last-1")

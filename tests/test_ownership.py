@@ -13,8 +13,8 @@ import pytest
 
 from llm2comp.errors import RunError
 from llm2comp.storage.compiled import compile_folder
-from llm2comp.storage.export import reweight
-from llm2comp.system.files import MARK_FILE
+from llm2comp.storage.reweighting import reweight
+from llm2comp.system.folders import MARK_FILE
 from tiny_run import assert_refused, cli, finished, make_tree, sentences, write_recipe, write_rows
 
 FOREIGN = "would replace what is not its own"

@@ -8,14 +8,9 @@ import json
 import pytest
 
 from llm2comp.errors import DataError
-from llm2comp.lab.evaluation.evaluate import (
-    RESULTS_FOLDER,
-    EvaluateOptions,
-    evaluate,
-    read_summary,
-    results_folder,
-)
+from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
 from llm2comp.lab.evaluation.pairs import Questions, pairs_task
+from llm2comp.lab.evaluation.summary import RESULTS_FOLDER, read_summary, results_folder
 from tiny_run import assert_refused, cli, finished, sentences, write_rows
 
 ANSWERS = sentences(12, 8, seed=3)

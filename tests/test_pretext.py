@@ -33,7 +33,7 @@ from llm2comp.objectives import count_items, stage_loss
 from llm2comp.objectives.loss import objective as file_of
 from llm2comp.recipe import PretextStage
 from llm2comp.recipe.objectives import OBJECTIVES, Need, ObjectiveName
-from llm2comp.recipe.stages import BagPrompts
+from llm2comp.recipe.pretext_stage import BagPrompts
 from llm2comp.training.stages import RunOptions, run_pretext
 
 LENGTHS, SITES = (17, 9, 23, 12), (9, 4, 5, 11)

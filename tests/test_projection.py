@@ -31,12 +31,15 @@ from llm2comp.recipe import (
 )
 from llm2comp.runs.folder import FOLDERS
 from llm2comp.storage.compiled import compile_folder, load_compiled
-from llm2comp.storage.export import export, reweight, verify
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import verify
+from llm2comp.storage.reweighting import reweight
 from llm2comp.storage.runtimes import RUNTIMES
 from llm2comp.training.contrastive import contrastive_loss
-from llm2comp.training.generate import ResponseOptions, generate_responses
+from llm2comp.training.generate import generate_responses
+from llm2comp.training.pretext_model import PretextModel
+from llm2comp.training.responder import ResponseOptions
 from llm2comp.training.run import train
-from llm2comp.training.trainers import PretextModel
 from oracles import embed_texts
 from test_contrastive import columns_of, embeddings, features_of, naive
 from test_export import LIMIT, PROMPT, PROMPTS, READ, USER

@@ -28,7 +28,8 @@ from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.tokens import Tokens
 from llm2comp.objectives.loss import two_step
 from llm2comp.recipe import AdapterSettings, ModelSettings, parse_recipe
-from llm2comp.storage.export import export, verify
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import verify
 from oracles import embed_texts
 from tiny_run import make_tree, save_backbone
 

@@ -26,11 +26,12 @@ from llm2comp.objectives.alignment import MAP_FILE, alignment_loss, map_to_teach
 from llm2comp.recipe import AdapterSettings, PretextStage, TextData, parse_recipe
 from llm2comp.runs.folder import FOLDERS
 from llm2comp.runs.keys import stage_keys
-from llm2comp.storage.export import verify
-from llm2comp.training.generate import ResponseOptions, generate_responses
+from llm2comp.storage.golden import verify
+from llm2comp.training.generate import generate_responses
 from llm2comp.training.plan import plan
+from llm2comp.training.pretext_model import PretextModel
+from llm2comp.training.responder import ResponseOptions
 from llm2comp.training.run import train
-from llm2comp.training.trainers import PretextModel
 from oracles import embed_texts
 from test_resume import StoppedError, train_until
 from tiny_run import assert_refused, cli, make_tree, sentences, write_recipe, write_rows

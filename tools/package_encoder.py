@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from backbone_store import MIB, Parser, new_folder, write_json
 from llm2comp.errors import Llm2CompError
-from llm2comp.lab.evaluation.evaluate import SCORES_FOLDER, SUMMARY_FILE, ModelScores, read_summary
+from llm2comp.lab.evaluation.summary import SCORES_FOLDER, SUMMARY_FILE, ModelScores, read_summary
 from llm2comp.model.backbone import weights_digest
 from llm2comp.model.compressor import STATE_FILE
 from llm2comp.model.vectors import embed_texts

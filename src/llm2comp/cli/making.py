@@ -8,7 +8,33 @@ from typing import Annotated, Literal
 
 import typer
 
-from llm2comp.cli.options import MAKE, DeviceOption, app, read_column
+from llm2comp.cli.options import MAKE, ColumnOption, DeviceOption, app, read_column
+from llm2comp.cli.response_options import (
+    BatchSizeOption,
+    ChatTemplateOption,
+    FirstTextsOption,
+    MaxNewTokensOption,
+    PromptedTextsOption,
+    PromptOption,
+    PromptTokensOption,
+    ResponderOption,
+    ResponsesOption,
+    RevisionOption,
+    SeedOption,
+    ShardSizeOption,
+    ShardsOption,
+    TeacherOption,
+    TemperatureOption,
+)
+from llm2comp.cli.train_options import (
+    DryRunOption,
+    GpuOption,
+    OverridesArgument,
+    PriceOption,
+    RecipeArgument,
+    RunOption,
+    VerboseOption,
+)
 from llm2comp.errors import DataError, RecipeError, missing_extra
 from llm2comp.system.console import say
 
@@ -35,40 +61,13 @@ def fetch(
 
 @app.command(rich_help_panel=MAKE)
 def train(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            help="YAML file, or the name of a recipe of the package (tiny, qwen3-0.6b, ...).",
-            metavar="RECIPE",
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Changes to the recipe, such as ucl.steps=500.", metavar="KEY=VALUE"),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the run; default: runs/ and the recipe's name.", metavar="DIR"
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show the plan: data, memory, hours.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="With --dry-run: also print the resolved recipe.")
-    ] = False,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            help="With --dry-run: predict hours, memory and price on one rtx4090, l40s, a100, "
-            "h100 or h200.",
-            metavar="NAME",
-        ),
-    ] = None,
-    price: Annotated[
-        float | None, typer.Option(min=0, help="With --gpu: its price per hour.", metavar="X")
-    ] = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: RunOption = None,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+    gpu: GpuOption = None,
+    price: PriceOption = None,
 ) -> None:
     """Train a recipe. Run it again to resume."""
     from llm2comp.data.sources import check_sources
@@ -129,69 +128,28 @@ def demo(
 
 @app.command(rich_help_panel=MAKE)
 def generate_responses(
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="Causal LM: Hub id, folder or GGUF file.", metavar="LM"),
-    ],
-    texts: Annotated[
-        str,
-        typer.Option(help="File of texts, or a Hub data set (its split train).", metavar="FILE"),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", help="Folder to write; run again to resume.", metavar="DIR"),
-    ],
-    column: Annotated[
-        str, typer.Option(help="Column that holds the text.", metavar="NAME")
-    ] = "text",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Use the first N texts.", metavar="N")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest response, in tokens.", metavar="N")
-    ] = 64,
-    max_tokens: Annotated[
-        int,
-        typer.Option(min=2, help="Longest prompt, in tokens; longer texts are cut.", metavar="N"),
-    ] = 1024,
-    prompt: Annotated[
-        str, typer.Option(help="Prompt for the LM; {text} is the text.", metavar="TEXT")
-    ] = "{text}",
-    chat_template: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat-template/--no-chat-template",
-            help="Use the tokenizer's chat template; default: if it has one.",
-        ),
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0: greedy decoding; above 0: sampling.", metavar="X")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.", metavar="N")] = 0,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help="Encoder; its embeddings of the responses are stored, too.", metavar="MODEL"
-        ),
-    ] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Texts per file.", metavar="N")] = 1000,
-    shards: Annotated[
-        str,
-        typer.Option(
-            help="2/8: work on the second of eight shares of the texts (several machines).",
-            metavar="I/N",
-        ),
-    ] = "1/1",
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.", metavar="N")] = 16,
-    revision: Annotated[
-        str | None, typer.Option(help="Hub branch, tag or commit of the model.", metavar="NAME")
-    ] = None,
+    model: ResponderOption,
+    texts: PromptedTextsOption,
+    out: ResponsesOption,
+    column: ColumnOption = "text",
+    limit: FirstTextsOption = None,
+    max_new_tokens: MaxNewTokensOption = 64,
+    max_tokens: PromptTokensOption = 1024,
+    prompt: PromptOption = "{text}",
+    chat_template: ChatTemplateOption = None,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    teacher: TeacherOption = None,
+    shard_size: ShardSizeOption = 1000,
+    shards: ShardsOption = "1/1",
+    batch_size: BatchSizeOption = 16,
+    revision: RevisionOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Generate a causal LM's responses to texts, for stage 1's objective `response`
     (docs/response.md).
     """
-    from llm2comp.system.files import RESPONSES, refuse_taken
+    from llm2comp.system.folders import RESPONSES, refuse_taken
 
     found = re.fullmatch(r"(\d+)/(\d+)", shards)
     share = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -207,9 +165,10 @@ def generate_responses(
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
-    from llm2comp.training import generate
+    from llm2comp.training.generate import generate_responses as generate
+    from llm2comp.training.responder import ResponseOptions
 
-    options = generate.ResponseOptions(
+    options = ResponseOptions(
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
         prompt=prompt,
@@ -222,4 +181,4 @@ def generate_responses(
         revision=revision,
         device=device,
     )
-    say(generate.generate_responses(model, loaded.rows, out, options, share))
+    say(generate(model, loaded.rows, out, options, share))

@@ -7,11 +7,32 @@ from typing import Annotated
 
 import typer
 
+from llm2comp.cli.analyze_options import (
+    AnalysedTextsOption,
+    AnalysisOption,
+    FirstRowsOption,
+    RelatedPairsOption,
+    ThresholdOption,
+    WriteWeightsOption,
+)
+from llm2comp.cli.evaluate_options import (
+    AnswerColumnOption,
+    CompareOption,
+    DocumentColumnOption,
+    DocumentsOption,
+    InstructionsOption,
+    PairsOption,
+    QueryColumnOption,
+    ScoresOption,
+    TasksOption,
+    TemplateOption,
+)
 from llm2comp.cli.making import REPORT_FILE
 from llm2comp.cli.options import (
     JUDGE,
     MAKE,
     MODEL_HELP,
+    ColumnOption,
     DeviceOption,
     LocalOption,
     MemoryOption,
@@ -32,58 +53,17 @@ ModelsArgument = Annotated[
 @app.command(rich_help_panel=JUDGE)
 def evaluate(
     models: ModelsArgument = [GENERAL],  # noqa: B006
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="paper14 (the paper's 14), or a task or benchmark of mteb's; repeatable.",
-            metavar="NAME",
-        ),
-    ] = None,
+    tasks: TasksOption = None,
     local: LocalOption = None,
-    pairs: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="File of questions and answers: each question must find its answer; repeatable.",
-            metavar="FILE",
-        ),
-    ] = None,
-    query_column: Annotated[
-        str, typer.Option(help="With --pairs: column of the questions.", metavar="NAME")
-    ] = "anchor",
-    answer_column: Annotated[
-        str, typer.Option(help="With --pairs: column of the answers.", metavar="NAME")
-    ] = "positive",
-    documents: Annotated[
-        str | None,
-        typer.Option(help="With --pairs: file of more texts to search in.", metavar="FILE"),
-    ] = None,
-    document_column: Annotated[
-        str, typer.Option(help="With --documents: column of the texts.", metavar="NAME")
-    ] = "text",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of results; default: scores/ in the model's run, else llm2comp-scores/.",
-            metavar="DIR",
-        ),
-    ] = None,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare", help="Also show models evaluated before, and the published figures."
-        ),
-    ] = False,
-    instructions: Annotated[
-        str,
-        typer.Option(
-            help="auto: the paper's, for models that know instructions; none; or a YAML file "
-            "of task: text.",
-            metavar="WHICH",
-        ),
-    ] = "auto",
-    template: Annotated[
-        str, typer.Option(help="How an instruction is put before a text.", metavar="TEXT")
-    ] = "{instruction}:",
+    pairs: PairsOption = None,
+    query_column: QueryColumnOption = "anchor",
+    answer_column: AnswerColumnOption = "positive",
+    documents: DocumentsOption = None,
+    document_column: DocumentColumnOption = "text",
+    out: ScoresOption = None,
+    compare: CompareOption = False,
+    instructions: InstructionsOption = "auto",
+    template: TemplateOption = "{instruction}:",
     max_tokens_per_batch: TokensOption = None,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
@@ -103,6 +83,7 @@ def evaluate(
         )
     quiet_libraries()
     from llm2comp.lab.evaluation import evaluate as evaluation
+    from llm2comp.lab.evaluation import summary
     from llm2comp.lab.evaluation.pairs import Questions
 
     chosen, folders = tuple(tasks or ()), tuple(local or ())
@@ -115,11 +96,11 @@ def evaluate(
     )
     rows = evaluation.evaluate(models, options, out)
     before = (
-        evaluation.earlier_rows(rows, evaluation.results_folder(models[0], out, models))
+        summary.earlier_rows(rows, summary.results_folder(models[0], out, models))
         if compare
         else []
     )
-    say(evaluation.table([*before, *rows], compare))
+    say(summary.table([*before, *rows], compare))
     if failed := {task for row in rows for task in row.failed}:
         raise RunError(
             f"{len(failed)} tasks could not be run: {', '.join(sorted(failed))}",
@@ -145,39 +126,14 @@ def _check_sources(local: list[Path], pairs: list[str], documents: str | None) -
 
 @app.command(rich_help_panel=JUDGE)
 def analyze(
-    texts: Annotated[
-        str,
-        typer.Option(
-            help="File of texts; use more texts than the embedding has dimensions.", metavar="FILE"
-        ),
-    ],
+    texts: AnalysedTextsOption,
     model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")] = GENERAL,
-    pairs: Annotated[
-        str | None,
-        typer.Option(help="File of related texts, columns anchor and positive.", metavar="FILE"),
-    ] = None,
-    column: Annotated[
-        str, typer.Option(help="Column that holds the text.", metavar="NAME")
-    ] = "text",
-    limit: Annotated[
-        int, typer.Option(min=2, help="Use the first N texts and pairs.", metavar="N")
-    ] = 5000,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder to write; default: analysis/ in the model's run, else llm2comp-analysis/.",
-            metavar="DIR",
-        ),
-    ] = None,
-    threshold: Annotated[
-        float,
-        typer.Option(
-            min=-1, max=1, help="Merge memory tokens above this mean cosine.", metavar="X"
-        ),
-    ] = 0.9,
-    write_weights: Annotated[
-        bool, typer.Option("--write-weights", help="Write the merged weights into the model.")
-    ] = False,
+    pairs: RelatedPairsOption = None,
+    column: ColumnOption = "text",
+    limit: FirstRowsOption = 5000,
+    out: AnalysisOption = None,
+    threshold: ThresholdOption = 0.9,
+    write_weights: WriteWeightsOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Show why a model is good or bad: collapse, similarity threshold, contents of its memory
@@ -186,7 +142,7 @@ def analyze(
     from llm2comp.data.columns import MissingColumnError
     from llm2comp.data.sources import read_pairs
     from llm2comp.recipe import PairData
-    from llm2comp.system.files import ANALYSIS, refuse_taken
+    from llm2comp.system.folders import ANALYSIS, refuse_taken
 
     if out:
         refuse_taken(out, ANALYSIS)
@@ -198,6 +154,7 @@ def analyze(
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
+    from llm2comp.lab import analysis_table
     from llm2comp.lab import analyze as analysis
 
     found = analysis.analyze(
@@ -205,12 +162,14 @@ def analyze(
     )
     folder = out or analysis.default_folder(model)
     analysis.write_analysis(found, folder)
-    say(analysis.table(found))
-    for line in analysis.readout_lines(found):
+    say(analysis_table.table(found))
+    for line in analysis_table.readout_lines(found):
         say(line)
     say(f"{folder}: {analysis.ANALYSIS_FILE} and plots")
     if write_weights and (weights := found.merge_weights):
-        for changed in analysis.write_weights(model, weights):
+        from llm2comp.storage.reweighting import reweight
+
+        for changed in reweight(model, weights):
             say(
                 f"{changed}: memory tokens now weigh "
                 f"{', '.join(f'{weight:.3f}' for weight in weights)}"

@@ -37,6 +37,7 @@ LocalOption = Annotated[
         help="Folder of your own evaluation sets (docs/evaluate.md); repeatable.", metavar="DIR"
     ),
 ]
+ColumnOption = Annotated[str, typer.Option(help="Column that holds the text.", metavar="NAME")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or mps; default: the best there is.", metavar="NAME")
 ]

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from llm2comp.cli.embed_options import (
+    BackendOption,
+    BadRowsOption,
+    LongTextsOption,
+    NormaliseOption,
+    RoleOption,
+    TextsArgument,
+    VectorsOption,
+)
 from llm2comp.cli.options import (
     USE,
+    ColumnOption,
     DeviceOption,
     DtypeOption,
     MemoryOption,
@@ -22,74 +32,32 @@ from llm2comp.cli.options import (
     require_folder,
 )
 from llm2comp.errors import DataError
-from llm2comp.system.console import GENERAL, BadRows, Dtype, LongTexts, Role, say
+from llm2comp.system.console import GENERAL, Dtype, LongTexts, say
 
 if TYPE_CHECKING:
     from llm2comp.data.loaded import Loaded
 
 STDIN = "-"
 STDIN_NAME = "standard-input.txt"
-
-
-# What runs the model.
-Backend = Literal["torch", "openvino", "onnx"]
 # What an OpenVINO graph computes in; int8: its weights.
 GraphPrecision = Literal["float32", "bfloat16", "int8"]
 
 
 @app.command(rich_help_panel=USE)
 def embed(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="File of texts: txt, jsonl, csv, parquet, ..., or - for lines on standard input.",
-            metavar="FILE",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", help="File to write: .npy, .parquet or .jsonl.", metavar="FILE"
-        ),
-    ],
+    source: TextsArgument,
+    out: VectorsOption,
     model: ModelOption = GENERAL,
-    column: Annotated[
-        str, typer.Option(help="Column that holds the text.", metavar="NAME")
-    ] = "text",
-    role: Annotated[
-        Role | None,
-        typer.Option(
-            help="query or document: put the model's prompt for it before each text.",
-            metavar="ROLE",
-        ),
-    ] = None,
-    long_texts: Annotated[
-        LongTexts,
-        typer.Option(
-            help="Texts over the model's limit: truncate, chunk-mean or error.", metavar="HOW"
-        ),
-    ] = "truncate",
-    bad_rows: Annotated[
-        BadRows,
-        typer.Option(
-            help="Rows without a text: stop; skip them (and write row numbers, docs/data.md); "
-            "or write zero vectors (zero).",
-            metavar="HOW",
-        ),
-    ] = "stop",
+    column: ColumnOption = "text",
+    role: RoleOption = None,
+    long_texts: LongTextsOption = "truncate",
+    bad_rows: BadRowsOption = "stop",
     max_tokens_per_batch: TokensOption = None,
-    normalise: Annotated[
-        bool, typer.Option("--normalise", help="Scale embeddings to length 1.")
-    ] = False,
+    normalise: NormaliseOption = False,
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
-    backend: Annotated[
-        Backend,
-        typer.Option(
-            help="What runs the model: torch, openvino or onnx (docs/speed.md).", metavar="NAME"
-        ),
-    ] = "torch",
+    backend: BackendOption = "torch",
 ) -> None:
     """Embed the texts of a file, in order."""
     from llm2comp.use import writing
@@ -185,7 +153,7 @@ def export(
     """Write an encoder as a folder that plain sentence-transformers loads (a run has one:
     model/).
     """
-    from llm2comp.system.files import EXPORTED, refuse_foreign
+    from llm2comp.system.folders import EXPORTED, refuse_foreign
 
     refuse_foreign(out, EXPORTED)
     from llm2comp.model.backbone.quiet import quiet_libraries
@@ -193,7 +161,8 @@ def export(
     quiet_libraries()
     from llm2comp.storage.compiled import compile_folder, runtime_of
     from llm2comp.storage.export import export as write_folder
-    from llm2comp.storage.loading import card_facts, live_place, load
+    from llm2comp.storage.loading import card_facts, load
+    from llm2comp.storage.places import live_place
 
     if openvino:
         runtime_of("openvino", openvino)  # not installed: said before the work
@@ -223,8 +192,8 @@ def verify(
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
-    from llm2comp.storage.export import verify as check
-    from llm2comp.storage.loading import model_folder
+    from llm2comp.storage.golden import verify as check
+    from llm2comp.storage.places import model_folder
 
     folder = model_folder(folder)
     say(f"{folder}: sound, lowest cosine {check(folder):.7f}")

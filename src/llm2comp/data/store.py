@@ -32,7 +32,8 @@ from llm2comp.data.sources import iterate_sources, source_key
 from llm2comp.errors import DataError
 from llm2comp.recipe import PretextStage, Section, TextData
 from llm2comp.system.cache import cache_folder, cached, flush
-from llm2comp.system.files import new_folder, to_json, write_text
+from llm2comp.system.files import to_json, write_text
+from llm2comp.system.folders import new_folder
 
 MANIFEST_FILE, TOKENS_FILE, BOUNDS_FILE, TEXTS_FILE = (
     "stored.json",

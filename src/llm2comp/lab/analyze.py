@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.table import Table
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from llm2comp.data.loaded import Pair
@@ -29,22 +27,17 @@ from llm2comp.measures.geometry import (
     related_pair_cosines,
     score_summary,
 )
-from llm2comp.model.backbone.sharded import header_of
-from llm2comp.model.compressor import STATE_FILE, Compressor
+from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import refuse_not_finite
 from llm2comp.model.inputs import Inputs
 from llm2comp.model.vectors import Budget, in_batches, memory_states
 from llm2comp.runs.folder import Run, stage_of
-from llm2comp.storage.export import memory_names, reweight
-from llm2comp.storage.loading import identity, live_place, load
-from llm2comp.system.files import (
-    ANALYSIS,
-    claim,
-    explain_disk_errors,
-    to_json,
-    write_bytes,
-    write_text,
-)
+from llm2comp.storage.identity import identity
+from llm2comp.storage.loading import load
+from llm2comp.storage.places import live_place
+from llm2comp.storage.weights import memory_names
+from llm2comp.system.files import explain_disk_errors, to_json, write_text
+from llm2comp.system.folders import ANALYSIS, claim
 from llm2comp.use.embed import embed
 
 if TYPE_CHECKING:
@@ -117,23 +110,14 @@ def analyze(
     random_cosines, related_cosines = random_pair_cosines(embeddings_ND), None
     figures: dict[str, float | None] = {key: getattr(measured, key) for key in OF_EMBEDDINGS}
     if pairs:
-        anchors_ND = embed(model, [pair.anchor for pair in pairs], role="query").embeddings_ND
-        positives_ND = embed(
-            model, [pair.positive for pair in pairs], role="document"
-        ).embeddings_ND
-        figures["alignment"] = alignment(anchors_ND, positives_ND)
-        related_cosines = related_pair_cosines(anchors_ND, positives_ND)
+        figures["alignment"], related_cosines = _related(model, pairs)
+    readouts: list[Readout] = []
     if compressor is not None:
-        rows = compressor.backbone.tokenise(texts[:SPLIT_FROM], compressor.max_tokens(READ_TOKENS))
-        figures["context_recovered"] = context_recovered(
-            compressor, split_sample(rows, compressor.backbone.pad_id)
-        )
+        figures["context_recovered"] = _context(compressor, texts[:SPLIT_FROM])
+        readouts = [read_out(compressor, text, READ_TOKENS) for text in texts[:examples]]
     withheld = _withheld(measured, bool(pairs), compressor is not None, figures)
-    labels = (
-        None
-        if measured.memory_correlation is None
-        else clusters(measured.memory_correlation, threshold)
-    )
+    likeness = measured.memory_correlation
+    labels = None if likeness is None else clusters(likeness, threshold)
     return Analysis(
         model=path,
         name=who.name,
@@ -146,10 +130,25 @@ def analyze(
         related_cosines=None if related_cosines is None else related_cosines.round(4).tolist(),
         clusters=None if labels is None else labels.tolist(),
         merge_weights=None if labels is None else merge_weights(labels).tolist(),
-        readouts=tuple(read_out(compressor, text, READ_TOKENS) for text in texts[:examples])
-        if compressor
-        else (),
+        readouts=tuple(readouts),
     )
+
+
+def _related(
+    model: SentenceTransformer, pairs: Sequence[Pair]
+) -> tuple[float, NDArray[np.float64]]:
+    """Alignment of related texts, and the cosine of each pair."""
+    anchors_ND = embed(model, [pair.anchor for pair in pairs], role="query").embeddings_ND
+    positives = [pair.positive for pair in pairs]
+    positives_ND = embed(model, positives, role="document").embeddings_ND
+    cosines_N = related_pair_cosines(anchors_ND, positives_ND)
+    return alignment(anchors_ND, positives_ND), cosines_N
+
+
+def _context(compressor: Compressor, texts: Sequence[str]) -> float | None:
+    """Context recovered; None where no text is long enough to be split."""
+    rows = compressor.backbone.tokenise(texts, compressor.max_tokens(READ_TOKENS))
+    return context_recovered(compressor, split_sample(rows, compressor.backbone.pad_id))
 
 
 def _withheld(
@@ -203,34 +202,6 @@ def write_analysis(found: Analysis, folder: Path) -> None:
     write_text(folder / ANALYSIS_FILE, to_json(asdict(found), indent=1, ensure_ascii=False))
 
 
-def write_weights(path: str, weights_K: Sequence[float]) -> list[Path]:
-    """Store a weighting of the memory tokens in a model: a model folder, a stage, or both of a
-    finished run.
-
-    Returns what was changed. Raises ModelFolderError for a model that has no memory tokens.
-    """
-    folder, stage = Path(path).absolute(), Path(live_place(path)).absolute()
-    changed = []
-    if stage_of(folder) is None:
-        model = Run(folder).model if Run.of(path) == Run(folder) else folder
-        reweight(model, weights_K)  # first: it refuses a folder that is not sound
-        changed.append(model)
-    if stage_of(stage) is not None:
-        file = stage / STATE_FILE
-        tensors = load_file(file)
-        if len(weights_K) != len(tensors["weights"]):
-            raise ModelFolderError(
-                "another number of memory tokens",
-                where=str(file),
-                expected=len(tensors["weights"]),
-                found=len(weights_K),
-            )
-        tensors["weights"] = torch.tensor(weights_K, dtype=torch.float32)
-        write_bytes(file, save(tensors, header_of(file)))
-        changed.append(stage)
-    return changed
-
-
 def live_compressor(model: SentenceTransformer) -> Compressor | None:
     """The compressor of a live encoder; None for any other model."""
     found = getattr(model[0], "compressor", None)
@@ -273,69 +244,3 @@ def _embeddings(
         states_NKD if compressor.memory.count else None,
         embeddings_ND,
     )
-
-
-def table(found: Analysis) -> Table:
-    """The figures in words."""
-    shown = Table(
-        "figure", "value", "how to read it", title=f"{found.model}: {found.collapse.texts:,} texts"
-    )
-    dimensions = found.collapse.dimensions
-    told = {
-        "effective_rank": f"directions in use, of {dimensions:,}",
-        "participation_ratio": f"the same by variance, of {dimensions:,}",
-        "above_one_percent": "directions with 1 % or more of the largest one's variance",
-        "uniformity": "the lower, the more evenly texts are spread (0 = all the same)",
-        "anisotropy": "mean cosine of random texts (0 = no common direction)",
-        "alignment": "squared distance of related texts (0 = the same)",
-        "context_recovered": "share of the context's effect on the LM that the memory carries (1 "
-        "= all)",
-    }
-    for key, meaning in told.items():
-        value = found.figures.get(key)
-        shown.add_row(
-            key.replace("_", " "),
-            "withheld" if value is None else f"{value:.4g}",
-            found.withheld.get(key, meaning),
-        )
-    quantiles = found.scores["random"]
-    shown.add_row(
-        "random pairs",
-        f"{quantiles[50]:.3f}",
-        f"half of them score less; 1 % score {quantiles[99]:.3f} or more",
-    )
-    if found.scores["related"]:
-        share = 100 * (found.scores["related_above"] or 0)
-        shown.add_row(
-            "related pairs",
-            f"{found.scores['related'][50]:.3f}",
-            f"{share:.0f} % of them score more than that 1 %",
-        )
-    if found.clusters is not None:
-        shown.add_row(
-            "memory clusters",
-            f"{max(found.clusters) + 1}",
-            f"of {len(found.clusters)} tokens: {found.clusters}",
-        )
-    return shown
-
-
-def readout_lines(found: Analysis) -> list[str]:
-    """Readouts as plain lines."""
-    lines = []
-    for readout in found.readouts:
-        lines += ["", f"text: {_one_line(readout.text)}"]
-        lines += [
-            f"  memory token {i}: {_one_line(' '.join(words))}"
-            for i, words in enumerate(readout.words)
-        ]
-        lines += [f"  the LM goes on from the text: {_one_line(readout.from_text)}"]
-        lines += [f"  from the memory alone: {_one_line(readout.from_memory)}"]
-    return lines
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(
-        "".join(character if character.isprintable() else " " for character in text).split()
-    )
-    return line if len(line) <= 160 else line[:157] + "..."

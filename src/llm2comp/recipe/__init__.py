@@ -1,5 +1,6 @@
 """Recipes: strict YAML → frozen models, the one source of truth for a run. No torch here."""
 
+from llm2comp.recipe.contrastive_stages import ContrastiveStage, SclStage, UclStage
 from llm2comp.recipe.parts import (
     AdapterSettings,
     EncoderSettings,
@@ -23,6 +24,7 @@ from llm2comp.recipe.paths import (
     missing_path,
     moved,
 )
+from llm2comp.recipe.pretext_stage import PretextStage
 from llm2comp.recipe.reading import (
     change_recipe,
     checked,
@@ -36,7 +38,7 @@ from llm2comp.recipe.reading import (
     shipped_recipes,
 )
 from llm2comp.recipe.recipe import WATCHED, Recipe
-from llm2comp.recipe.stages import ContrastiveStage, PretextStage, SclStage, Stage, UclStage
+from llm2comp.recipe.stages import Stage
 
 __all__ = [
     "WATCHED",

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from llm2comp.recipe.contrastive_stages import SclStage, UclStage
 from llm2comp.recipe.parts import (
     AdapterSettings,
     EncoderSettings,
@@ -19,7 +20,8 @@ from llm2comp.recipe.parts import (
     Section,
     WatchSettings,
 )
-from llm2comp.recipe.stages import PretextStage, SclStage, Stage, UclStage
+from llm2comp.recipe.pretext_stage import PretextStage
+from llm2comp.recipe.stages import Stage
 
 FORMAT_VERSION = 1
 # Figures of the watch that a stage may be steered by, and whether a higher one is better.

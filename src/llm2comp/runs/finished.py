@@ -13,7 +13,7 @@ from llm2comp.errors import RunError, one_line
 from llm2comp.model.backbone import Base, base_licence, check_base
 from llm2comp.recipe import Recipe, is_local
 from llm2comp.system.console import say
-from llm2comp.system.files import EXPORTED, RUN, STAGE, refuse_foreign, refuse_taken
+from llm2comp.system.folders import EXPORTED, RUN, STAGE, refuse_foreign, refuse_taken
 
 
 def require_base(done: Path, recipe: Recipe) -> None:

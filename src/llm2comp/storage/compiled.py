@@ -22,10 +22,10 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
 
 from llm2comp.errors import ModelFolderError, install_extra, one_line
-from llm2comp.storage.export import cannot_be_loaded, load_folder
-from llm2comp.storage.golden import golden_vectors
+from llm2comp.storage.golden import cannot_be_loaded, golden_vectors, load_folder
 from llm2comp.storage.runtimes import RUNTIMES, RunGraph, Runtime
-from llm2comp.system.files import GRAPH, new_folder, refuse_foreign, sha256, to_json, write_text
+from llm2comp.system.files import sha256, to_json, write_text
+from llm2comp.system.folders import GRAPH, new_folder, refuse_foreign
 
 FORMAT_VERSION = 1
 GRAPH_FILE = "llm2comp.json"
@@ -136,24 +136,16 @@ def compile_folder(folder: Path, backend: str = "openvino", precision: str = "fl
         )
     expected_ND = golden_vectors(model)
     features = module.preprocess(["two texts,", "one of them longer than the other"])
+    traced = features["input_ids"], features["attention_mask"]
     with new_folder(folder / backend, GRAPH) as target:
         try:
-            runtime.write(
-                module.auto_model,
-                features["input_ids"],
-                features["attention_mask"],
-                target,
-                precision,
-            )
+            runtime.write(module.auto_model, *traced, target, precision)
         except (OSError, MemoryError):
             raise
         # what converters raise on a model they do not know has no common base
         except Exception as error:
-            raise ModelFolderError(
-                f"{backend} cannot express this model: {_reason(error)}",
-                where=str(folder),
-                fix="stay with torch",
-            ) from error
+            problem = f"{backend} cannot express this model: {_reason(error)}"
+            raise ModelFolderError(problem, where=str(folder), fix="stay with torch") from error
         files = {file.name: sha256(file) for file in sorted(target.iterdir())}
         facts = {"format_version": FORMAT_VERSION, "precision": precision, "files": files}
         write_text(target / GRAPH_FILE, to_json(facts, indent=1))

@@ -13,10 +13,8 @@ gives the same embeddings.
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,41 +35,16 @@ from llm2comp.storage.golden import (
     MIN_COSINE,
     TOLD_BELOW,
     Precision,
-    cannot_be_loaded,
     golden_vectors,
     hold,
     load_as,
-    load_folder,
     lowest_cosine,
     rounded,
-    verify,
 )
 from llm2comp.storage.stock import stock_model
-from llm2comp.storage.weights import (
-    memory_ids,
-    memory_names,
-    memory_weights,
-    set_weights,
-    use_prefix,
-    word_weights,
-)
 from llm2comp.system.console import say
-from llm2comp.system.files import EXPORTED, new_folder, refuse_foreign, to_json, write_text
-
-__all__ = [
-    "GOLDEN_FILE",
-    "GOLDEN_TEXTS",
-    "cannot_be_loaded",
-    "export",
-    "load_folder",
-    "memory_ids",
-    "memory_names",
-    "memory_weights",
-    "reweight",
-    "set_weights",
-    "use_prefix",
-    "verify",
-]
+from llm2comp.system.files import to_json, write_text
+from llm2comp.system.folders import EXPORTED, new_folder, refuse_foreign
 
 UNLIKE = "the exported folder does not embed as the native encoder"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -84,8 +57,7 @@ def export(
     multi_vector: bool = False,
     dtype: str | None = None,
 ) -> None:
-    """Write a live memory encoder as a stock sentence-transformers folder; replaces an earlier one
-    as a whole.
+    """Write a live memory encoder as a stock folder; an earlier one is replaced as a whole.
 
     Args:
         model: as `as_sentence_transformer` or `llm2comp.load` on a stage folder give it.
@@ -110,11 +82,7 @@ def export(
     for role, prompt in model.prompts.items():
         check_prompt(model, prompt or "", role, where=f"prompts.{role}")
     refuse_foreign(folder, EXPORTED)
-    dtype = dtype or str(module.compressor.backbone.input_table.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ModelFolderError(
-            "no such dtype", where="dtype", expected=", ".join(DTYPES), found=dtype
-        )
+    dtype = _checked_dtype(dtype, module)
     with in_float32(module):
         native = (
             memory_vectors(model, GOLDEN_TEXTS).flatten(1)
@@ -132,18 +100,9 @@ def export(
         precision = Precision.of(
             target, type(stock), exported, GOLDEN_TEXTS, dtype, lowest_cosine(native, exported)
         )
-        golden = {
-            "format_version": FORMAT_VERSION,
-            "llm2comp": version("llm2comp"),
-            "base": module.compressor.backbone.name,
-            "licence": (card or {}).get("licence", "unknown"),
-            "minimum_cosine": MIN_COSINE,
-            "precision": precision.record(),
-            "texts": list(GOLDEN_TEXTS),
-            "embeddings": rounded(exported),
-        }
-        write_text(target / GOLDEN_FILE, to_json(golden))
         facts = (card or {}) | {"precision": precision.told()}
+        golden = _golden(module.compressor.backbone.name, facts, precision, exported)
+        write_text(target / GOLDEN_FILE, to_json(golden))
         write_text(target / "README.md", write_card(module, facts, GOLDEN_FILE, multi_vector))
     if precision.computing < TOLD_BELOW:
         say(
@@ -151,6 +110,32 @@ def export(
             f"cosine {precision.computing:.4f}); "
             "compute in float32: model_kwargs={'dtype': 'float32'}, or export with dtype float32"
         )
+
+
+def _checked_dtype(dtype: str | None, module: MemoryEncoder) -> str:
+    """The dtype asked for, or the LM's own."""
+    dtype = dtype or str(module.compressor.backbone.input_table.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ModelFolderError(
+            "no such dtype", where="dtype", expected=", ".join(DTYPES), found=dtype
+        )
+    return dtype
+
+
+def _golden(
+    base: str, facts: Mapping[str, str], precision: Precision, vectors_ND: Tensor
+) -> dict[str, Any]:
+    """What golden.json holds."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "llm2comp": version("llm2comp"),
+        "base": base,
+        "licence": facts.get("licence", "unknown"),
+        "minimum_cosine": MIN_COSINE,
+        "precision": precision.record(),
+        "texts": list(GOLDEN_TEXTS),
+        "embeddings": rounded(vectors_ND),
+    }
 
 
 def _keep_settings(model: SentenceTransformer, stock: Any) -> None:
@@ -174,45 +159,3 @@ def _write(stock: Any, target: Path, dtype: str) -> Tensor:
     for parameter in stock[0].auto_model.parameters():
         parameter.data = parameter.data.float()
     return golden_vectors(stock)
-
-
-def reweight(folder: Path, weights_K: Sequence[float]) -> None:
-    """Set new weights for the memory tokens of an exported folder, and renew its golden vectors.
-
-    Raises:
-        ModelFolderError: not a folder that `export` wrote, or another number of memory tokens.
-            RunError: cannot be written.
-    """
-    model = load_folder(folder, device="cpu")
-    names = memory_names(model) or []
-    if len(names) != len(weights_K) or (words := word_weights(model)) is None:
-        found = f"{len(names)} memory tokens" if names else "another kind of model"
-        raise ModelFolderError(
-            "cannot be given weights",
-            where=str(folder),
-            expected=f"a folder with {max(2, len(weights_K))} memory tokens",
-            found=found,
-        )
-    verify(folder)
-    set_weights(model, weights_K)
-    with new_folder(folder, None) as target:
-        shutil.copytree(folder, target, dirs_exist_ok=True)
-        words.save(
-            str(
-                target
-                / json.loads((folder / "modules.json").read_text())[list(model).index(words)][
-                    "path"
-                ]
-            )
-        )
-        golden = json.loads((folder / GOLDEN_FILE).read_text(encoding="utf-8"))
-        vectors = golden_vectors(
-            load_as(target, "cpu", SentenceTransformer, "float32"), golden["texts"]
-        )
-        golden["embeddings"] = rounded(vectors)
-        if half := golden.get("precision"):
-            kind, texts = type(model), golden["texts"]
-            golden["precision"] = Precision.of(
-                target, kind, vectors, texts, half["dtype"], half["weights"]
-            ).record()
-        write_text(target / GOLDEN_FILE, to_json(golden))

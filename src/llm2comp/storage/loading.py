@@ -4,51 +4,30 @@ SentenceTransformer.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from sentence_transformers import SentenceTransformer
 
 from llm2comp.errors import BackboneError, ModelFolderError, one_line
-from llm2comp.model.backbone import (
-    hub_commit,
-    licence_in,
-    load_backbone,
-    resolve_device,
-    weights_digest,
-)
+from llm2comp.model.backbone import licence_in, load_backbone, resolve_device
 from llm2comp.model.backbone.naming import BUILTIN_ENCODERS
 from llm2comp.model.backbone.sources import BUILTIN_MODELS, is_gguf
 from llm2comp.model.baselines.kinds import BASELINE_FILE, NAMES
-from llm2comp.model.baselines.module import BaselineEncoder, baseline, load_saved
+from llm2comp.model.baselines.module import baseline, load_saved
 from llm2comp.model.encoder import merge_adapters, to_dtype
-from llm2comp.model.memory import Order, mean_weights, prefix_weights
 from llm2comp.recipe import ModelSettings, expanded, missing_path, nearest
 from llm2comp.runs.finished import card_of
-from llm2comp.runs.folder import MODEL_FOLDER, RECIPE_FILE, Run, stage_of
-from llm2comp.storage.compiled import compiled_of, load_compiled
-from llm2comp.storage.export import load_folder, memory_weights, use_prefix
+from llm2comp.runs.folder import Run, stage_of
+from llm2comp.storage.compiled import load_compiled
+from llm2comp.storage.golden import load_folder
+from llm2comp.storage.places import model_folder, packaged
+from llm2comp.storage.weights import use_prefix
 from llm2comp.system.console import GENERAL, Dtype
-from llm2comp.system.files import sha256
 from llm2comp.system.hub import hub, not_at_hand
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Files and folders of a model folder that change nothing in what torch makes of it.
-_NO_EFFECT = ("README.md", "done.json", "golden.json")
-_NO_EFFECT_FOLDERS = ("checkpoint-", "best", "openvino", "onnx")
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a model is called in results: `organisation/model`, and a revision that changes with its
-    weights.
-    """
-
-    name: str
-    revision: str
 
 
 def load(
@@ -114,7 +93,7 @@ def _load(path: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
     kind, _, name = path.partition(":")
     if name and kind in NAMES:
         return _baseline(kind, name, device, dtype)
-    path = _packaged(path)
+    path = packaged(path)
     if not Path(path).absolute().is_dir():
         return to_dtype(_from_hub(path, device), dtype)
     folder = Path(path).absolute()
@@ -122,7 +101,7 @@ def _load(path: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
         return to_dtype(load_saved(folder, device), dtype)
     stage = stage_of(folder)
     if stage is None:
-        return to_dtype(load_folder(_finished(folder, path), device), dtype)
+        return to_dtype(load_folder(model_folder(folder, path), device), dtype)
     run = Run(folder.parent)
     changes = ({} if device is None else {"device": device}) | (
         {} if dtype == "auto" else {"dtype": dtype}
@@ -136,107 +115,20 @@ def _load_graph(path: str, device: str | None, backend: str) -> SentenceTransfor
         raise BackboneError(
             "runs on the CPU only", where=f"backend {backend}", expected="device cpu", found=device
         )
-    return load_compiled(_finished(expanded(path).absolute(), path), backend)
-
-
-def live_place(path: str) -> str:
-    """The last stage of a run or of a packaged encoder, where the LM is at hand; any other path as
-    it is.
-    """
-    path = _packaged(path)
-    run = Run.of(path)
-    return str(run.last) if run is not None and run.path == Path(path).absolute() else path
+    return load_compiled(model_folder(expanded(path).absolute(), path), backend)
 
 
 def card_facts(path: str) -> dict[str, str]:
     """Facts about a run, a stage or a packaged encoder for the README of its exported folder; none
     for other models.
     """
-    run = Run.of(_packaged(path))
+    run = Run.of(packaged(path))
     if run is None:
         return {}
     # The card of a packaged encoder names the licence that its data ask for, beside the LM's.
     card = run.path / "README.md"
     own = licence_in(card) if card.is_file() else "unknown"
     return card_of(run.recipe) | ({} if own == "unknown" else {"licence": own})
-
-
-def _packaged(path: str) -> str:
-    """The last stage of a packaged encoder; any other path as it is, `~` expanded."""
-    return (
-        str(Run(BUILTIN_ENCODERS[path]).last) if path in BUILTIN_ENCODERS else str(expanded(path))
-    )
-
-
-def identity(path: str | Path, model: SentenceTransformer) -> Identity:
-    """Name and revision of a model that `load` gave.
-
-    Two checkpoints, two weightings of one's memory, torch and a compiled graph never share both.
-    """
-    who, weights = _identity(path, model), memory_weights(model)
-    if graph := compiled_of(model):
-        who = Identity(
-            f"{who.name}-{graph.backend}-{graph.precision}",
-            _short(f"{who.revision}:{graph.digest}"),
-        )
-    if not weights or weights == mean_weights(len(weights)).tolist():
-        return who
-    count, size = len(weights), sum(weight > 0 for weight in weights)
-    orders = [o for o in get_args(Order) if weights == prefix_weights(count, size, o).tolist()]
-    part = "".join(f"-{order}-{size}" for order in orders)
-    return Identity(who.name + part, _short(f"{who.revision}:{weights}"))
-
-
-def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
-    folder, module = Path(_packaged(str(path))).absolute(), model[0]
-    if isinstance(module, BaselineEncoder):
-        kind, _, name = str(path).partition(":")
-        label = (
-            f"llm2comp/{kind}-{_plain(name)}"
-            if name and kind in NAMES
-            else f"local/{_plain(folder.name)}"
-        )
-        saved, prompts = module.saved(), sorted(item for item in model.prompts.items() if item[1])
-        return Identity(
-            label, _short(f"{saved.to_yaml()}:{prompts}:{weights_digest(saved.model.settings())}")
-        )
-    if not folder.is_dir():
-        return Identity(str(path), hub_commit(str(path)) or "unknown")
-    run, stage = Run.of(folder), stage_of(folder)
-    if run is None:
-        return Identity(f"local/{_plain(folder.name)}", _short(_content(folder)))
-    if stage is None:
-        return Identity(
-            f"llm2comp/{_plain(run.path.name)}", _short(_content(_finished(folder, str(path))))
-        )
-    recipe = run.recipe
-    names = list(recipe.stages)
-    parts = [_content(run.stage(earlier)) for earlier in names[: names.index(stage) + 1]]
-    label = f"llm2comp/{_plain(run.path.name)}-{folder.name}"
-    return Identity(
-        label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *parts]))
-    )
-
-
-def model_folder(folder: Path) -> Path:
-    """The exported folder that a path means: itself, or the one in a finished run. Raises
-    ModelFolderError: not finished.
-    """
-    return _finished(folder, str(folder))
-
-
-def _finished(folder: Path, asked: str) -> Path:
-    """The model folder itself, or the one in a finished run."""
-    if not (folder / RECIPE_FILE).is_file():
-        return folder
-    if not (folder / MODEL_FOLDER).is_dir():
-        raise ModelFolderError(
-            "the run is not finished",
-            where=asked,
-            expected=f"{MODEL_FOLDER}/ in it",
-            fix="run it again, or load a stage",
-        )
-    return folder / MODEL_FOLDER
 
 
 def _baseline(kind: str, name: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
@@ -278,30 +170,3 @@ def _from_hub(name: str, device: str | None) -> SentenceTransformer:
             where=name,
             expected=expected,
         ) from error
-
-
-def _plain(name: str) -> str:
-    """A name without what a result folder's name cannot hold."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
-
-
-def _content(folder: Path) -> str:
-    """Hex digest over names and content of a folder's files, those of checkpoints, logs and
-    compiled graphs left out.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        place = file.relative_to(folder)
-        weighs = (
-            file.is_file()
-            and file.name not in _NO_EFFECT
-            and file.suffix != ".jsonl"
-            and not file.name.startswith(".")
-        )
-        if weighs and not place.parts[0].startswith(_NO_EFFECT_FOLDERS):
-            digest.update(f"{place.as_posix()}:{sha256(file)}".encode())
-    return digest.hexdigest()
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

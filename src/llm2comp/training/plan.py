@@ -29,8 +29,8 @@ from llm2comp.training.estimates import (
     trained_embeddings,
 )
 from llm2comp.training.measuring import said, times
+from llm2comp.training.rows import load_queries, load_responses, load_texts
 from llm2comp.training.sample import LocalSets
-from llm2comp.training.stages import load_queries, load_responses, load_texts
 
 SAMPLE = 1000
 GIB = 2**30

@@ -46,16 +46,8 @@ from llm2comp.runs.folder import (
 from llm2comp.runs.keys import FORMAT_VERSION, matters, settings_of, stage_keys
 from llm2comp.storage.export import export
 from llm2comp.system.console import say
-from llm2comp.system.files import (
-    RUN,
-    STAGE,
-    claim,
-    explain_disk_errors,
-    new_folder,
-    remove_folder,
-    to_json,
-    write_text,
-)
+from llm2comp.system.files import explain_disk_errors, to_json, write_text
+from llm2comp.system.folders import RUN, STAGE, claim, new_folder, remove_folder
 from llm2comp.training.checks import check
 from llm2comp.training.estimates import fitted
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding

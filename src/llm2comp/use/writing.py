@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from llm2comp.errors import DataError
 from llm2comp.system.console import BadRows
-from llm2comp.system.files import refuse_output, to_json, write_bytes
+from llm2comp.system.files import to_json, write_bytes
+from llm2comp.system.folders import refuse_output
 
 if TYPE_CHECKING:
     from llm2comp.data.loaded import Loaded

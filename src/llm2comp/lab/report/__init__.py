@@ -12,7 +12,8 @@ from llm2comp.errors import RunError
 from llm2comp.lab.report.comparison import comparison_part, published_section
 from llm2comp.lab.report.reading import RunLog, read_log
 from llm2comp.lab.report.sections import run_part
-from llm2comp.system.files import refuse_output, write_text
+from llm2comp.system.files import write_text
+from llm2comp.system.folders import refuse_output
 
 __all__ = ["page", "report"]
 # Either is at the head of each page that was ever written.

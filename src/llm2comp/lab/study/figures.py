@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from llm2comp.lab.plots import INK, curves_figure
-from llm2comp.lab.study.table import Results, StudyRow, averages, mean_sd
+from llm2comp.lab.study.results import Results, StudyRow, averages, mean_sd
 
 Points = list[tuple[float, float, float | None]]  # x, y, standard deviation
 

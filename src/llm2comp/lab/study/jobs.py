@@ -21,7 +21,7 @@ from llm2comp.errors import Llm2CompError, one_line
 from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
 from llm2comp.lab.report.reading import read_log
 from llm2comp.lab.study.grid import DONE, TRAIN, StudyRun, begun, plan, samples_of, work
-from llm2comp.lab.study.table import MODEL, TRAINING_FREE, Failure, StudyRow
+from llm2comp.lab.study.results import MODEL, TRAINING_FREE, Failure, StudyRow
 from llm2comp.lab.train import train
 from llm2comp.model.backbone import weights_digest
 from llm2comp.runs.folder import DONE_FILE, MODEL_FOLDER, RECIPE_FILE, is_done

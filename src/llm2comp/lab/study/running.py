@@ -28,32 +28,21 @@ from llm2comp.lab.study.definition import Study, find_study, load_study
 from llm2comp.lab.study.figures import figures
 from llm2comp.lab.study.grid import DONE, TRAIN, StudyRun, plan, runs_of, work
 from llm2comp.lab.study.jobs import RUNS, Bench, floors, groups
+from llm2comp.lab.study.results import Failure, Results, StudyRow, comparisons, merged, records
 from llm2comp.lab.study.table import (
-    Failure,
-    Results,
-    StudyRow,
     as_csv,
     as_markdown,
-    comparisons,
     main_cells,
-    merged,
     pair_cells,
     published_cells,
-    records,
     shown,
 )
 from llm2comp.lab.study.workers import outcomes
 from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.recipe import load_recipe
 from llm2comp.system.console import say
-from llm2comp.system.files import (
-    STUDY,
-    claim,
-    explain_disk_errors,
-    refuse_taken,
-    to_json,
-    write_text,
-)
+from llm2comp.system.files import explain_disk_errors, to_json, write_text
+from llm2comp.system.folders import STUDY, claim, refuse_taken
 
 RESULTS_FILE = "results.json"
 

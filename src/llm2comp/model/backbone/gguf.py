@@ -28,7 +28,8 @@ from llm2comp.errors import BackboneError, one_line
 from llm2comp.recipe import Section
 from llm2comp.system.cache import cache_folder, cached, flush
 from llm2comp.system.console import console, say
-from llm2comp.system.files import new_folder, sha256, to_json, write_text
+from llm2comp.system.files import sha256, to_json, write_text
+from llm2comp.system.folders import new_folder
 
 MANIFEST_FILE = "converted.json"
 # To be raised when the code makes other files of the same GGUF: what an older version left is then

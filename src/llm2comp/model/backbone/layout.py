@@ -42,6 +42,25 @@ ROW_WISE = ("q_proj", "o_proj", "out_proj", "mlp")
 _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths of the packed texts")
 
 
+def worth_packing(mask_BS: Tensor, dtype: torch.dtype, dropout: bool, window: int | None) -> bool:
+    """Whether a batch is computed sooner without its padding.
+
+    Args:
+        mask_BS: the padded batch.
+        dtype: of the pass.
+        dropout: whether attention weights are dropped out.
+        window: of sliding attention, in tokens; None: every text is seen whole.
+    """
+    longest, tokens = int(mask_BS.sum(1).max()), int(mask_BS.sum())
+    if mask_BS.is_cuda and (dtype not in HALVES or dropout):
+        return False  # there is no one kernel for all texts
+    if window is not None and longest > window // 2:
+        return False
+    # on a CPU attention of half precision is computed in float32, which only the packed form does
+    halves = not mask_BS.is_cuda and dtype in HALVES
+    return halves or tokens < (1 - WORTH) * mask_BS.numel()
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one pass lays out a batch. Made by `of`; `apply` must be open while the body runs, and

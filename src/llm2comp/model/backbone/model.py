@@ -20,7 +20,7 @@ from llm2comp.model.backbone.families import (
 )
 from llm2comp.model.backbone.frozen import Frozen
 from llm2comp.model.backbone.full import FullCopy
-from llm2comp.model.backbone.layout import HALVES, WORTH, Layout
+from llm2comp.model.backbone.layout import Layout, worth_packing
 from llm2comp.model.backbone.probes import possible_savings
 from llm2comp.model.backbone.quantized import keep_gradients
 from llm2comp.model.backbone.trainable import Trainable
@@ -81,8 +81,7 @@ class Backbone(nn.Module):
     def add_adapter(
         self, name: str, settings: AdapterSettings, dropout: float | None = None, seed: int = 0
     ) -> None:
-        """What the next stage trains: one more LoRA adapter, the one copy of the LM (`kind: full`),
-        or nothing of it (`none`).
+        """What the next stage trains: one more LoRA adapter, a copy of the LM, or none of it.
 
         Raises:
             BackboneError: LoRA targets that match no module; two kinds over one LM; a full copy of
@@ -117,17 +116,14 @@ class Backbone(nn.Module):
 
     @property
     def embedding_scale(self) -> float:
-        """What the input embedding module multiplies its rows by (Gemma 3: √D); 1 for most
-        families.
-        """
+        """What the input embedding module multiplies its rows by: 1, or √D (Gemma 3)."""
         return float(getattr(self.lm.get_input_embeddings(), "embed_scale", 1.0))
 
     @property
     def bos_token(self) -> str | None:
         """The token of `bos_id`."""
-        return (
-            None if self.bos_id is None else str(self.tokenizer.convert_ids_to_tokens(self.bos_id))
-        )
+        bos_id = self.bos_id
+        return None if bos_id is None else str(self.tokenizer.convert_ids_to_tokens(bos_id))
 
     @property
     def pad_id(self) -> int:
@@ -136,22 +132,18 @@ class Backbone(nn.Module):
         return 0 if value is None else value
 
     def tokenise(self, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
-        """Token ids per text: BOS (if any) + the text's own tokens, cut to `max_tokens`; no chat
-        template.
-        """
+        """Token ids per text: BOS (if any), then the text's own, cut to `max_tokens`."""
         rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         start = [] if self.bos_id is None else [self.bos_id]
         return [(start + list(row))[:max_tokens] for row in rows]
 
     def around(self, prompt: str) -> tuple[list[int], list[int]]:
-        """Token ids of a prompt before and behind its {text}, each part tokenised for itself,
-        without BOS.
-        """
+        """Token ids of a prompt before and after its {text}, each tokenised alone, without BOS."""
         if prompt == TEXT:
             return [], []
         bos = int(self.bos_id is not None)
-        before, behind = self.tokenise(prompt.split(TEXT))
-        return before[bos:], behind[bos:]
+        before, after = self.tokenise(prompt.split(TEXT))
+        return before[bos:], after[bos:]
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Frozen input embeddings, x_BTD."""
@@ -182,9 +174,7 @@ class Backbone(nn.Module):
             return self._lay_out(x_BSD, mask_BS, needed_BS)
 
     def decoder_layer(self, x_BSD: Tensor, mask_BS: Tensor, layer: int) -> Tensor:
-        """As `decoder_pass`, but states_BSD after one layer: 0 = the embeddings, -1 = the last,
-        after the final norm.
-        """
+        """As `decoder_pass`, but states_BSD after a layer: 0 = embeddings, -1 = the final norm."""
         if layer == -1:
             return self.decoder_pass(x_BSD, mask_BS)
         with self.base_only():
@@ -198,9 +188,7 @@ class Backbone(nn.Module):
 
     @contextlib.contextmanager
     def base_only(self, off: bool = True) -> Iterator[None]:
-        """The untouched LM inside: adapters and attention dropout off (`off=False`: both as an
-        encoder pass has them).
-        """
+        """The untouched LM inside: adapters and dropout off (`off=False`: as an encoder pass)."""
         self._switch_dropout(self._dropout_on and not off)
         try:
             with self.adapters.switched(off):
@@ -225,9 +213,7 @@ class Backbone(nn.Module):
             dropout.set_rate(p)
 
     def set_checkpointing(self, on: bool) -> None:
-        """Recompute layers in the backward pass; each recompute replays the adapter flag and layout
-        of its forward pass.
-        """
+        """Recompute layers in the backward pass, each with the adapter flag and layout it had."""
 
         def replay() -> tuple[Any, Any]:
             return contextlib.nullcontext(), self._as_now(
@@ -246,9 +232,7 @@ class Backbone(nn.Module):
             yield
 
     def train(self, mode: bool = True) -> Backbone:
-        """Training mode for the newest adapter's dropout and the attention dropout alone; the base
-        LM stays in eval mode.
-        """
+        """Training mode for the newest adapter's and attention's dropout; the LM stays in eval."""
         super().train(False)
         self.training = mode
         for module in self.modules():
@@ -287,18 +271,9 @@ class Backbone(nn.Module):
             return possible_savings(self._run, self.input_table, self.lm.base_model)
 
     def _worth_packing(self, mask_BS: Tensor) -> bool:
-        longest, tokens = int(mask_BS.sum(1).max()), int(mask_BS.sum())
+        dropout = self._dropout_on and self._dropout_rate > 0
         window = getattr(self.config, "sliding_window", None)
-        if mask_BS.is_cuda and (
-            self.input_table.dtype not in HALVES or (self._dropout_on and self._dropout_rate > 0)
-        ):
-            return False  # there is no one kernel for all texts
-        if window is not None and longest > window // 2:
-            return False
-        # On a CPU attention of half precision is computed in float32, which only the packed form
-        # does.
-        halves = not mask_BS.is_cuda and self.input_table.dtype in HALVES
-        return halves or tokens < (1 - WORTH) * mask_BS.numel()
+        return worth_packing(mask_BS, self.input_table.dtype, dropout, window)
 
     def _run(
         self,

@@ -83,6 +83,11 @@ def probe(backbone: Backbone) -> None:
             found="the first state ignores the last token",
             fix="set model.attention: causal, or choose another backbone",
         )
+    _check_head(backbone, ids, mask)
+
+
+def _check_head(backbone: Backbone, ids: Tensor, mask: Tensor) -> None:
+    """Raise BackboneError unless `project` gives the LM's own logits."""
     # padded, as the LM's own pass is: packed attention rounds otherwise in half precision
     with backbone.base_only():
         states = backbone._run(backbone.embed(ids), position_ids(mask), mask)[0]
