@@ -57,8 +57,9 @@ def our_contrastive(
 def release_contrastive(
     setting: Setting, stage: ContrastiveStage, columns: Sequence[Sequence[str]], share: int = 1
 ) -> Side:
-    """Two texts at a time, recomputed. `share`: time the first 1 / share of the rows, as two cost
-    the same in any batch.
+    """Two texts at a time, recomputed.
+
+    `share`: time the first 1 / share of the rows, as two cost the same in any batch.
     """
     model = ReleaseShaped(setting, decoder=False, attention_dropout=stage.attention_dropout)
     return _contrastive_side(

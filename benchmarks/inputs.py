@@ -24,8 +24,9 @@ SPECIALS = ("<s>", "</s>")
 
 
 def config_of(shape: Shape) -> Any:
-    """The shape as transformers' configuration. Wide initial weights, so that the LM's
-    distributions are not all alike.
+    """The shape as transformers' configuration.
+
+    Wide initial weights, so that the LM's distributions are not all alike.
     """
     kind = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[shape.family]
     return kind(

@@ -41,8 +41,9 @@ TARGETS = ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class ReleaseShaped(nn.Module):
-    """Encoder and, for stage 1 (`decoder=True`), the frozen second copy. Texts are rows of token
-    ids that start with BOS.
+    """Encoder and, for stage 1 (`decoder=True`), the frozen second copy.
+
+    Texts are rows of token ids that start with BOS.
     """
 
     def __init__(

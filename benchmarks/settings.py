@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal LM's shape; weights are random. `family`: llama or qwen3 (transformers'
-    model_type).
+    """A causal LM's shape; weights are random.
+
+    `family`: llama or qwen3 (transformers' model_type).
     """
 
     family: str
@@ -24,8 +25,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Setting:
-    """One machine's configuration. Lengths are (least, most) text tokens, BOS included; `note` goes
-    into the report.
+    """One machine's configuration.
+
+    Lengths are (least, most) text tokens, BOS included; `note` goes into the report.
     """
 
     name: str
@@ -47,10 +49,7 @@ class Setting:
         None  # GradCache in the timed SCL row; None: the whole batch at once
     )
     # triples of the two sides of scl_memory: 16 times as many
-    memory_batches: tuple[int, int] = (
-        4,
-        64,
-    )
+    memory_batches: tuple[int, int] = (4, 64)
     memory_mini_batch: int = 4
     kl_positions: int = 768
     data_rows: int = 2_000

@@ -47,8 +47,9 @@ def verdict(target: Target, of_side: dict[str, float], setting: str) -> str:
 def cells(
     name: str, row: Row, found: dict[str, dict[str, float]], setting: str, like: str
 ) -> list[list[str]]:
-    """Table rows of one row. `like`: the setting whose targets are shown where this one has none
-    (cpu for quick).
+    """Table rows of one row.
+
+    `like`: the setting whose targets are shown where this one has none (cpu for quick).
     """
     lines = []
     shown = setting if any(target.setting == setting for target in row.targets) else like

@@ -49,13 +49,7 @@ SIZES = {
 GROUPED = SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": False}
 NARROW = {"head_dim": 8, "sliding_window": 8}
 SMALL = {k: SIZES[k] for k in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")}
-GPT2 = {
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 160,
-    **SMALL,
-}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160, **SMALL}
 OPT = SMALL | {
     "hidden_size": 32,
     "word_embed_proj_dim": 32,
@@ -68,10 +62,7 @@ OPT = SMALL | {
     "pad_token_id": 1,
 }
 # the default one cannot run in float64
-EXPERTS = {
-    "num_experts_per_tok": 2,
-    "experts_implementation": "eager",
-}
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -149,8 +140,9 @@ def byte_level_bpe(specials):
 
 
 def make_tokenizer(bos=True, chat=False):
-    """With BOS: as Llama's (a template puts it before the text). Without: as Qwen's, and no pad
-    token either.
+    """With BOS: as Llama's (a template puts it before the text).
+
+    Without: as Qwen's, and no pad token either.
     """
     specials = ("<s>", "</s>") if bos else ("<|end|>", "<|start|>")
     tokenizer = Tokenizer.from_str(byte_level_bpe(specials))

@@ -14,8 +14,9 @@ WARNING = "the synthetic rank falls"
 
 
 def write_run(folder, overrides=(), seed=0, watch=True, scores=True, unfinished=()):
-    """A run of the demo's recipe; `unfinished`: stages that stopped half-way. Returns the
-    folder.
+    """A run of the demo's recipe; `unfinished`: stages that stopped half-way.
+
+    Returns the folder.
     """
     recipe = load_recipe("tiny", overrides)
     folder.mkdir(parents=True)

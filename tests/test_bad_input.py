@@ -412,12 +412,7 @@ def test_truncated_weights(tmp_path, model, command):
 
 
 # nobody reads them
-HARMLESS = {
-    ".llm2comp.json",
-    "README.md",
-    "done.json",
-    "1_WordWeights/model.safetensors",
-}
+HARMLESS = {".llm2comp.json", "README.md", "done.json", "1_WordWeights/model.safetensors"}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -25,15 +25,7 @@ from test_resume import StoppedError, make_recipe, stop, train_until
 from tiny_run import make_tree
 
 # texts, and where they are split
-LENGTHS = [
-    (5, 2),
-    (31, 30),
-    (12, 4),
-    (12, 11),
-    (6, 1),
-    (20, 7),
-    (19, 3),
-]
+LENGTHS = [(5, 2), (31, 30), (12, 4), (12, 11), (6, 1), (20, 7), (19, 3)]
 
 
 def samples():

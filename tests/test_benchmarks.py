@@ -130,10 +130,7 @@ def test_release_shaped_contrastive_is_ours_in_loss_and_gradients(stage_of, mini
     )
     if stage_of is ucl:
         # without dropout two views of one text would be the same
-        columns = [
-            columns[0],
-            columns[0][1:] + columns[0][:1],
-        ]
+        columns = [columns[0], columns[0][1:] + columns[0][:1]]
         stage = stage.model_copy(update={"mini_batch_size": mini_batch})
     compressor = make_compressor(setting)
     compressor.learn(memory=False)

@@ -43,10 +43,7 @@ VARIANTS = {
     "causal": ("llama", {"attention": "causal"}),
     "one-memory-token": ("llama", {"memory": 1}),
     # no BOS: an empty text has no token at all
-    "mean": (
-        "qwen3",
-        {"encoder": EncoderSettings(pooling="mean")},
-    ),
+    "mean": ("qwen3", {"encoder": EncoderSettings(pooling="mean")}),
     "bfloat16": ("llama", {"dtype": torch.bfloat16}),
     "window": ("mistral-window", {}),
 }

@@ -117,8 +117,9 @@ def test_a_whole_copy_learns_at_the_price_of_its_weights(size):
 
 
 def test_passes_of_a_stage(size):
-    """Stage 1: five passes a batch. Stage 2: each view there and back, under GradCache once
-    more.
+    """Stage 1: five passes a batch.
+
+    Stage 2: each view there and back, under GradCache once more.
     """
     stage = PRETEXT.model_copy(update={"steps": 10, "batch_size": 4})
     assert layer_passes(stage, 2, 1, 4) == 10 * 5 * 2

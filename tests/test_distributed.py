@@ -129,8 +129,9 @@ def weights_of(run):
 
 
 def assert_same_run(found, expected):
-    """Weights after all three stages, and an exported encoder. Adam's step is a gradient's sign at
-    first: noise grows.
+    """Weights after all three stages, and an exported encoder.
+
+    Adam's step is a gradient's sign at first: noise grows.
     """
     found, expected, trained = weights_of(found), weights_of(expected), 0
     assert found.keys() == expected.keys()

@@ -150,10 +150,7 @@ def count_tokenised(model, monkeypatch):
 @pytest.mark.parametrize("role", [None, "query"])
 def test_each_text_is_tokenised_once(model, monkeypatch, role):
     # the tokenizer is asked what it makes of an empty text
-    texts = [
-        *TEXTS[2:],
-        text_of(model, 100),
-    ]
+    texts = [*TEXTS[2:], text_of(model, 100)]
     seen = count_tokenised(model, monkeypatch)
     embed(model, texts, role=role, max_tokens_per_batch=64)
     assert {seen[(PROMPT if role else "") + text] for text in texts} == {1}

@@ -36,8 +36,9 @@ def lm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(lm, tmp_path_factory):
-    """(folder, what it says): responses to TEXTS with a teacher's embeddings, made in one go. Not
-    to be changed.
+    """(folder, what it says): responses to TEXTS with a teacher's embeddings, made in one go.
+
+    Not to be changed.
     """
     folder = tmp_path_factory.mktemp("made") / "responses"
     return folder, generate_responses(lm, TEXTS, folder, changed(teacher=f"mean:{lm}"))

@@ -66,11 +66,7 @@ def test_memory_states_are_those_of_the_padded_batch_in_full(family, packed_pass
     tokens = Tokens.pad(rows(), "left")
     found = compressor.memory_states(tokens)
     # longer texts than half the window stay padded
-    windowed = family in (
-        "mistral-window",
-        "gemma2",
-        "gemma3",
-    )
+    windowed = family in ("mistral-window", "gemma2", "gemma3")
     assert [tuple(n + 3 for n in LENGTHS)] * (not windowed) == [
         lengths for lengths in packed_passes if lengths
     ][1:]

@@ -127,9 +127,8 @@ def test_train_takes_a_recipe_a_path_and_overrides(tmp_path, monkeypatch):
 
 def test_the_package_loads_nothing_heavy_until_asked():
     program = (
-        "import sys, llm2comp; assert llm2comp.__version__; "
-        "heavy = {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules); "
-        "assert not heavy, heavy"
+        "import sys, llm2comp; assert llm2comp.__version__; heavy = {'torch', 'transformers', "
+        "'numpy', 'pydantic'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):

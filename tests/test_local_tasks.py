@@ -831,12 +831,7 @@ SHARED = {
     "TrecQA": ("reranking", "dev", 65),
 }
 # texts to train on, documents
-BESIDES = {
-    "CLINC150": 15000,
-    "TREC": 5452,
-    "Cranfield": 1400,
-    "CISI": 1460,
-}
+BESIDES = {"CLINC150": 15000, "TREC": 5452, "Cranfield": 1400, "CISI": 1460}
 
 
 @pytest.mark.shared

@@ -171,8 +171,9 @@ def test_saved_is_peft_s_own_format_and_loads_again(tmp_path, family):
 
 
 def test_the_default_implementation_of_experts_gives_the_same(family):
-    """The tests' families loop over the experts; users get one grouped product. Also with adapters,
-    and their gradients.
+    """The tests' families loop over the experts; users get one grouped product.
+
+    Also with adapters, and their gradients.
     """
     found = []
     for implementation in ("eager", "grouped_mm"):

@@ -31,8 +31,9 @@ def renamed(rows, **names):
 
 
 def beir(folder, documents, queries, relevant):
-    """The same as a local set, by hand. `relevant`: per query, places of its documents. Ids decide
-    between equal scores.
+    """The same as a local set, by hand.
+
+    `relevant`: per query, places of its documents. Ids decide between equal scores.
     """
     (folder / "qrels").mkdir(parents=True)
     ids = [

@@ -60,8 +60,9 @@ def open_page(browser, file, size="desktop", scheme="light"):
 
 
 def screenshots(file, folder):
-    """PNG files of a report's beginning: report-phone-light.png and three more. Returns their
-    paths.
+    """PNG files of a report's beginning: report-phone-light.png and three more.
+
+    Returns their paths.
     """
     paths = []
     with chromium() as browser:
@@ -186,10 +187,9 @@ def test_colours_are_legible(browser, reports, scheme):
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (luminance(paper) < 0.02) == (scheme == "dark")
     colours = page.evaluate(
-        "Object.fromEntries(['h1', 'p', 'nav a', 'td', 'th', 'caption', 'figcaption', "
-        "'summary', '.lead', '.note', 'svg text']"
-        ".map(s => [s, getComputedStyle(document.querySelector(s))[s == 'svg text' ? "
-        "'fill' : 'color']]))"
+        "Object.fromEntries(['h1', 'p', 'nav a', 'td', 'th', 'caption', 'figcaption', 'summary', "
+        "'.lead', '.note', 'svg text'].map(s => [s, getComputedStyle(document.querySelector(s))[s "
+        "== 'svg text' ? 'fill' : 'color']]))"
     )
     raised = page.evaluate("getComputedStyle(document.querySelector('.cards li')).backgroundColor")
     for name, colour in colours.items():
@@ -202,8 +202,7 @@ def test_colours_are_legible(browser, reports, scheme):
     assert contrast(*skip) >= 4.5
     lines = page.evaluate(
         "[...new Set([...document.querySelectorAll('svg path')].map(e => "
-        "getComputedStyle(e)).filter(s => "
-        "parseFloat(s.strokeWidth) > 1.5).map(s => s.stroke))]"
+        "getComputedStyle(e)).filter(s => parseFloat(s.strokeWidth) > 1.5).map(s => s.stroke))]"
     )
     assert len(lines) >= 4, "as many series as the spectrum has"
     assert min(contrast(line, paper) for line in lines) >= 4.5

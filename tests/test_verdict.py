@@ -126,9 +126,8 @@ def test_the_verdict_of_an_evaluation_is_over_sets_that_all_have(run):
     assert course.states == (("after CTKD", 40.0), ("after UCL and SCL", 50.0))
     assert dict(course.beside) == pytest.approx({"BM25": 45.0, "TF-IDF": 44.5})
     assert verdict(course) == (
-        "The encoder after UCL and SCL is better than BM25, which only matches words: "
-        "50.0 against 45.0; TF-IDF 44.5 "
-        "(mean of 2 sets, × 100)."
+        "The encoder after UCL and SCL is better than BM25, which only matches words: 50.0 "
+        "against 45.0; TF-IDF 44.5 (mean of 2 sets, × 100)."
     )
     summary(run, done={"A": 40}, tfidf={"A": 44})
     assert (
@@ -164,9 +163,8 @@ def test_what_got_worse_is_warned_of(run):
     assert list(warnings(read_log(run, "mine"))) == [
         "UCL made it worse: from 7.0 to 3.9 (Python documentation, nDCG@10, × 100)",
         "SCL made it worse: from 50.0 to 40.0 (A, × 100)",
-        "context recovered is below 0 after UCL (-0.50), SCL (-1.25): the memory "
-        "misleads the LM, which goes on worse with it "
-        "than without any context",
+        "context recovered is below 0 after UCL (-0.50), SCL (-1.25): the memory misleads the LM, "
+        "which goes on worse with it than without any context",
     ]
     assert short(run)[2]["warnings"][0] == "3"
 

@@ -99,8 +99,9 @@ def write_recipe(folder, **changes):
 
 @functools.cache
 def finished():
-    """(folder, run): a run of all three stages, made once per test process. Not to be changed: copy
-    it.
+    """(folder, run): a run of all three stages, made once per test process.
+
+    Not to be changed: copy it.
     """
     folder = Path(tempfile.mkdtemp(prefix="llm2comp-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

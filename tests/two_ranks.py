@@ -1,4 +1,5 @@
 """Work in two processes that talk through gloo, as torchrun starts them: `in_ranks(2, work, ...)`.
+
 No GPU.
 
 The processes come from a server that has imported everything once, so that a pair of them starts in

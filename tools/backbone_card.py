@@ -114,8 +114,9 @@ Loss over training: `training.json`.
 def write_model(
     out: Path, model: Any, data: Data, figures: dict[str, Any], max_mib: float
 ) -> float:
-    """Write the folder `out`: bfloat16 weights, tokenizer, README.md, training.json. Returns the
-    weights' size in MiB.
+    """Write the folder `out`: bfloat16 weights, tokenizer, README.md, training.json.
+
+    Returns the weights' size in MiB.
 
     Raises:
         SystemExit: the weights' file is larger than `max_mib`; nothing is written then.

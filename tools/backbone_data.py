@@ -266,8 +266,9 @@ def build(args: argparse.Namespace, words: str, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the arguments and write the data folder. Raises SystemExit with one line on a bad
-    argument or file.
+    """Parse the arguments and write the data folder.
+
+    Raises SystemExit with one line on a bad argument or file.
     """
     parser = make_parser()
     args = parser.parse_args(arguments)

@@ -128,8 +128,9 @@ def sha256(path: Path) -> str:
 
 
 def pack(tokens: Path, mebibytes: float) -> list[str]:
-    """Compress `tokens` into shards of at most `mebibytes` beside it. Returns their names in
-    order.
+    """Compress `tokens` into shards of at most `mebibytes` beside it.
+
+    Returns their names in order.
     """
     limit, names, pending = max(1, int(mebibytes * MIB)), list[str](), bytearray()
     compressor = lzma.LZMACompressor(filters=XZ)

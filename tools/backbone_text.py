@@ -21,8 +21,9 @@ WORD = re.compile(r"\w+")
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a text file, compressed if its name ends in `.zst`. Raises SystemExit if it is
-    missing or damaged.
+    """Lines of a text file, compressed if its name ends in `.zst`.
+
+    Raises SystemExit if it is missing or damaged.
     """
     if not path.is_file():
         raise SystemExit(f"{path}: no such file")
@@ -39,8 +40,9 @@ def read_lines(path: Path) -> Iterator[str]:
 def read_corpus(
     path: Path, fields: tuple[str, ...] = ("source", "license", "text")
 ) -> Iterator[Any]:
-    """Rows of one `.jsonl` or `.jsonl.zst` file. Raises SystemExit at a row that is no JSON or
-    lacks one of `fields`.
+    """Rows of one `.jsonl` or `.jsonl.zst` file.
+
+    Raises SystemExit at a row that is no JSON or lacks one of `fields`.
     """
     for number, line in enumerate(read_lines(path), start=1):
         try:

@@ -218,8 +218,9 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, settings: dict[str, Any], model: torch.nn.Module, optimizers: Optimizers
 ) -> State:
-    """Put the last checkpoint's tensors into model and optimizers. Returns its state; a fresh one
-    if there is none.
+    """Put the last checkpoint's tensors into model and optimizers.
+
+    Returns its state; a fresh one if there is none.
 
     Raises:
         SystemExit: the checkpoint was made with other data, another model or another schedule.

@@ -35,12 +35,7 @@ from backbone_text import read_corpus, strings
 CORPORA = ("encyclopaedia-core", "encyclopaedia-wide", "textbooks", "technical", "mixed", "books")
 ENCYCLOPAEDIAS = ("encyclopaedia-core", "encyclopaedia-wide")
 # licence: models may be shipped
-GIVEN = (
-    "snli.jsonl",
-    "squad.jsonl",
-    "medquad.jsonl.zst",
-    "arxiv.jsonl.zst",
-)
+GIVEN = ("snli.jsonl", "squad.jsonl", "medquad.jsonl.zst", "arxiv.jsonl.zst")
 SHORTEST_LEAK = 25  # letters and digits; shorter evaluation texts stand anywhere
 MIN_TEXT, MAX_TEXT, MAX_POSITIVE = 400, 2000, 1500
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")

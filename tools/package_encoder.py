@@ -44,10 +44,9 @@ LICENCES = {
     "arxiv": "arXiv titles and abstracts, CC0",
 }
 CORPORA = (
-    "Wikipedia 2015 (CC-BY-SA 3.0), OpenStax textbooks (CC-BY 4.0), technical documents "
-    "(CC0, MIT, Apache, CC-BY-SA), "
-    "US government texts, speeches, arXiv abstracts (CC0, public domain, CC-BY-SA 4.0), "
-    "books (public domain)"
+    "Wikipedia 2015 (CC-BY-SA 3.0), OpenStax textbooks (CC-BY 4.0), technical documents (CC0, "
+    "MIT, Apache, CC-BY-SA), US government texts, speeches, arXiv abstracts (CC0, public domain, "
+    "CC-BY-SA 4.0), books (public domain)"
 )
 GOLDEN_TEXTS = (
     "Which planet has the most moons?",

@@ -113,8 +113,9 @@ class Training:
         return total
 
     def run(self) -> None:
-        """Train until the budget is spent. Raises SystemExit after a signal, a checkpoint being
-        written first.
+        """Train until the budget is spent.
+
+        Raises SystemExit after a signal, a checkpoint being written first.
         """
         state, lines = self.state, Lines(self)
         cpu, wall = (
@@ -155,8 +156,9 @@ class Training:
                     raise SystemExit(128 + stop.caught)
 
     def save(self, loss: torch.Tensor) -> None:
-        """Write a checkpoint. Raises SystemExit, keeping the one before, if the loss is not a
-        finite number.
+        """Write a checkpoint.
+
+        Raises SystemExit, keeping the one before, if the loss is not a finite number.
         """
         if not math.isfinite(loss.item()):
             raise SystemExit(
@@ -214,9 +216,8 @@ class Lines:
         left = (now - self.begin) / 60 * (1 - done) / max(done - self.first, 1e-9)
         self.last, self.tokens = now, state.tokens
         print(
-            f"step {state.step} loss {value:.3f} {state.tokens / 1e6:.2f} M tokens "
-            f"{rate:,.0f} tokens/s "
-            f"MFU {100 * rate * self.flops / self.peak:.1f} % {100 * done:.1f} % done, "
+            f"step {state.step} loss {value:.3f} {state.tokens / 1e6:.2f} M tokens {rate:,.0f} "
+            f"tokens/s MFU {100 * rate * self.flops / self.peak:.1f} % {100 * done:.1f} % done, "
             f"{left:.1f} min left",
             flush=True,
         )
@@ -250,8 +251,9 @@ def make_settings(args: argparse.Namespace, config: Any, data: Data) -> dict[str
 
 
 def make_model(args: argparse.Namespace, data: Data) -> Any:
-    """A fresh Llama. Raises SystemExit for sizes that do not go together or a file that would be
-    too large.
+    """A fresh Llama.
+
+    Raises SystemExit for sizes that do not go together or a file that would be too large.
     """
     heads = args.heads or max(1, args.hidden // 64)
     if args.hidden % (2 * heads):

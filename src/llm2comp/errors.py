@@ -1,5 +1,6 @@
-"""All our errors. A message says what is wrong and, if known, where, what was expected, what was
-found, what to do.
+"""All our errors.
+
+A message says what is wrong and, if known, where, what was expected, what was found, what to do.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ def one_line(what: object, most: int = 300) -> str:
 
 
 def install_extra(name: str) -> str:
-    """The pip command that installs an extra (`lab`, `openvino`, ...) from the package's own
-    source.
-    """
+    """The pip command that installs an extra (`lab`, `openvino`, ...) from our own source."""
     # PEP 610; none: from an index
     origin = json.loads(distribution("llm2comp").read_text("direct_url.json") or "{}")
     url, editable = origin.get("url", ""), origin.get("dir_info", {}).get("editable", False)
@@ -31,9 +30,7 @@ def install_extra(name: str) -> str:
 
 
 def missing_extra(error: ModuleNotFoundError) -> RunError | None:
-    """What to install where an import of the lab failed for want of its extra; None: another module
-    is missing.
-    """
+    """What to install where an import needs the lab; None: another module is missing."""
     package = (error.name or "").partition(".")[0]
     if package not in LAB:
         return None
@@ -43,8 +40,9 @@ def missing_extra(error: ModuleNotFoundError) -> RunError | None:
 
 
 class Llm2CompError(Exception):
-    """Base of all errors that a user can cause or fix. The command line prints them without a
-    traceback.
+    """Base of all errors that a user can cause or fix.
+
+    The command line prints them without a traceback.
     """
 
     def __init__(
@@ -91,6 +89,4 @@ class RunError(Llm2CompError):
 
 
 class ModelFolderError(Llm2CompError):
-    """A saved encoder that is missing, incomplete, or gives other embeddings than when it was
-    saved.
-    """
+    """A saved encoder that is missing, incomplete, or gives other embeddings than it gave."""

@@ -140,11 +140,9 @@ def test_bad_json_lines_are_counted_by_reason_and_place(write):
         "no column 'text'": 1,
     }
     assert loaded.summary() == (
-        "docs.jsonl: 3 rows; left out: 3 empty (line 2, line 3, line 4), 2 not UTF-8 "
-        "(line 5, line 6), 2 malformed JSON "
-        "(line 7, line 8), 1 not a JSON object (line 9), 2 'text' is not a string (line "
-        "10, line 11), 1 no column "
-        "'text' (line 12)"
+        "docs.jsonl: 3 rows; left out: 3 empty (line 2, line 3, line 4), 2 not UTF-8 (line 5, "
+        "line 6), 2 malformed JSON (line 7, line 8), 1 not a JSON object (line 9), 2 'text' is "
+        "not a string (line 10, line 11), 1 no column 'text' (line 12)"
     )
 
 

@@ -1,5 +1,6 @@
-"""The command line. Arguments are named as recipe fields; heavy imports wait until a command needs
-them.
+"""The command line.
+
+Arguments are named as recipe fields; heavy imports wait until a command needs them.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ OUT_OF_MEMORY = (
 
 
 def main() -> None:
-    """Entry point: an error of ours, or of the disk, is one message and exit code 1, never a
-    traceback.
-    """
+    """Entry point: an error of ours or of the disk is one message and exit code 1, no traceback."""
     # peft imports it where it is installed, used or not
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     try:

@@ -26,8 +26,7 @@ VectorsOption = Annotated[
 RoleOption = Annotated[
     Role | None,
     typer.Option(
-        help="query or document: put the model's prompt for it before each text.",
-        metavar="ROLE",
+        help="query or document: put the model's prompt for it before each text.", metavar="ROLE"
     ),
 ]
 LongTextsOption = Annotated[

@@ -28,8 +28,7 @@ AnswerColumnOption = Annotated[
     str, typer.Option(help="With --pairs: column of the answers.", metavar="NAME")
 ]
 DocumentsOption = Annotated[
-    str | None,
-    typer.Option(help="With --pairs: file of more texts to search in.", metavar="FILE"),
+    str | None, typer.Option(help="With --pairs: file of more texts to search in.", metavar="FILE")
 ]
 DocumentColumnOption = Annotated[
     str, typer.Option(help="With --documents: column of the texts.", metavar="NAME")

@@ -51,8 +51,9 @@ def fetch(
         str, typer.Argument(help="builtin:smollm2, or a GGUF file to convert.", metavar="LM")
     ] = "builtin:smollm2",
 ) -> None:
-    """Download a language model into the cache, so that later commands need no network. Prints its
-    folder.
+    """Download a language model into the cache, so that later commands need no network.
+
+    Prints its folder.
     """
     from llm2comp.model.backbone.sources import fetch as get
 
@@ -146,9 +147,7 @@ def generate_responses(
     revision: RevisionOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Generate a causal LM's responses to texts, for stage 1's objective `response`
-    (docs/response.md).
-    """
+    """Generate a causal LM's responses to texts, for stage 1's `response` (docs/response.md)."""
     from llm2comp.system.folders import RESPONSES, refuse_taken
 
     found = re.fullmatch(r"(\d+)/(\d+)", shards)

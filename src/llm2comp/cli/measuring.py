@@ -68,9 +68,7 @@ def evaluate(
     num_memory: MemoryOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Score models on public tasks, your own sets or your own questions and answers, side by
-    side.
-    """
+    """Score models on public tasks, your own sets, or your own questions and answers."""
     _check_sources(local or [], pairs or [], documents)
     from llm2comp.model.backbone.quiet import quiet_libraries
 
@@ -136,9 +134,7 @@ def analyze(
     write_weights: WriteWeightsOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Show why a model is good or bad: collapse, similarity threshold, contents of its memory
-    tokens.
-    """
+    """Show why a model is good or bad: collapse, similarity, contents of its memory tokens."""
     from llm2comp.data.columns import MissingColumnError
     from llm2comp.data.sources import read_pairs
     from llm2comp.recipe import PairData
@@ -222,8 +218,9 @@ def study(
         typer.Option(min=1, help="Processes at once; with CUDA each sees one device.", metavar="N"),
     ] = 1,
 ) -> None:
-    """Train several recipes with several seeds and compare them in one table. Run again to
-    resume.
+    """Train several recipes with several seeds and compare them in one table.
+
+    Run again to resume.
     """
     from llm2comp.lab.study.definition import find_study
 

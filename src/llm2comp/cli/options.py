@@ -24,9 +24,8 @@ app = typer.Typer(
 MAKE, USE, JUDGE = "Make an encoder", "Use an encoder", "Judge an encoder"
 
 MODEL_HELP = (
-    "A model folder, a run, a stage of a run, a Hub id, builtin:general (comes with the "
-    "package), or an untrained encoder "
-    "such as mean:LM (docs/baselines.md)."
+    "A model folder, a run, a stage of a run, a Hub id, builtin:general (comes with the package), "
+    "or an untrained encoder such as mean:LM (docs/baselines.md)."
 )
 
 
@@ -87,6 +86,7 @@ def _options(
 
 def read_column(source: str, column: str = "text", limit: int | None = None) -> Loaded[str]:
     """Read texts of a file or Hub data set for a command with --column, and say what was left out.
+
     No heavy imports.
 
     Raises:

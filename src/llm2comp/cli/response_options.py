@@ -8,16 +8,13 @@ from typing import Annotated
 import typer
 
 ResponderOption = Annotated[
-    str,
-    typer.Option("--model", "-m", help="Causal LM: Hub id, folder or GGUF file.", metavar="LM"),
+    str, typer.Option("--model", "-m", help="Causal LM: Hub id, folder or GGUF file.", metavar="LM")
 ]
 PromptedTextsOption = Annotated[
-    str,
-    typer.Option(help="File of texts, or a Hub data set (its split train).", metavar="FILE"),
+    str, typer.Option(help="File of texts, or a Hub data set (its split train).", metavar="FILE")
 ]
 ResponsesOption = Annotated[
-    Path,
-    typer.Option("--out", "-o", help="Folder to write; run again to resume.", metavar="DIR"),
+    Path, typer.Option("--out", "-o", help="Folder to write; run again to resume.", metavar="DIR")
 ]
 FirstTextsOption = Annotated[
     int | None, typer.Option(min=1, help="Use the first N texts.", metavar="N")
@@ -26,8 +23,7 @@ MaxNewTokensOption = Annotated[
     int, typer.Option(min=1, help="Longest response, in tokens.", metavar="N")
 ]
 PromptTokensOption = Annotated[
-    int,
-    typer.Option(min=2, help="Longest prompt, in tokens; longer texts are cut.", metavar="N"),
+    int, typer.Option(min=2, help="Longest prompt, in tokens; longer texts are cut.", metavar="N")
 ]
 PromptOption = Annotated[
     str, typer.Option(help="Prompt for the LM; {text} is the text.", metavar="TEXT")

@@ -150,8 +150,9 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write an encoder as a folder that plain sentence-transformers loads (a run has one:
-    model/).
+    """Write an encoder as a folder that plain sentence-transformers loads.
+
+    A run has one already: model/.
     """
     from llm2comp.system.folders import EXPORTED, refuse_foreign
 

@@ -1,6 +1,4 @@
-"""Columns of a table: check that the wanted ones exist exactly once; if not, guess which ones were
-meant.
-"""
+"""Columns of a table: does each wanted one exist once, and if not, which were meant?"""
 
 from __future__ import annotations
 
@@ -61,8 +59,9 @@ class MissingColumnError(DataError):
 
 
 def check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
-    """Raise DataError unless every wanted column exists exactly once (MissingColumnError if one is
-    missing).
+    """Raise DataError unless every wanted column exists exactly once.
+
+    It is a MissingColumnError if one is missing.
     """
     names = [str(name) for name in found]
     for column in wanted:
@@ -80,9 +79,7 @@ def check_columns(source: str, wanted: Columns, found: Iterable[str]) -> None:
 
 
 def likely(role: str, names: Sequence[str], asked: str = "") -> str | None:
-    """The column that was most likely meant: by spelling, by usual names, else the first suitable
-    one.
-    """
+    """The column most likely meant: by spelling, by usual names, else the first suitable one."""
     if near := difflib.get_close_matches(asked, names, n=1, cutoff=0.75):
         return near[0]
     by_name = {name.strip().lower(): name for name in reversed(names)}

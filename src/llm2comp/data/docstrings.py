@@ -42,9 +42,7 @@ _INHERITED = {
 
 @dataclass(frozen=True)
 class Entry:
-    """The documentation of one thing: the first paragraph as one line, and what follows it (may be
-    empty).
-    """
+    """The documentation of one thing: first paragraph as one line, and the rest (may be empty)."""
 
     name: str
     summary: str
@@ -73,9 +71,7 @@ def _topic_docs() -> Iterator[Doc]:
 
 
 def _source_docs() -> Iterator[Doc]:
-    """Docstrings of the library's Python files, without tests; a file that does not parse is passed
-    over.
-    """
+    """Docstrings of the library's Python files, without tests and files that do not parse."""
     root = Path(sysconfig.get_path("stdlib"))
     for folder, subfolders, files in os.walk(root):
         # no site-packages
@@ -96,8 +92,9 @@ def _source_docs() -> Iterator[Doc]:
 
 
 def _docs_in(node: ast.AST, prefix: str) -> Iterator[Doc]:
-    """Docstrings of functions, classes and methods below a node, also under `if` and `try`, not
-    inside functions.
+    """Docstrings of functions, classes and methods below a node.
+
+    Those under `if` and `try` too, but not those inside functions.
     """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -110,8 +107,9 @@ def _docs_in(node: ast.AST, prefix: str) -> Iterator[Doc]:
 
 
 def _compiled_docs() -> Iterator[Doc]:
-    """Docs of modules written in C with their functions, types and methods, but not docs that any
-    type or object has.
+    """Docs of modules written in C with their functions, types and methods.
+
+    Docs that any type or object has are left out.
     """
     for module in _compiled_modules():
         name = _public(module.__name__)
@@ -123,8 +121,9 @@ def _compiled_docs() -> Iterator[Doc]:
 
 
 def _c_members(module: types.ModuleType) -> Iterator[tuple[str, object]]:
-    """Functions and types of a module and the members of its types, by their path in it; no second
-    names of builtins.
+    """Functions and types of a module and the members of its types, by their path in it.
+
+    Second names of builtins are left out.
     """
     for name, value in list(vars(module).items()):
         if isinstance(value, types.BuiltinFunctionType):
@@ -141,9 +140,7 @@ def _c_members(module: types.ModuleType) -> Iterator[tuple[str, object]]:
 
 
 def _compiled_modules() -> Iterator[types.ModuleType]:
-    """Modules of the standard library that are built in or extension files, as far as they can be
-    imported here.
-    """
+    """Modules of the standard library that are built in or extension files, if they import here."""
     # readline changes how this process reads a terminal
     for name in sorted(sys.stdlib_module_names - {"readline"}):
         try:

@@ -53,8 +53,9 @@ def hub_file(spec: TextData | PairData) -> Path:
 
 
 def hub_version(spec: TextData | PairData) -> str:
-    """Configuration and commit of a set, offline those that `datasets` keeps. Raises DataError when
-    there is no such set.
+    """Configuration and commit of a set, offline those that `datasets` keeps.
+
+    Raises DataError when there is no such set.
     """
     import datasets
 

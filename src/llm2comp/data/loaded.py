@@ -30,8 +30,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Response:
-    """A text, an LM's response to it and, if asked for, a teacher's embedding of the response,
-    (D_t,) float32.
+    """A text, an LM's response to it and, if asked for, the response's embedding.
+
+    The embedding is a teacher's, (D_t,) float32.
     """
 
     text: str
@@ -41,9 +42,7 @@ class Response:
 
 @dataclass
 class Tally:
-    """Counts of what was read: all rows, used rows, and left-out rows by reason with their first
-    line numbers.
-    """
+    """Counts of what was read: all rows, used rows, left-out rows by reason with line numbers."""
 
     source: str
     there: int = 0

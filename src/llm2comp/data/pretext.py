@@ -1,5 +1,6 @@
-"""Rows of stage 1: texts as token ids in a fixed order, each split at a fixed site, with any number
-of workers.
+"""Rows of stage 1: texts as token ids in a fixed order, each split at a fixed site.
+
+They are the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -146,8 +147,7 @@ class Masking:
 
 
 class PretextRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Sample i of a run, for i in 0..samples−1: a text of this epoch's shuffle, split at a site
-    fixed by (seed, i).
+    """Sample i of a run: a text of this epoch's shuffle, split at a site fixed by (seed, i).
 
     Args:
         rows: texts as token ids.

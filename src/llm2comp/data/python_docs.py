@@ -1,5 +1,4 @@
-"""`builtin:python-docs`: the documentation of the Python standard library, read on the user's own
-machine.
+"""`builtin:python-docs`: the Python standard library's documentation on the user's machine.
 
     language reference (pydoc_data.topics)  ─┐
     docstrings in the library's .py files   ─┼→ entries → pairs     a summary and what follows
@@ -94,8 +93,9 @@ def pairs(heldout: bool) -> list[tuple[str, str]]:
 
 
 def passages() -> list[str]:
-    """Distinct texts of 4 words and more to train on: entries, cut at paragraph ends if long;
-    nothing held out.
+    """Distinct texts of 4 words and more to train on, nothing held out.
+
+    They are entries, cut at paragraph ends if long.
     """
     cut = (
         passage for entry in entries() for passage in _cut(entry.text) if len(_words(passage)) >= 4
@@ -106,8 +106,7 @@ def passages() -> list[str]:
 
 
 def retrieval() -> Retrieval:
-    """Make the held-out fifth a search task: one query per distinct summary, one document per
-    distinct body.
+    """Make the held-out fifth a search task: distinct summaries are queries, bodies documents.
 
     Every body that stands under a summary anywhere in the fifth is relevant to it.
     """
@@ -131,8 +130,9 @@ def retrieval() -> Retrieval:
 
 
 def functions() -> list[tuple[str, str]]:
-    """(qualified name, documentation) of all functions, classes and methods with a distinct doc,
-    for a search to show.
+    """(qualified name, documentation) of all functions, classes and methods, for a search to show.
+
+    Of equal docs one is kept.
     """
     members = _first_of_each(
         (normalise(entry.text), entry) for entry in entries() if entry.kind == "member"
@@ -141,9 +141,7 @@ def functions() -> list[tuple[str, str]]:
 
 
 def quotes_held_out(text: str) -> bool:
-    """Whether the words of a held-out summary, body or longer paragraph of a body stand in this
-    text, one after another.
-    """
+    """Whether a text holds the words, in order, of a held-out summary, body or long paragraph."""
     words, phrases = _words(text), _held_out_phrases()
     return any(
         words[start : start + len(phrase)] == phrase
@@ -216,8 +214,9 @@ def _held_out_phrases() -> Phrases:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Pieces of about 600 to 1,800 characters, cut at paragraph ends, and at line ends only inside
-    a longer paragraph.
+    """Pieces of about 600 to 1,800 characters, cut at paragraph ends.
+
+    A longer paragraph is cut at line ends.
     """
     least, most = 600, 1800
     paragraphs = (f"{paragraph}\n\n" for paragraph in _paragraphs(text))

@@ -1,6 +1,4 @@
-"""Rows of stage 1 for texts with responses: the text is the context, its response is the
-continuation.
-"""
+"""Rows of stage 1 for texts with responses: the text is the context, its response continues it."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ from llm2comp.recipe import PretextStage
 
 @dataclass(frozen=True)
 class ResponseRow:
-    """Token ids of a text followed by its response, the length of the text, and the teacher's
-    embedding, if any.
-    """
+    """Token ids of a text and its response, the text's length, and a teacher's embedding."""
 
     ids: NDArray[np.int32]
     site: int
@@ -35,8 +31,9 @@ def response_rows(
     max_tokens: int,
     bos_id: int | None,
 ) -> tuple[list[ResponseRow], Counter[str]]:
-    """Texts and responses as token ids, and those left out by reason. Arguments as for
-    `token_rows`.
+    """Texts and responses as token ids, and those left out by reason.
+
+    Arguments as for `token_rows`.
 
     `max_tokens` is for both together. Under `long_texts: truncate` the response loses its end
     first, down to half of them, then the text.
@@ -78,9 +75,7 @@ def response_rows(
 
 
 class ResponseRows(PretextRows):
-    """As `PretextRows`, each row split where its response begins, with the teacher's embedding
-    where there is one.
-    """
+    """As `PretextRows`, each row split where its response begins, with its teacher's embedding."""
 
     def __init__(
         self,

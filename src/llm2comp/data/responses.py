@@ -66,8 +66,9 @@ class Manifest(Section):
 
 
 def shard_file(folder: Path, shard: int) -> Path:
-    """File of texts and responses of one shard. It is written last, so its presence means a
-    complete shard.
+    """File of texts and responses of one shard.
+
+    It is written last, so its presence means a complete shard.
     """
     return folder / f"responses-{shard:05d}.jsonl"
 
@@ -132,8 +133,9 @@ def read_shard(
 
 
 def folder_rows(folder: Path, columns: Columns) -> Rows:
-    """Rows of all shards in order. Raises DataError as `read_shard`, and where `teacher` is asked
-    for and was not made.
+    """Rows of all shards in order.
+
+    Raises DataError as `read_shard`, and where `teacher` is asked for and was not made.
     """
     manifest = read_manifest(folder)
     if TEACHER in columns and manifest.teacher is None:
@@ -144,9 +146,7 @@ def folder_rows(folder: Path, columns: Columns) -> Rows:
 
 
 def source_digest(source: Path) -> str:
-    """Hex digest of a file's content, or over the names and content of all that stands in a folder
-    of responses.
-    """
+    """Hex digest of a file's content, or of all names and contents in a folder of responses."""
     if source.is_file():
         state = source.stat()
         return _digest_once(source, state.st_size, state.st_mtime_ns)
@@ -158,9 +158,7 @@ def source_digest(source: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _digest_once(file: Path, size: int, modified_ns: int) -> str:
-    """Digest of a file, remembered until the file changes: a study asks for the same large files
-    many times.
-    """
+    """Digest of a file, remembered until it changes: a study asks for it many times."""
     return sha256(file)
 
 

@@ -36,8 +36,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def read_texts(spec: TextData) -> Loaded[str]:
-    """Read the texts of a source. Raises DataError when there is no such file or column, or no
-    usable text.
+    """Read the texts of a source.
+
+    Raises DataError when there is no such file or column, or no usable text.
     """
     return _collect(
         spec, (spec.column,), functools.partial(one_text, column=spec.column), lambda text: [text]
@@ -46,6 +47,7 @@ def read_texts(spec: TextData) -> Loaded[str]:
 
 def iterate_sources(specs: Sequence[TextData], tell: Callable[[str], None]) -> Iterator[str]:
     """Texts of several sources, one at a time; `tell` is given each source's summary at its end.
+
     Errors as `read_texts`.
     """
     for spec in specs:
@@ -57,8 +59,7 @@ def iterate_sources(specs: Sequence[TextData], tell: Callable[[str], None]) -> I
 
 
 def source_key(spec: TextData) -> dict[str, Any]:
-    """What the texts of a source depend on, for a hash: its content, its name without folders,
-    which rows are asked for.
+    """What a source's texts depend on, for a hash: its content, plain name, and rows asked for.
 
     Raises:
         DataError: there is no such source.
@@ -68,8 +69,9 @@ def source_key(spec: TextData) -> dict[str, Any]:
 
 
 def read_responses(spec: TextData, teacher: bool = False) -> Loaded[Response]:
-    """Read texts with their responses (`spec.response`), and the teacher's embeddings of these
-    (column `teacher`) if asked for.
+    """Read texts with their responses (`spec.response`).
+
+    If asked for, also the teacher's embeddings of these (column `teacher`).
 
     Raises:
         DataError: no such file, folder or column; a missing or damaged shard; no usable row;
@@ -98,8 +100,9 @@ def read_responses(spec: TextData, teacher: bool = False) -> Loaded[Response]:
 
 
 def read_pairs(spec: PairData) -> Loaded[Pair]:
-    """Read the training pairs of a source, without the white space around each text; a list of
-    positives gives a pair for each.
+    """Read the training pairs of a source, without the white space around each text.
+
+    A list of positives gives a pair for each.
 
     Raises:
         DataError: no such file or column, a list that is written as a string, or no usable pair.
@@ -127,8 +130,9 @@ def read_pairs(spec: PairData) -> Loaded[Pair]:
 
 
 def check_sources(specs: Iterable[Spec]) -> None:
-    """Raise DataError if a source is neither an existing file nor a possible Hub id. Reads
-    nothing.
+    """Raise DataError if a source is neither an existing file nor a possible Hub id.
+
+    Reads nothing.
     """
     for spec in specs:
         if not spec.source.startswith("builtin:"):
@@ -227,8 +231,9 @@ def _content(spec: TextData) -> str:
 
 @contextlib.contextmanager
 def _readable(spec: Spec) -> Iterator[None]:
-    """Turn errors of disk and archive into a DataError. For a missing column, say what the recipe
-    should be.
+    """Turn errors of disk and archive into a DataError.
+
+    For a missing column, say what the recipe should be.
     """
     try:
         yield
@@ -248,8 +253,9 @@ def _readable(spec: Spec) -> Iterator[None]:
 
 
 def _is_path(source: str) -> bool:
-    """Whether a source is a file or a folder, not a Hub data set. Raises DataError for what can be
-    neither.
+    """Whether a source is a file or a folder, not a Hub data set.
+
+    Raises DataError for what can be neither.
     """
     path = Path(source).expanduser()
     if not path.exists() and (

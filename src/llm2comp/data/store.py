@@ -1,5 +1,4 @@
-"""Corpora on disk: a source is read and tokenised once, kept in a cache, and read from there row by
-row.
+"""Corpora on disk: a source is read and tokenised once, cached, and then read row by row.
 
 CACHE/tokens-<key>/tokens.i32   token ids of all rows, one after the other (little-endian int32)
                    bounds.i64   where each row begins, and where the last one ends
@@ -143,8 +142,9 @@ def stored_texts(
     tell: Callable[[str], None],
     root: Path | None = None,
 ) -> Any:
-    """Stage 2's texts as a memory-mapped datasets.Dataset, each as `anchor` and as `positive`; from
-    the cache if there.
+    """Stage 2's texts as a memory-mapped datasets.Dataset, from the cache if there.
+
+    Each text is both `anchor` and `positive`.
 
     Arguments and errors as for `stored_rows`.
     """
@@ -177,8 +177,9 @@ def distinct(texts: Any, most: int) -> int:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Hex digest of how a fast tokenizer treats a text, without its origin and its current padding
-    or truncation.
+    """Hex digest of how a fast tokenizer treats a text.
+
+    Its origin and its present padding and truncation are left out.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     state["split_special_tokens"] = tokenizer.split_special_tokens
@@ -193,9 +194,7 @@ def _stored(
     tell: Callable[[str], None],
     root: Path | None,
 ) -> tuple[Path, Counter[str]]:
-    """The folder that `build` fills, and its counts: one that is whole from before, else one built
-    now.
-    """
+    """The folder that `build` fills, and its counts: built now unless it is whole already."""
     everything = [ROWS_VERSION, [source_key(spec) for spec in specs], *key]
     name = f"{kind}-{hashlib.sha256(to_json(everything, sort_keys=True).encode()).hexdigest()[:32]}"
     folder = (root or cache_folder()) / name

@@ -1,5 +1,6 @@
-"""One file → rows {column: value}, or the reason why a row is unusable. Formats by suffix, plain or
-compressed.
+"""One file → rows {column: value}, or the reason why a row is unusable.
+
+Formats by suffix, plain or compressed.
 
 A bad row never ends the reading; a file that is no such table, whose archive is broken, or whose
 encoding is not known, does.
@@ -42,8 +43,9 @@ _KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def file_rows(path: Path, columns: Columns) -> Rows:
-    """Rows of one file, read by its suffix. Raises DataError for a folder, an unknown suffix, or
-    missing columns.
+    """Rows of one file, read by its suffix.
+
+    Raises DataError for a folder, an unknown suffix, or missing columns.
     """
     if path.is_dir() or (kind := file_kind(path)) is None:
         problem = "a folder, not a file" if path.is_dir() else "a kind of file that is not read"
@@ -195,8 +197,9 @@ def _line_rows(path: Path, columns: Columns) -> Rows:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a plain or compressed file with their ends: LF, CR LF or CR. Blank ones at the
-    file's end are none.
+    """Lines of a plain or compressed file with their ends: LF, CR LF or CR.
+
+    Blank ones at the file's end are none.
 
     UTF-8, or what a byte order mark says; bytes that are not UTF-8 become lone surrogates.
 

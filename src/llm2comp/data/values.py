@@ -71,9 +71,7 @@ def stripped(row: Row, column: str) -> list[str]:
 
 
 def _is_written_list(text: str) -> bool:
-    """Whether a text is the Python or JSON source of a list of texts, as tables hold lists that
-    passed through CSV.
-    """
+    """Whether a text is Python or JSON source of a list of texts, as lists look after a CSV."""
     if not (text.startswith("[") and text.endswith("]")):
         return False
     for read in (json.loads, ast.literal_eval):

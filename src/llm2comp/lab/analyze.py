@@ -1,5 +1,6 @@
-"""`llm2comp analyze`: why is a model good, or not: collapse, what counts as similar, what the
-memory tokens hold.
+"""`llm2comp analyze`: why is a model good or bad?
+
+Collapse, what counts as similar, what the memory tokens hold.
 """
 
 from __future__ import annotations
@@ -173,9 +174,7 @@ def _withheld(
 
 
 def default_folder(path: str) -> Path:
-    """Where an analysis goes unless told otherwise: into the model's run, else into a folder of its
-    own here.
-    """
+    """Where an analysis goes unless told otherwise: into the model's run, else a folder here."""
     run = Run.of(path)
     if run is None:
         return ELSEWHERE
@@ -184,8 +183,9 @@ def default_folder(path: str) -> Path:
 
 
 def write_analysis(found: Analysis, folder: Path) -> None:
-    """The plots (PNG, SVG), then `analysis.json`, over those of an earlier analysis. Raises
-    RunError when a write fails.
+    """The plots (PNG, SVG), then `analysis.json`, over those of an earlier analysis.
+
+    Raises RunError when a write fails.
     """
     claim(folder, ANALYSIS)
     with explain_disk_errors(folder):
@@ -240,7 +240,4 @@ def _embeddings(
     with torch.no_grad():
         embeddings_ND = np.asarray(compressor.pool(states_NKD).cpu().numpy())
     # a pooled state is no memory token
-    return (
-        states_NKD if compressor.memory.count else None,
-        embeddings_ND,
-    )
+    return (states_NKD if compressor.memory.count else None, embeddings_ND)

@@ -64,8 +64,9 @@ SEARCHED_MODULES = frozenset(
 
 
 def demo(out: Path, recipe: str = RECIPES["smollm2"]) -> Path:
-    """Train, score every stage on the held-out fifth of the documentation, search it. Returns the
-    model folder.
+    """Train, score every stage on the held-out fifth of the documentation, search it.
+
+    Returns the model folder.
     """
     begin = time.monotonic()
     run = train(recipe, out)
@@ -97,8 +98,9 @@ def demo(out: Path, recipe: str = RECIPES["smollm2"]) -> Path:
 
 
 def score(run: Path) -> list[dict[str, float | str | None]]:
-    """Retrieval figures of the backbone, of every stage of a run, of BM25, and of the last stage
-    with it; kept in `scores/`.
+    """Retrieval figures of the backbone, each stage of a run, BM25, and the last stage with BM25.
+
+    They are kept in `scores/`.
 
     Encoders have an effective rank beside them, that of the documents' embeddings.
     """
@@ -167,9 +169,7 @@ def table(rows: list[dict[str, float | str | None]]) -> Table:
 def search(
     model: SentenceTransformer, questions: tuple[str, ...]
 ) -> Iterator[tuple[str, list[tuple[str, str, float]]]]:
-    """For each question the three functions whose documentation is nearest: name, summary line,
-    cosine.
-    """
+    """For each question the three functions with the nearest docs: name, summary, cosine."""
     named = [
         (name, text)
         for name, text in python_docs.functions()

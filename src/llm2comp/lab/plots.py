@@ -1,5 +1,6 @@
-"""Plots of collapse and training: figures, their files on white, and SVG that takes its colours
-from the page around it.
+"""Plots of collapse and training: figures, files on white, and SVG for a page.
+
+The SVG takes its colours from the page around it.
 
 Figures are built without pyplot, so nothing global changes. Colours were chosen for all kinds of
 colour vision; line style and marker tell the series apart as well.
@@ -73,8 +74,9 @@ _styled = style.context(["default", _STYLE])
 
 @_styled
 def spectrum_figure(spectra: Mapping[str, Sequence[float]]) -> Figure:
-    """Singular values, largest first, on a log axis, one line per name; zeros are left out (Jing et
-    al., arXiv 2110.09348).
+    """Singular values, largest first, on a log axis, one line per name (arXiv 2110.09348).
+
+    Zeros are left out.
     """
     points = {
         name: [(i, float(v)) for i, v in enumerate(values, 1) if v > 0]
@@ -90,8 +92,9 @@ def curves_figure(
     ylabel: str,
     log_y: bool = False,
 ) -> Figure:
-    """One line per name through its (x, y) points. Raises DataError when there is no point at
-    all.
+    """One line per name through its (x, y) points.
+
+    Raises DataError when there is no point at all.
     """
     if not any(curves.values()):
         raise DataError(
@@ -115,8 +118,9 @@ def curves_figure(
 
 @_styled
 def heatmap_figure(matrix_KK: ArrayLike, title: str) -> Figure:
-    """Cosines between memory tokens as colours, from 0 (or the lowest) to 1. Raises DataError for
-    what is no square.
+    """Cosines between memory tokens as colours, from 0 (or the lowest) to 1.
+
+    Raises DataError for what is no square.
     """
     matrix = np.asarray(matrix_KK, dtype=np.float64)
     if matrix.ndim != 2 or not matrix.size or len(set(matrix.shape)) != 1:
@@ -141,8 +145,9 @@ def heatmap_figure(matrix_KK: ArrayLike, title: str) -> Figure:
 
 @_styled
 def scores_figure(random_cosines: ArrayLike, related_cosines: ArrayLike | None) -> Figure:
-    """How often which cosine occurs, between random and between related texts. Raises DataError
-    without finite cosines.
+    """How often which cosine occurs, between random and between related texts.
+
+    Raises DataError without finite cosines.
     """
     groups = {"random pairs": random_cosines, "related pairs": related_cosines}
     cosines = {
@@ -172,8 +177,9 @@ def scores_figure(random_cosines: ArrayLike, related_cosines: ArrayLike | None) 
 
 @_styled
 def save_figure(figure: Figure, stem: Path) -> None:
-    """Write `stem`.png and `stem`.svg, on white; the same figure gives the same bytes. Raises
-    RunError as `files` does.
+    """Write `stem`.png and `stem`.svg, on white; the same figure gives the same bytes.
+
+    Raises RunError as `files` does.
     """
     for ending, options in (
         ("png", {"dpi": 200, "metadata": {"Software": None}}),
@@ -263,8 +269,6 @@ def _legend(figure: Figure, handles: Sequence[Any], names: Sequence[str]) -> Non
 
 
 def _text(text: str) -> str:
-    """Text as it stands: no mathematics between dollars, no name hidden for its first
-    underscore.
-    """
+    """Text as it stands: no mathematics between dollars, no name hidden by an underscore."""
     plain = text.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") else plain

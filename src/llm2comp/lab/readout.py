@@ -1,6 +1,4 @@
-"""Memory states seen through the frozen LM: the nearest words, and its continuation from them
-alone.
-"""
+"""Memory states seen through the frozen LM: the nearest words, and what it continues with."""
 
 from __future__ import annotations
 
@@ -78,9 +76,7 @@ def read_out(
 
 @torch.no_grad()
 def continue_greedily(backbone: Backbone, x_BTD: Tensor, tokens: int) -> list[int]:
-    """Greedy continuation of input embeddings (1, T, D) as token ids, until EOS or the last
-    position.
-    """
+    """Greedy continuation of inputs (1, T, D) as token ids, until EOS or the last position."""
     room = (
         tokens
         if backbone.max_positions is None

@@ -1,6 +1,4 @@
-"""Training with what the lab adds: scores of local sets while a stage trains, if the recipe's watch
-names some.
-"""
+"""Training with what the lab adds: scores of the local sets that the recipe's watch names."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ def train(
     overrides: Sequence[str] = (),
     siblings: Sequence[Path] = (),
 ) -> Path:
-    """Run all stages of a recipe that are not done yet, then export. Run again to go on after a
-    stop.
+    """Run all stages of a recipe that are not done yet, then export.
+
+    Run again to go on after a stop.
 
     Args:
         recipe: a Recipe, a file, or the name of a shipped recipe.

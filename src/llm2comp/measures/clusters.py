@@ -12,8 +12,7 @@ from llm2comp.measures.geometry import unit_vectors
 
 
 def memory_correlation(memory_NKD: ArrayLike) -> NDArray[np.float64]:
-    """Mean over N texts of the cosine between memory states i and j of the same text, (K, K),
-    diagonal 1.
+    """Mean over N texts of the cosine of memory states i and j of one text, (K, K), diagonal 1.
 
     Raises:
         DataError: no texts, or a state that is zero or not finite; names text (row) and memory
@@ -45,8 +44,7 @@ def clusters(correlation_KK: ArrayLike, threshold: float = 0.9) -> NDArray[np.in
 
 
 def merge_weights(labels_K: ArrayLike) -> NDArray[np.float64]:
-    """Cluster-then-merge as one weighted mean, (K,): w_i = 1 / (clusters × size of i's cluster);
-    sums to 1.
+    """Weights (K,) of cluster-then-merge: w_i = 1 / (clusters × size of i's cluster); sum 1.
 
     The mean within each cluster, then across clusters. The partition is ours, see `clusters`.
 
@@ -64,6 +62,7 @@ def merge_weights(labels_K: ArrayLike) -> NDArray[np.float64]:
 
 def copies(correlation_KK: ArrayLike, threshold: float = 0.99) -> int:
     """Memory tokens whose correlation with an earlier one is at least `threshold`, 0 to K − 1.
+
     Raises as `clusters`.
     """
     correlation = _checked(correlation_KK, threshold)

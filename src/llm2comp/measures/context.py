@@ -1,6 +1,4 @@
-"""Context recovered: how much of a context's effect on the frozen LM survives in the memory
-states.
-"""
+"""Context recovered: how much of a context's effect on the frozen LM the memory states keep."""
 
 from __future__ import annotations
 
@@ -21,8 +19,7 @@ SAMPLE, BATCH, SITE_MARGIN = 64, 8, 10
 
 @torch.no_grad()
 def context_kl(compressor: Compressor, batch: SplitTexts) -> tuple[float, float, int]:
-    """KL of the teacher (full text) to the decoder with memory, and to the decoder without any
-    context.
+    """KL of the teacher (full text) to the decoder with memory, and to that without context.
 
     Sums in nats over the positions that predict the continuation and the token after it, and their
     number. Without a BOS token nothing stands before a continuation that has lost its context, so
@@ -44,9 +41,7 @@ def context_kl(compressor: Compressor, batch: SplitTexts) -> tuple[float, float,
 def _predicting_states(
     compressor: Compressor, memory_BKD: Tensor, text: Tokens
 ) -> tuple[Tensor, Tensor]:
-    """Decoder states from the last token before the text on; from the text's first token on where
-    there is no BOS.
-    """
+    """Decoder states from the last token before the text on (without BOS: from its first token)."""
     if compressor.backbone.bos_id is not None:
         return decode_from_memory(compressor, memory_BKD, text)
     if memory_BKD.shape[1] == 0:
@@ -57,8 +52,9 @@ def _predicting_states(
 
 
 def split_sample(rows: Sequence[Sequence[int]], pad_id: int, seed: int = 0) -> list[SplitTexts]:
-    """The first rows of token ids that are long enough, split at sites fixed by `seed`, in batches
-    of like length.
+    """The first rows that are long enough, split at sites fixed by `seed`, in batches.
+
+    A batch holds texts of like length.
     """
     sites = [(row, split_site(len(row), SITE_MARGIN, seed, i)) for i, row in enumerate(rows)]
     long = sorted(
@@ -73,8 +69,7 @@ def split_sample(rows: Sequence[Sequence[int]], pad_id: int, seed: int = 0) -> l
 
 
 def context_recovered(compressor: Compressor, batches: Sequence[SplitTexts]) -> float | None:
-    """1 − KL(teacher ‖ decoder with memory) / KL(teacher ‖ decoder without context); None without a
-    batch.
+    """1 − KL(teacher ‖ decoder with memory) / KL(teacher ‖ decoder without); None: no batch.
 
     1: the memory is as good as the context; 0: no better than no context; below 0: it misleads.
 

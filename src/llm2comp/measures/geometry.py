@@ -20,16 +20,15 @@ PERCENTS = (1, 5, 25, 50, 75, 95, 99)
 
 
 def alignment(anchors_ND: ArrayLike, positives_ND: ArrayLike) -> float:
-    """Mean ‖x − y‖² of related unit vectors, 0 (same) to 4 (Wang & Isola, arXiv 2005.10242, α =
-    2).
-    """
+    """Mean ‖x − y‖² of related unit vectors, 0 (same) to 4 (arXiv 2005.10242, α = 2)."""
     x, y = _unit_pairs(anchors_ND, positives_ND)
     return float(((x - y) ** 2).sum(1).mean())
 
 
 def uniformity(embeddings_ND: ArrayLike, t: float = 2.0) -> float:
-    """Log of the mean of exp(−t ‖x_i − x_j‖²) over pairs i < j of unit vectors (Wang & Isola, arXiv
-    2005.10242).
+    """Log of the mean of exp(−t ‖x_i − x_j‖²) over pairs i < j of unit vectors.
+
+    Wang & Isola, arXiv 2005.10242.
 
     0 when all are the same; the lower, the more evenly spread. Needs two embeddings; O(N²D) time,
     O(ND) memory.
@@ -44,8 +43,9 @@ def uniformity(embeddings_ND: ArrayLike, t: float = 2.0) -> float:
 
 
 def anisotropy(embeddings_ND: ArrayLike) -> float:
-    """Mean cosine over all pairs i < j (Ethayarajh 2019, arXiv 1909.00512): 0 without a common
-    direction, 1 when all are one.
+    """Mean cosine over all pairs i < j: 0 without a common direction, 1 when all are one.
+
+    Ethayarajh 2019, arXiv 1909.00512.
 
     Exact in O(ND): ‖Σx‖² is the sum over all ordered pairs, i = j among them. Needs two embeddings.
     """
@@ -57,6 +57,7 @@ def random_pair_cosines(
     embeddings_ND: ArrayLike, pairs: int = 10_000, seed: int = 0
 ) -> NDArray[np.float64]:
     """Cosines of random pairs i ≠ j, none drawn twice, (pairs,); of all pairs if there are no more.
+
     Needs two embeddings.
 
     Raises:
@@ -103,8 +104,9 @@ class ScoreSummary:
 def score_summary(
     random_cosines: ArrayLike, related_cosines: ArrayLike | None = None
 ) -> ScoreSummary:
-    """Quantiles of both kinds of cosines and how well they part; without related pairs, the random
-    quantiles alone.
+    """Quantiles of both kinds of cosines and how well they part.
+
+    Without related pairs, the random quantiles alone.
 
     Raises:
         DataError: no cosines of a kind, or one that is not finite.
@@ -127,9 +129,7 @@ def score_summary(
 def unit_vectors(
     vectors: ArrayLike, shape: str = "(N, D)", least: int = 1, where: str | None = None
 ) -> NDArray[np.float64]:
-    """The vectors, float64, each scaled to length 1; checked as by `finite_vectors`, and none may
-    be zero.
-    """
+    """The vectors, float64, each of length 1; checked by `finite_vectors`, and none may be zero."""
     x = finite_vectors(vectors, shape, least, where)
     largest = np.abs(x).max(-1, keepdims=True)
     refuse(largest[..., 0] == 0, "a vector is zero and has no direction", where)

@@ -9,8 +9,7 @@ from llm2comp.errors import DataError
 
 
 def spectrum(embeddings_ND: ArrayLike) -> NDArray[np.float64]:
-    """Singular values of the embeddings' covariance, largest first, (D,) (Jing et al., arXiv
-    2110.09348).
+    """Singular values of the embeddings' covariance, largest first, (D,) (arXiv 2110.09348).
 
     Mean-centred, not normalised.
 
@@ -27,8 +26,9 @@ def spectrum(embeddings_ND: ArrayLike) -> NDArray[np.float64]:
 
 
 def effective_rank(values_D: ArrayLike) -> float:
-    """exp(−Σ p_i ln p_i), p_i = σ_i / Σσ (Roy & Vetterli 2007); between 1 and D. `values_D` as from
-    `spectrum`.
+    """exp(−Σ p_i ln p_i), p_i = σ_i / Σσ (Roy & Vetterli 2007); between 1 and D.
+
+    `values_D` as from `spectrum`.
     """
     sigma = np.asarray(values_D, dtype=np.float64)
     if sigma.sum() <= 0:
@@ -38,8 +38,9 @@ def effective_rank(values_D: ArrayLike) -> float:
 
 
 def participation_ratio(values_D: ArrayLike) -> float:
-    """(Σσ)² / Σσ², between 1 and D; 1 without any spread, as `effective_rank`. `values_D` as from
-    `spectrum`.
+    """(Σσ)² / Σσ², between 1 and D; 1 without any spread, as `effective_rank`.
+
+    `values_D` as from `spectrum`.
     """
     sigma = np.asarray(values_D, dtype=np.float64)
     if sigma.sum() <= 0:
@@ -58,8 +59,9 @@ def count_above(values_D: ArrayLike, share: float = 0.01) -> int:
 def finite_vectors(
     vectors: ArrayLike, shape: str = "(N, D)", least: int = 1, where: str | None = None
 ) -> NDArray[np.float64]:
-    """The vectors in float64, or a DataError: not of this shape, fewer rows than `least`, or a
-    number that is not finite.
+    """The vectors in float64.
+
+    DataError: another shape, fewer rows than `least`, or a number that is not finite.
     """
     x = np.asarray(vectors, dtype=np.float64)
     if x.ndim != shape.count(",") + 1 or len(x) < least or x.size == 0:
@@ -74,8 +76,9 @@ def finite_vectors(
 
 
 def refuse(bad: NDArray[np.bool_], problem: str, where: str | None = None) -> None:
-    """Raise a DataError that names the first bad row (and memory token, if `bad` is (N, K)), unless
-    there is none.
+    """Raise a DataError that names the first bad row, if there is one.
+
+    It names the memory token, too, if `bad` is (N, K).
     """
     if bad.any():
         place = ", ".join(

@@ -1,3 +1,1 @@
-"""What an encoder is: tokens, memory, backbone, compressor, its module, encoders that need no
-training.
-"""
+"""What an encoder is: tokens, memory, backbone, compressor, module, training-free encoders."""

@@ -56,8 +56,7 @@ def too_few_memory_tokens(count: int, asked: int) -> ModelFolderError:
 
 
 class Compressor(nn.Module):
-    """Encoder f_θ = frozen LM + adapters + memory tokens; or, without these, one state pooled from
-    the text's.
+    """Encoder f_θ = frozen LM + adapters + memory tokens, or one state pooled from the text's.
 
     Args:
         backbone: the LM with its adapter stack.
@@ -110,8 +109,9 @@ class Compressor(nn.Module):
         seed: int,
         settings: EncoderSettings | None = None,
     ) -> Compressor:
-        """New memory tokens, so many or as the settings say, over a backbone (none if `settings`
-        pool the text's states).
+        """New memory tokens over a backbone, so many or as the settings say.
+
+        None if `settings` pool the text's states.
         """
         nesting = MemorySettings(tokens=memory) if isinstance(memory, int) else memory
         count = nesting.tokens if settings is None or settings.pooling == "memory" else 0
@@ -139,8 +139,9 @@ class Compressor(nn.Module):
         return self.memory.count + len(self.before) + len(self.behind)
 
     def memory_states(self, tokens: Tokens) -> Tensor:
-        """Memory states m̃_1..m̃_k of left-padded texts, after the final norm: memory_BKD; or the
-        pooled state, K = 1.
+        """Memory states m̃_1..m̃_k of left-padded texts, after the final norm: memory_BKD.
+
+        Without memory tokens the pooled state, K = 1.
         """
         tokens = wrap(tokens, self.before, self.behind, self._bos)
         x_BSD, mask_BS = self.memory.append(self.embed(tokens.ids_BT), tokens.mask_BT)
@@ -163,8 +164,9 @@ class Compressor(nn.Module):
         return x_BTD
 
     def _mean(self, states_BTD: Tensor, tokens: Tokens) -> Tensor:
-        """Mean over the text's tokens, B1D. BOS weighs `BOS_WEIGHT`, so that an empty text has an
-        embedding; without BOS: 0.
+        """Mean over the text's tokens, B1D.
+
+        BOS weighs `BOS_WEIGHT`, so that an empty text has an embedding; without BOS: 0.
         """
         weights_BT = tokens.mask_BT.float()
         if (bos := self.backbone.bos_id) is not None:
@@ -180,8 +182,9 @@ class Compressor(nn.Module):
         return int(self.backbone.bos_id is not None)
 
     def forward(self, tokens: Tokens) -> Tensor:
-        """Embeddings of left-padded texts: the weighted mean of their memory states, projected if
-        so set, embedding_BD.
+        """Embeddings of left-padded texts, embedding_BD.
+
+        The weighted mean of their memory states, projected if so set.
         """
         return self.pool(self.memory_states(tokens))
 
@@ -207,8 +210,9 @@ class Compressor(nn.Module):
         return self.settings.pooling != "mean" and not bool(others.any())
 
     def learn(self, memory: bool, embeddings: bool = False) -> None:
-        """Choose what learns beside the newest adapter: memory tokens and projection; the encoder's
-        own embedding table.
+        """Choose what learns beside the newest adapter.
+
+        Memory tokens and projection; the encoder's own embedding table.
         """
         self.memory.requires_grad_(memory and self.memory.count > 0)
         if self.projection is not None:

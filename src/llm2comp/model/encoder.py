@@ -1,6 +1,4 @@
-"""The Compressor as sentence-transformers' first module: preprocess, forward, and the stage folders
-it lives in.
-"""
+"""The Compressor as sentence-transformers' first module, and the stage folders it lives in."""
 
 from __future__ import annotations
 
@@ -56,8 +54,7 @@ class MemoryEncoder(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Positions of the longest input, memory and prompt included; may be set, then for all
-        roles alike.
+        """Positions of the longest input, memory and prompt included; may be set for all roles.
 
         None is the most that the LM takes. Raises BackboneError: a number that leaves no room for a
         text.
@@ -125,9 +122,7 @@ def as_sentence_transformer(
     role_max_tokens: dict[str, int] | None = None,
     prompts: dict[str, str] | None = None,
 ) -> SentenceTransformer:
-    """A SentenceTransformer over a live compressor; its memory states are pooled inside the
-    module.
-    """
+    """A SentenceTransformer over a live compressor, whose module pools its memory states."""
     module = MemoryEncoder(compressor, max_tokens, role_max_tokens)
     device = str(compressor.backbone.input_table.device)
     model = SentenceTransformer(modules=[module], device=device, prompts=prompts or {})
@@ -150,8 +145,9 @@ def to_dtype(model: SentenceTransformer, dtype: str) -> SentenceTransformer:
 
 
 def merge_adapters(model: SentenceTransformer) -> None:
-    """Put a live encoder's LoRA into the weights of a copy of its LM, which takes its place:
-    faster, for encoding alone.
+    """Put a live encoder's LoRA into the weights of a copy of its LM, which takes its place.
+
+    This is faster, for encoding alone.
 
     No frozen LM is left to decode with. Other models, full copies and LMs in 4 or 8 bits stay as
     they are.
@@ -167,8 +163,9 @@ def merge_adapters(model: SentenceTransformer) -> None:
 
 
 def refuse_long_prompt(prompt: str, tokens: int, limit: int, where: str = "prompt") -> None:
-    """Raise RecipeError when a prompt of so many tokens, with BOS, leaves a text no room within
-    `limit`: all would be one.
+    """Raise RecipeError when a prompt leaves a text no room within `limit`, BOS counted.
+
+    All embeddings would be one.
     """
     if tokens + LEAST_ROOM > limit:
         raise RecipeError(
@@ -202,8 +199,9 @@ def check_prompt(
 def refuse_not_finite(
     embeddings_ND: NDArray[np.float32], texts: Sequence[str], where: str | None = None
 ) -> None:
-    """Raise DataError, naming the text (its number, if there is no better `where`), unless all
-    embeddings are finite.
+    """Raise DataError unless all embeddings are finite.
+
+    It names the text: by its number, if there is no better `where`.
     """
     bad = np.flatnonzero(~np.isfinite(embeddings_ND).all(1))
     if len(bad):

@@ -1,6 +1,4 @@
-"""Memory tokens: k learned vectors put behind a text, and how their final states become one
-embedding.
-"""
+"""Memory tokens: k learned vectors after a text, and how their states become one embedding."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ Order = Literal["last", "first"]
 
 
 class MemoryTokens(nn.Module):
-    """`vectors_KD`, float32, as input embeddings, the paper's m_1..m_k. Texts are left-padded, so
-    memory stands at the end.
+    """`vectors_KD`, float32, as input embeddings, the paper's m_1..m_k.
+
+    Texts are left-padded, so memory stands at the end.
     """
 
     def __init__(self, vectors_KD: Tensor) -> None:
@@ -26,9 +25,7 @@ class MemoryTokens(nn.Module):
 
     @classmethod
     def like(cls, embeddings_VD: Tensor, count: int, seed: int) -> MemoryTokens:
-        """Fresh vectors drawn with the mean and spread that the rows of an embedding table have,
-        dimension by dimension.
-        """
+        """Fresh vectors with the mean and spread of an embedding table's rows, per dimension."""
         rows = embeddings_VD.detach().float()
         generator = torch.Generator().manual_seed(seed)
         noise_KD = torch.randn(count, rows.shape[1], generator=generator).to(rows.device)
@@ -77,8 +74,9 @@ def prefix_embeddings(memory_BKD: Tensor, prefixes: Sequence[int], order: Order)
 
 
 def new_projection(inside: int, outside: int, seed: int) -> nn.Linear:
-    """Linear map behind the pooled state, with bias as in LLM2Vec-Gen's release (arXiv 2603.10913),
-    float32.
+    """Linear map after the pooled state, with bias as LLM2Vec-Gen has it, float32.
+
+    arXiv 2603.10913.
 
     It begins as the identity; between two widths as a random rotation (rows or columns
     orthonormal), fixed by the seed. The bias begins as 0. As the weights of memory tokens sum to 1,
@@ -94,7 +92,8 @@ def new_projection(inside: int, outside: int, seed: int) -> nn.Linear:
 
 
 def maxsim(query_BKD: Tensor, document_CKD: Tensor) -> Tensor:
-    """Late interaction (ColBERT, arXiv 2004.12832): over the query's states, the sum of the best
-    dot product, scores_BC.
+    """Late interaction (ColBERT): over the query's states, the sum of best dot products, scores_BC.
+
+    arXiv 2004.12832.
     """
     return torch.einsum("bkd,cld->bckl", query_BKD, document_CKD).amax(-1).sum(-1)

@@ -22,8 +22,9 @@ NOT_MASKED = -1
 
 @dataclass(frozen=True)
 class Tokens:
-    """A padded batch. `ids_BT` int64; `mask_BT` int64, 1 = token, 0 = padding (its id never
-    matters).
+    """A padded batch.
+
+    `ids_BT` int64; `mask_BT` int64, 1 = token, 0 = padding (its id never matters).
     """
 
     ids_BT: Tensor
@@ -59,8 +60,9 @@ class Tokens:
 
 
 def limit_of(value: object, least: int) -> int:
-    """A value of `max_seq_length`. Raises BackboneError unless a whole number that leaves room for
-    a text.
+    """A value of `max_seq_length`.
+
+    Raises BackboneError unless a whole number that leaves room for a text.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         expected = (
@@ -96,8 +98,9 @@ def wrap(tokens: Tokens, before: Sequence[int], behind: Sequence[int], start: in
 
 
 def longest_first(lengths: Sequence[int], at_once: Callable[[int], int]) -> Iterator[list[int]]:
-    """Places of texts in groups of like length, the longest first: what will not fit shows at once,
-    little is padding.
+    """Places of texts in groups of like length, the longest first.
+
+    So what will not fit shows at once, and little is padding.
 
     `at_once` says, when a group is due, how many go into it, given the length of its longest; one
     at least.
@@ -116,8 +119,9 @@ def position_ids(mask_BT: Tensor) -> Tensor:
 
 
 def split_site(length: int, margin: int, seed: int, row: int) -> int | None:
-    """Length of the context: uniform in [margin, length − margin], fixed by (seed, row); None if
-    the text is too short.
+    """Length of the context: uniform in [margin, length − margin], fixed by (seed, row).
+
+    None if the text is too short.
     """
     if length < 2 * margin:
         return None
@@ -126,8 +130,9 @@ def split_site(length: int, margin: int, seed: int, row: int) -> int | None:
 
 @dataclass(frozen=True)
 class SplitTexts:
-    """A batch of stage 1: each text whole (right-padded), and as context (left-padded) and
-    continuation (right-padded).
+    """A batch of stage 1: each text whole, and as context and continuation.
+
+    Contexts are padded on the left, the others on the right.
 
     `replaced_BT`, beside the whole texts: the id that stands in for a masked token, `NOT_MASKED`
     elsewhere; None: no masks. `teacher_BD`: a teacher's embedding of each response, of any width.

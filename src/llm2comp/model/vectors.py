@@ -134,9 +134,7 @@ def embed_texts(
 
 
 def memory_states(
-    compressor: Compressor,
-    rows: Sequence[Sequence[int]],
-    max_tokens_per_batch: int | None = None,
+    compressor: Compressor, rows: Sequence[Sequence[int]], max_tokens_per_batch: int | None = None
 ) -> Tensor:
     """Memory states of token rows (BOS included) in order: memory_NKD, float32, on the CPU."""
     table, pad_id = compressor.backbone.input_table, compressor.backbone.pad_id

@@ -191,9 +191,7 @@ def teacher_states(backbone: Backbone, batch: SplitTexts, skipped: int = 0) -> T
 
 
 def decode_from_memory(
-    compressor: Compressor,
-    memory_BKD: Tensor,
-    text: Tokens,
+    compressor: Compressor, memory_BKD: Tensor, text: Tokens
 ) -> tuple[Tensor, Tensor]:
     """The frozen decoder on BOS (if any), memory and a right-padded text.
 

@@ -39,9 +39,8 @@ class ContrastiveStage(Stage):
     mini_batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="the same by tokens, padding not counted, but one text at least; with it, "
-        "mini_batch_size only says how "
-        "many rows of the table of scores are computed at once; both null = the whole "
-        "batch, or what fits the memory",
+        "mini_batch_size only says how many rows of the table of scores are computed at once; "
+        "both null = the whole batch, or what fits the memory",
     )
 
 
@@ -69,8 +68,7 @@ class UclStage(ContrastiveStage):
     views: Literal["dropout", "crop"] = Field(
         default="dropout",
         description="the two views of a text differ by: dropout = nothing else (SimCSE); crop = "
-        "each "
-        "is also a random span of its words (arXiv 2508.03453)",
+        "each is also a random span of its words (arXiv 2508.03453)",
     )
     crop_share: tuple[CropShare, CropShare] = Field(
         default=(0.3, 0.7),

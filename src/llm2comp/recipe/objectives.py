@@ -33,19 +33,13 @@ class ObjectiveRow:
 INTO_MEMORY = "The model learns to put a text into its memory tokens, so that a frozen copy "
 OBJECTIVES = {
     "ctkd": ObjectiveRow(
-        f"{INTO_MEMORY}goes on as if it had read the text.",
-        "sample_mean",
-        {"memory", "decoder"},
+        f"{INTO_MEMORY}goes on as if it had read the text.", "sample_mean", {"memory", "decoder"}
     ),
     "continuation": ObjectiveRow(
-        f"{INTO_MEMORY}of itself can continue it.",
-        "token_mean",
-        {"memory", "decoder"},
+        f"{INTO_MEMORY}of itself can continue it.", "token_mean", {"memory", "decoder"}
     ),
     "reconstruction": ObjectiveRow(
-        f"{INTO_MEMORY}of itself can repeat it.",
-        "token_mean",
-        {"memory", "decoder"},
+        f"{INTO_MEMORY}of itself can repeat it.", "token_mean", {"memory", "decoder"}
     ),
     "response": ObjectiveRow(
         f"{INTO_MEMORY}gives its own response to it.",

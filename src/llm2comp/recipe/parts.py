@@ -1,5 +1,6 @@
-"""Sections of a recipe: model, memory, adapter, data, schedule, watch. Each checks its own
-values.
+"""Sections of a recipe: model, memory, adapter, data, schedule, watch.
+
+Each checks its own values.
 """
 
 from __future__ import annotations
@@ -43,9 +44,8 @@ class ModelSettings(Section):
     dtype: Literal["auto", "fastest", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="dtype of the frozen base; auto = float32 on a CPU, bfloat16 elsewhere; "
-        "fastest = bfloat16 also on a CPU "
-        "that multiplies it by instructions of its own (AVX-512 BF16, AMX), where "
-        "float32 is slower",
+        "fastest = bfloat16 also on a CPU that multiplies it by instructions of its own (AVX-512 "
+        "BF16, AMX), where float32 is slower",
     )
     quantization: Literal["nf4", "int8"] | None = Field(
         default=None,
@@ -86,9 +86,7 @@ class MemorySettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _no_attention(cls, data: Any) -> Any:
-        """Accept `attention: full` of earlier versions' runs: it was the default, and is the only
-        behaviour now.
-        """
+        """Accept `attention: full` of earlier versions' runs: it was, and is, what happens."""
         if not isinstance(data, dict) or "attention" not in data:
             return data
         if data["attention"] == "separate":
@@ -113,8 +111,7 @@ class EncoderSettings(Section):
     pooling: Literal["memory", "mean", "last_token"] = Field(
         default="memory",
         description="memory = the states of the memory tokens; mean = those of the text's tokens "
-        "(LLM2Vec), last_token = the "
-        "prompt's last one (Llama2Vec): without memory tokens",
+        "(LLM2Vec), last_token = the prompt's last one (Llama2Vec): without memory tokens",
     )
     prompt: Template = Field(
         default=TEXT, description="what stands around a text when last_token is read; holds {text}"
@@ -139,8 +136,7 @@ class AdapterSettings(Section):
     kind: Literal["lora", "full", "none"] = Field(
         default="lora",
         description="full = all layers of a separate, trained copy of the LM encode; none = "
-        "nothing of the LM learns, the "
-        "memory tokens alone (the rest here is unused by both)",
+        "nothing of the LM learns, the memory tokens alone (the rest here is unused by both)",
     )
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -156,8 +152,7 @@ class TextData(Section):
 
     source: LocalName = Field(
         description="`builtin:python-docs`, a jsonl/csv/parquet/txt file (also .gz, .zst), a "
-        "folder that `generate-responses` "
-        "wrote, or a Hub data set"
+        "folder that `generate-responses` wrote, or a Hub data set"
     )
     column: str = Field(
         default="text",
@@ -207,8 +202,7 @@ class JudgeSettings(Section):
 
     name: LocalName = Field(
         description="Hub id, local folder (an exported encoder, too), or `package:NAME` for a "
-        "model "
-        "inside an installed Python package"
+        "model inside an installed Python package"
     )
     revision: str | None = Field(default=None, description="Hub branch, tag or commit")
 
@@ -238,16 +232,13 @@ class GuideSettings(JudgeSettings):
 
 
 class Schedule(Section):
-    """Learning rate: warm-up from the floor, then decay to the floor (DeepSpeed's WarmupDecayLR in
-    the release).
-    """
+    """Learning rate: warm-up from the floor, then decay to it (DeepSpeed's WarmupDecayLR)."""
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
         description="auto = the release's rate for the stage (1e-4, UCL 3e-5) · 4096 / hidden "
-        "width of the LM, and a tenth of "
-        "that under adapter.kind full; the floor, which is meant for a width of 4096, is "
-        "scaled by the same factor",
+        "width of the LM, and a tenth of that under adapter.kind full; the floor, which is meant "
+        "for a width of 4096, is scaled by the same factor",
     )
     floor_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
     warmup: Literal["logarithmic", "linear"] = "logarithmic"
@@ -275,8 +266,9 @@ class Schedule(Section):
 
 
 class WatchSettings(Section):
-    """Collapse watch: measures on a fixed sample of texts during training. It does not influence
-    what is learned.
+    """Collapse watch: measures on a fixed sample of texts during training.
+
+    It does not influence what is learned.
     """
 
     every_steps: Steps | None = Field(

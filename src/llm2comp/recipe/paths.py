@@ -1,6 +1,4 @@
-"""Names that may be local paths: make them absolute, tell them from Hub ids, find them in a moved
-run.
-"""
+"""Names that may be local paths: made absolute, told from Hub ids, found in a moved run."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def absolute(name: str) -> str:
-    """The absolute path if the name exists here or can only be a path; any other name (Hub id,
-    builtin) unchanged.
+    """The absolute path if the name exists here or can only be a path; any other name unchanged.
 
     `~` is expanded. Applying this twice changes nothing.
     """
@@ -71,9 +68,7 @@ def _only_a_path(name: str) -> bool:
 
 
 def each_path(tree: Any, change: Callable[[str], str]) -> Any:
-    """Settings with `change` applied to every name that may be a path (models, data, folders of
-    sets).
-    """
+    """Settings with `change` applied to every name that may be a path (models, data, sets)."""
     if isinstance(tree, list | tuple):
         return [each_path(item, change) for item in tree]
     if not isinstance(tree, dict):
@@ -90,8 +85,9 @@ def each_path(tree: Any, change: Callable[[str], str]) -> Any:
 
 
 def moved(name: str, old: Path, new: Path) -> str:
-    """A path in a run that moved from `old` to `new`: the same file relative to the run if it
-    exists, else the old path.
+    """A path in a run that moved from `old` to `new`.
+
+    The same file relative to the run if it exists, else the old path.
     """
     if not is_local(name) or old == new:
         return name

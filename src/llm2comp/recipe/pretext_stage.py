@@ -39,10 +39,9 @@ class PretextStage(Stage):
     max_tokens_per_batch: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="tokens computed at once, padding counted, but one text at least: the samples "
-        "of an optimiser step "
-        "(batch_size · gradient_accumulation_steps, as ever) are sorted by length and "
-        "cut into parts; null = batch_size texts, "
-        "or fewer where so many would not fit the memory",
+        "of an optimiser step (batch_size · gradient_accumulation_steps, as ever) are sorted by "
+        "length and cut into parts; null = batch_size texts, or fewer where so many would not fit "
+        "the memory",
     )
     schedule: Schedule = Schedule(warmup_steps=3200)
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5

@@ -1,6 +1,4 @@
-"""Reading a recipe: strict YAML, overrides, and errors that name the field and the nearest valid
-key.
-"""
+"""Reading a recipe: strict YAML, overrides, errors that name the field and the nearest key."""
 
 from __future__ import annotations
 
@@ -34,18 +32,14 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
 
 def read_yaml(file: Path, kind: str) -> dict[str, Any]:
-    """The settings in a YAML file. Raises RecipeError: unreadable, no mapping, or a key given
-    twice.
+    """The settings in a YAML file.
+
+    Raises RecipeError: unreadable, no mapping, or a key given twice.
     """
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     # no UTF-8, a 45th day of a month
-    except (
-        OSError,
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"not readable as YAML: {error}", where=str(file)) from None
     if not isinstance(tree, dict):
         raise RecipeError(
@@ -109,8 +103,9 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def shipped_files(place: str) -> dict[str, Path]:
-    """YAML files of a folder that comes with the package, by name: beside it in a checkout, inside
-    it when installed.
+    """YAML files of a folder that comes with the package, by name.
+
+    It is beside the package in a checkout, inside it when installed.
     """
     here = Path(__file__).resolve().parents[1]
     folders = (here / place, here.parents[1] / place)

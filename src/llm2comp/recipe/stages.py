@@ -42,8 +42,7 @@ class Stage(Section):
     keep_best: str | None = Field(
         default=None,
         description="keep the step of the watch where this figure was best instead of the last: "
-        "one of WATCHED, or the name "
-        "of a local evaluation set of watch.tasks",
+        "one of WATCHED, or the name of a local evaluation set of watch.tasks",
     )
     patience: Steps | None = Field(
         default=None, description="stop after so many watches without a better keep_best"

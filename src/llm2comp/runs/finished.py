@@ -1,5 +1,6 @@
-"""What a finished stage was trained over; what the finished encoder is given: length limits,
-prompts, facts for its card.
+"""What a finished stage was trained over, and what the finished encoder is given.
+
+Length limits, prompts, facts for its card.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from llm2comp.system.folders import EXPORTED, RUN, STAGE, refuse_foreign, refuse
 
 
 def require_base(done: Path, recipe: Recipe) -> None:
-    """Raise RunError unless the stage of this done.json is finished, ModelFolderError unless over
-    the base that loads now.
+    """Raise RunError unless the stage of this done.json is finished.
+
+    ModelFolderError unless over the base that loads now.
     """
     try:
         base = json.loads(done.read_text(encoding="utf-8")).get("base")
@@ -80,8 +82,9 @@ def _shown(source: str) -> str:
 
 
 def refuse_others(run: Path, stages: Iterable[Path], model: Path, done_file: str) -> None:
-    """Raise RunError where a run would have to replace what is not its own, before it trains; what
-    is done stays.
+    """Raise RunError, before training, where a run would replace what is not its own.
+
+    What is done stays.
     """
     refuse_taken(run, RUN)
     for folder, kind in (dict.fromkeys(stages, STAGE) | {model: EXPORTED}).items():

@@ -43,9 +43,7 @@ class Run:
 
     @classmethod
     def of(cls, path: str | Path) -> Run | None:
-        """The run that a path belongs to: itself, a stage or the model of it; None for anything
-        else.
-        """
+        """The run that a path belongs to: itself, a stage or the model of it; else None."""
         folder = expanded(path).absolute()
         if (folder / RECIPE_FILE).is_file():
             return cls(folder)
@@ -54,8 +52,9 @@ class Run:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """Its recipe; paths that lay in the run follow it when it is moved. Raises RunError when
-        there is none.
+        """Its recipe; paths that lay in the run follow it when it is moved.
+
+        Raises RunError when there is none.
         """
         file = self.path / RECIPE_FILE
         if not file.is_file():
@@ -110,8 +109,9 @@ class Run:
         )
 
     def encoder(self, upto: str, recipe: Recipe | None = None) -> SentenceTransformer:
-        """`compressor` as a SentenceTransformer with the run's limits and prompts. Raises as it
-        does.
+        """`compressor` as a SentenceTransformer with the run's limits and prompts.
+
+        Raises as it does.
         """
         recipe = recipe or self.recipe
         # earlier stages never saw the query prompt

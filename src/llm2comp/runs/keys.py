@@ -1,5 +1,6 @@
-"""What a stage's result depends on, as a hash: stages of one key are the same training, wherever
-their files lie.
+"""What a stage's result depends on, as a hash.
+
+Stages of one key are the same training, wherever their files lie.
 """
 
 from __future__ import annotations
@@ -41,17 +42,13 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
 
 def matters(path: list[str], recipe: Recipe) -> bool:
-    """Whether another value of a setting is another training; the watch is one where a stage is
-    steered by it.
-    """
+    """Whether another value of a setting is another training; the watch's if it steers a stage."""
     steered = path[0] == "watch" and any(stage.keep_best for stage in recipe.stages.values())
     return path[-1] not in NO_EFFECT and (path[0] not in NO_STAGE or steered)
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """Dotted name → value; an empty container is as good as none, and where a file lies does not
-    matter.
-    """
+    """Dotted name → value; an empty container is left out, and so is where a file lies."""
     tree = each_path(recipe.model_dump(mode="json"), placeless)
     return {key: value for key, value in leaves(tree).items() if value not in ([], {})}
 
@@ -62,8 +59,9 @@ def placeless(name: str) -> str:
 
 
 def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
-    """Hash of all that a stage's result depends on: settings, model and its weights, adapter, seed,
-    data, the stage before.
+    """Hash of all that a stage's result depends on.
+
+    Settings, model and its weights, adapter, seed, data, the stage before.
 
     Files count by name and content, wherever they lie.
     """

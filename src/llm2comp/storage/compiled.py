@@ -1,5 +1,6 @@
-"""Exported folders run by OpenVINO or ONNX Runtime on CPUs, for speed: the transformer as a graph,
-all else as it was.
+"""Exported folders run by OpenVINO or ONNX Runtime on CPUs, for speed.
+
+The transformer is a graph, all else is as it was.
 
 1. `compile_folder` traces the folder's transformer (ids, mask → token states; batch and length
    free), writes the graph into `openvino/` or `onnx/` of the folder, and holds the embeddings it
@@ -204,9 +205,7 @@ def compiled_of(model: SentenceTransformer) -> Compiled | None:
 
 
 def _open(folder: Path, config: Any, runtime: Runtime) -> Graph:
-    """The graph in a folder that `compile_folder` wrote, once its files are found to be those that
-    were written.
-    """
+    """The graph in a folder that `compile_folder` wrote, once its files are found unchanged."""
     fix = f"write it again: llm2comp export, or compile_folder(..., {runtime.name!r})"
     try:
         facts = json.loads((folder / GRAPH_FILE).read_text(encoding="utf-8"))

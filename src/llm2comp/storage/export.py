@@ -1,5 +1,4 @@
-"""Write a trained encoder as a plain sentence-transformers folder, and check later that it still
-gives the same embeddings.
+"""Write a trained encoder as a plain sentence-transformers folder.
 
 `export`, so that `SentenceTransformer(folder)` needs no flag, no code and not this package:
 1. make transformer, tokenizer and pooling as stock parts in float32 (`stock.py`), and hold their
@@ -150,8 +149,9 @@ def _keep_settings(model: SentenceTransformer, stock: Any) -> None:
 
 
 def _write(stock: Any, target: Path, dtype: str) -> Tensor:
-    """Round the transformer's weights, save all. Returns the golden vectors of the rounded weights,
-    in float32.
+    """Round the transformer's weights, save all.
+
+    Returns the golden vectors of the rounded weights, in float32.
     """
     for parameter in stock[0].auto_model.parameters():
         parameter.data = parameter.data.to(getattr(torch, dtype))

@@ -1,5 +1,6 @@
-"""golden.json: a few texts with their embeddings, which an exported folder must reproduce; and how
-folders are loaded.
+"""golden.json: texts with the embeddings that an exported folder must reproduce.
+
+Also how such folders are loaded.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ class Precision:
         return cls(dtype, round(weights, 7), round(lowest_cosine(found, own), 7))
 
     def record(self) -> dict[str, Any]:
-        """For golden.json: with `minimum`, the bound of `verify` on `computing`, as processors
-        round in other orders.
+        """For golden.json.
+
+        With `minimum`, the bound of `verify` on `computing`, as processors round in other orders.
         """
         return asdict(self) | {"minimum": round(1 - MARGIN * (1 - self.computing) - 1e-3, 6)}
 
@@ -71,17 +73,15 @@ class Precision:
         if self.dtype == "float32":
             return self.dtype
         return (
-            f"{self.dtype}; lowest cosine to the trained encoder {self.weights:.5f} when "
-            "computed in float32, and from there"
-            f" to {self.dtype} {self.computing:.5f}"
+            f"{self.dtype}; lowest cosine to the trained encoder {self.weights:.5f} when computed "
+            f"in float32, and from there to {self.dtype} {self.computing:.5f}"
         )
 
 
 def golden_vectors(
     model: SentenceTransformer | MultiVectorEncoder, texts: Sequence[str] = GOLDEN_TEXTS
 ) -> Tensor:
-    """What the golden file holds of a model, a row per text: its embedding, or its vectors in a
-    row.
+    """What the golden file holds, a row per text: its embedding, or its vectors in a row.
 
     By the stock library's own `encode`: that is what is verified.
     """
@@ -103,8 +103,9 @@ def rounded(embeddings_ND: Tensor) -> list[list[float]]:
 
 
 def verify(folder: Path) -> float:
-    """Recompute the golden embeddings of an exported folder in float32. Returns the lowest cosine
-    to the stored ones.
+    """Recompute the golden embeddings of an exported folder in float32.
+
+    Returns the lowest cosine to the stored ones.
 
     In half precision the folder must reach the cosine that `export` measured.
 
@@ -151,8 +152,9 @@ def hold(
     dtype: str = "float32",
     fix: str | None = None,
 ) -> float:
-    """The lowest cosine of golden embeddings to those expected. Raises ModelFolderError with
-    `problem` below `minimum`.
+    """The lowest cosine of golden embeddings to those expected.
+
+    Raises ModelFolderError with `problem` below `minimum`.
     """
     if found.shape != expected.shape:
         raise ModelFolderError(
@@ -234,8 +236,9 @@ def is_multi_vector(folder: Path) -> bool:
 
 
 def load_as(folder: Path, device: str | None, kind: type[Any], dtype: str = "auto") -> Any:
-    """A folder's model, of sentence-transformers' class `kind`, once it has embedded a text; in
-    `dtype` or as it is stored.
+    """A folder's model, of sentence-transformers' class `kind`, once it has embedded a text.
+
+    It is in `dtype`, or as it is stored.
     """
     if not (folder / "modules.json").is_file():
         raise ModelFolderError(

@@ -91,8 +91,9 @@ def _plain(name: str) -> str:
 
 
 def _content(folder: Path) -> str:
-    """Hex digest over names and content of a folder's files, those of checkpoints, logs and
-    compiled graphs left out.
+    """Hex digest over names and content of a folder's files.
+
+    Those of checkpoints, logs and compiled graphs are left out.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):

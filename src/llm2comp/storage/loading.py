@@ -1,5 +1,6 @@
-"""`llm2comp.load`: whatever names a model (folder, run, stage of a run, baseline, Hub id), a
-SentenceTransformer.
+"""`llm2comp.load`: whatever names a model → a SentenceTransformer.
+
+A folder, a run, a stage of a run, a baseline, a Hub id.
 """
 
 from __future__ import annotations
@@ -119,9 +120,7 @@ def _load_graph(path: str, device: str | None, backend: str) -> SentenceTransfor
 
 
 def card_facts(path: str) -> dict[str, str]:
-    """Facts about a run, a stage or a packaged encoder for the README of its exported folder; none
-    for other models.
-    """
+    """Facts for an exported folder's README, of a run, a stage or a packaged encoder; else none."""
     run = Run.of(packaged(path))
     if run is None:
         return {}

@@ -25,11 +25,7 @@ from llm2comp.storage.golden import (
     verify,
 )
 from llm2comp.storage.places import live_place
-from llm2comp.storage.weights import (
-    memory_names,
-    set_weights,
-    word_weights,
-)
+from llm2comp.storage.weights import memory_names, set_weights, word_weights
 from llm2comp.system.files import to_json, write_bytes, write_text
 from llm2comp.system.folders import new_folder
 

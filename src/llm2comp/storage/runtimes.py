@@ -1,5 +1,6 @@
-"""OpenVINO and ONNX Runtime: how each writes the graph of a transformer, and how it runs it. The
-one place that knows them.
+"""OpenVINO and ONNX Runtime: how each writes the graph of a transformer, and how it runs it.
+
+The one place that knows them.
 
 Both are given eager attention: its mask is a large negative number, not minus infinity, so that a
 row of padding that sees nothing (a sliding window) stays finite. The runtimes fuse attention by
@@ -25,18 +26,16 @@ from torch import Tensor, nn
 NAMES = ("input_ids", "attention_mask")
 OUTPUT = "last_hidden_state"
 # as sentence-transformers and optimum call them
-OPENVINO_FILE, ONNX_FILE = (
-    "openvino_model.xml",
-    "model.onnx",
-)
+OPENVINO_FILE, ONNX_FILE = ("openvino_model.xml", "model.onnx")
 # ids_BT, mask_BT → states_BTD
 RunGraph = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """`write(body, ids_BT, mask_BT, folder, precision)`; `open(folder, precision, threads)`, which
-    may be called at once.
+    """`write(body, ids_BT, mask_BT, folder, precision)` and `open(folder, precision, threads)`.
+
+    What `open` gives may be called at once.
     """
 
     name: str
@@ -66,9 +65,7 @@ class _States(nn.Module):
 
 @contextlib.contextmanager
 def _traceable(body: Any) -> Iterator[nn.Module]:
-    """The body for tracing: eager attention, no gradients, no remarks about what a trace takes for
-    constant.
-    """
+    """The body for tracing: eager attention, no gradients, no remarks about constants."""
     before, exporter = body.config._attn_implementation, logging.getLogger("torch.onnx")
     level = exporter.level
     body.set_attn_implementation("eager")
@@ -97,8 +94,9 @@ def _write_openvino(
 
 
 def round_weights(graph: Any) -> int:
-    """Round the matrices of an OpenVINO graph to 8 bits, symmetrically, a scale per output (tables:
-    per row), in place.
+    """Round an OpenVINO graph's matrices to 8 bits in place.
+
+    Symmetrically, a scale per output (of tables: per row).
 
     The graph then says matrix = float(int8) · scale, which OpenVINO takes for compressed weights.
     Returns how many.

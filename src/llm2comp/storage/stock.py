@@ -1,5 +1,6 @@
-"""A live encoder as stock sentence-transformers modules, so that its folder needs no flag, no code
-and not this package.
+"""A live encoder as stock sentence-transformers modules.
+
+Its folder needs no flag, no code and not this package.
 
 1. merge the adapters into a float32 copy of the LM; keep the model without its LM head
 2. append the memory vectors to the embedding table, after the last token's row (row ÷ the family's
@@ -76,8 +77,9 @@ def stock_model(
 
 
 def _write_transformer(module: MemoryEncoder, folder: Path) -> dict[str, int]:
-    """Steps 1 to 4 of the module docstring up to the config. Returns the memory tokens' ids by
-    their names.
+    """Steps 1 to 4 of the module docstring up to the config.
+
+    Returns the memory tokens' ids by their names.
     """
     compressor = module.compressor
     backbone = compressor.backbone
@@ -105,8 +107,7 @@ def _write_transformer(module: MemoryEncoder, folder: Path) -> dict[str, int]:
 
 
 def _tokenizer(compressor: Compressor) -> tuple[Any, dict[str, int]]:
-    """The backbone's tokenizer with the template BOS, prompt around the text, memory; padded on the
-    right.
+    """The backbone's tokenizer with the template BOS, prompt, text, memory; padded on the right.
 
     It is rebuilt as the generic class: a family's own class may set up its template anew when it is
     loaded. No chat template.
@@ -155,8 +156,9 @@ def _tokenizer(compressor: Compressor) -> tuple[Any, dict[str, int]]:
 
 
 def _any_token(backend: Any) -> str:
-    """A token to pad with where the family has none: as padding is masked, any will do that is
-    found in texts anyway.
+    """A token to pad with where the family has none.
+
+    Padding is masked, so any that is found in texts anyway will do.
 
     Another one would be found in texts from now on. Where there is none at all, id 0's.
     """

@@ -1,6 +1,4 @@
-"""The weights of the memory tokens in the mean: of a live encoder, and of a loaded folder that
-`export` wrote.
-"""
+"""The weights of the memory tokens in the mean, of a live encoder or an exported folder."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ from llm2comp.storage.stock import MEMORY_NAME, ORDER_KEY
 
 
 def memory_ids(model: SentenceTransformer) -> dict[str, int]:
-    """Name → id of the memory tokens of a loaded folder that `export` wrote, in order; none for any
-    other model.
+    """Name → id of an exported folder's memory tokens, in order; none for any other model.
 
     They stand in the tokenizer's template alone; in folders of earlier versions, which hold them as
     added tokens, there too.
@@ -44,9 +41,7 @@ def _first_id(item: tuple[str, Any]) -> int:
 
 
 def memory_names(model: SentenceTransformer) -> list[str] | None:
-    """The memory tokens of a loaded folder that `export` wrote, in order; None for any other
-    model.
-    """
+    """The memory tokens of an exported folder, in order; None for any other model."""
     return list(memory_ids(model)) or None
 
 

@@ -1,5 +1,6 @@
-"""The user's cache: corpora as token ids, converted models, digests. One process at a time writes
-an entry.
+"""The user's cache: corpora as token ids, converted models, digests.
+
+One process at a time writes an entry.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def cache_folder() -> Path:
 
 
 def cached(folder: Path, read: Callable[[], Held | None], build: Callable[[], Held]) -> Held:
-    """Return `read(folder)` if the cache entry is complete. Otherwise one process runs `build`, and
-    others wait.
+    """Return `read(folder)` if the cache entry is complete.
+
+    Otherwise one process runs `build`, and others wait.
 
     Raises:
         RunError: the cache cannot be written; names the variable that moves it.

@@ -1,6 +1,4 @@
-"""What a person sees: the console on standard error, progress bars, and the choices of command
-options.
-"""
+"""What a person sees: the console on standard error, progress bars, choices of options."""
 
 from __future__ import annotations
 
@@ -40,8 +38,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Bar:
-    """Progress of one long task: a live bar on a terminal, a plain line every ten seconds
-    elsewhere.
+    """Progress of one long task: a bar on a terminal, a line every ten seconds elsewhere.
 
     with Bar("embed", total=1000) as bar:
         bar.advance(32, "1,234 tokens/s")
@@ -112,7 +109,5 @@ class Bar:
 
 
 def say(message: object) -> None:
-    """One line (or a rich renderable) for the person at the console; brackets in a line are no
-    markup.
-    """
+    """One line (or a rich renderable) for the console; brackets in a line are no markup."""
     console.print(message, highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -42,8 +42,9 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def open_to_others(path: Path) -> None:
-    """Give a file or folder the access that the umask allows. Libraries write some for the owner
-    alone.
+    """Give a file or folder the access that the umask allows.
+
+    Libraries write some for the owner alone.
     """
     mask = os.umask(0o077)
     os.umask(mask)
@@ -66,8 +67,9 @@ def whole_or_gone(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def explain_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write (full disk, no permission) into a RunError that names the place; other
-    errors pass.
+    """Turn a failed write (full disk, no permission) into a RunError that names the place.
+
+    Other errors pass.
     """
     try:
         yield

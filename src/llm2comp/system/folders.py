@@ -78,8 +78,9 @@ ANALYSIS = Kind(
 
 @contextlib.contextmanager
 def new_folder(path: Path, kind: Kind | None) -> Iterator[Path]:
-    """Give a temporary folder to fill. It replaces `path` at the end; after an error `path` is
-    unchanged.
+    """Give a temporary folder to fill.
+
+    It replaces `path` at the end; after an error `path` is unchanged.
 
     Args:
         path: where to.
@@ -122,9 +123,7 @@ def _take_place(new: Path, path: Path, old: Path) -> None:
 
 
 def refuse_foreign(folder: Path, kind: Kind) -> None:
-    """Raise RunError if a folder may not be replaced: it has no mark of this kind, or holds other
-    files.
-    """
+    """Raise RunError if a folder may not be replaced: no mark of this kind, or other files."""
     marked = _mark(folder, kind)
     if marked is None:
         _refuse(folder, f"a new or empty folder, or {kind.name}", _entries(folder))
@@ -146,9 +145,7 @@ def remove_folder(folder: Path, kind: Kind) -> None:
 
 
 def refuse_taken(folder: Path, kind: Kind) -> None:
-    """Raise RunError if a folder has no mark of this kind and a name to be written is already
-    taken.
-    """
+    """Raise RunError if a folder has no mark of this kind and a name to be written is taken."""
     if _mark(folder, kind) is None:
         taken = [
             name
@@ -159,8 +156,9 @@ def refuse_taken(folder: Path, kind: Kind) -> None:
 
 
 def claim(folder: Path, kind: Kind) -> None:
-    """Mark a folder that will be filled step by step. Raises RunError as `refuse_taken` does, or if
-    writing fails.
+    """Mark a folder that will be filled step by step.
+
+    Raises RunError as `refuse_taken` does, or if writing fails.
     """
     refuse_taken(folder, kind)
     marks = _marks(folder)
@@ -171,9 +169,7 @@ def claim(folder: Path, kind: Kind) -> None:
 def refuse_output(
     file: Path, inputs: Iterable[Path] = (), ours: Callable[[Path], bool] | None = None
 ) -> None:
-    """Raise RunError if a file may not be written: it is a folder, an input, or `ours` says it is
-    not ours.
-    """
+    """Raise RunError if a file may not be written: a folder, an input, or not ours (`ours`)."""
     if not file.exists():
         return
     fix = "give another --out"
@@ -215,8 +211,9 @@ def _refuse(folder: Path, expected: str, foreign: list[str]) -> None:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Names in a folder, without files that belong to nobody (such as .DS_Store). Empty if there is
-    no folder.
+    """Names in a folder, without files that belong to nobody (such as .DS_Store).
+
+    Empty if there is no folder.
     """
     return (
         sorted({path.name for path in folder.iterdir()}.difference(_NOBODYS))

@@ -1,5 +1,6 @@
-"""The Hugging Face Hub. We ask it one quick question first, because libraries retry each file for
-minutes.
+"""The Hugging Face Hub.
+
+We ask it one quick question first, because libraries retry each file for minutes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ _silent_at: list[float] = []  # when the Hub last did not answer
 
 @contextlib.contextmanager
 def hub(name: str) -> Iterator[None]:
-    """Wrap calls that may ask the Hub for `name`. If the Hub does not answer quickly, only its
-    cache is used.
+    """Wrap calls that may ask the Hub for `name`.
+
+    If the Hub does not answer quickly, only its cache is used.
     """
     if Path(name).exists() or constants.HF_HUB_OFFLINE or answers():
         yield
@@ -56,8 +58,9 @@ def unasked() -> str | None:
 
 
 def not_at_hand(name: str, file: str = "config.json") -> str | None:
-    """Message for a model that is not in the cache while the Hub is not asked. None if that is not
-    the reason.
+    """Message for a model that is not in the cache while the Hub is not asked.
+
+    None if that is not the reason.
     """
     why = unasked()
     if why is None or Path(name).exists():

@@ -1,6 +1,4 @@
-"""Batches of contrastive learning: how many different rows there are for one, and pairs by their
-number of hard negatives.
-"""
+"""Batches of contrastive learning: how many different rows there are, and tables of pairs."""
 
 from __future__ import annotations
 
@@ -32,8 +30,9 @@ def enough(stage: str, rows: int) -> None:
 
 
 def clipped(name: str, stage: AnyStage, rows: int) -> AnyStage:
-    """The stage with batches that so many different rows can fill. Raises DataError where there are
-    no two.
+    """The stage with batches that so many different rows can fill.
+
+    Raises DataError where there are no two.
     """
     enough(name, rows)
     if rows >= stage.batch_size:
@@ -46,8 +45,7 @@ def clipped(name: str, stage: AnyStage, rows: int) -> AnyStage:
 
 
 def pair_datasets(pairs: Sequence[Pair], batch_size: int) -> dict[str, Any]:
-    """Pairs as one table per number of hard negatives (a batch needs as many for each of its
-    queries).
+    """Pairs as one table per number of hard negatives: a batch needs as many for each query.
 
     Where too few for a batch have so many negatives, the last ones of these are dropped; where too
     few have so little, the pairs are left out.

@@ -44,8 +44,7 @@ LEAST_ROWS = 2  # of different ones: one text is like nothing, and tells nothing
 
 
 def check(recipe: Recipe, local_sets: LocalSets | None = None) -> None:
-    """Find before anything trains what some stage would stumble over; `local_sets` as in
-    `run.train`.
+    """Find before training what some stage would stumble over; `local_sets` as in `run.train`.
 
     Raises:
         RecipeError: settings that the model cannot go with: dimensions, prompts without room,
@@ -154,8 +153,9 @@ class _Known:
 
 
 def check_rows(name: str, stage: Stage, known: _Known) -> None:
-    """Whether a stage's data hold two different rows at least. Raises DataError; reads no further
-    than needed.
+    """Whether a stage's data hold two different rows at least.
+
+    Raises DataError; reads no further than needed.
     """
     if isinstance(stage, SclStage):
         pairs = [pair for spec in stage.data for pair in read_pairs(spec).rows]

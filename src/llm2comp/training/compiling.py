@@ -1,6 +1,4 @@
-"""`torch.compile` for a stage: what of the LM's layers is worth it, in place, and plain modules
-again afterwards.
-"""
+"""`torch.compile` for a stage: the parts of the LM's layers that gain, and plain ones after."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from llm2comp.system.console import say
 
 @contextlib.contextmanager
 def compiled(model: nn.Module, on: bool = True) -> Iterator[None]:
-    """Norms and MLPs of all layers compiled inside, where the small operations are; attention stays
-    as it is.
+    """Inside, norms and MLPs of all layers are compiled; attention stays as it is.
 
     Attention's masks and kernels differ between the three passes and from batch to batch, which
     would be compiled again and again. Dropout is drawn as it is without: GradCache needs the same

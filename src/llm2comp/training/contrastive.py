@@ -167,8 +167,7 @@ def _each_tensor(features: dict[str, Any], change: Callable[[Tensor], Tensor]) -
 def contrastive_loss(
     model: SentenceTransformer, stage: ContrastiveStage, judges: Judges | None = None
 ) -> nn.Module:
-    """InfoNCE over cosine with in-batch (and hard) negatives of all devices, temperature from the
-    stage.
+    """InfoNCE over cosine, negatives from all devices' batches, temperature from the stage.
 
     `denominator: both_views` also counts the other first views (the poster's 2B). `mini_batch_size`
     or `mini_batch_tokens` switches to GradCache, which keeps the gradient of the whole batch.
@@ -224,8 +223,9 @@ def matryoshka(model: SentenceTransformer, loss: nn.Module, dims: Sequence[int])
 
 
 def nest(loss: nn.Module, module: MemoryEncoder) -> None:
-    """Make a stock loss the mean of itself over the nested memory's prefixes; the module then gives
-    embeddings_BPD.
+    """Make a stock loss its mean over the nested memory's prefixes.
+
+    The module then gives embeddings_BPD.
 
     Only the step from embeddings to the loss is repeated. GradCache's form of it goes backward by
     itself, prefix by prefix, into the cached embeddings: there each prefix's gradient is divided on

@@ -1,6 +1,4 @@
-"""What training needs of a device's memory, estimated, and what of a batch is therefore computed at
-once.
-"""
+"""What training needs of a device's memory, estimated, and so what is computed at once."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ AnyStage = TypeVar("AnyStage", bound=Stage)
 
 
 def fitted(name: str, stage: AnyStage, backbone: Backbone, full_copy: bool) -> AnyStage:
-    """A stage with all that its model and device decide: its learning rate, and what is computed at
-    once.
+    """A stage with all that its model and device decide: learning rate, what is computed at once.
 
     The optimiser steps stay those of the recipe. Says what was chosen. Among several processes
     batches stay whole.
@@ -85,8 +82,9 @@ def tokens_at_once(
 
 
 def base_bytes(lm: Any, size: int, quantization: str | None) -> int:
-    """Bytes of the frozen base, `size` per weight; in 4 or 8 bits linear layers but the head take
-    less (scales counted).
+    """Bytes of the frozen base, `size` per weight.
+
+    In 4 or 8 bits linear layers but the head take less (scales counted).
     """
     head = lm.get_output_embeddings()
     linear = sum(
@@ -120,9 +118,7 @@ def embedding_weights(lm: Any) -> int:
 def trained_embeddings(
     stage: Stage, lm: Any, memory_tokens: int, projection: int | str | None = None
 ) -> int:
-    """Trained weights beside the adapter: the memory's rows, the whole table of embeddings, the
-    projection.
-    """
+    """Trained weights beside the adapter: memory, the whole embedding table, the projection."""
     rows, width = (int(n) for n in lm.get_input_embeddings().weight.shape)
     mapped = (
         0
@@ -158,8 +154,9 @@ def activations(config: Any, stage: Stage, texts: float, tokens: float, full: bo
 
 
 def logits(config: Any, stage: Stage | None, positions: float, full: bool) -> int:
-    """Estimate of one chunk of logits in float32, of teacher and student with their logarithms;
-    only stage 1 has any.
+    """Estimate of one chunk of float32 logits, teacher's and student's with their logarithms.
+
+    Only stage 1 has any.
     """
     at_once = (
         min(CHUNK if full else CHUNK_ON_GPU, positions) if isinstance(stage, PretextStage) else 0

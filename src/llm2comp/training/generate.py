@@ -1,5 +1,6 @@
-"""`llm2comp generate-responses`: what an LM says to each of many texts, and a teacher's embedding
-of it (LLM2Vec-Gen).
+"""`llm2comp generate-responses`: what an LM says to each of many texts (LLM2Vec-Gen).
+
+And a teacher's embedding of it.
 
 Shards appear whole or not at all, each depends on its own texts alone, and what is there is not
 made again: a run that was stopped goes on, and several machines can share one folder.
@@ -149,9 +150,7 @@ def _make_shard(
 
 @contextlib.contextmanager
 def _own_randomness(seed: int, shard: int) -> Iterator[None]:
-    """A sequence of random numbers fixed by (seed, shard), whatever was made before; the others go
-    on afterwards.
-    """
+    """Random numbers fixed by (seed, shard), whatever was made before; the others go on after."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(random.Random(f"{seed}:{shard}").getrandbits(63))
         yield
@@ -186,8 +185,9 @@ def _manifest(
 
 
 def _claim(out: Path, manifest: Manifest) -> None:
-    """Make the folder that of these settings. Raises RunError when it is of others, or holds
-    something else.
+    """Make the folder that of these settings.
+
+    Raises RunError when it is of others, or holds something else.
     """
     if not (out / MANIFEST_FILE).is_file():
         claim(out, RESPONSES)

@@ -1,6 +1,4 @@
-"""How long a recipe will take: a few small steps of each stage, run as the run itself would, in a
-folder that goes away.
-"""
+"""How long a recipe will take: a few small steps of each stage, in a folder that goes away."""
 
 from __future__ import annotations
 

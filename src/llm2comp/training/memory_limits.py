@@ -1,5 +1,6 @@
-"""What is computed at once in training: a batch cut into pieces of so many tokens, and fewer of
-them once memory runs out.
+"""What is computed at once in training: a batch cut into pieces of so many tokens.
+
+Pieces get smaller once memory runs out.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def masks_of(inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def pieces_of(batch: dict[str, Tensor], max_tokens: int | None) -> list[dict[str, Tensor]]:
-    """A batch of `SplitTexts.to_tensors` in pieces of like length, the longest first; None: all of
-    it in one piece.
+    """A batch of `SplitTexts.to_tensors` in pieces of like length, the longest first.
+
+    None: all of it in one piece.
 
     Each piece holds as many texts as fit into `max_tokens` when all are as long as its longest, one
     at least; padding that its own texts do not need is cut off.
@@ -61,8 +63,9 @@ def _some_rows(batch: dict[str, Tensor], places: Sequence[int]) -> dict[str, Ten
 
 
 class FittingMixin:
-    """Put before a trainer class: each batch goes through in pieces, and in smaller ones for good
-    once memory runs out.
+    """Put before a trainer class: each batch goes through in pieces.
+
+    They get smaller for good once memory runs out.
 
     A stage's gradients, random state and result are then those of a stage with the smaller limit
     from the start.
@@ -73,15 +76,11 @@ class FittingMixin:
     limit_name: str  # setting for the tokens that are computed at once
 
     def pieces(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """What of a batch goes through forward and backward pass at once; their losses add up to
-        the batch's.
-        """
+        """What of a batch goes forward and backward at once; the losses add up to the batch's."""
         return [inputs]
 
     def at_once(self, inputs: dict[str, Any]) -> tuple[int, bool]:
-        """How many tokens are computed at once where memory has just run out, and whether they are
-        of several texts.
-        """
+        """How many tokens were computed when memory ran out, and whether of several texts."""
         raise NotImplementedError
 
     def set_limit(self, tokens: int) -> None:
@@ -91,8 +90,9 @@ class FittingMixin:
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Forward and backward passes over one batch. Raises RunError when memory is too small for
-        a single text.
+        """Forward and backward passes over one batch.
+
+        Raises RunError when memory is too small for a single text.
         """
         trainer: Any = self
         # ranks must not choose each for itself
@@ -109,9 +109,7 @@ class FittingMixin:
     def _attempt(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Forward and backward passes over all pieces of a batch; gradients of several devices are
-        joined once.
-        """
+        """Forward and backward over all pieces of a batch; devices join gradients once."""
         trainer: Any = self
         pieces, losses = self.pieces(inputs), []
         for number, self.piece in enumerate(pieces):
@@ -121,8 +119,9 @@ class FittingMixin:
         return torch.stack(losses).sum()
 
     def _make_room(self, inputs: dict[str, Any], alone: bool, error: RuntimeError) -> None:
-        """Halve the tokens that are computed at once for the rest of the stage. Raises RunError
-        where that cannot be.
+        """Halve the tokens that are computed at once for the rest of the stage.
+
+        Raises RunError where that cannot be.
         """
         trainer: Any = self
         setting = f"{self.stage_name}.{self.limit_name}"
@@ -153,8 +152,7 @@ def until_it_fits(
     parameters: Iterable[nn.Parameter],
     device: torch.device,
 ) -> Tensor:
-    """Call `attempt`, which adds to gradients; where memory runs out, `make_room` and call it
-    again.
+    """Call `attempt`, which adds to gradients; out of memory: `make_room`, then again.
 
     Gradients and random state are put back first: what counts is one attempt that went through from
     its beginning.

@@ -1,5 +1,6 @@
-"""`--dry-run`: the resolved plan of a recipe and what it will need, from the model's config alone
-(no weights are read).
+"""`--dry-run`: the resolved plan of a recipe and what it will need.
+
+The model's config alone is read, no weights.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ def planned(
 
 
 def stage_texts(stage: Stage) -> tuple[list[str], int, int, int]:
-    """The first thousand of a stage's texts, how many there are, how many (views, columns) make one
-    sample, the batch.
+    """A stage's first thousand texts, how many there are, how many make one sample, the batch.
+
+    A sample is so many views or columns.
 
     Raises:
         DataError: as the stage would.

@@ -20,8 +20,7 @@ from llm2comp.recipe import PretextStage
 
 
 class PretextModel(nn.Module):
-    """Stage 1 as one module, batch → loss: encoder, teacher and decoder pass under one wrapper
-    (DDP, FSDP).
+    """Stage 1 as one module, batch → loss: all three passes under one wrapper (DDP, FSDP).
 
     `to_teacher`: for `alignment` to a teacher of another width without a projection; saved with the
     stage, not exported.

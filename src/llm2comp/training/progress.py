@@ -66,16 +66,15 @@ class ProgressCallback(TrainerCallback):
 
 
 class StepLines:
-    """A file of JSON lines, each with its `step`; grows while a stage trains and survives a
-    kill.
-    """
+    """A file of JSON lines, each with its `step`; grows during a stage and survives a kill."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def begin(self, step: int) -> list[dict[str, Any]]:
-        """Keep the lines up to the step that training goes on from (a killed run wrote some beyond
-        it); none at 0.
+        """Keep the lines up to the step that training goes on from; none at 0.
+
+        A killed run wrote some beyond it.
         """
         kept = [row for row in self.read() if row["step"] <= step] if step > 0 else []
         write_text(self.file, "".join(f"{to_json(row)}\n" for row in kept))
@@ -95,8 +94,9 @@ class StepLines:
 
 
 class MetricsCallback(TrainerCallback):
-    """A line per log in the stage folder's metrics.jsonl: step, loss, learning_rate, grad_norm,
-    tokens_per_second.
+    """A line per log in metrics.jsonl.
+
+    step, loss, learning_rate, grad_norm, tokens_per_second.
     """
 
     def __init__(self, folder: Path, counter: TokenCounter) -> None:

@@ -1,6 +1,4 @@
-"""Several processes, one for each device: what rank 0 does for all, and what the launchers' kinds
-of sharding ask for.
-"""
+"""Several processes, one per device: what rank 0 does for all, and what sharding asks for."""
 
 from __future__ import annotations
 
@@ -40,9 +38,7 @@ def ranks() -> int:
 
 
 def sharding() -> str | None:
-    """How `accelerate launch` was told to spread the weights over devices; None: each device has
-    all of them.
-    """
+    """How `accelerate launch` spreads the weights over devices; None: each device has them all."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         return "FSDP"
     if (
@@ -92,8 +88,9 @@ def check_launch(recipe: Recipe) -> None:
 
 
 def on_main(work: Callable[[], Found], device: str) -> Found:
-    """What `work` returns in rank 0, for all ranks; they wait for it, and an error of the family is
-    raised in all of them.
+    """What `work` returns in rank 0, for all ranks, which wait for it.
+
+    An error of the family is raised in all of them.
 
     `device`: `cpu` lets the processes talk through gloo though there may be GPUs.
     """
@@ -137,8 +134,9 @@ class RanksMixin:
     """
 
     def shard_by_layer(self, lm: Any) -> None:
-        """Tell accelerate the layer class of an LM, which a module around it does not; and let
-        autocast see to dtypes.
+        """Tell accelerate the layer class of an LM, which a module around it does not.
+
+        And let autocast see to dtypes.
 
         For bfloat16 accelerate would have FSDP2 cast weights, losses and embeddings, and add
         gradients up in it. Here it is autocast inside the forward pass, float32 outside, as
@@ -172,8 +170,7 @@ class RanksMixin:
 
 
 def joint_batches(trainer: Any) -> Any:
-    """A sentence-transformers trainer's loader of this rank's part of batches that are drawn for
-    all ranks together.
+    """A sentence-transformers loader of this rank's part of batches drawn for all ranks.
 
     So no text is twice in what the loss compares, all ranks work on one table of a kind, and 2
     ranks with b texts see what one process with 2b would. A last batch that is not full for all is

@@ -92,8 +92,9 @@ class Responder:
             )
 
     def respond(self, rows: Sequence[Sequence[int]]) -> tuple[list[str], int]:
-        """Responses to prompts that `prompt` made, and how many tokens they are. Stock generation,
-        left padding, KV cache.
+        """Responses to prompts that `prompt` made, and how many tokens they are.
+
+        Stock generation, left padding, KV cache.
         """
         backbone, options = self.backbone, self.options
         tokens = Tokens.pad(rows, "left", backbone.pad_id).to(backbone.input_table.device)
@@ -118,9 +119,7 @@ class Responder:
         )
 
     def prompt(self, text: str) -> tuple[list[int], bool]:
-        """Token ids of what the LM is told, and whether the text's end was cut off for them to
-        fit.
-        """
+        """Token ids of what the LM is told, and whether the text was cut for them to fit."""
         ids = self._tokens(text)
         if len(ids) <= self.max_tokens:
             return ids, False
@@ -145,8 +144,9 @@ class Responder:
         return row
 
     def _chat(self, said: str) -> str:
-        """Through the template; models that think aloud (Qwen 3) are told not to, as the paper's
-        code does.
+        """Through the template.
+
+        Models that think aloud (Qwen 3) are told not to, as the paper's code does.
         """
         chat: str = self.backbone.tokenizer.apply_chat_template(
             [{"role": "user", "content": said}],

@@ -19,16 +19,12 @@ from llm2comp.system.console import say
 
 
 def load_texts(specs: Sequence[TextData]) -> Iterator[str]:
-    """Texts of a stage one by one, with a line per source that says what was read and what was left
-    out.
-    """
+    """Texts of a stage one by one, with a line per source: what was read and what left out."""
     return iterate_sources(specs, say)
 
 
 def load_responses(stage: PretextStage) -> list[Response]:
-    """All texts of a stage with their responses, and the teacher's embeddings of these where the
-    stage aligns to them.
-    """
+    """All texts of a stage with their responses, and the teacher's embeddings if it aligns."""
     found: list[Response] = []
     for spec in stage.data:
         loaded = read_responses(spec, teacher="teacher" in stage.needs)

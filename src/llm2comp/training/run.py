@@ -1,6 +1,4 @@
-"""A run: recipe → run directory (`runs/folder.py`), stage after stage; running again goes on where
-it stopped.
-"""
+"""A run: recipe → run directory (`runs/folder.py`), stage after stage; run again to go on."""
 
 from __future__ import annotations
 
@@ -24,12 +22,7 @@ from llm2comp.model.backbone import Base, load_backbone
 from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import as_sentence_transformer
-from llm2comp.recipe import (
-    Recipe,
-    change_recipe,
-    expanded,
-    load_recipe,
-)
+from llm2comp.recipe import Recipe, change_recipe, expanded, load_recipe
 from llm2comp.runs.finished import card_of, limits_of, prompts_of, refuse_others, require_base
 from llm2comp.runs.folder import (
     CONFIG_FILE,
@@ -189,8 +182,9 @@ def _done_or_begun(
 
 
 def _take_over(folder: Path, key: str, siblings: Sequence[Path]) -> None:
-    """Copy a stage that a sibling has finished on the same inputs, unless it is done here; it
-    appears whole or not at all.
+    """Copy a stage that a sibling has finished on the same inputs, unless it is done here.
+
+    It appears whole or not at all.
     """
     found = [run / folder.name for run in siblings if is_done(run / folder.name, key)]
     if found and not is_done(folder, key):
@@ -202,9 +196,7 @@ def _take_over(folder: Path, key: str, siblings: Sequence[Path]) -> None:
 
 
 def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
-    """A stage's folder to train in: with the checkpoints of an unfinished training on the same
-    inputs, else empty.
-    """
+    """A stage's folder to train in: empty, or with the checkpoints of the same training."""
     with explain_disk_errors(folder):
         if not has_inputs(folder / CONFIG_FILE, key):
             remove_folder(folder, STAGE)
@@ -216,8 +208,9 @@ def _begin(recipe: Recipe, name: str, key: str, folder: Path) -> None:
 
 
 def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Path) -> None:
-    """Write a stage's result, to which every rank may add its part; say that it is done, drop its
-    checkpoints.
+    """Write a stage's result, say that it is done, drop its checkpoints.
+
+    Every rank may add its part.
     """
     with explain_disk_errors(folder):
         compressor.save(folder, name)
@@ -231,9 +224,7 @@ def _mark_done(done: dict[str, Any], folder: Path) -> None:
 
 
 def _refuse_foreign(run: Path, recipe: Recipe) -> None:
-    """Raise RunError for a directory of another recipe that has trained something, or of something
-    else.
-    """
+    """Raise RunError for a directory with another recipe's training, or with something else."""
     refuse_others(
         run, [run / FOLDERS[name] for name in recipe.stages], run / MODEL_FOLDER, DONE_FILE
     )

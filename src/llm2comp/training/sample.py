@@ -1,6 +1,4 @@
-"""The fixed sample of texts and pairs that a run is watched on, and the figures that it gives at
-any moment.
-"""
+"""The fixed sample of texts and pairs that a run is watched on, and its figures."""
 
 from __future__ import annotations
 
@@ -75,8 +73,9 @@ class Watch:
         self.scores = local_scores(settings, local_sets)
 
     def measure(self, compressor: Compressor, prompt: bool) -> dict[str, Any]:
-        """All figures of an encoder as it is now. `prompt`: anchors of pairs behind their
-        instruction.
+        """All figures of an encoder as it is now.
+
+        `prompt`: anchors of pairs behind their instruction.
 
         Raises:
             DataError: an embedding is zero or not finite; names the row of the sample.
@@ -147,8 +146,9 @@ def unchanged_randomness() -> Iterator[None]:
 
 
 def _sample_texts(recipe: Recipe, settings: WatchSettings) -> list[str]:
-    """Texts drawn from the watch's own sources, or those of the first stage that reads texts, or
-    the pairs' positives.
+    """Texts drawn from the watch's own sources.
+
+    Else those of the first stage that reads texts, or the pairs' positives.
     """
     specs: Sequence[TextData] = settings.data
     for stage in recipe.stages.values():

@@ -1,6 +1,4 @@
-"""Learning-rate schedule: warm-up from a floor, then decay to it (DeepSpeed's WarmupDecayLR, as in
-the release).
-"""
+"""Learning-rate schedule: warm-up from a floor, then decay to it (DeepSpeed's WarmupDecayLR)."""
 
 from __future__ import annotations
 

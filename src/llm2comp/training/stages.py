@@ -191,8 +191,9 @@ def _arguments(
 def _train(
     trainer: Any, compressor: Compressor, name: str, stage: Stage, folder: Path, options: RunOptions
 ) -> int | None:
-    """Train from the last complete checkpoint, or from the start. Returns the step that was kept,
-    if the stage kept one.
+    """Train from the last complete checkpoint, or from the start.
+
+    Returns the step that was kept, if the stage kept one.
     """
     counter = progress.TokenCounter()
     trainer.begin_stage(compressor, name, stage, counter)

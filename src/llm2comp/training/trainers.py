@@ -1,5 +1,6 @@
-"""The ecosystem's trainers with what all stages share: schedule, adapter checkpoints, token count,
-safe resume.
+"""The ecosystem's trainers, with what all stages share.
+
+Schedule, adapter checkpoints, token count, safe resume.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class StageMixin(RanksMixin, FittingMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Count text tokens, then the trainer's own step. Raises RunError when the loss has run
-        away.
+        """Count text tokens, then the trainer's own step.
+
+        Raises RunError when the loss has run away.
         """
         trainer: Any = self
         self.counter.tokens += sum(int(mask.sum()) for mask in masks_of(inputs))
@@ -83,8 +85,9 @@ class StageMixin(RanksMixin, FittingMixin):
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The newest adapter and the memory, nothing of the base. All ranks call it: each may hold
-        a part of the weights.
+        """The newest adapter and the memory, nothing of the base.
+
+        All ranks call it: each may hold a part of the weights.
         """
         trainer: Any = self
         self.compressor.save(Path(output_dir or trainer.args.output_dir), self.stage_name)
@@ -93,9 +96,7 @@ class StageMixin(RanksMixin, FittingMixin):
         self.compressor.load(Path(checkpoint), self.stage_name)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Mark a checkpoint complete once all of it is written; an unmarked one is not resumed
-        from.
-        """
+        """Mark a checkpoint once it is complete; an unmarked one is not resumed from."""
         trainer: Any = self
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
         with whole_or_gone(folder):
@@ -106,9 +107,7 @@ class StageMixin(RanksMixin, FittingMixin):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Newest complete checkpoint in a stage folder; incomplete ones (a kill while saving) are
-    removed.
-    """
+    """Newest complete checkpoint in a stage folder; incomplete ones (a kill) are removed."""
     complete = []
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / COMPLETE_FILE).exists():
@@ -119,8 +118,9 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class PretextTrainer(StageMixin, Trainer):
-    """transformers' Trainer over a PretextModel; samples in their fixed order, means over the whole
-    optimiser step.
+    """transformers' Trainer over a PretextModel.
+
+    Samples in their fixed order, means over the whole optimiser step.
     """
 
     loss_is_scaled_for_ga = True
@@ -130,8 +130,9 @@ class PretextTrainer(StageMixin, Trainer):
     def begin_stage(
         self, compressor: Compressor, stage_name: str, stage: Stage, counter: TokenCounter
     ) -> None:
-        """As for all trainers. Raises RunError for a limit over sharded weights: ranks with fewer
-        pieces would wait.
+        """As for all trainers.
+
+        Raises RunError for a limit over sharded weights: ranks with fewer pieces would wait.
         """
         super().begin_stage(compressor, stage_name, stage, counter)
         self.set_limit(getattr(stage, self.limit_name))
@@ -171,9 +172,7 @@ class PretextTrainer(StageMixin, Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Micro-batches of one optimiser step, and the number of items over all of them and all
-        devices.
-        """
+        """Micro-batches of one optimiser step, and the items in them, over all devices."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items = torch.tensor(
             [self._stage_model().items(batch) for batch in batches], device=device
@@ -238,8 +237,9 @@ class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
         """None: the exported folder gets a card of its own."""
 
     def at_once(self, inputs: dict[str, Any]) -> tuple[int, bool]:
-        """Most text tokens that the loss may encode at once; a limit under twice the shortest text
-        leaves each alone.
+        """Most text tokens that the loss may encode at once, and whether of several texts.
+
+        A limit under twice the shortest text leaves each alone.
         """
         columns = [mask.sum(1).sort(descending=True).values for mask in masks_of(inputs)]
         size, limit = self.stage.mini_batch_size, self.stage.mini_batch_tokens

@@ -1,5 +1,6 @@
-"""Collapse watch: figures of a fixed sample while a stage trains, the best step kept, an early
-stop, warnings in words.
+"""Collapse watch: figures of a fixed sample while a stage trains, warnings in words.
+
+Also the best step kept, and an early stop.
 
 sample   drawn once per run, seeded: texts (collapse), the longer ones split (context recovered),
          pairs (alignment)
@@ -34,8 +35,9 @@ RANK_FALL, COPY = 0.7, 0.99
 
 
 class WatchCallback(TrainerCallback):
-    """Watches a stage at its first step, every n, and its last; keeps the best and stops early if
-    the stage asks for it.
+    """Watches a stage at its first step, every n, and its last.
+
+    Keeps the best and stops early if the stage asks for it.
     """
 
     def __init__(
@@ -60,9 +62,7 @@ class WatchCallback(TrainerCallback):
         self.due = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Go on behind the lines of a stage that is resumed; watch a fresh one before its first
-        step.
-        """
+        """Go on after the lines of a resumed stage; watch a fresh one before its first step."""
         if state.is_world_process_zero:
             self.seen = self.lines.begin(state.global_step)
         if state.global_step == 0:
@@ -161,8 +161,9 @@ def figure_of(line: dict[str, Any], figure: str) -> float | None:
 
 
 def warnings_of(first: dict[str, Any], now: dict[str, Any], compresses: bool) -> list[str]:
-    """What a watch has to say in words, against the stage's first one; `compresses`: the stage
-    learns to continue.
+    """What a watch has to say in words, against the stage's first one.
+
+    `compresses`: the stage learns to continue.
     """
     found = []
     before, rank = first["effective_rank"], now["effective_rank"]
@@ -175,9 +176,8 @@ def warnings_of(first: dict[str, Any], now: dict[str, Any], compresses: bool) ->
     correlation = now["memory_correlation"]  # None: an encoder without memory tokens
     if correlation and (count := copies(correlation, COPY)):
         found.append(
-            f"memory tokens become copies: {count} of {len(correlation)} give nearly what "
-            "another gives "
-            f"(mean cosine {COPY} or more); fewer tokens, or merging (`llm2comp analyze "
+            f"memory tokens become copies: {count} of {len(correlation)} give nearly what another "
+            f"gives (mean cosine {COPY} or more); fewer tokens, or merging (`llm2comp analyze "
             "--write-weights`), would do as well"
         )
     recovered = now["context_recovered"]

@@ -1,5 +1,4 @@
-"""Texts → embeddings in bulk: long-text policies, batches with progress, files in one step
-(writing.py).
+"""Texts → embeddings in bulk: long texts, batches with progress.
 
 All texts are tokenised before the first is encoded, each once (inputs.py); vectors.py batches them.
 """
@@ -98,19 +97,14 @@ def _check_texts(texts: Sequence[str]) -> None:
         try:
             text.encode("utf-8")
         # a byte that did not decode, as in arguments; no string at all
-        except (
-            UnicodeEncodeError,
-            AttributeError,
-        ):
+        except (UnicodeEncodeError, AttributeError):
             raise DataError(
                 "not a Unicode text", where=f"text {number}", found=ascii(text)[:80]
             ) from None
 
 
 def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
-    """Tokens of prompt and text that fit into one input, beside what the model itself adds (BOS,
-    memory).
-    """
+    """Tokens of prompt and text that fit into one input, beside the model's own (BOS, memory)."""
     limit = model.max_seq_length or 10**9
     around = len(model.tokenizer("", verbose=False)["input_ids"])
     room = frame.room if frame else limit - around

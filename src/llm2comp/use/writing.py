@@ -167,9 +167,5 @@ def _holds_embeddings(file: Path) -> bool:
             first = json.loads(lines.readline())
         return isinstance(first, dict) and "embedding" in first
     # pyarrow's for a file that is no parquet is a ValueError
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-    ):
+    except (OSError, ValueError, EOFError):
         return False

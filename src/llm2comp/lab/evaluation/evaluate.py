@@ -1,6 +1,4 @@
-"""`llm2comp evaluate`: models × tasks → scores in mteb's format, a table, and a summary that the
-report reads.
-"""
+"""`llm2comp evaluate`: models × tasks → scores in mteb's format and a summary of them."""
 
 from __future__ import annotations
 
@@ -208,9 +206,7 @@ def _instructions(options: EvaluateOptions) -> dict[str, str]:
 
 
 def _knows_instructions(path: str | Path, model: SentenceTransformer) -> bool:
-    """Whether a model is one of ours that saw instructions in training: it stores a prompt for
-    queries.
-    """
+    """Whether a model of ours saw instructions in training: it stores a prompt for queries."""
     folder = Path(path)
     ours = isinstance(model[0], MemoryEncoder) or any(
         (folder / place / GOLDEN_FILE).is_file() for place in ("", "model")

@@ -21,8 +21,9 @@ QUERIES_AT_ONCE = 256
 
 
 class LexicalEncoder(AbsEncoder, abc.ABC):
-    """Vectors of word weights. Only the vocabulary and word rarity are fitted, on each task's own
-    texts.
+    """Vectors of word weights.
+
+    Only the vocabulary and word rarity are fitted, on each task's own texts.
     """
 
     batch_size = 1024
@@ -35,15 +36,14 @@ class LexicalEncoder(AbsEncoder, abc.ABC):
         )
 
     def fit_task(self, task: Any) -> None:
-        """Fit vocabulary and word rarity on all texts of a loaded task. Raises DataError if no word
-        is usable.
+        """Fit vocabulary and word rarity on all texts of a loaded task.
+
+        Raises DataError if no word is usable.
         """
         self._fit_words(texts_of(task), task.metadata.name)
 
     def encode(self, inputs: Any, **_: Any) -> NDArray[np.float32]:
-        """Vectors of a data loader's texts, (N, vocabulary), float32; 0 for a text without known
-        words.
-        """
+        """Vectors of a data loader's texts, (N, vocabulary), float32; 0 where no word is known."""
         found: NDArray[np.float32] = self._weigh(
             [text for batch in inputs for text in batch["text"]]
         ).toarray()
@@ -79,8 +79,9 @@ class TfidfEncoder(LexicalEncoder):
 
 
 class Bm25Encoder(LexicalEncoder):
-    """BM25 as Lucene has it, with bm25s's tokens, English stop words and defaults: ranks documents
-    for a query.
+    """BM25 as Lucene has it: ranks documents for a query.
+
+    Tokens, English stop words and defaults are bm25s's.
 
     Texts that are compared as equals (similarity, classes, clusters) get the vectors of these
     weights.
@@ -106,9 +107,7 @@ class Bm25Encoder(LexicalEncoder):
         return counts
 
     def index(self, corpus: Dataset, *, task_metadata: Any, **_: Any) -> None:
-        """Index the documents (title and text) of a retrieval task; word rarity comes from these
-        alone.
-        """
+        """Index a retrieval task's documents (title and text), which alone give word rarity."""
         texts = [f"{row.get('title') or ''} {row['text']}" for row in corpus]
         self._fit_words(texts, task_metadata.name)
         self._ids, self._weights = list(corpus["id"]), self._weigh(texts)
@@ -121,8 +120,9 @@ class Bm25Encoder(LexicalEncoder):
         top_ranked: Mapping[str, Sequence[str]] | None = None,
         **_: Any,
     ) -> dict[str, dict[str, float]]:
-        """Query id → its best documents and their scores: those that share a word with it, or all
-        its candidates.
+        """Query id → its best documents and their scores.
+
+        These are all its candidates, or else the documents that share a word with it.
         """
         places = {document: place for place, document in enumerate(self._ids)}
         names, counts = list(queries["id"]), self._counter.transform(queries["text"])
@@ -149,9 +149,7 @@ LEXICAL: Mapping[str, type[LexicalEncoder]] = {
 
 
 def texts_of(task: Any) -> Iterator[str]:
-    """Every text in a loaded task, whatever its layout: columns of strings, lists of them, corpus
-    and queries.
-    """
+    """Every text in a loaded task: columns of strings, lists of them, corpus and queries."""
     yield from _strings(
         task.dataset,
         skipped={"id", "_id", "label", "labels", "score", "relevant_docs", "top_ranked"},

@@ -53,8 +53,9 @@ class _Classification(AbsTaskClassification):
     samples_per_label = 16
 
     def _calculate_scores(self, y_test: Any, y_pred: Any) -> Any:
-        """Accuracy, and F1 over classes. mteb adds what two classes alone have as soon as the test
-        part happens to hold two.
+        """Accuracy, and F1 over classes.
+
+        mteb adds the figures of two classes as soon as the test part happens to hold two.
         """
         return {
             "accuracy": accuracy_score(y_test, y_pred),
@@ -101,8 +102,7 @@ KINDS = tuple(_KINDS)
 
 
 def find_sets(folder: Path) -> list[LocalSet]:
-    """Sets in a folder of kinds, in the folder of one kind, or in the folder of one set; by order
-    of `KINDS`, then by name.
+    """Sets in a folder of kinds, of one kind, or of one set; by order of `KINDS`, then by name.
 
     Raises DataError if there is none, for a kind that is not known, and for two sets of one name.
     """
@@ -141,8 +141,9 @@ def find_sets(folder: Path) -> list[LocalSet]:
 
 
 def as_mteb(local: LocalSet) -> AbsTask:
-    """Read a set as an mteb task `Local-<name>` with its data in memory. Raises DataError for the
-    first row that is unusable.
+    """Read a set as an mteb task `Local-<name>` with its data in memory.
+
+    Raises DataError for the first row that is unusable.
 
     sts                  Spearman correlation of cosine and score
     pair_classification  average precision by cosine
@@ -176,8 +177,9 @@ def as_mteb(local: LocalSet) -> AbsTask:
 
 
 def make_task(kind_name: str, name: str, split: str, parts: Parts, revision: str) -> AbsTask:
-    """An mteb task of a kind with its data in memory. `revision`: what the data are told by; see
-    `as_mteb`.
+    """An mteb task of a kind with its data in memory.
+
+    `revision`: what the data are told by; see `as_mteb`.
     """
     kind = _KINDS[kind_name]
     metadata = TaskMetadata(

@@ -47,8 +47,9 @@ def read_pairs(files: SetFiles, split: str) -> Parts:
 
 
 def read_classification(files: SetFiles, split: str) -> Parts:
-    """Texts with a class, to learn from and to judge by. Classes become numbers, in the order of
-    their names.
+    """Texts with a class, to learn from and to judge by.
+
+    Classes become numbers, in the order of their names.
     """
     train, judged = files.rows("train.jsonl"), files.rows(f"{split}.jsonl")
     codes = {name: code for code, name in enumerate(sorted({row.label("label") for row in train}))}
@@ -80,8 +81,9 @@ def read_clustering(files: SetFiles, split: str) -> Parts:
 
 
 def read_retrieval(files: SetFiles, split: str) -> Parts:
-    """Documents, queries and judgements in BEIR's layout. A query that only another split judges is
-    left to that split.
+    """Documents, queries and judgements in BEIR's layout.
+
+    A query that only another split judges is left to that split.
     """
     documents, queries = _by_id(files.rows("corpus.jsonl")), _by_id(files.rows("queries.jsonl"))
     relevant: dict[str, dict[str, int]] = {}
@@ -121,8 +123,9 @@ def read_retrieval(files: SetFiles, split: str) -> Parts:
 
 
 def read_reranking(files: SetFiles, split: str) -> Parts:
-    """Queries with their candidates. Wrong candidates get larger ids, which rank first on ties:
-    ties give no advantage.
+    """Queries with their candidates.
+
+    Wrong candidates get larger ids, which rank first on ties: ties give no advantage.
     """
     corpus: list[dict[str, str]] = []
     queries: list[dict[str, str]] = []
@@ -146,8 +149,9 @@ def collection(
     relevant: dict[str, dict[str, int]],
     candidates: dict[str, list[str]] | None,
 ) -> RetrievalSplitData:
-    """What mteb ranks: documents, queries, query → document → grade, and query → candidates where
-    not all are ranked.
+    """What mteb ranks: documents, queries, query → document → grade.
+
+    Also query → candidates, where not all documents are ranked.
     """
     return RetrievalSplitData(
         corpus=Dataset.from_list(corpus),
@@ -171,9 +175,7 @@ def _by_id(rows: list[CheckedRow]) -> dict[str, CheckedRow]:
 
 
 def _must_differ(values: Iterable[object], key: str, rows: list[CheckedRow]) -> None:
-    """Raise DataError if all rows have the same value: every encoder would get the same score, or
-    none.
-    """
+    """Raise DataError if all rows have one value: every encoder would then get the same score."""
     if len(set(values)) < 2:
         raise DataError(
             f"every row has the same {key!r}",

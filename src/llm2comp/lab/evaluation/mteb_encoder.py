@@ -1,6 +1,4 @@
-"""Any sentence-transformers model as mteb calls encoders: instructions, batches that fit, checked
-embeddings.
-"""
+"""Any sentence-transformers model as mteb calls encoders: instructions, batches, checks."""
 
 from __future__ import annotations
 

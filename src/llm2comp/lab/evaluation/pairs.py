@@ -1,5 +1,6 @@
-"""A file of questions and their answers → an mteb task: each question must find its answer among
-all answers, or more texts.
+"""A file of questions and their answers → an mteb task.
+
+Each question must find its answer among all answers, and among more texts if given.
 """
 
 from __future__ import annotations

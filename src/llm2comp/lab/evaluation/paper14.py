@@ -1,5 +1,4 @@
-"""The paper's 14 MTEB tasks: their versions, the figure that the paper reports of each, and their
-instructions.
+"""The paper's 14 MTEB tasks: versions, the figure that it reports of each, instructions.
 
 Versions are the un-suffixed ones, as in mteb 1.12.58 which the paper used. Two main scores were
 renamed since: pair classification was the average precision by cosine, reranking the MAP.
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PaperTask:
-    """`metric`: key in mteb 2's scores of what the paper's table holds; `subset`: the one language
-    subset it counts.
+    """One task: `metric` is mteb 2's key of the figure in the paper's table.
+
+    `subset` is the one language subset that the table counts.
     """
 
     name: str
@@ -66,9 +66,8 @@ PAPER14: dict[str, PaperTask] = {
         PaperTask(
             "EmotionClassification",
             "accuracy",
-            "Classify the emotion expressed in the given Twitter message into one of the "
-            "six emotions: "
-            "anger, fear, joy, love, sadness, and surprise",
+            "Classify the emotion expressed in the given Twitter message into one of the six "
+            "emotions: anger, fear, joy, love, sadness, and surprise",
         ),
         PaperTask(
             "SprintDuplicateQuestions",

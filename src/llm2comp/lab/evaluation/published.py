@@ -1,6 +1,4 @@
-"""The paper's table as data: 14 MTEB tasks in percent, for every system that it lists (arXiv
-2511.17129).
-"""
+"""The paper's table as data: 14 MTEB tasks in percent, for every system (arXiv 2511.17129)."""
 
 from __future__ import annotations
 

@@ -61,8 +61,9 @@ class Collection:
         )
 
     def score(self, model: SentenceTransformer, documents_ND: Tensor | None = None) -> Scores:
-        """Rank all documents by cosine; queries get the model's query prompt. `documents_ND`:
-        embedded before, in order.
+        """Rank all documents by cosine; queries get the model's query prompt.
+
+        `documents_ND`: embedded before, in order.
         """
         found: Any = self._evaluator.compute_metrices(model, corpus_embeddings=documents_ND)[
             "cosine"
@@ -92,9 +93,7 @@ class Collection:
         return self._named(best.indices.tolist(), best.values.tolist())
 
     def _by_bm25(self, depth: int) -> list[Ranking]:
-        """Lucene's variant, English stop words; documents without a word of the query are left
-        out.
-        """
+        """Lucene's variant, English stop words; only documents with a word of the query."""
         index = bm25s.BM25()
         index.index(
             bm25s.tokenize(list(self.documents.values()), stopwords="en", show_progress=False),
@@ -128,9 +127,7 @@ class Collection:
 
 
 def fuse(rankings: Sequence[Ranking]) -> Ranking:
-    """One ranking of several by reciprocal ranks, the best first; of equal ones the first named
-    comes first.
-    """
+    """One ranking of several by reciprocal ranks, the best first; of equals the first named."""
     sums: dict[str, float] = defaultdict(float)
     for ranking in rankings:
         for rank, (name, _) in enumerate(ranking, 1):

@@ -38,9 +38,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @dataclass(frozen=True)
 class Score:
-    """One task's figure, 0 to 1 (mean over its splits and subsets); `metric` is mteb's key for
-    it.
-    """
+    """One task's figure, 0 to 1: mean over splits and subsets; `metric` is mteb's key for it."""
 
     task: str
     score: float
@@ -49,15 +47,14 @@ class Score:
 
 
 class TaskFailedError(DataError):
-    """A task that cannot be run: its data cannot be fetched, or it needs more than texts (images,
-    ...).
-    """
+    """A task that cannot be run: no data to be had, or more than texts needed (images, ...)."""
 
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """Result of one task: its score, or why there is none. `seconds` is 0 if the result existed
-    before.
+    """Result of one task: its score, or why there is none.
+
+    `seconds` is 0 if the result existed before.
     """
 
     task: str
@@ -84,8 +81,9 @@ def run_tasks(
 
 
 def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
-    """Evaluate one task, or read its result if `results` holds one of this model, revision and data
-    set.
+    """Evaluate one task, or read its result if `results` holds it already.
+
+    A result counts if model, revision and data set are the same.
 
     Raises:
         TaskFailedError: the data set cannot be fetched, mteb cannot run the task on this model, or

@@ -67,8 +67,9 @@ class CheckedRow:
         return float(value)
 
     def label(self, key: str) -> str:
-        """A class by its name without outer spaces; a whole number (1 or 1.0) counts as its digits,
-        yes or no as a word.
+        """A class by its name without outer spaces.
+
+        A whole number (1 or 1.0) counts as its digits, yes or no as a word.
         """
         value = self.value(key)
         if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
@@ -111,8 +112,9 @@ class SetFiles:
         self._read: set[Path] = set()
 
     def find(self, name: str) -> Path | None:
-        """The file of that name, plain or compressed. Raises DataError if there is more than
-        one.
+        """The file of that name, plain or compressed.
+
+        Raises DataError if there is more than one.
         """
         found = [
             path for ending in _COMPRESSIONS if (path := self.folder / f"{name}{ending}").is_file()
@@ -132,8 +134,9 @@ class SetFiles:
         raise self._missing(" or ".join(pattern.format(split) for split in ("test", "dev")))
 
     def rows(self, name: str, *columns: str) -> list[CheckedRow]:
-        """All rows of a file; `columns` must be in a table's header. Raises DataError if it is
-        missing, unreadable or empty.
+        """All rows of a file; `columns` must be in a table's header.
+
+        Raises DataError if it is missing, unreadable or empty.
         """
         path = self.find(name)
         if path is None:

@@ -24,9 +24,7 @@ RESULTS_FOLDER = Path("llm2comp-scores")
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What one model got: task → {score (0 to 1), metric, split}; task → why it could not be
-    run.
-    """
+    """What one model got: task → {score (0 to 1), metric, split}; task → why it failed."""
 
     model: str
     name: str
@@ -44,9 +42,7 @@ def results_folder(model: str, out: Path | None = None, beside: Sequence[str] = 
 
 
 def table(rows: Sequence[ModelScores], compare: bool = False) -> Table:
-    """Tasks down, models across, in percent; `compare` adds the published rows of the paper's
-    tasks.
-    """
+    """Tasks down, models across, in percent; `compare` adds the paper's figures of its tasks."""
     tasks = list(dict.fromkeys(task for row in rows for task in (*row.scores, *row.failed)))
     shown = Table("task", "figure")
     columns: list[dict[str, str]] = []
@@ -68,17 +64,16 @@ def table(rows: Sequence[ModelScores], compare: bool = False) -> Table:
 
 
 def _average(row: ModelScores, tasks: Sequence[str]) -> str:
-    """Mean over all tasks asked for; none where one is missing, as it would be a mean of something
-    else.
-    """
+    """Mean over all tasks asked for; empty where one is missing."""
     if not tasks or any(task not in row.scores for task in tasks):
         return ""
     return f"{100 * sum(row.scores[task]['score'] for task in tasks) / len(tasks):.2f}"
 
 
 def read_summary(file: Path) -> list[ModelScores]:
-    """Rows of a summary file, none where there is no such file. Raises RunError when it is
-    damaged.
+    """Rows of a summary file, none where there is no such file.
+
+    Raises RunError when it is damaged.
     """
     try:
         rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
@@ -105,8 +100,9 @@ def earlier_rows(rows: Sequence[ModelScores], folder: Path) -> list[ModelScores]
 
 
 def keep(file: Path, row: ModelScores) -> None:
-    """Put a row into the summary, beside those of other models, by other processes too; what it got
-    in other tasks stays.
+    """Put a row into the summary, beside those of other models and processes.
+
+    What it got in other tasks stays.
     """
     with explain_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)

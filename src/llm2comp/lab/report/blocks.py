@@ -17,8 +17,9 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column names the rows. `numeric`: the other columns are
-    right-aligned numbers.
+    """Cells as text; the first column names the rows.
+
+    `numeric`: the other columns are right-aligned numbers.
     """
 
     caption: str
@@ -29,8 +30,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot, a sentence on how to read it, and its numbers. Without a plot the numbers are shown
-    alone.
+    """A plot, a sentence on how to read it, and its numbers.
+
+    Without a plot the numbers are shown alone.
 
     `ident` is unique in the page.
     """
@@ -107,8 +109,9 @@ def curves(
     ylabel: str = "",
     beside: Mapping[str, Points] | None = None,
 ) -> list[Plot]:
-    """Curves against the step, as a plot in a list that is empty without points; the table also
-    holds those `beside` them.
+    """Curves against the step, as a plot in a list that is empty without points.
+
+    The table also holds those `beside` them.
 
     What was measured at one step alone is no curve: its numbers are shown.
     """

@@ -63,9 +63,7 @@ class WatchLine(Line):
 
 
 class Done(Line):
-    """done.json of a stage; `kept_step`: the step of the watch whose weights the stage ended with,
-    None = its last.
-    """
+    """done.json of a stage; `kept_step`: the watch's step whose weights it kept, None: the last."""
 
     steps: int
     seconds: float

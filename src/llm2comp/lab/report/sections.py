@@ -136,9 +136,7 @@ def _scores(run: RunLog, ident: str) -> list[PageSection]:
 
 
 def evaluation_table(entries: dict[str, Evaluation]) -> Table:
-    """Tasks down, models across, scores times 100; the mean over the tasks where all models have
-    them all.
-    """
+    """Tasks down, models across, scores times 100; the mean is over tasks that all models have."""
     metrics = {
         task: f"{score.metric}, {score.split}"
         for e in entries.values()

@@ -1,5 +1,6 @@
-"""The head of a report: is the encoder better than word matching, which stage helped, what got
-worse, how to use it.
+"""The head of a report: better than word matching or not, what helped, what got worse.
+
+Also how to use the encoder.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ ALIKE, LOST = 0.5, 0.1
 BM25 = "BM25"
 LEXICAL_TITLES = {"llm2comp/bm25": BM25, "llm2comp/tfidf": "TF-IDF"}  # by their names in a summary
 NOT_SCORED = (
-    "Not scored beside word matching yet. Whether it is better than that, your own "
-    "questions and answers tell: "
-    "llm2comp evaluate {run} bm25 --pairs FILE"
+    "Not scored beside word matching yet. Whether it is better than that, your own questions and "
+    "answers tell: llm2comp evaluate {run} bm25 --pairs FILE"
 )
 
 
@@ -71,9 +71,7 @@ def courses(run: RunLog) -> list[Course]:
 
 
 def _evaluated(run: RunLog) -> list[Course]:
-    """The mean over the sets on which the encoder, its stages and word matching all have a
-    score.
-    """
+    """The mean over the sets that the encoder, its stages and word matching all have."""
     name = run.folder.resolve().name
     entries = {entry.model: entry for entry in run.evaluations if entry.scores}
     lexical = {LEXICAL_TITLES[e.name]: e for e in entries.values() if e.name in LEXICAL_TITLES}
@@ -144,8 +142,9 @@ def stages_sentence(course: Course) -> str:
 
 
 def warnings(run: RunLog) -> Iterator[str]:
-    """What got worse: warnings of the watch (each kind once per stage), stages that lowered a
-    score, memory that misleads.
+    """What got worse: warnings of the watch, stages that lowered a score, misleading memory.
+
+    Each kind of warning is told once per stage.
     """
     misleading = []
     for stage in run.stages:
@@ -172,16 +171,13 @@ def warnings(run: RunLog) -> Iterator[str]:
                 )
     if misleading and run.recipe.pretext:
         yield (
-            f"context recovered is below 0 after {', '.join(misleading)}: the memory "
-            "misleads the LM, which goes on worse with "
-            "it than without any context"
+            f"context recovered is below 0 after {', '.join(misleading)}: the memory misleads the "
+            "LM, which goes on worse with it than without any context"
         )
 
 
 def measured_states(run: RunLog) -> list[tuple[str, WatchLine]]:
-    """Measures of the watch before training and after each stage (of an unfinished one: the
-    last).
-    """
+    """Measures of the watch before training and after each stage (unfinished: the last so far)."""
     states = []
     for stage in run.stages:
         if stage.number == run.stages[0].number and stage.watch and stage.watch[0].step == 0:

@@ -115,8 +115,9 @@ def shipped_studies() -> dict[str, Path]:
 
 
 def find_study(path: str | Path) -> Path:
-    """The file at `path`, or the shipped study of that name. Raises RecipeError that names the
-    nearest.
+    """The file at `path`, or the shipped study of that name.
+
+    Raises RecipeError that names the nearest.
     """
     shipped = shipped_studies()
     if Path(path).is_file():

@@ -1,5 +1,6 @@
-"""Figures of a study: averages by system and stage, and over each numeric axis of its grid; bars
-are standard deviations.
+"""Figures of a study: averages by system and stage, and over each numeric axis of its grid.
+
+Bars are standard deviations.
 """
 
 from __future__ import annotations

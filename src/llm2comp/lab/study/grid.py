@@ -23,8 +23,9 @@ DONE, TRAIN = "done", "train"
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One recipe of a study. `system` is `base` followed by its grid values; `keys` are those of
-    `stage_keys`.
+    """One recipe of a study.
+
+    `system` is `base` followed by its grid values; `keys` are those of `stage_keys`.
     """
 
     system: str
@@ -124,9 +125,7 @@ def naming(place: str) -> Iterator[None]:
 
 
 def plan(runs: Sequence[StudyRun], folder: Path) -> dict[str, dict[str, str]]:
-    """Run → stage → `done`, `train`, or the run that it is taken from; `folder` is that of all
-    runs.
-    """
+    """Run → stage → `done`, `train`, or the run it is taken from; `folder` holds all runs."""
     there = {
         key: run.name
         for run in reversed(runs)

@@ -32,8 +32,9 @@ RUNS, SCORES, KEPT = "runs", "scores", "kept"
 
 @dataclass(frozen=True)
 class Bench:
-    """Folder and evaluation sets of a study. `sets`: name → revision; `folders`: where the sets
-    lie.
+    """Folder and evaluation sets of a study.
+
+    `sets`: name → revision; `folders`: where the sets lie.
     """
 
     folder: Path
@@ -49,9 +50,7 @@ class Bench:
 
 @dataclass
 class Outcome:
-    """Result of one run or untrained encoder: table rows of one seed; `samples` trained on in this
-    call.
-    """
+    """Result of one run or untrained encoder: table rows of one seed; `samples` trained on now."""
 
     name: str
     told: str = ""  # what was done
@@ -94,8 +93,9 @@ class Group:
     runs: tuple[StudyRun, ...]
 
     def outcomes(self, bench: Bench) -> Iterator[Outcome]:
-        """Train the missing stages of each run and score its encoders. A stage that failed is not
-        tried again.
+        """Train the missing stages of each run and score its encoders.
+
+        A stage that failed is not tried again.
         """
         states = plan(self.runs, bench.runs)
         dead: dict[str, str] = {}  # key of a stage that could not be trained → why
@@ -146,9 +146,7 @@ def groups(runs: Sequence[StudyRun]) -> list[Group]:
 
 
 def floors(training_free: Sequence[str], models: Sequence[str], lm: Any) -> list[Floor]:
-    """Encoders to compare with: training-free ones over the recipes' `model`, and others that the
-    study names.
-    """
+    """Encoders to compare with: training-free ones over `model`, others that the study names."""
     device = None if lm.device == "auto" else lm.device
     digest = weights_digest(lm) if training_free else None
     free = [Floor(name, f"{name}:{lm.name}", digest, device) for name in training_free]
@@ -185,8 +183,9 @@ def _row(bench: Bench, found: Outcome, run: StudyRun, asked: str, stage: str) ->
 def _score(
     bench: Bench, found: Outcome, system: str, model: str, key: Any, device: str | None = None
 ) -> dict[str, float]:
-    """Set → percent, for the sets that could be scored; `key` = all that the encoder depends on,
-    None where not known.
+    """Set → percent, for the sets that could be scored.
+
+    `key`: all that the encoder depends on, None where that is not known.
     """
     digest = hashlib.sha256(to_json([key, bench.sets], sort_keys=True).encode()).hexdigest()
     kept = bench.folder / SCORES / KEPT / f"{digest}.json"

@@ -24,9 +24,7 @@ HERE, PAPER = "here", "paper"
 
 
 class StudyRow(Section):
-    """One system at one stage: seed → set → percent, seed → effective rank, seed → samples trained
-    on so far.
-    """
+    """One system at one stage, by seed: set → percent, effective rank, samples trained on."""
 
     system: str
     stage: str
@@ -66,9 +64,7 @@ class Results(Section):
 
 
 def averages(row: StudyRow, sets: Sequence[str]) -> dict[int, float]:
-    """Seed → mean over all sets; none where a set is missing, as it would be a mean of something
-    else.
-    """
+    """Seed → mean over all sets; left out where a set is missing."""
     return {
         seed: float(np.mean([scores[name] for name in sets]))
         for seed, scores in row.scores.items()
@@ -91,9 +87,7 @@ def resample_indices(count: int) -> NDArray[np.int64]:
 
 
 def bootstrap(differences_N: ArrayLike) -> tuple[float, float, float]:
-    """Lower and upper end of the 95 % percentile interval of the mean, and the share of resamples
-    with a mean above 0.
-    """
+    """Ends of the mean's 95 % percentile interval, and the share of resample means above 0."""
     cells_N = np.asarray(differences_N, dtype=np.float64)
     means = cells_N[resample_indices(len(cells_N))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -101,8 +95,9 @@ def bootstrap(differences_N: ArrayLike) -> tuple[float, float, float]:
 
 
 def comparisons(results: Results) -> list[dict[str, Any]]:
-    """Every pair of systems at the same stage that share a seed with all sets; `difference` = first
-    − second, in points.
+    """Every pair of systems at the same stage that share a seed with all sets.
+
+    `difference` is first − second, in points.
 
     A pair with the same scores throughout is left out: a stage that both share, not two systems
     that do equally well.
@@ -138,8 +133,9 @@ def comparisons(results: Results) -> list[dict[str, Any]]:
 
 
 def records(results: Results) -> list[dict[str, Any]]:
-    """A flat record per system and stage, in percent; then, if asked for, the paper's rows in
-    columns of their own.
+    """A flat record per system and stage, in percent.
+
+    If asked for, the paper's rows follow, in columns of their own.
     """
     found = []
     for row in results.rows:

@@ -1,5 +1,4 @@
-"""`llm2comp study`: train every missing run, score its encoders, write the tables; run again to
-resume.
+"""`llm2comp study`: train missing runs, score encoders, write tables; run again to resume.
 
 studies/NAME/study.yaml         the study as it was read
 studies/NAME/runs/SYSTEM-seedN/    run directories as those of `train`; equal stages are copied from
@@ -108,9 +107,7 @@ def study(
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """Write the tables, results.json and plots, and show the tables; the same results give the same
-    files.
-    """
+    """Write tables, results.json and plots, and show the tables; same results, same files."""
     content = results.model_dump(mode="json") | {
         "table": records(results),
         "pairs": comparisons(results),
@@ -182,8 +179,9 @@ def _results(settings: Study, runs: Sequence[StudyRun], bench: Bench, workers: i
 
 
 def _set_revisions(settings: Study, where: str) -> dict[str, str]:
-    """Name of each local set → revision, which is made from its files. Raises DataError: no set, or
-    a malformed one.
+    """Name of each local set → revision, which is made from its files.
+
+    Raises DataError: no set, or a malformed one.
     """
     if not settings.scores:
         raise DataError(

@@ -89,9 +89,8 @@ def as_markdown(results: Results) -> str:
     """All tables, with what their figures are."""
     parts = [
         f"# Study {results.name}",
-        "In percent: mean over seeds ± sample standard deviation. The average is over "
-        "the sets of this table and over seeds "
-        "that have them all (`seeds` counts these).",
+        "In percent: mean over seeds ± sample standard deviation. The average is over the sets of "
+        "this table and over seeds that have them all (`seeds` counts these).",
         _markdown(*main_cells(results)),
     ]
     header, rows = pair_cells(results)
@@ -114,8 +113,9 @@ def as_markdown(results: Results) -> str:
 
 
 def shown(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> Table:
-    """A table for the console; the first `words` columns hold words, the others figures; cut to no
-    width but a terminal's.
+    """A table for the console; the first `words` columns hold words, the others figures.
+
+    Only a terminal's width cuts it.
     """
     table = Table(title=title, title_justify="left")
     if not console.is_terminal:

@@ -107,8 +107,6 @@ def _sit_down(seats: Any, threads: int) -> None:
 
 
 def _end_with(parent: Any) -> None:
-    """End this worker when its parent process dies; otherwise it would keep the locks of its
-    run.
-    """
+    """End this worker when its parent dies; otherwise it would keep the locks of its run."""
     wait([parent.sentinel])
     os._exit(1)

@@ -1,5 +1,4 @@
-"""The only place that knows transformers' models and peft: a frozen causal LM with a stack of
-adapters.
+"""The only place that knows transformers' models and peft: a frozen LM and its adapters.
 
 One copy of the weights serves three passes:
 1. `encoder_pass`: adapters on, bidirectional by `is_causal=False` per call (no modelling code of

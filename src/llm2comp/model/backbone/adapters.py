@@ -175,16 +175,11 @@ class AdapterStack(Trainable):
         return [m.lora_dropout[name] for m in self._layers if name in m.lora_dropout]
 
     def save(self, name: str, folder: Path) -> None:
-        """Write one adapter in peft's own format (adapter_config.json,
-        adapter_model.safetensors).
-        """
+        """Write an adapter in peft's format (adapter_config.json, adapter_model.safetensors)."""
         super().save(name, folder)
         config = copy.copy(self._peft.peft_config[name])
         # as AutoPeftModelForCausalLM asks for
-        config.inference_mode, config.task_type = (
-            True,
-            peft.TaskType.CAUSAL_LM,
-        )
+        config.inference_mode, config.task_type = (True, peft.TaskType.CAUSAL_LM)
         if writes():
             config.save_pretrained(str(folder))
 

@@ -1,5 +1,6 @@
-"""Which weights are these? A digest of a model's files that costs nothing the second time, or its
-commit on the Hub.
+"""Which weights are these? A digest of a model's files, or its commit on the Hub.
+
+The digest costs nothing the second time.
 
 CACHE/digests/<key>   the digest of one file; the key is of its place, size, times and inode
 
@@ -56,8 +57,7 @@ class Base(BaseModel):
 
 
 def weights_digest(settings: ModelSettings) -> str:
-    """Digest of all weights of a local or builtin model, its configuration and its tokenizer; of a
-    Hub id, the commit.
+    """Digest of a model's weights, configuration and tokenizer; of a Hub id, the commit.
 
     Of a GGUF, whoever converted it: that file's, and the version of the conversion. Empty for a Hub
     id of which nothing is in the Hub's cache: what it will be shows when it has been loaded.
@@ -119,9 +119,7 @@ def _state(stat: Any) -> tuple[int, ...]:
 
 
 def check_base(trained: Base, settings: ModelSettings, where: Path) -> None:
-    """Raise ModelFolderError unless what these settings load is the base that something was trained
-    over.
-    """
+    """Raise ModelFolderError unless these settings load the base that was trained over."""
     now = Base.of(settings)
     if now.digest == trained.digest:
         return

@@ -15,10 +15,7 @@ from llm2comp.recipe import nearest
 # keeps them apart.
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
 # parameters (E, out, in) over all E experts, not modules
-_EXPERTS = (
-    "experts.gate_up_proj",
-    "experts.down_proj",
-)
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "mixtral": (*_ATTENTION, *_EXPERTS),
     "qwen3_moe": (*_ATTENTION, *_EXPERTS),
@@ -79,9 +76,7 @@ def starting_token(tokenizer: Any, bos: str, where: str) -> int | None:
 def split_targets(
     lm: nn.Module, targets: tuple[str, ...]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Sort target names into those of modules, those of experts' fused weights (3-D parameters),
-    and unknown ones.
-    """
+    """Sort target names: modules, experts' fused weights (3-D parameters), unknown ones."""
     modules = [f".{path}" for path, _ in lm.named_modules()]
     # adapters that are there already put `.base_layer` into the names of what they wrap
     experts = [
@@ -104,9 +99,7 @@ def split_targets(
 
 
 def scale_logits(logits_NV: Tensor, config: Any) -> Tensor:
-    """What a family does between its head's projection and the softmax: scale (Cohere, Granite) or
-    softcap (Gemma 2).
-    """
+    """What stands between a family's head and the softmax: scale (Cohere) or softcap (Gemma 2)."""
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits_NV = logits_NV * scale
     if (scaling := getattr(config, "logits_scaling", None)) is not None:
@@ -118,9 +111,7 @@ def scale_logits(logits_NV: Tensor, config: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionDropout:
-    """Where one attention module keeps the rate of its dropout on attention weights, and the
-    modules it asks for `training`.
-    """
+    """One attention module's dropout: where its rate is kept, and what it asks for `training`."""
 
     holder: Any
     attribute: str
@@ -137,8 +128,7 @@ class AttentionDropout:
 
 
 def silence_dropout(lm: nn.Module) -> None:
-    """Set every dropout rate that a module applies by function to 0 (OPT's layers, Starcoder-2's
-    projections).
+    """Set to 0 every dropout rate that a module applies by function (OPT, Starcoder-2).
 
     Such a rate would act whenever the module is switched to training, which checkpointing and
     `AttentionDropout` do. Dropout modules need nothing: they stay in eval mode. The config keeps

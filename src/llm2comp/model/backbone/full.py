@@ -57,9 +57,7 @@ class FullCopy(Trainable):
         return self._state()
 
     def merged(self, dtype: torch.dtype | None = None) -> Any:
-        """A copy of the LM with the trained layers, in the base's dtype; else as said, on the
-        CPU.
-        """
+        """A copy of the LM, trained layers in the base's dtype; else as said, on the CPU."""
         lm = copy.deepcopy(self.lm)
         lm = lm if dtype is None else lm.cpu().to(dtype)
         lm.base_model.load_state_dict(self._state(), strict=False)

@@ -1,5 +1,4 @@
-"""A causal LM in a GGUF file (llama.cpp's format), converted once into an ordinary folder of the
-user's cache.
+"""A causal LM in a GGUF file (llama.cpp's format), converted once into the user's cache.
 
 CACHE/models/<name>-<digest>/   model.safetensors, config, tokenizer, README.md (the licence)
                                 converted.json, written last: `Converted`
@@ -57,9 +56,7 @@ class Converted(Section):
 
 @dataclass(frozen=True)
 class _Header:
-    """The plain facts at a file's head, and the dtype of most of its weights: bfloat16 where they
-    are quantised.
-    """
+    """The plain facts at a file's head, and the dtype of most weights (quantised: bfloat16)."""
 
     facts: dict[str, Any]
     dtype: torch.dtype
@@ -250,9 +247,7 @@ def _explained(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, the libraries' advice stays off the screen, and their bars where there is no terminal
-    to draw them on.
-    """
+    """Inside, the libraries' advice stays off the screen, and bars off what is no terminal."""
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:

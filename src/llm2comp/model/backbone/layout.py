@@ -63,8 +63,9 @@ def worth_packing(mask_BS: Tensor, dtype: torch.dtype, dropout: bool, window: in
 
 @dataclass(frozen=True)
 class Layout:
-    """How one pass lays out a batch. Made by `of`; `apply` must be open while the body runs, and
-    while a layer is recomputed.
+    """How one pass lays out a batch.
+
+    Made by `of`; `apply` must be open while the body runs, and while a layer is recomputed.
 
     Args:
         mask_BS: the padded batch.
@@ -135,9 +136,7 @@ def _row_wise(body: nn.Module) -> list[nn.Module]:
 
 
 def _only_rows(module: nn.Module, rows: Tensor) -> tuple[Any, Any]:
-    """Hooks by which a module maps these rows of its (..., D) input alone, and gives zeros for the
-    others.
-    """
+    """Hooks: a module maps these rows of its (..., D) input alone, and gives 0 for the others."""
     shape: list[int] = []
 
     def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -163,8 +162,9 @@ def packed_attention(
     is_causal: bool | None = None,
     **unknown: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, over packed texts: query (1, heads, N, head width); key
-    and value likewise.
+    """Attention as transformers calls it, over packed texts.
+
+    query is (1, heads, N, head width); key and value likewise.
 
     Raises:
         ValueError: something of the family's that changes scores (softcap, sinks, position bias)
@@ -205,8 +205,9 @@ def _padded_for_attention(
     causal: bool,
     kind: dict[str, Any],
 ) -> Tensor:
-    """One call for all texts, each padded behind its end: (1, H, N, W) → (1, H, N, W), H heads of
-    width W.
+    """One call for all texts, each padded at its end: (1, H, N, W) → (1, H, N, W).
+
+    H heads of width W.
 
     A causal pass needs no mask: what a token sees stands before it. What padding sees is thrown
     away.

@@ -63,8 +63,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(settings: ModelSettings) -> Any:
-    """The model's tokenizer. Raises BackboneError when it cannot be loaded, or has no token that
-    `bos` names.
+    """The model's tokenizer.
+
+    Raises BackboneError when it cannot be loaded, or has no token that `bos` names.
     """
     with _explained(settings.name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -106,8 +107,9 @@ def load_config(settings: ModelSettings) -> Any:
 
 
 def load_skeleton(settings: ModelSettings) -> Any:
-    """The model without weights (meta tensors), from its configuration. Raises BackboneError when
-    it cannot be made.
+    """The model without weights (meta tensors), from its configuration.
+
+    Raises BackboneError when it cannot be made.
     """
     config = load_config(settings)
     with _explained(settings.name), torch.device("meta"):
@@ -115,18 +117,14 @@ def load_skeleton(settings: ModelSettings) -> Any:
 
 
 def base_licence(settings: ModelSettings) -> str:
-    """Licence that the model's card names, or `unknown`; an encoder made from it cannot be
-    freer.
-    """
+    """Licence that the model's card names, or `unknown`; it binds an encoder made from it, too."""
     folder = Path(model_source(settings))
     with hub(settings.name):
         return licence_in(folder / "README.md" if folder.is_dir() else settings.name)
 
 
 def licence_in(card: Path | str) -> str:
-    """Licence that a model card names, a file or that of a Hub id; `unknown` where there is
-    none.
-    """
+    """Licence that a model card names, a file's or a Hub id's; `unknown` where there is none."""
     try:
         found = huggingface_hub.ModelCard.load(card, ignore_metadata_errors=True)
     # no network, no file, a header that is not YAML: nothing to stop a run for

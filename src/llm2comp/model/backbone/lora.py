@@ -1,5 +1,4 @@
-"""LoRA over a plain linear layer as one operation: y = x·Wᵀ + b + scale·(x·Aᵀ)·Bᵀ, in the dtype of
-x.
+"""LoRA over a linear layer as one operation: y = x·Wᵀ + b + scale·(x·Aᵀ)·Bᵀ, in x's dtype.
 
 peft's own layer casts every input to the adapter's float32 and adds the two products in an
 operation of its own. Over a bfloat16 LM that is a float32 copy of x for each projection. Here
@@ -20,13 +19,15 @@ from torch import Tensor, nn
 
 
 class LoraLinear(lora.Linear):
-    """peft's LoRA layer with another forward pass. `adopt` makes one of a layer that peft has
-    built.
+    """peft's LoRA layer with another forward pass.
+
+    `adopt` makes one of a layer that peft has built.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """States (..., in) → (..., out). What the one operation cannot do goes through peft's own
-        pass.
+        """States (..., in) → (..., out).
+
+        What the one operation cannot do goes through peft's own pass.
         """
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
@@ -51,16 +52,15 @@ class LoraLinear(lora.Linear):
 
 
 def adopt(layer: nn.Module) -> None:
-    """Turn peft's layer over a stock `nn.Linear` into a `LoraLinear`; leave any other kind as it
-    is.
-    """
+    """Turn peft's layer over a stock `nn.Linear` into a `LoraLinear`; leave any other alone."""
     if type(layer) is lora.Linear and type(layer.base_layer) is nn.Linear:
         layer.__class__ = LoraLinear
 
 
 class _Lora(torch.autograd.Function):
-    """The module's docstring, steps 3 and 4. `dropped_NI`: x after dropout, None where that is x
-    itself.
+    """The module's docstring, steps 3 and 4.
+
+    `dropped_NI`: x after dropout, None where that is x itself.
     """
 
     @staticmethod

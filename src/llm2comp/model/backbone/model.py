@@ -167,8 +167,9 @@ class Backbone(nn.Module):
     def decoder_pass(
         self, x_BSD: Tensor, mask_BS: Tensor, needed_BS: Tensor | None = None
     ) -> Tensor:
-        """Teacher and decoder pass: adapters off, causal, no dropout. Arguments and states as
-        `encoder_pass`.
+        """Teacher and decoder pass: adapters off, causal, no dropout.
+
+        Arguments and states as `encoder_pass`.
         """
         with self.base_only():
             return self._lay_out(x_BSD, mask_BS, needed_BS)
@@ -181,9 +182,7 @@ class Backbone(nn.Module):
             return self._run(x_BSD, position_ids(mask_BS), mask_BS, layer)
 
     def project(self, states_ND: Tensor) -> Tensor:
-        """Frozen LM head with the family's scale or softcap: logits_NV (held against the LM's own
-        at load).
-        """
+        """Frozen LM head with its scale or softcap: logits_NV (checked at load)."""
         return scale_logits(self.lm.get_output_embeddings()(states_ND), self.config)
 
     @contextlib.contextmanager

@@ -1,6 +1,4 @@
-"""What a model's name alone tells: that it can be no causal LM, before anything is loaded or asked
-for.
-"""
+"""What a model's name alone tells: that it can be no causal LM, before anything is loaded."""
 
 from __future__ import annotations
 

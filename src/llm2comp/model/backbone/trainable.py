@@ -103,8 +103,9 @@ class Trainable(ABC):
             save_whole(state, folder / self.file)
 
     def load(self, name: str, folder: Path) -> None:
-        """Fill a stage with the weights that `save` wrote. Raises BackboneError: of other
-        shapes.
+        """Fill a stage with the weights that `save` wrote.
+
+        Raises BackboneError: of other shapes.
         """
         if not (state := self.state(name)):
             return

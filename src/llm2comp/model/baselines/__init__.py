@@ -1,3 +1,1 @@
-"""Encoders that need no training, to compare with: settings.py (no torch), prompts.py,
-encoder.py.
-"""
+"""Encoders that need no training, to compare with: kinds.py (no torch), prompts.py, module.py."""

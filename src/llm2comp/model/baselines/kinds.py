@@ -114,7 +114,8 @@ def variant(name: str, **changes: Any) -> BaselineSettings:
 
 
 def read_saved(file: Path) -> SavedBaseline:
-    """Content of a `baseline.yaml`. Raises RecipeError: no YAML, unknown keys (names the nearest),
-    values that do not fit.
+    """Content of a `baseline.yaml`.
+
+    Raises RecipeError: no YAML, unknown keys (names the nearest), values that do not fit.
     """
     return checked(SavedBaseline, read_yaml(file, "saved encoder"), str(file))

@@ -1,5 +1,6 @@
-"""Training-free encoders: the untouched causal LM reads a text within a prompt, and some of its
-states are the embedding.
+"""Training-free encoders: the untouched LM reads a text within a prompt.
+
+Some of its states are the embedding.
 """
 
 from __future__ import annotations
@@ -34,9 +35,7 @@ PROMPTS_FILE = "config_sentence_transformers.json"
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt as the LM reads it: token ids, BOS in front, and 1 for each token that is
-    pooled.
-    """
+    """One prompt as the LM reads it: token ids, BOS first, and 1 for each token that is pooled."""
 
     ids: list[int]
     span: list[int]
@@ -87,8 +86,7 @@ class BaselineEncoder(InputModule):
 
     @property
     def max_seq_length(self) -> int:
-        """Longest text, counted as the tokenizer counts one by itself; the prompt around it not
-        included. May be set.
+        """Longest text, as the tokenizer counts it alone, without the prompt; may be set.
 
         None, or more than the LM takes, is the most that it takes. Raises BackboneError: no room
         for a text.
@@ -112,8 +110,9 @@ class BaselineEncoder(InputModule):
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, **_: Any
     ) -> dict[str, Tensor]:
-        """Texts, each after `prompt`, as right-padded ids and spans: all texts in the first
-        template, then in the next.
+        """Texts, each after `prompt`, as right-padded ids and spans.
+
+        All texts in the first template, then all in the next.
         """
         texts = [self._within_limit((prompt or "") + text) for text in inputs]
         rows = [row for template in self.settings.templates for row in self._rows(template, texts)]
@@ -122,9 +121,7 @@ class BaselineEncoder(InputModule):
         return {"input_ids": tokens.ids_BT, "attention_mask": tokens.mask_BT, "span": span_BT}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Adds `sentence_embedding` (B, D), float32: the mean over the templates, which run one
-        after the other.
-        """
+        """Adds `sentence_embedding` (B, D), float32: the mean over the templates, run in turn."""
         keys = ("input_ids", "attention_mask", "span")
         parts = zip(
             *(features[key].chunk(len(self.settings.templates)) for key in keys), strict=True
@@ -135,9 +132,7 @@ class BaselineEncoder(InputModule):
         return features
 
     def saved(self) -> SavedBaseline:
-        """What `save` writes: the LM by name and commit, the dtype that it runs in, the
-        settings.
-        """
+        """What `save` writes: the LM by name and commit, its dtype, the settings."""
         name = self.backbone.name
         model = SavedModel(
             name=str(Path(name).absolute()) if Path(name).exists() else name,
@@ -168,9 +163,7 @@ class BaselineEncoder(InputModule):
         )
 
     def _rows(self, template: str, texts: Sequence[str]) -> list[PromptRow]:
-        """Each text within the template; one that is too long is cut at its end until the whole
-        fits.
-        """
+        """Each text within the template; one that is too long is cut at its end."""
         rows = self._read(template, texts)
         return [
             row if len(row.ids) <= self.max_tokens else self._cut(template, text, row)
@@ -216,9 +209,7 @@ class BaselineEncoder(InputModule):
     def _inside(
         self, offsets: Sequence[tuple[int, int]], copies: Sequence[tuple[int, int]]
     ) -> list[int]:
-        """1 for each token that holds a character of a copy that counts; none for the span
-        `last_token`.
-        """
+        """1 for each token with a character of a copy that counts; none for `last_token`."""
         wanted = {"text": copies, "last_copy": copies[-1:], "last_token": ()}[self.settings.span]
         # A token without width stands for the character before it (tokenizers trim blanks), or for
         # the very beginning.
@@ -244,9 +235,7 @@ def fill(template: str, text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def as_sentence(text: str) -> str:
-    """The text as PromptEOL's and MetaEOL's code puts it between quotes
-    (`BaselineSettings.as_sentence`).
-    """
+    """The text as PromptEOL's and MetaEOL's code quotes it (`BaselineSettings.as_sentence`)."""
     if text and text[-1] not in ".?\"'":
         text += "."
     text = text.replace('"', "'")
@@ -254,8 +243,9 @@ def as_sentence(text: str) -> str:
 
 
 def pooling_weights(span_BT: Tensor, pooling: str) -> Tensor:
-    """Weights of the tokens, float32 (B, T), each row's sum 1: over the span alike, by place in it
-    (SGPT), or its last one.
+    """Weights of the tokens, float32 (B, T), each row's sum 1.
+
+    Over the span alike, by place in it (SGPT), or its last token alone.
     """
     place_BT = span_BT.cumsum(1) * span_BT
     last_BT = place_BT == span_BT.sum(1, keepdim=True)
