@@ -1,4 +1,4 @@
-"""The three journeys of docs/architecture.md are real: made here, and held against what was called."""
+"""The three journeys of docs/architecture.md, made here and held against what was called."""
 
 import re
 import sys

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import llm2comp
 from llm2comp import load
 from llm2comp.errors import RecipeError
 from llm2comp.recipe import find_recipe
@@ -227,7 +228,52 @@ def test_python_compiles(block: Block):
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
+def private_names(text: str) -> list[str]:
+    """Names of the package in a page's Python, or called in its prose, that are not public."""
+    named = re.findall(r"`llm2comp\.([\w.]+)\(", FENCE.sub("", text))
+    for block in blocks(text):
+        for node in ast.walk(ast.parse(block.body)) if block.language in ("python", "py") else ():
+            if isinstance(node, ast.Import):
+                parts = [alias.name.split(".", 1) for alias in node.names]
+                named += [part[1] for part in parts if part[0] == "llm2comp" and part[1:]]
+            elif isinstance(node, ast.ImportFrom) and node.module == "llm2comp":
+                named += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("llm2comp."):
+                named.append(f"{node.module}".removeprefix("llm2comp."))
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                named += [node.attr] if node.value.id == "llm2comp" else []
+    return [name for name in named if name not in llm2comp.__all__]
+
+
+NAMES_OF_PAGES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES_OF_PAGES)
+def test_pages_use_public_names_alone(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert private_names(text) == []
+
+
+def test_private_names_are_found():
+    page = """Call `llm2comp.load(x)` or `llm2comp.use.embed.embed(x)`.
+
+```python
+import llm2comp
+import llm2comp.model.memory
+from llm2comp import load, quiet
+from llm2comp.storage.loading import identity
+
+llm2comp.load().encode(["a"])
+llm2comp.errors.RunError
+```
+"""
+    found = ["use.embed.embed", "model.memory", "quiet", "storage.loading", "errors"]
+    assert private_names(page) == found
+    asked = [name for page in PAGES for name in re.findall(r"llm2comp\.(\w+)\(", page.read_text())]
+    assert len(set(asked)) >= 5, "the pages use public names"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES_OF_PAGES)
 def test_files_named_exist(page: Path):
     text = page.read_text(encoding="utf-8")
     assert [entry for body in file_trees(text) for entry in missing_in_tree(body, ROOT)] == []

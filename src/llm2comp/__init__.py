@@ -11,6 +11,8 @@ load, train                       whatever names an encoder → SentenceTransfor
 embed_texts, memory_states        texts → one vector each · → their memory states
 maxsim                            memory states of queries and documents → scores
 export, verify                    an encoder → a plain sentence-transformers folder · is it sound?
+compile_folder, reweight          its graph for CPUs · other weights of its memory tokens
+baseline                          an untrained LM as an encoder, to compare with
 evaluate, EvaluateOptions         models × tasks → scores (extra `lab`)
 analyze                           a model and texts → why it is good, or not (extra `lab`)
 Recipe, load_recipe               what to train, as a value
@@ -28,14 +30,17 @@ if TYPE_CHECKING:
     from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
     from llm2comp.lab.train import train
     from llm2comp.model.backbone import Backbone, load_backbone
+    from llm2comp.model.baselines.module import baseline
     from llm2comp.model.compressor import Compressor
     from llm2comp.model.memory import maxsim
     from llm2comp.model.vectors import embed_texts
     from llm2comp.model.vectors import memory_vectors as memory_states
     from llm2comp.recipe import Recipe, load_recipe
+    from llm2comp.storage.compiled import compile_folder
     from llm2comp.storage.export import export
     from llm2comp.storage.golden import verify
     from llm2comp.storage.loading import load
+    from llm2comp.storage.reweighting import reweight
 
 __version__ = version("llm2comp")
 __all__ = [
@@ -45,6 +50,8 @@ __all__ = [
     "Recipe",
     "__version__",
     "analyze",
+    "baseline",
+    "compile_folder",
     "embed_texts",
     "evaluate",
     "export",
@@ -53,6 +60,7 @@ __all__ = [
     "load_recipe",
     "maxsim",
     "memory_states",
+    "reweight",
     "train",
     "verify",
 ]
@@ -64,6 +72,8 @@ _HOME = {
     "EvaluateOptions": "lab.evaluation.evaluate",
     "Recipe": "recipe",
     "analyze": "lab.analyze",
+    "baseline": "model.baselines.module",
+    "compile_folder": "storage.compiled",
     "embed_texts": "model.vectors",
     "evaluate": "lab.evaluation.evaluate",
     "export": "storage.export",
@@ -72,6 +82,7 @@ _HOME = {
     "load_recipe": "recipe",
     "maxsim": "model.memory",
     "memory_states": "model.vectors:memory_vectors",
+    "reweight": "storage.reweighting",
     "train": "lab.train",
     "verify": "storage.golden",
 }

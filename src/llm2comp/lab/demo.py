@@ -17,7 +17,6 @@ from llm2comp.lab.report.reading import SEARCHES_FILE
 from llm2comp.lab.train import train
 from llm2comp.measures.spectrum import effective_rank, spectrum
 from llm2comp.model.backbone import load_backbone
-from llm2comp.model.baselines.kinds import NAMES
 from llm2comp.model.baselines.module import baseline
 from llm2comp.model.encoder import merge_adapters
 from llm2comp.model.vectors import embed_texts
@@ -138,7 +137,7 @@ def score(run: Path) -> list[dict[str, float | str | None]]:
 
 
 def _encoders(run: Run) -> Iterator[tuple[str, SentenceTransformer]]:
-    yield "backbone, mean-pooled", baseline(load_backbone(run.recipe.model), NAMES["mean"])
+    yield "backbone, mean-pooled", baseline(load_backbone(run.recipe.model))
     for stage in run.recipe.stages:
         if run.stage(stage).is_dir():
             model = run.encoder(stage)

@@ -132,7 +132,7 @@ def card_facts(path: str) -> dict[str, str]:
 
 def _baseline(kind: str, name: str, device: str | None, dtype: Dtype) -> SentenceTransformer:
     settings = ModelSettings(name=name, device=device or "auto", dtype=dtype, attention="causal")
-    return baseline(load_backbone(settings), NAMES[kind])
+    return baseline(load_backbone(settings), kind)
 
 
 def _from_hub(name: str, device: str | None) -> SentenceTransformer:

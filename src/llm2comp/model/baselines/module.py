@@ -24,6 +24,7 @@ from llm2comp.model.baselines.kinds import (
     SavedBaseline,
     SavedModel,
     read_saved,
+    variant,
 )
 from llm2comp.model.baselines.prompts import TEXT
 from llm2comp.model.tokens import Tokens, limit_of
@@ -253,8 +254,20 @@ def pooling_weights(span_BT: Tensor, pooling: str) -> Tensor:
     return weights_BT / weights_BT.sum(1, keepdim=True)
 
 
-def baseline(backbone: Backbone, settings: BaselineSettings) -> SentenceTransformer:
-    """A training-free encoder as a SentenceTransformer, on the backbone's device."""
+def baseline(
+    backbone: Backbone, kind: str | BaselineSettings = "mean", **changes: Any
+) -> SentenceTransformer:
+    """A training-free encoder as a SentenceTransformer, on the backbone's device.
+
+    Args:
+        backbone: the untouched LM.
+        kind: a name, such as `prompt_eol` (docs/baselines.md), or all settings.
+        changes: other settings than those of that name, such as `layer=-2`.
+
+    Raises:
+        RecipeError: no encoder of that name, an unknown setting, or a value that does not fit.
+    """
+    settings = variant(kind, **changes) if isinstance(kind, str) else kind
     return SentenceTransformer(
         modules=[BaselineEncoder(backbone, settings)], device=str(backbone.input_table.device)
     ).eval()
