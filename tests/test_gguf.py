@@ -225,7 +225,7 @@ def test_a_read_only_cache_that_has_it_is_read(tmp_path, cache, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("llm2comp.system.cache.FileLock", refuse)
-    monkeypatch.setattr("llm2comp.system.files.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("llm2comp.system.folders.tempfile.mkdtemp", refuse)
     assert load_backbone(settings(file)).name == str(file)
     shutil.rmtree(folder)
     with pytest.raises(RunError, match="cannot write: Permission denied"):
