@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llm2comp.model.backbone import Backbone
 from llm2comp.model.compressor import Compressor
+from llm2comp.model.tokens import position_ids
 from llm2comp.recipe import AdapterSettings, PretextStage
 
 VOCABULARY = 320
@@ -256,3 +257,13 @@ def relative_error(found, expected):
     norm = expected.norm()
     assert norm > 0, "vacuous: the expected value is zero"
     return ((found - expected).norm() / norm).item()
+
+
+def stock_states(lm, backbone, tokens):
+    """States of a stock LM over the backbone's inputs, bidirectional: its body called directly."""
+    return lm.base_model(
+        inputs_embeds=backbone.embed(tokens.ids_BT),
+        attention_mask=tokens.mask_BT,
+        position_ids=position_ids(tokens.mask_BT),
+        is_causal=False,
+    ).last_hidden_state

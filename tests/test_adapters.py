@@ -18,6 +18,7 @@ from families import (
     push_adapter,
     relative_error,
     snapshot,
+    stock_states,
     untouched,
 )
 from llm2comp.errors import BackboneError, ModelFolderError
@@ -162,14 +163,7 @@ def test_deltas_add(family):
                 weight = reference.get_submodule(path).weight
                 weight += delta if isinstance(reference.get_submodule(path), nn.Linear) else delta.T
         tokens = tokens_of(backbone)
-        arguments = {
-            "attention_mask": tokens.mask_BT,
-            "position_ids": position_ids(tokens.mask_BT),
-            "is_causal": False,
-        }
-        expected = reference.base_model(
-            inputs_embeds=backbone.embed(tokens.ids_BT), **arguments
-        ).last_hidden_state
+        expected = stock_states(reference, backbone, tokens)
     assert relative_error(states(backbone), expected) < 1e-5
 
 
@@ -192,17 +186,8 @@ def test_merged_equals_adapters_on(family):
     assert all(type(m) is type(reference.get_submodule(n)) for n, m in merged.named_modules())
     mask = tokens.mask_BT.bool()
     with torch.no_grad():
-        arguments = {
-            "attention_mask": tokens.mask_BT,
-            "position_ids": position_ids(tokens.mask_BT),
-            "is_causal": False,
-        }
-        found = merged.base_model(
-            inputs_embeds=backbone.embed(tokens.ids_BT), **arguments
-        ).last_hidden_state
-        off = reference.base_model(
-            inputs_embeds=backbone.embed(tokens.ids_BT), **arguments
-        ).last_hidden_state
+        found = stock_states(merged, backbone, tokens)
+        off = stock_states(reference, backbone, tokens)
     assert torch.cosine_similarity(off[mask], on[mask]).min() < 0.9, (
         "vacuous: the adapters do little"
     )

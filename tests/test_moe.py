@@ -15,11 +15,12 @@ from families import (
     make_compressor,
     push_adapter,
     relative_error,
+    stock_states,
     untouched,
 )
 from llm2comp.errors import BackboneError
 from llm2comp.model.backbone.families import split_targets
-from llm2comp.model.tokens import Tokens, position_ids
+from llm2comp.model.tokens import Tokens
 from llm2comp.recipe import AdapterSettings
 
 pytestmark = pytest.mark.parametrize("family", sorted(MIXTURES))
@@ -78,14 +79,7 @@ def test_experts_deltas_add(family):
                 )
                 changed += 1
     tokens = Tokens.pad(backbone.tokenise(TEXTS), "left", backbone.pad_id)
-    arguments = {
-        "attention_mask": tokens.mask_BT,
-        "position_ids": position_ids(tokens.mask_BT),
-        "is_causal": False,
-    }
-    expected = reference.base_model(
-        inputs_embeds=backbone.embed(tokens.ids_BT), **arguments
-    ).last_hidden_state
+    expected = stock_states(reference, backbone, tokens)
     assert changed == number * 2 * 2 * (2 if family == "mixtral" else 1), (
         "experts · weights · adapters · sparse layers"
     )
