@@ -6,7 +6,7 @@ PYTHON ?= python3
 # Test processes; each uses one thread.
 WORKERS ?= 2
 # Which tests; `make test MARKERS=slow` runs the slow ones.
-MARKERS ?= not slow and not shared and not gpu and not browser
+MARKERS ?= not slow and not shared and not gpu and not browser and not ray
 # The demo's language model: smollm2 (135 M parameters) or tiny (5 M).
 LM ?= smollm2
 # What to measure; `make bench BENCH=--quick` runs a tiny model.
