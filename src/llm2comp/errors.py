@@ -9,8 +9,11 @@ import json
 from importlib.metadata import distribution
 from urllib.parse import unquote, urlsplit
 
-# What the extra `lab` brings.
-LAB = ("bm25s", "jinja2", "matplotlib", "mteb")
+# Extra → what it is for, and the modules it brings.
+EXTRAS = {
+    "lab": ("judging encoders", "bm25s jinja2 matplotlib mteb"),
+    "search": ("reading and searching documents", "docx lancedb lxml pypdfium2 trafilatura"),
+}
 
 
 def one_line(what: object, most: int = 300) -> str:
@@ -30,13 +33,12 @@ def install_extra(name: str) -> str:
 
 
 def missing_extra(error: ModuleNotFoundError) -> RunError | None:
-    """What to install where an import needs the lab; None: another module is missing."""
+    """What to install where an import needs an extra; None: another module is missing."""
     package = (error.name or "").partition(".")[0]
-    if package not in LAB:
-        return None
-    return RunError(
-        f"{package} is not installed", where="judging encoders", fix=install_extra("lab")
-    )
+    for extra, (purpose, modules) in EXTRAS.items():
+        if package in modules.split():
+            return RunError(f"{package} is not installed", where=purpose, fix=install_extra(extra))
+    return None
 
 
 class Llm2CompError(Exception):

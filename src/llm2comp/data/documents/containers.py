@@ -1,0 +1,127 @@
+"""Files whose text lies in a container → blocks: HTML, PDF, .docx, notebooks, JSON lines.
+
+The libraries are of the extra `search`, and imported for a file of the kind alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from llm2comp.data.columns import likely
+from llm2comp.data.documents.blocks import Block, Headings, placed, under
+from llm2comp.data.documents.texts import lines_of, markdown_blocks
+from llm2comp.data.loaded import Tally
+from llm2comp.data.tables import file_rows
+from llm2comp.errors import DataError
+
+# A .docx that unpacks to more is refused: its parser would need many times that memory.
+UNPACKED_BYTES = 500_000_000
+_TITLES = ("title", "question", "query", "heading", "name")
+
+
+def html(path: Path, _: Tally) -> Iterator[Block]:
+    """The main text of a web page; a line is where a block begins in the file."""
+    import lxml.html
+    import trafilatura
+
+    raw = path.read_bytes()
+    if b"\0" in raw:
+        raise DataError("no web page: NUL bytes", where=str(path))
+    if not raw.strip():
+        return iter(())
+    # None for a page of a few words, of which all is taken
+    text = trafilatura.extract(
+        raw, output_format="markdown", favor_recall=True, include_comments=False
+    ) or trafilatura.html2txt(lxml.html.document_fromstring(raw))
+    return placed(markdown_blocks(text.splitlines()), raw.decode("utf-8", "replace"))
+
+
+def pdf(path: Path, _: Tally) -> Iterator[Block]:
+    """The pages of a PDF.
+
+    Raises:
+        DataError: encrypted; no text in it.
+    """
+    import pypdfium2
+
+    try:
+        file = pypdfium2.PdfDocument(path)
+    except pypdfium2.PdfiumError as error:
+        reason = "encrypted: it asks for a password" if "assword" in str(error) else "a broken PDF"
+        raise DataError(reason, where=str(path)) from None
+    with file:
+        pages = len(file)
+        # U+FFFE is the hyphen of a word that goes on in the next line
+        texts = (
+            re.sub("\ufffe\\s*|\r", "", page.get_textpage().get_text_bounded()).strip()
+            for page in file
+        )
+        found = [
+            Block(text, (f"page {n}",), n, n) for n, text in enumerate(texts, 1) if text.strip()
+        ]
+    if not found:
+        raise DataError(
+            f"no text in its {pages:,} pages, as in scans: recognise it first (ocrmypdf)",
+            where=str(path),
+        )
+    return iter(found)
+
+
+def docx(path: Path, _: Tally) -> Iterator[Block]:
+    """Paragraphs and tables of a Word document, counted from 1."""
+    from docx import Document
+    from docx.table import Table
+
+    with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > UNPACKED_BYTES:
+            raise DataError("unpacks to more than 500 MB", where=str(path))
+    headings: Headings = ()
+    for number, item in enumerate(Document(str(path)).iter_inner_content(), 1):
+        if isinstance(item, Table):
+            text = "\n".join(" | ".join(cell.text for cell in row.cells) for row in item.rows)
+        else:
+            text = item.text
+            style = (item.style.name or "") if item.style is not None else ""
+            heading = re.fullmatch(r"(Heading|Title) ?(\d?)", style)
+            if heading and text.strip():
+                headings = under(headings, int(heading[2] or 1), text)
+                continue
+        if text.strip():
+            yield Block(text, headings, number, number)
+
+
+def notebook(path: Path, _: Tally) -> Iterator[Block]:
+    """Cells of a Jupyter notebook: its Markdown, and its code as fenced blocks; no output."""
+    source = "\n".join(lines_of(path))
+    lines = list[str]()
+    for cell in json.loads(source)["cells"]:
+        text = "".join(cell["source"])
+        if text.strip():
+            text = text if cell["cell_type"] == "markdown" else f"~~~~\n{text}\n~~~~"
+            lines += [*text.splitlines(), ""]
+    return placed(markdown_blocks(lines), source)
+
+
+def json_lines(path: Path, tally: Tally) -> Iterator[Block]:
+    """A block for each row: its text, under its title or question where it has one."""
+    for number, (place, row) in enumerate(file_rows(path, ()), 1):
+        texts = (
+            {}
+            if isinstance(row, str)
+            else {
+                name: value
+                for name, value in row.items()
+                if isinstance(value, str) and value.strip()
+            }
+        )
+        column = likely("column", list(texts))
+        if column is None:
+            tally.leave_out(row if isinstance(row, str) else "without a text", place)
+            continue
+        title = next((name for name in _TITLES if name in texts and name != column), None)
+        line = int(place.split()[-1]) if place.startswith("line") else number
+        yield Block(texts[column], under((), 1, texts[title]) if title else (), line, line)

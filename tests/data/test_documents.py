@@ -1,0 +1,255 @@
+"""Files of each format → blocks with headings and lines; passages by tokens; what cannot be read is
+told and the rest goes on.
+"""
+
+import os
+import random
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+import llm2comp
+from document_files import pdf_bytes, write_all
+from llm2comp.data.documents import (
+    READERS,
+    Block,
+    Document,
+    Report,
+    documents,
+    passages,
+    read_document,
+)
+from llm2comp.data.documents import reading as reading_module
+from llm2comp.errors import DataError
+
+pytest.importorskip("pypdfium2", reason="needs the extra search")
+TINY = Path(llm2comp.__file__).parent / "assets/tiny/tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("documents") / "docs")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    report = Report("docs")
+    return {d.path.name: d for d in documents(folder, report)}, report
+
+
+def words(block):
+    return " ".join(re.findall(r"\w+", block.text))
+
+
+# Blocks of each file: words, headings, first and last line.
+EXPECTED = {
+    "a.md": [
+        ("Opening words They go on", ("Guide",), 6, 7),
+        ("first step second step", ("Guide", "Install"), 11, 12),
+        ("sh no heading", ("Guide", "Install"), 14, 16),
+        ("Last words", ("Guide", "Use"), 20, 20),
+    ],
+    "b.txt": [("Opening words More", (), 1, 2), ("Last words", (), 4, 4)],
+    "c.rst": [
+        ("Opening words", ("Guide",), 5, 5),
+        ("First step", ("Guide", "Install"), 10, 10),
+        ("A detail", ("Guide", "Install", "Details"), 15, 15),
+        ("Last words", ("Guide", "Use"), 20, 20),
+    ],
+    "d.html": [
+        (
+            "Opening words of a page that says enough to be taken for one with a content of its "
+            "own",
+            ("Guide",),
+            5,
+            5,
+        ),
+        (
+            "First step of the installation told in a sentence that a reader can follow at ease",
+            ("Guide", "Install"),
+            7,
+            7,
+        ),
+    ],
+    "e.pdf": [
+        ("Opening words More", ("page 1",), 1, 1),
+        ("Last words", ("page 2",), 2, 2),
+    ],
+    "f.docx": [
+        ("Opening words", ("Guide",), 2, 2),
+        ("step one", ("Guide", "Install"), 4, 4),
+    ],
+    "h.jsonl": [("Opening words", ("Guide",), 1, 1), ("Last words", (), 3, 3)],
+    "i.py": [
+        ("Module words", ("i",), 1, 1),
+        ("Keeps things And finds them", ("i", "Store"), 5, 7),
+        ("Return what was kept", ("i", "Store", "find"), 11, 11),
+    ],
+    "j.js": [("Opening words f", (), 1, 2), ("Last words", (), 4, 4)],
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_blocks_of_each_format(found, name):
+    blocks = [(words(b), b.headings, b.first, b.last) for b in found[0][name].blocks]
+    assert blocks == EXPECTED[name]
+
+
+def test_notebook(found, folder):
+    text, code = found[0]["g.ipynb"].blocks
+    assert (words(text), text.headings) == ("Opening words More", ("Guide",))
+    assert (words(code), code.headings) == ("answer 42", ("Guide",))
+    lines = (folder / "g.ipynb").read_text().splitlines()
+    assert "Opening words" in lines[text.first - 1]
+    assert "answer = 42" in lines[code.first - 1]
+
+
+def test_report(found, folder):
+    documents_found, report = found
+    assert sorted(documents_found) == sorted(p.name for p in folder.iterdir())
+    assert {p.suffix for p in folder.iterdir()} <= set(READERS)
+    assert report.summary() == ("docs: 10 files\nh.jsonl: left out: 1 without a text (line 2)")
+    assert found[0]["a.md"].title == "Guide"
+    assert found[0]["b.txt"].title == "b"
+
+
+def test_what_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading_module, "MOST_BYTES", 20_000)
+    (tmp_path / "good.md").write_text("# A\n\nwords\n")
+    (tmp_path / "with\nnewline.md").write_text("words of a strange name\n")
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 and nothing")
+    (tmp_path / "locked.pdf").write_bytes(pdf_bytes("words", encrypted=True))
+    (tmp_path / "scan.pdf").write_bytes(pdf_bytes("", ""))
+    (tmp_path / "broken.docx").write_bytes(b"PK no archive")
+    (tmp_path / "broken.ipynb").write_text("{")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "deep.py").write_text("x = " + "(" * 5000)
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    (tmp_path / "binary.txt").write_bytes(b"a\0b")
+    (tmp_path / "binary.html").write_bytes(b"\x93\0\xff")
+    (tmp_path / "empty.md").write_text("\n \n")
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\nno json\n')
+    (tmp_path / "huge.txt").write_text("word " * 5000)
+    (tmp_path / "picture.png").write_bytes(b"png")
+    (tmp_path / ".hidden.md").write_text("hidden")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "dead.md").symlink_to(tmp_path / "nothing.md")
+    with open(os.fsencode(tmp_path) + b"/\xff.md", "wb") as file:  # noqa: PTH123
+        file.write(b"words")
+    report = Report("docs")
+    read = list(documents(tmp_path, report))
+    assert sorted(d.path.name for d in read) == ["good.md", "with\nnewline.md"]
+    assert "\n" not in report.summary()
+    for part in (
+        "docs: 2 files; left out: ",
+        "a broken PDF (broken.pdf)",
+        "encrypted: it asks for a password (locked.pdf)",
+        "no text in its 2 pages, as in scans: recognise it first (ocrmypdf) (scan.pdf)",
+        "BadZipFile: File is not a zip file (broken.docx)",
+        "JSONDecodeError",
+        "SyntaxError",
+        "not UTF-8 (line 1) (latin.txt)",
+        "not a text file in UTF-8: NUL bytes (binary.txt)",
+        "no web page: NUL bytes (binary.html)",
+        "no text in it (empty.md)",
+        "no text in it: 1 without a text (line 1), 1 malformed JSON (line 2) (rows.jsonl)",
+        "over the limit",
+        "of a kind that is not read (.png) (picture.png)",
+        "links to folders are not followed (loop)",
+        "a link that leads nowhere (dead.md)",
+        r"a name that is not UTF-8: rename it (\udcff.md)",
+    ):
+        assert part in report.summary(), part
+    assert "hidden" not in report.summary()
+
+
+def test_single_file_and_missing_folder(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        list(documents(tmp_path / "no", Report("no")))
+    (tmp_path / "a.md").write_text("words")
+    assert [d.path.name for d in documents(tmp_path / "a.md", Report("a"))] == ["a.md"]
+    with pytest.raises(DataError, match="of a kind that is not read"):
+        read_document(tmp_path / "a.xyz")
+
+
+# ---- passages
+
+
+def by_word(text):
+    """A token for each word or mark."""
+    return [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]
+
+
+def made(seed):
+    """A document of random paragraphs: each its lines as in a file, no two words alike."""
+    draw = random.Random(seed)
+    number, line, blocks = 0, 1, []
+    for _ in range(30):
+        text = ""
+        for _ in range(draw.randint(1, 6)):
+            for _ in range(draw.randint(1, 20)):
+                text += f"w{number}{draw.choice(['', '', '', '.'])} "
+                number += 1
+            text = text.rstrip() + "\n"
+        headings = (f"part {len(blocks) // 7}",)
+        lines = text.count("\n")
+        blocks.append(Block(text.rstrip("\n"), headings, line, line + lines - 1))
+        line += lines + 1
+    return Document("x", tuple(blocks)), number
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("size", "overlap"), [(2, 0), (7, 3), (64, 16), (10_000, 32)])
+def test_passages_cover_the_document(seed, size, overlap):
+    """None is over the size or a heading, every word is in one, lines are those of its words, and
+    neighbours overlap by about what was asked for.
+    """
+    document, count = made(seed)
+    line_of = {
+        word: block.first + place
+        for block in document.blocks
+        for place, line in enumerate(block.text.split("\n"))
+        for word in re.findall(r"\w+", line)
+    }
+    cut = passages(document, by_word, size, overlap)
+    assert len(cut) >= len(document.sections)
+    seen = []
+    for passage in cut:
+        inside = re.findall(r"\w+", passage.text)
+        assert len(by_word(passage.text)) <= size
+        if not inside:  # a full stop
+            continue
+        assert (line_of[inside[0]], line_of[inside[-1]]) == (passage.first, passage.last)
+        seen += [int(word[1:]) for word in inside]
+    assert sorted(set(seen)) == list(range(count))
+    repeated = len(seen) - count
+    # of a section the passages after the first repeat what was asked for at most
+    assert repeated <= overlap * (len(cut) - len(document.sections))
+    if (size, overlap) == (64, 16):
+        assert repeated >= 8 * (len(cut) - len(document.sections)) > 0
+
+
+def test_passages_end_with_sentences_where_they_can():
+    text = "One two three four. Five six seven eight. Nine ten eleven twelve."
+    document = Document("x", (Block(text, ("Title",), 3, 3),))
+    first, *_ = passages(document, by_word, 11, 0)
+    assert first.text == "One two three four. Five six seven eight."
+    assert first.in_context == f"Title\n{first.text}"
+
+
+def test_passages_of_a_real_tokenizer(found):
+    """Byte-level tokens hold a space or a part of a character: no passage is over the size all the
+    same.
+    """
+    tokenizer = Tokenizer.from_file(str(TINY))
+
+    def offsets(text):
+        return tokenizer.encode(text, add_special_tokens=False).offsets
+
+    text = "Ein schönes Wort: naïve café 🎉🎉 数据 " * 30
+    document = Document("x", (Block(text, (), 1, 1), *found[0]["a.md"].blocks))
+    cut = passages(document, offsets, 40, 8)
+    assert max(len(offsets(passage.text)) for passage in cut) <= 40
+    assert set(text) <= set("".join(passage.text for passage in cut))
