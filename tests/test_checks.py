@@ -223,7 +223,10 @@ def test_a_score_that_is_no_number_is_no_score(tmp_path):
 @pytest.mark.parametrize("place", ["model", "3-scl", ""])
 def test_an_encoder_is_no_model_to_train(tmp_path, place):
     folder, run = finished()
-    with pytest.raises(BackboneError, match=f"is an encoder(.*\n)*.*{folder / 'backbone'}"):
+    with pytest.raises(
+        BackboneError,
+        match=f"is an encoder(.*\n)*.*{folder / 'backbone'}(.*\n)*.*start_from={run / place}",
+    ):
         check(parse_recipe(make_tree(tmp_path) | {"model": {"name": str(run / place)}}))
     for name, base in (
         ("builtin:general-tiny", "builtin:tiny"),

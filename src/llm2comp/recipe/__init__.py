@@ -39,8 +39,11 @@ from llm2comp.recipe.reading import (
 )
 from llm2comp.recipe.recipe import WATCHED, Recipe
 from llm2comp.recipe.stages import Stage
+from llm2comp.recipe.starting import BUILTIN_ENCODERS, STARTS, base_of
 
 __all__ = [
+    "BUILTIN_ENCODERS",
+    "STARTS",
     "WATCHED",
     "AdapterSettings",
     "ContrastiveStage",
@@ -62,6 +65,7 @@ __all__ = [
     "UclStage",
     "WatchSettings",
     "absolute",
+    "base_of",
     "change_recipe",
     "checked",
     "each_path",

@@ -75,7 +75,7 @@ def each_path(tree: Any, change: Callable[[str], str]) -> Any:
         return tree
     changed = {key: each_path(value, change) for key, value in tree.items()}
     for key, value in tree.items():
-        if key == "source":
+        if key in ("source", "start_from") and value is not None:
             changed[key] = change(value)
         elif key == "tasks":
             changed[key] = [change(item) for item in value]

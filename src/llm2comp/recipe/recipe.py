@@ -6,7 +6,7 @@ counts text tokens with BOS and without memory tokens, every `*_steps` optimiser
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -20,8 +20,10 @@ from llm2comp.recipe.parts import (
     Section,
     WatchSettings,
 )
+from llm2comp.recipe.paths import LocalName
 from llm2comp.recipe.pretext_stage import PretextStage
 from llm2comp.recipe.stages import Stage
+from llm2comp.recipe.starting import inherit
 
 FORMAT_VERSION = 1
 # Figures of the watch that a stage may be steered by, and whether a higher one is better.
@@ -42,6 +44,11 @@ class Recipe(Section):
     format_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Annotated[int, Field(ge=0)] = 0
+    start_from: LocalName | None = Field(
+        default=None,
+        description="the encoder whose adapters this run's lie over: `builtin:general`, a run, or "
+        "a stage of one; LM, memory, pooling, max_tokens and instruction are its own where not set",
+    )
     model: ModelSettings
     memory: MemorySettings = MemorySettings()
     encoder: EncoderSettings = EncoderSettings()
@@ -65,6 +72,11 @@ class Recipe(Section):
     def memory_tokens(self) -> int:
         """k; 0 where the text's own states are pooled."""
         return self.memory.tokens if self.encoder.pooling == "memory" else 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, data: Any) -> Any:
+        return inherit(data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _has_a_stage(self) -> Recipe:

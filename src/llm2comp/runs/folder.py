@@ -4,6 +4,7 @@ runs/x/recipe.yaml            the resolved recipe
 runs/x/environment.json       versions, machine, command
 runs/x/1-pretext/, 2-ucl/, 3-scl/   config.json, metrics.jsonl, adapter/, memory.safetensors,
                                     done.json
+runs/x/start/                 the encoder that the run starts from, if it does (starting.py)
 runs/x/model/                 plain sentence-transformers folder
 """
 
@@ -32,14 +33,21 @@ RECIPE_FILE, DONE_FILE, CONFIG_FILE, MODEL_FOLDER = (
     "config.json",
     "model",
 )
+START_FOLDER = "start"
 ENVIRONMENT_FILE = "environment.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, begun or finished."""
+    """A run directory, begun or finished.
+
+    Args:
+        path: of the directory.
+        upto: the last stage that counts; None: all that its recipe has.
+    """
 
     path: Path
+    upto: str | None = None
 
     @classmethod
     def of(cls, path: str | Path) -> Run | None:
@@ -62,12 +70,20 @@ class Run:
                 "not a run directory", where=str(self.path), expected=f"{RECIPE_FILE} in it"
             )
         follow = partial(moved, old=self._trained_in(), new=self.path.absolute())
-        return parse_recipe(each_path(load_recipe(file).model_dump(mode="json"), follow), str(file))
+        tree = each_path(load_recipe(file).model_dump(mode="json"), follow)
+        names = list(FOLDERS)
+        later = names[names.index(self.upto) + 1 :] if self.upto else ()
+        return parse_recipe(tree | dict.fromkeys(later), str(file))
 
     @property
     def model(self) -> Path:
         """The folder of the finished encoder."""
         return self.path / MODEL_FOLDER
+
+    @cached_property
+    def start(self) -> Run | None:
+        """Its copy of the encoder that its first stage began with; None: that was a bare LM."""
+        return Run(self.path / START_FOLDER) if self.recipe.start_from else None
 
     @property
     def last(self) -> Path:
@@ -93,8 +109,7 @@ class Run:
             RunError: the stage is not done. ModelFolderError: its files are damaged.
         """
         recipe = recipe or self.recipe
-        backbone = load_backbone(recipe.model)
-        compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
+        compressor = begin(recipe, self.start)
         for name in recipe.stages:
             require_base(self.stage(name) / DONE_FILE, recipe)
             add_adapter(compressor, recipe, name)
@@ -114,11 +129,29 @@ class Run:
         Raises as it does.
         """
         recipe = recipe or self.recipe
-        # earlier stages never saw the query prompt
-        prompts = prompts_of(recipe) if upto == "scl" else {}
         return as_sentence_transformer(
-            self.compressor(upto, recipe), *limits_of(recipe), prompts=prompts
+            self.compressor(upto, recipe), *limits_of(recipe), prompts=self.prompts(upto)
         )
+
+    def prompts(self, upto: str) -> dict[str, str]:
+        """Prompts of the encoder as it was after a stage; before SCL those of its start."""
+        if upto == "scl":
+            return prompts_of(self.recipe)
+        start = self.start
+        return {} if start is None else start.prompts(list(start.recipe.stages)[-1])
+
+    def lay_under(self, compressor: Compressor) -> None:
+        """Put all its stages, oldest first, on a compressor that has none of its own yet.
+
+        Raises ModelFolderError: damaged files.
+        """
+        if self.start is not None:
+            self.start.lay_under(compressor)
+        for name in self.recipe.stages:
+            # no name may be part of another: peft takes an adapter's weights by that
+            adapter = f"start{len(compressor.backbone.adapters.names):02d}"
+            compressor.backbone.add_adapter(adapter, self.recipe.adapter)
+            compressor.load(self.stage(name), adapter)
 
     def _trained_in(self) -> Path:
         """Where the run lay when it was last trained; paths in its recipe are of then."""
@@ -128,6 +161,15 @@ class Run:
             )
         except (OSError, ValueError, KeyError, TypeError):
             return self.path.absolute()
+
+
+def begin(recipe: Recipe, start: Run | None) -> Compressor:
+    """The compressor that a recipe's first stage begins with: a bare LM, or an encoder over it."""
+    backbone = load_backbone(recipe.model)
+    compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
+    if start is not None:
+        start.lay_under(compressor)
+    return compressor
 
 
 def stage_of(folder: Path) -> str | None:

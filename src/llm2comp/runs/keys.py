@@ -14,6 +14,7 @@ from llm2comp.data.responses import source_digest
 from llm2comp.model.backbone import weights_digest
 from llm2comp.model.judges import judge_digest
 from llm2comp.recipe import Recipe, SclStage, Stage, each_path, is_local, leaves
+from llm2comp.runs.starting import start_digest, start_of
 from llm2comp.system.files import to_json
 
 FORMAT_VERSION = 1
@@ -33,11 +34,15 @@ NEWER = ("teacher", "guide", "pretext_weight", "pretext_batch_size")
 NO_STAGE = {"max_tokens", "report_to", "watch"}
 
 
-def stage_keys(recipe: Recipe) -> dict[str, str]:
-    """Stage → hash of all that its result depends on: stages of one key are the same training."""
+def stage_keys(recipe: Recipe, run: Path | None = None) -> dict[str, str]:
+    """Stage → hash of all that its result depends on: stages of one key are the same training.
+
+    `run`: its directory, which may hold a copy of what it starts from.
+    """
     keys: dict[str, str] = {}
+    previous = start_digest(start_of(recipe, run))
     for name, stage in recipe.stages.items():
-        keys[name] = _stage_key(recipe, name, stage, next(reversed(keys.values()), ""))
+        previous = keys[name] = _stage_key(recipe, name, stage, previous)
     return keys
 
 
@@ -61,7 +66,7 @@ def placeless(name: str) -> str:
 def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     """Hash of all that a stage's result depends on.
 
-    Settings, model and its weights, adapter, seed, data, the stage before.
+    Settings, model and its weights, adapter, seed, data, the stage before or the start.
 
     Files count by name and content, wherever they lie.
     """

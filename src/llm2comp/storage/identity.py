@@ -15,6 +15,7 @@ from llm2comp.model.baselines.kinds import NAMES
 from llm2comp.model.baselines.module import BaselineEncoder
 from llm2comp.model.memory import Order, mean_weights, prefix_weights
 from llm2comp.runs.folder import Run, stage_of
+from llm2comp.runs.starting import start_digest
 from llm2comp.storage.compiled import compiled_of
 from llm2comp.storage.places import model_folder, packaged
 from llm2comp.storage.weights import memory_weights
@@ -78,10 +79,11 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
         )
     recipe = run.recipe
     names = list(recipe.stages)
+    start = [start_digest(run.start)] if run.start else []
     parts = [_content(run.stage(earlier)) for earlier in names[: names.index(stage) + 1]]
     label = f"llm2comp/{_plain(run.path.name)}-{folder.name}"
     return Identity(
-        label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *parts]))
+        label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *start, *parts]))
     )
 
 

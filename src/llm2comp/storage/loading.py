@@ -13,14 +13,13 @@ from sentence_transformers import SentenceTransformer
 
 from llm2comp.errors import BackboneError, ModelFolderError, one_line
 from llm2comp.model.backbone import licence_in, load_backbone, resolve_device
-from llm2comp.model.backbone.naming import BUILTIN_ENCODERS
 from llm2comp.model.backbone.sources import BUILTIN_MODELS, is_gguf
 from llm2comp.model.baselines.kinds import BASELINE_FILE, NAMES
 from llm2comp.model.baselines.module import baseline, load_saved
 from llm2comp.model.encoder import merge_adapters, to_dtype
-from llm2comp.recipe import ModelSettings, expanded, missing_path, nearest
-from llm2comp.runs.finished import card_of
+from llm2comp.recipe import BUILTIN_ENCODERS, ModelSettings, expanded, missing_path, nearest
 from llm2comp.runs.folder import Run, stage_of
+from llm2comp.runs.starting import run_card
 from llm2comp.storage.compiled import load_compiled
 from llm2comp.storage.golden import load_folder
 from llm2comp.storage.places import model_folder, packaged
@@ -127,7 +126,7 @@ def card_facts(path: str) -> dict[str, str]:
     # The card of a packaged encoder names the licence that its data ask for, beside the LM's.
     card = run.path / "README.md"
     own = licence_in(card) if card.is_file() else "unknown"
-    return card_of(run.recipe) | ({} if own == "unknown" else {"licence": own})
+    return run_card(run) | ({} if own == "unknown" else {"licence": own})
 
 
 def _baseline(kind: str, name: str, device: str | None, dtype: Dtype) -> SentenceTransformer:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm2comp.errors import ModelFolderError
-from llm2comp.model.backbone.naming import BUILTIN_ENCODERS
-from llm2comp.recipe import expanded
+from llm2comp.recipe import BUILTIN_ENCODERS, expanded
 from llm2comp.runs.folder import MODEL_FOLDER, RECIPE_FILE, Run
 
 

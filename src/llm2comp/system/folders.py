@@ -68,6 +68,7 @@ STAGE = Kind(
     (*_IN_STAGE.split(), "adapter/*", "best/*", "checkpoint-*", "runs/*", ".*.part"),
     ("config.json",),
 )
+START = Kind("a copy of the encoder that a run starts from")
 RUN = Kind("a run", older=("recipe.yaml", "environment.json"))
 RESPONSES = Kind("a folder of responses", older=("responses.json",))
 STUDY = Kind("a study", older=("study.yaml", "runs"))

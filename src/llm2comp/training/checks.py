@@ -8,6 +8,7 @@ as shows that they suffice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from llm2comp.recipe import (
     UclStage,
 )
 from llm2comp.recipe.parts import TEXT
+from llm2comp.runs.starting import check_start
 from llm2comp.training.batches import enough, most_in_a_batch
 from llm2comp.training.sample import LocalSets
 from llm2comp.training.watch import check_watch
@@ -43,18 +45,21 @@ from llm2comp.training.watch import check_watch
 LEAST_ROWS = 2  # of different ones: one text is like nothing, and tells nothing apart
 
 
-def check(recipe: Recipe, local_sets: LocalSets | None = None) -> None:
+def check(recipe: Recipe, local_sets: LocalSets | None = None, run: Path | None = None) -> None:
     """Find before training what some stage would stumble over; `local_sets` as in `run.train`.
+
+    `run`: its directory, if there is one.
 
     Raises:
         RecipeError: settings that the model cannot go with: dimensions, prompts without room,
             loggers that are not here; a teacher or guide that cannot be loaded or gives no
-            embeddings.
+            embeddings; a start that it cannot go on from.
         BackboneError: no such model or device, no causal LM; what an objective or a stage asks of
             it and it lacks.
         DataError: a missing file or column, too few texts or pairs.
     """
     check_data(recipe, local_sets)
+    check_start(recipe, run)
     known = _Known(recipe)
     for name, stage in recipe.stages.items():
         known.check_stage(name, stage)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llm2comp.errors import DataError
-from llm2comp.model.backbone import load_backbone
 from llm2comp.model.backbone.loading import load_skeleton
 from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import Recipe, Stage, is_local
+from llm2comp.runs.folder import begin
+from llm2comp.runs.starting import start_of
 from llm2comp.system.cache import CACHE_VARIABLE
 from llm2comp.system.console import console
 from llm2comp.training.estimates import AnyStage, fitted
@@ -35,8 +36,8 @@ def times(recipe: Recipe, tokens: Mapping[str, int]) -> str:
         return "cannot be told without the model, which is not on this disk"
     if sum(p.numel() for p in load_skeleton(recipe.model).parameters()) > MOST_PARAMETERS:
         return "not measured, as loading a model of this size takes long itself"
-    backbone = load_backbone(recipe.model)
-    compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
+    compressor = begin(recipe, start_of(recipe))
+    backbone = compressor.backbone
     hours = {}
     for name, stage in recipe.stages.items():
         backbone.add_adapter(name, recipe.adapter, stage.adapter_dropout, recipe.seed)

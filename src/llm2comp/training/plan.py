@@ -216,6 +216,8 @@ def show_plan(
         counts = (p.rows, p.samples, p.tokens, p.trainable)
         table.add_row(p.name, *(f"{n:,}" for n in counts), f"{p.peak / GIB:.1f} GiB")
     say(table)
+    if recipe.start_from:
+        say(f"starts from {recipe.start_from}; its adapters stay as they are")
     for line in beside(recipe.scl):
         say(line)
     device = None if gpu else resolve_device(recipe.model.device)

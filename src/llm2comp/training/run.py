@@ -18,12 +18,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from llm2comp.errors import RunError
-from llm2comp.model.backbone import Base, load_backbone
+from llm2comp.model.backbone import Base
 from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import Recipe, change_recipe, expanded, load_recipe
-from llm2comp.runs.finished import card_of, limits_of, prompts_of, refuse_others, require_base
+from llm2comp.runs.finished import limits_of, refuse_others, require_base
 from llm2comp.runs.folder import (
     CONFIG_FILE,
     DONE_FILE,
@@ -33,10 +33,12 @@ from llm2comp.runs.folder import (
     RECIPE_FILE,
     Run,
     add_adapter,
+    begin,
     has_inputs,
     is_done,
 )
 from llm2comp.runs.keys import FORMAT_VERSION, matters, settings_of, stage_keys
+from llm2comp.runs.starting import keep_start, run_card
 from llm2comp.storage.export import export
 from llm2comp.system.console import say
 from llm2comp.system.files import explain_disk_errors, to_json, write_text
@@ -102,7 +104,7 @@ def _open(
 ) -> None:
     """Make the directory this recipe's and this process's."""
     _refuse_foreign(run, recipe)
-    check(recipe, local_sets)
+    check(recipe, local_sets, run)
     with explain_disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
     try:
@@ -114,14 +116,14 @@ def _open(
             fix="wait for it, or give another --out",
         ) from error
     _claim(run, recipe)
+    keep_start(recipe, run)
 
 
 def _run_stages(
     run: Path, recipe: Recipe, siblings: Sequence[Path], local_sets: LocalSets | None
 ) -> None:
-    backbone = load_backbone(recipe.model)
-    compressor = Compressor.fresh(backbone, recipe.memory, recipe.seed, recipe.encoder)
-    keys = stage_keys(recipe)
+    compressor = begin(recipe, Run(run).start)
+    keys = stage_keys(recipe, run)
     options: RunOptions | None = None
     for number, (name, stage) in enumerate(recipe.stages.items()):
         folder = run / FOLDERS[name]
@@ -133,11 +135,11 @@ def _run_stages(
             say(f"{folder.name}: done before")
             compressor.load(folder, name)
             continue
-        begin = time.time()
+        began = time.time()
         options = options or _options(recipe, compressor, local_sets)
-        fit = fitted(name, stage, backbone, recipe.adapter.kind == "full")
+        fit = fitted(name, stage, compressor.backbone, recipe.adapter.kind == "full")
         kept = RUNNERS[name](compressor, fit, folder, recipe.seed + number, options)  # type: ignore[operator]
-        seconds = round(time.time() - begin, 1)
+        seconds = round(time.time() - began, 1)
         base = Base.of(recipe.model).model_dump()
         done = {
             "inputs": key,
@@ -154,9 +156,9 @@ def _run_stages(
     exported = f"{key}:{recipe.max_tokens}"
     if is_main_process() and not is_done(run / MODEL_FOLDER, exported):
         model = as_sentence_transformer(
-            compressor.eval(), *limits_of(recipe), prompts=prompts_of(recipe)
+            compressor.eval(), *limits_of(recipe), prompts=Run(run).prompts(name)
         )
-        export(model, run / MODEL_FOLDER, card_of(recipe))
+        export(model, run / MODEL_FOLDER, run_card(Run(run)))
         write_text(run / MODEL_FOLDER / DONE_FILE, to_json({"inputs": exported}))
 
 

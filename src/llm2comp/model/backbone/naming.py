@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from llm2comp.errors import BackboneError
-from llm2comp.recipe import missing_path
-from llm2comp.system.console import GENERAL, GENERAL_TINY
+from llm2comp.recipe import BUILTIN_ENCODERS, base_of, missing_path
 
 EXPECTED = "a causal LM with safetensors weights: a Hub id, a local folder, or a builtin one"
-# Encoders that come with the package: run directories without data and logs. The LM is not part of
-# them.
-_ASSETS = Path(__file__).resolve().parents[2] / "assets"
-BUILTIN_ENCODERS = {
-    name: _ASSETS / name.removeprefix("builtin:") for name in (GENERAL, GENERAL_TINY)
-}
 
 
 def check_name(name: str) -> None:
@@ -39,10 +30,10 @@ def check_name(name: str) -> None:
         return
     # exported, a run, a stage of one
     if any((folder / part).exists() for part in ("modules.json", "recipe.yaml", "adapter")):
-        base = _base(folder) or _base(folder.parent)
+        base = base_of(folder) or base_of(folder.parent)
         fix = (
-            f"name its base{f', model.name={base}' if base else ''}; training an encoder "
-            "further is not possible yet"
+            f"name its base{f', model.name={base}' if base else ''}; to train the encoder itself "
+            f"further: start_from={name}"
         )
         raise BackboneError("is an encoder, no causal LM", where=name, expected=EXPECTED, fix=fix)
 
@@ -54,12 +45,3 @@ def require_weights(name: str) -> None:
         raise BackboneError(
             "cannot be loaded: no *.safetensors in it", where=name, expected=EXPECTED
         )
-
-
-def _base(run: Path) -> str | None:
-    try:
-        return str(
-            yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["model"]["name"]
-        )
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return None
