@@ -151,17 +151,29 @@ def test_commands_take_it_unless_told_otherwise(model, tmp_path, monkeypatch):
     assert who.name.startswith("llm2comp/general")
 
 
-@both
-def test_exported_it_needs_this_package_no_more(name, request, tmp_path):
-    model, texts = loaded(name, request), golden(name)["texts"]
-    expected = model.encode(texts)
+@pytest.mark.parametrize(
+    ("name", "asked", "size"),
+    [
+        (GENERAL_TINY, (), None),
+        (GENERAL, (), 1),
+        pytest.param(GENERAL, ("--pooling", "mean"), None, marks=pytest.mark.slow),
+    ],
+)
+def test_exported_it_needs_this_package_no_more(name, asked, size, request, tmp_path):
+    """The larger by its last memory state alone, as it was trained, unless told otherwise."""
+    loaded(name, request)
+    texts = golden(name)["texts"]
+    expected = llm2comp.load(name, "cpu", size, dtype="float32").encode(texts)
     near = 1e-4 * np.abs(expected).max()
-    said = cli("export", tmp_path / "folder", "--model", name)
+    said = cli("export", tmp_path / "folder", "--model", name, *asked)
     assert said.code == 0, said.err
     found = SentenceTransformer(str(tmp_path / "folder")).encode(texts)
     assert np.abs(found - expected).max() < near
     assert cli("verify", tmp_path / "folder").code == 0
     assert "cc-by-sa" in (tmp_path / "folder" / "README.md").read_text()
+    modules = json.loads((tmp_path / "folder" / "modules.json").read_text())
+    weighed = [module["path"] for module in modules if module["type"].endswith("WordWeights")]
+    assert weighed == ["1_WordWeights"] * (size is None)
 
 
 def test_exported_with_fewer_memory_tokens(tmp_path):

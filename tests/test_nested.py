@@ -319,7 +319,7 @@ def test_the_card_names_the_prefixes(tmp_path):
     live = as_sentence_transformer(
         Compressor.fresh(backbone, MemorySettings(tokens=K, nested=(1, 2)), 3).eval(), 40
     )
-    export(live, tmp_path / "model")
+    export(live, tmp_path / "model", pooling="mean")
     assert (
         relative_error(
             embed_texts(llm2comp.load(tmp_path / "model"), TEXTS), embed_texts(live, TEXTS)
@@ -468,7 +468,7 @@ def test_evaluation_of_the_last_states():
 def test_one_state_of_an_exported_encoder_is_last_token_pooling(tmp_path):
     """So are `num_memory=1` of its folder, and a folder exported with it."""
     live = as_sentence_transformer(make_nested(), 40)
-    export(live, tmp_path / "model")
+    export(live, tmp_path / "model", pooling="mean")
     transformer = SentenceTransformer(str(tmp_path / "model"), device="cpu")[0]
     stock = SentenceTransformer(modules=[transformer, Pooling(32, "lasttoken")], device="cpu")
     expected = embed_texts(stock, TEXTS)
@@ -495,7 +495,7 @@ def test_the_order_goes_with_the_folder(order, tmp_path):
     """Of a stage and of an export; earlier versions wrote none, which means `first`."""
     compressor = make_nested(order=order)
     compressor.save(tmp_path / "stage", "pretext")
-    export(as_sentence_transformer(compressor, 40), tmp_path / "model")
+    export(as_sentence_transformer(compressor, 40), tmp_path / "model", pooling="mean")
     with torch.no_grad():
         states = compressor.memory_states(padded(compressor))
     means = {"first": states[:, :2].mean(1), "last": states[:, -2:].mean(1)}

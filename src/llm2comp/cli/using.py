@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,13 @@ from llm2comp.cli.embed_options import (
     RoleOption,
     TextsArgument,
     VectorsOption,
+)
+from llm2comp.cli.export_options import (
+    MultiVectorOption,
+    OpenvinoOption,
+    OutArgument,
+    PoolingOption,
+    StoredDtypeOption,
 )
 from llm2comp.cli.options import (
     USE,
@@ -31,16 +38,14 @@ from llm2comp.cli.options import (
     read_column,
     require_folder,
 )
-from llm2comp.errors import DataError
-from llm2comp.system.console import GENERAL, Dtype, LongTexts, say
+from llm2comp.errors import DataError, ModelFolderError
+from llm2comp.system.console import GENERAL, LongTexts, say
 
 if TYPE_CHECKING:
     from llm2comp.data.loaded import Loaded
 
 STDIN = "-"
 STDIN_NAME = "standard-input.txt"
-# What an OpenVINO graph computes in; int8: its weights.
-GraphPrecision = Literal["float32", "bfloat16", "int8"]
 
 
 @app.command(rich_help_panel=USE)
@@ -122,33 +127,13 @@ def similarity(
 
 @app.command(rich_help_panel=USE)
 def export(
-    out: Annotated[
-        Path,
-        typer.Argument(help="Folder to write; only an earlier export is replaced.", metavar="DIR"),
-    ],
+    out: OutArgument,
     model: ModelOption = GENERAL,
     num_memory: MemoryOption = None,
-    multi_vector: Annotated[
-        bool,
-        typer.Option(
-            "--multi-vector", help="Keep all memory states of a text, for MultiVectorEncoder."
-        ),
-    ] = False,
-    dtype: Annotated[
-        Dtype,
-        typer.Option(
-            help="Type of the stored weights: float32, bfloat16, float16; auto: that of the "
-            "encoder.",
-            metavar="TYPE",
-        ),
-    ] = "auto",
-    openvino: Annotated[
-        GraphPrecision | None,
-        typer.Option(
-            help="Add a graph for OpenVINO: float32, bfloat16 or int8 (docs/speed.md).",
-            metavar="TYPE",
-        ),
-    ] = None,
+    multi_vector: MultiVectorOption = False,
+    dtype: StoredDtypeOption = "auto",
+    pooling: PoolingOption = None,
+    openvino: OpenvinoOption = None,
 ) -> None:
     """Write an encoder as a folder that plain sentence-transformers loads.
 
@@ -157,6 +142,10 @@ def export(
     from llm2comp.system.folders import EXPORTED, refuse_foreign
 
     refuse_foreign(out, EXPORTED)
+    if multi_vector and pooling:
+        raise ModelFolderError(
+            "keeps every memory state", where="--multi-vector", fix="leave --pooling out"
+        )
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
@@ -168,9 +157,10 @@ def export(
     if openvino:
         runtime_of("openvino", openvino)  # not installed: said before the work
     stored = None if dtype == "auto" else dtype
-    write_folder(
-        load(live_place(model), "cpu", num_memory), out, card_facts(model), multi_vector, stored
-    )
+    if num_memory and pooling is None:
+        pooling = "mean"  # of so many, as asked for
+    encoder, facts = load(live_place(model), "cpu", num_memory), card_facts(model)
+    write_folder(encoder, out, facts, multi_vector, stored, pooling)
     say(
         f"{out}: load it with "
         f"{'MultiVectorEncoder' if multi_vector else 'SentenceTransformer'}({str(out)!r})"

@@ -14,7 +14,8 @@ model.similarity(queries, documents)  # MaxSim"""
 WEIGHTED = (
     "The embedding is the weighted mean of the memory tokens' states (WordWeights, then "
     "mean pooling): a server that knows\n"
-    "`Pooling` but not `WordWeights` would silently average all tokens. "
+    "`Pooling` but not `WordWeights` would silently average all tokens. Before training the "
+    "folder further, fix its weights:\n`model[{}].requires_grad_(False)`. "
 )
 MANY = (
     "A text is as many vectors as there are memory tokens, each of length 1, scored by "
@@ -46,8 +47,9 @@ def write_card(
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
     note = ""
     if compressor.states > 1:
-        note = MANY if multi_vector else LAST if compressor.last_alone else WEIGHTED
-    if smaller := compressor.prefixes[:-1]:
+        weighted = WEIGHTED.format(1 if compressor.projection is None else 2)
+        note = MANY if multi_vector else LAST if compressor.last_alone else weighted
+    if (smaller := compressor.prefixes[:-1]) and not compressor.last_alone:
         note += NESTED.format(compressor.order, ", ".join(map(str, smaller)))
     return f"""---
 library_name: sentence-transformers

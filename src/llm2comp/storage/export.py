@@ -27,6 +27,7 @@ from llm2comp.model.backbone.quantized import in_float32
 from llm2comp.model.encoder import MemoryEncoder, check_prompt
 from llm2comp.model.vectors import embed_texts, memory_vectors
 from llm2comp.storage.card import write_card
+from llm2comp.storage.engines import read_as, write_both_schemas
 from llm2comp.storage.golden import (
     FORMAT_VERSION,
     GOLDEN_FILE,
@@ -41,7 +42,7 @@ from llm2comp.storage.golden import (
     rounded,
 )
 from llm2comp.storage.stock import stock_model
-from llm2comp.system.console import say
+from llm2comp.system.console import MemoryPooling, say
 from llm2comp.system.files import to_json, write_text
 from llm2comp.system.folders import EXPORTED, new_folder, refuse_foreign
 
@@ -55,6 +56,7 @@ def export(
     card: dict[str, str] | None = None,
     multi_vector: bool = False,
     dtype: str | None = None,
+    pooling: MemoryPooling | None = None,
 ) -> None:
     """Write a live memory encoder as a stock folder; an earlier one is replaced as a whole.
 
@@ -65,10 +67,14 @@ def export(
         multi_vector: for `MultiVectorEncoder(folder)`: a text is its memory states, each of length
             1, scored by MaxSim.
         dtype: of the stored weights, one of DTYPES; default: that of the encoder's LM.
+        pooling: `last`: the last memory state alone, which every engine can read; `mean`: all
+            states by their weights (WordWeights); default: `last` for an encoder with nested memory
+            of 1 whose weights nobody changed, else `mean`.
 
     Raises:
         ModelFolderError: the exported folder embeds otherwise than the native encoder, or no stock
-            folder can do what it does (many vectors without memory tokens); no such dtype.
+            folder can do what it does (many vectors without memory tokens); no such dtype; `last`
+            of an encoder whose last state was not trained to stand alone.
         BackboneError: the tokenizer cannot carry a template. RecipeError: a prompt that leaves no
             room for a text.
         RunError: the folder holds something else than an exported model, or cannot be written.
@@ -82,6 +88,21 @@ def export(
         check_prompt(model, prompt or "", role, where=f"prompts.{role}")
     refuse_foreign(folder, EXPORTED)
     dtype = _checked_dtype(dtype, module)
+    with read_as(module.compressor, "mean" if multi_vector else pooling):
+        precision = _write_folder(model, folder, card or {}, multi_vector, dtype)
+    if precision.computing < TOLD_BELOW:
+        say(
+            f"{folder}: computed in {dtype}, its embeddings differ from float32 (lowest "
+            f"cosine {precision.computing:.4f}); "
+            "compute in float32: model_kwargs={'dtype': 'float32'}, or export with dtype float32"
+        )
+
+
+def _write_folder(
+    model: SentenceTransformer, folder: Path, card: dict[str, str], multi_vector: bool, dtype: str
+) -> Precision:
+    """The three steps of the module docstring."""
+    module: Any = model[0]
     with in_float32(module):
         native = (
             memory_vectors(model, GOLDEN_TEXTS).flatten(1)
@@ -94,21 +115,17 @@ def export(
             _keep_settings(model, stock)
             hold(folder, native, golden_vectors(stock), UNLIKE)
             stored = _write(stock, target, dtype)
+        write_both_schemas(target)
         exported = golden_vectors(load_as(target, "cpu", type(stock), "float32"))
         hold(folder, stored, exported, UNLIKE)
         precision = Precision.of(
             target, type(stock), exported, GOLDEN_TEXTS, dtype, lowest_cosine(native, exported)
         )
-        facts = (card or {}) | {"precision": precision.told()}
+        facts = card | {"precision": precision.told()}
         golden = _golden(module.compressor.backbone.name, facts, precision, exported)
         write_text(target / GOLDEN_FILE, to_json(golden))
         write_text(target / "README.md", write_card(module, facts, GOLDEN_FILE, multi_vector))
-    if precision.computing < TOLD_BELOW:
-        say(
-            f"{folder}: computed in {dtype}, its embeddings differ from float32 (lowest "
-            f"cosine {precision.computing:.4f}); "
-            "compute in float32: model_kwargs={'dtype': 'float32'}, or export with dtype float32"
-        )
+    return precision
 
 
 def _checked_dtype(dtype: str | None, module: MemoryEncoder) -> str:

@@ -35,6 +35,8 @@ BadRows = Literal["stop", "skip", "zero"]
 Role = Literal["query", "document"]
 # The type of weights and of the computation.
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+# How an exported folder reads its memory states: the last alone, or all by their weights.
+MemoryPooling = Literal["last", "mean"]
 
 
 class Bar:

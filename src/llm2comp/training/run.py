@@ -158,7 +158,8 @@ def _run_stages(
         model = as_sentence_transformer(
             compressor.eval(), *limits_of(recipe), prompts=Run(run).prompts(name)
         )
-        export(model, run / MODEL_FOLDER, run_card(Run(run)))
+        # by all its weights: so `load` gives of the run what it gives of its last stage
+        export(model, run / MODEL_FOLDER, run_card(Run(run)), pooling="mean")
         write_text(run / MODEL_FOLDER / DONE_FILE, to_json({"inputs": exported}))
 
 
