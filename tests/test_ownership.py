@@ -262,6 +262,9 @@ def test_paths_that_do_not_exist_are_told_before_heavy_imports(tmp_path):
         ["report", "nowhere"],
         ["verify", "nowhere"],
         ["export", "thesis"],
+        ["serve", "./nowhere"],
+        ["serve", "--api-key-file", "no.txt"],
+        ["serve", "--host", "no.such.host.invalid"],
     ]
     program = f"""
 import sys

@@ -119,3 +119,12 @@ def require_folder(folder: Path) -> None:
     fix = f"did you mean {str(folder.with_name(near[0]))!r}?" if near else None
     found = "a file" if folder.exists() else None
     raise RunError("no such folder", where=str(folder), found=found, fix=fix)
+
+
+def require_model(name: str) -> None:
+    """Raise ModelFolderError if a model's name is a path where nothing is; no heavy imports."""
+    from llm2comp.errors import ModelFolderError
+    from llm2comp.recipe import missing_path
+
+    if ":" not in name and (nearest := missing_path(name)) is not None:
+        raise ModelFolderError("no such folder", where=name, found=f"there is {nearest}")
