@@ -136,10 +136,51 @@ def test_pooling_on_the_command_line(tmp_path):
     """The tiny encoder is not nested."""
     out, tiny = tmp_path / "m", "builtin:general-tiny"
     said = cli("export", out, "--multi-vector", "--pooling", "last")
-    assert_refused(said, "keeps every memory state", "leave --pooling out")
+    assert_refused(said, "keeps every memory state", "leave --pooling and --for out")
     said = cli("export", out, "-m", tiny, "--pooling", "last")
     assert_refused(said, "was not trained to be an embedding", "to do: pooling mean")
     assert cli("export", out, "-m", tiny, "--pooling", "mean").code == 0
     expected = llm2comp.load(tiny, "cpu").encode(READ, convert_to_tensor=True)
     found = embed_texts(SentenceTransformer(str(out), device="cpu"), READ)
     assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["tei", "vllm"])
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_servers_of_folders_read_the_last_token_and_the_flags(engine, attention, tmp_path):
+    compressor = make_compressor("qwen3", memory=1, attention=attention)
+    llm2comp.export(live(compressor), tmp_path / "m", engine=engine)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    both_ways = attention == "bidirectional"
+    assert (config.get("is_causal") is False) == both_ways
+    assert (config.get("use_bidirectional_attention") is True) == both_ways
+    assert pooling_config(tmp_path / "m")[OLD_KEYS["lasttoken"]] is True
+    found = embed_texts(SentenceTransformer(str(tmp_path / "m"), device="cpu"), READ)
+    assert relative_error(found, states(compressor)[:, -1]) < 1e-5
+
+
+UNCOMPUTABLE = {
+    "a weighted mean of 3 states": make_compressor,
+    "the family 'gpt2'": lambda: make_compressor("gpt2", memory=1),
+    "a window of 8 positions, and texts of 41": lambda: make_compressor("mistral-window", memory=1),
+    "positions of kind llama3": lambda: make_compressor("llama3", memory=1),
+}
+
+
+@pytest.mark.parametrize("reason", UNCOMPUTABLE)
+def test_what_an_engine_cannot_compute_exactly_is_refused(reason, tmp_path):
+    with pytest.raises(ModelFolderError, match="cannot be computed exactly by tei") as caught:
+        llm2comp.export(live(UNCOMPUTABLE[reason]()), tmp_path / "m", engine="tei")
+    assert reason in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    llm2comp.export(live(UNCOMPUTABLE[reason]()), tmp_path / "m")
+
+
+def test_weights_that_were_chosen_are_not_given_up_for_an_engine(tmp_path):
+    compressor = make_nested()
+    compressor.use_prefix(2)
+    with pytest.raises(ModelFolderError, match="cannot be computed exactly by vllm"):
+        llm2comp.export(live(compressor), tmp_path / "m", engine="vllm")
+    compressor.use_prefix(1)
+    llm2comp.export(live(compressor), tmp_path / "m", engine="vllm")
+    assert kinds(tmp_path / "m") == ["Transformer", "Pooling"]

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "python3 -m venv": "`make setup` does the same",
     "source .venv/bin/activate": "part of every virtual environment",
     "curl": "the server's own tests send such requests",
+    "llama-server": "llama.cpp's; tests/test_llamacpp.py runs the library that it is made of",
 }
 
 FENCE = re.compile(

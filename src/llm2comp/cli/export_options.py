@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from llm2comp.system.console import Dtype, MemoryPooling
+from llm2comp.system.console import Dtype, Engine, MemoryPooling
 
 OutArgument = Annotated[
     Path,
@@ -38,5 +38,14 @@ OpenvinoOption = Annotated[
     Literal["float32", "bfloat16", "int8"] | None,  # what it computes in; int8: its weights
     typer.Option(
         help="Add a graph for OpenVINO: float32, bfloat16 or int8 (docs/speed.md).", metavar="TYPE"
+    ),
+]
+EngineOption = Annotated[
+    Engine,
+    typer.Option(
+        "--for",
+        help="What will run it: sentence-transformers, tei (text-embeddings-inference), vllm, "
+        "llama.cpp (docs/clients.md).",
+        metavar="ENGINE",
     ),
 ]

@@ -20,6 +20,7 @@ from llm2comp.cli.embed_options import (
     VectorsOption,
 )
 from llm2comp.cli.export_options import (
+    EngineOption,
     MultiVectorOption,
     OpenvinoOption,
     OutArgument,
@@ -134,17 +135,21 @@ def export(
     dtype: StoredDtypeOption = "auto",
     pooling: PoolingOption = None,
     openvino: OpenvinoOption = None,
+    engine: EngineOption = "sentence-transformers",
 ) -> None:
-    """Write an encoder as a folder that plain sentence-transformers loads.
+    """Write an encoder as a folder that plain sentence-transformers loads, or another engine.
 
     A run has one already: model/.
     """
     from llm2comp.system.folders import EXPORTED, refuse_foreign
 
     refuse_foreign(out, EXPORTED)
-    if multi_vector and pooling:
+    if multi_vector and (pooling or engine != "sentence-transformers"):
+        fix = "leave --pooling and --for out"
+        raise ModelFolderError("keeps every memory state", where="--multi-vector", fix=fix)
+    if openvino and engine != "sentence-transformers":
         raise ModelFolderError(
-            "keeps every memory state", where="--multi-vector", fix="leave --pooling out"
+            "adds a graph for sentence-transformers", where="--openvino", fix="leave --for out"
         )
     from llm2comp.model.backbone.quiet import quiet_libraries
 
@@ -160,11 +165,15 @@ def export(
     if num_memory and pooling is None:
         pooling = "mean"  # of so many, as asked for
     encoder, facts = load(live_place(model), "cpu", num_memory), card_facts(model)
-    write_folder(encoder, out, facts, multi_vector, stored, pooling)
-    say(
-        f"{out}: load it with "
-        f"{'MultiVectorEncoder' if multi_vector else 'SentenceTransformer'}({str(out)!r})"
-    )
+    write_folder(encoder, out, facts, multi_vector, stored, pooling, engine)
+    kind = "MultiVectorEncoder" if multi_vector else "SentenceTransformer"
+    use = {
+        "sentence-transformers": f"load it with {kind}({str(out)!r})",
+        "tei": f"text-embeddings-router --model-id {out}",
+        "vllm": f"vllm serve {out} --runner pooling",
+        "llama.cpp": f"start llama-server as {out / 'README.md'} says",
+    }
+    say(f"{out}: {use[engine]}")
     if openvino:
         say(
             f"{out / 'openvino'}: {openvino}, lowest cosine "

@@ -1,4 +1,4 @@
-"""How an exported folder reads its memory tokens, so that other engines give the same embeddings.
+"""What other engines can compute exactly of an encoder, and how its folder is written for them.
 
 sentence-transformers weighs the memory tokens (WordWeights). Other engines know no such module;
 what all of them know is last-token pooling. It is exact where the last memory state is the whole
@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
 
 from llm2comp.errors import ModelFolderError
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.memory import prefix_weights
-from llm2comp.system.console import MemoryPooling
+from llm2comp.system.console import Engine, MemoryPooling
 from llm2comp.system.files import to_json, write_text
 
 # Keys of a pooling config before sentence-transformers 5.4: text-embeddings-inference 1.9 reads
@@ -31,6 +33,64 @@ OLD_KEYS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can compute, as its source says (docs/clients.md).
+
+    Args:
+        families: of LMs, with attention both ways and causal.
+        rope: kinds of positions.
+        more: whether it can also average a text's tokens, put a prompt around them, project.
+    """
+
+    families: tuple[str, ...]
+    rope: tuple[str, ...]
+    more: bool = True
+
+
+_PLAIN = ("llama", "mistral", "qwen2", "qwen3")
+LIMITS: dict[Engine, Limits] = {
+    "tei": Limits(_PLAIN, ("default",)),
+    "vllm": Limits(_PLAIN, ("default", "llama3", "linear", "yarn")),
+    "llama.cpp": Limits((*_PLAIN, "gemma", "gemma3_text"), ("default", "llama3"), more=False),
+}
+
+
+def refuse_unfit(compressor: Compressor, engine: Engine, longest: int) -> None:
+    """Raise ModelFolderError unless an engine computes exactly what an encoder does as it stands.
+
+    `longest`: positions of its longest input.
+    """
+    if (limits := LIMITS.get(engine)) is None:
+        return
+    config: Any = compressor.backbone.config
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = {part["rope_type"] for part in ([rope] if "rope_type" in rope else rope.values())}
+    window = getattr(config, "sliding_window", None) or longest
+    one_sided = config.model_type == "gemma3_text" and compressor.backbone.attention == "causal"
+    averaged = compressor.settings.pooling == "mean" and compressor.backbone.bos_id is None
+    lacks = {
+        f"the family {config.model_type!r}": config.model_type not in limits.families,
+        f"positions of kind {', '.join(kinds)}": not kinds <= set(limits.rope),
+        f"a window of {window} positions, and texts of {longest}": window < longest
+        and not one_sided,
+        f"a weighted mean of {compressor.states} states, which needs WordWeights": not (
+            compressor.last_alone or averaged and limits.more
+        ),
+        "a projection": compressor.projection is not None and not limits.more,
+        "no memory token behind the text": not compressor.memory.count and not limits.more,
+    }
+    if reasons := [reason for reason, lacking in lacks.items() if lacking]:
+        raise ModelFolderError(
+            f"cannot be computed exactly by {engine}",
+            where=f"export for {engine}",
+            expected=f"one of {', '.join(limits.families)}, read by its last memory token: one "
+            "token, or memory.nested with 1",
+            found="; ".join(reasons),
+            fix="export for sentence-transformers, or train such an encoder",
+        )
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ from llm2comp.model.backbone.quantized import in_float32
 from llm2comp.model.encoder import MemoryEncoder, check_prompt
 from llm2comp.model.vectors import embed_texts, memory_vectors
 from llm2comp.storage.card import write_card
-from llm2comp.storage.engines import read_as, write_both_schemas
+from llm2comp.storage.engines import read_as, refuse_unfit, write_both_schemas
+from llm2comp.storage.gguf_folder import write_gguf_folder
 from llm2comp.storage.golden import (
     FORMAT_VERSION,
     GOLDEN_FILE,
@@ -42,7 +43,7 @@ from llm2comp.storage.golden import (
     rounded,
 )
 from llm2comp.storage.stock import stock_model
-from llm2comp.system.console import MemoryPooling, say
+from llm2comp.system.console import Engine, MemoryPooling, say
 from llm2comp.system.files import to_json, write_text
 from llm2comp.system.folders import EXPORTED, new_folder, refuse_foreign
 
@@ -57,6 +58,7 @@ def export(
     multi_vector: bool = False,
     dtype: str | None = None,
     pooling: MemoryPooling | None = None,
+    engine: Engine = "sentence-transformers",
 ) -> None:
     """Write a live memory encoder as a stock folder; an earlier one is replaced as a whole.
 
@@ -70,11 +72,14 @@ def export(
         pooling: `last`: the last memory state alone, which every engine can read; `mean`: all
             states by their weights (WordWeights); default: `last` for an encoder with nested memory
             of 1 whose weights nobody changed, else `mean`.
+        engine: what will run the folder. `tei` and `vllm`: a folder for sentence-transformers that
+            they read alike; `llama.cpp`: one GGUF file, by default in float16 (docs/clients.md).
 
     Raises:
         ModelFolderError: the exported folder embeds otherwise than the native encoder, or no stock
             folder can do what it does (many vectors without memory tokens); no such dtype; `last`
-            of an encoder whose last state was not trained to stand alone.
+            of an encoder whose last state was not trained to stand alone; the engine cannot compute
+            exactly what the encoder does.
         BackboneError: the tokenizer cannot carry a template. RecipeError: a prompt that leaves no
             room for a text.
         RunError: the folder holds something else than an exported model, or cannot be written.
@@ -87,8 +92,14 @@ def export(
     for role, prompt in model.prompts.items():
         check_prompt(model, prompt or "", role, where=f"prompts.{role}")
     refuse_foreign(folder, EXPORTED)
-    dtype = _checked_dtype(dtype, module)
+    if multi_vector and engine != "sentence-transformers":
+        raise ModelFolderError("reads one vector a text", where=f"export for {engine}")
+    dtype = _checked_dtype(dtype or ("float16" if engine == "llama.cpp" else None), module)
     with read_as(module.compressor, "mean" if multi_vector else pooling):
+        refuse_unfit(module.compressor, engine, module.max_seq_length)
+        if engine == "llama.cpp":
+            _write_gguf(model, folder, card or {}, dtype)
+            return
         precision = _write_folder(model, folder, card or {}, multi_vector, dtype)
     if precision.computing < TOLD_BELOW:
         say(
@@ -96,6 +107,16 @@ def export(
             f"cosine {precision.computing:.4f}); "
             "compute in float32: model_kwargs={'dtype': 'float32'}, or export with dtype float32"
         )
+
+
+def _write_gguf(model: SentenceTransformer, folder: Path, card: dict[str, str], dtype: str) -> None:
+    """By way of a folder in float32, which is held against the native encoder."""
+    with (
+        new_folder(folder, EXPORTED) as target,
+        tempfile.TemporaryDirectory(dir=target.parent) as scratch,
+    ):
+        _write_folder(model, Path(scratch) / "stock", card, False, "float32")
+        write_gguf_folder(Path(scratch) / "stock", target, card, dtype)
 
 
 def _write_folder(

@@ -130,6 +130,12 @@ def verify(folder: Path) -> float:
             expected=FORMAT_VERSION,
             found=golden.get("format_version"),
         )
+    if engine := golden.get("engine"):
+        raise ModelFolderError(
+            f"is for {engine}, which alone can run it",
+            where=str(folder),
+            fix=f"start a server on it as its README says, then llm2comp verify {folder} --url URL",
+        )
     kind = MultiVectorEncoder if is_multi_vector(folder) else SentenceTransformer
     changed, again = (
         "gives other embeddings than when it was saved",

@@ -37,6 +37,8 @@ Role = Literal["query", "document"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 # How an exported folder reads its memory states: the last alone, or all by their weights.
 MemoryPooling = Literal["last", "mean"]
+# What an exported folder is for.
+Engine = Literal["sentence-transformers", "tei", "vllm", "llama.cpp"]
 
 
 class Bar:

@@ -50,7 +50,7 @@ _IN_GRAPH = "llm2comp.json openvino_model.xml openvino_model.bin model.onnx mode
 _IN_MODEL = """
     README.md golden.json done.json modules.json config.json generation_config.json
     config_sentence_transformers.json sentence_*_config.json
-    model*.safetensors model.safetensors.index.json
+    model*.safetensors model.safetensors.index.json model.gguf
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
     [0-9]_*/*config.json [0-9]_*/*.safetensors
 """
