@@ -249,6 +249,9 @@ def test_paths_that_do_not_exist_are_told_before_heavy_imports(tmp_path):
     commands = [
         ["embed", "no.txt", "-o", out],
         ["embed", "recipe.yaml", "-o", "recipe.yaml"],
+        ["embed", "no.txt", "-o", "out/"],
+        ["embed", "texts.jsonl", "-o", "thesis/"],
+        ["embed", "texts.jsonl", "-o", "out/", "--keep", "id"],
         ["analyze", "--texts", "no.jsonl"],
         ["analyze", "--texts", "texts.jsonl", "--pairs", "no.csv"],
         ["generate-responses", "-m", "builtin:tiny", "--texts", "no.csv", "-o", "out"],

@@ -9,6 +9,7 @@ The names in `__all__` are the public ones. Each is imported when it is first as
 
 load, train                       whatever names an encoder → SentenceTransformer · a recipe → a run
 embed_texts, memory_states        texts → one vector each · → their memory states
+embed, EmbedOptions               files of millions of texts → a folder of shards
 maxsim                            memory states of queries and documents → scores
 export, verify                    an encoder → a plain sentence-transformers folder · is it sound?
 compile_folder, reweight          its graph for CPUs · other weights of its memory tokens
@@ -41,17 +42,21 @@ if TYPE_CHECKING:
     from llm2comp.storage.golden import verify
     from llm2comp.storage.loading import load
     from llm2comp.storage.reweighting import reweight
+    from llm2comp.use.bulk import embed_files as embed
+    from llm2comp.use.shards import EmbedOptions
 
 __version__ = version("llm2comp")
 __all__ = [
     "Backbone",
     "Compressor",
+    "EmbedOptions",
     "EvaluateOptions",
     "Recipe",
     "__version__",
     "analyze",
     "baseline",
     "compile_folder",
+    "embed",
     "embed_texts",
     "evaluate",
     "export",
@@ -69,11 +74,13 @@ __all__ = [
 _HOME = {
     "Backbone": "model.backbone",
     "Compressor": "model.compressor",
+    "EmbedOptions": "use.shards",
     "EvaluateOptions": "lab.evaluation.evaluate",
     "Recipe": "recipe",
     "analyze": "lab.analyze",
     "baseline": "model.baselines.module",
     "compile_folder": "storage.compiled",
+    "embed": "use.bulk:embed_files",
     "embed_texts": "model.vectors",
     "evaluate": "lab.evaluation.evaluate",
     "export": "storage.export",

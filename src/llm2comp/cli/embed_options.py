@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from llm2comp.system.console import BadRows, LongTexts, Role
+from llm2comp.system.console import BadRows, LongTexts, Precision, Role
 
 # What runs the model.
 Backend = Literal["torch", "openvino", "onnx"]
 
 TextsArgument = Annotated[
-    str,
+    list[str],
     typer.Argument(
-        help="File of texts: txt, jsonl, csv, parquet, ..., or - for lines on standard input.",
-        metavar="FILE",
+        help="Files of texts (txt, jsonl, csv, parquet, ...), patterns, Hub data sets; - for lines "
+        "on standard input. Several go into a folder.",
+        metavar="INPUT",
     ),
 ]
 VectorsOption = Annotated[
-    Path,
-    typer.Option("--out", "-o", help="File to write: .npy, .parquet or .jsonl.", metavar="FILE"),
+    str,
+    typer.Option(
+        "--out",
+        "-o",
+        help="File to write: .npy, .parquet or .jsonl; or a folder of shards, which ends in / "
+        "(docs/embed.md).",
+        metavar="FILE|DIR/",
+    ),
 ]
+# Of folders alone.
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option("--keep", help="Folder: column to keep, such as id; repeatable.", metavar="NAME"),
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(
+        help="Folder: float32, float16, int8, uint8, binary or ubinary (docs/embed.md).",
+        metavar="TYPE",
+    ),
+]
+ShardRowsOption = Annotated[int, typer.Option(min=1, help="Folder: rows per shard.", metavar="N")]
 RoleOption = Annotated[
     Role | None,
     typer.Option(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,19 +94,29 @@ def read_column(source: str, column: str = "text", limit: int | None = None) -> 
     Raises:
         DataError: cannot be read; for a column that is not there, with the option to give.
     """
-    import shlex
-
-    from llm2comp.data.columns import MissingColumnError, likely
     from llm2comp.data.sources import read_texts
     from llm2comp.recipe import TextData
 
-    try:
+    with column_advice(column):
         loaded = read_texts(TextData(source=source, column=column, limit=limit))
-    except MissingColumnError as error:
-        name = likely("column", error.names, column)
-        raise error.advised(f"--column {shlex.quote(name)}" if name else None) from None
     say(loaded.summary())
     return loaded
+
+
+@contextlib.contextmanager
+def column_advice(column: str) -> Iterator[None]:
+    """Say of a text column that is not there which option to give."""
+    import shlex
+
+    from llm2comp.data.columns import MissingColumnError, likely
+
+    try:
+        yield
+    except MissingColumnError as error:
+        if error.column != column:
+            raise error.advised(None) from None
+        name = likely("column", error.names, column)
+        raise error.advised(f"--column {shlex.quote(name)}" if name else None) from None
 
 
 def require_folder(folder: Path) -> None:

@@ -13,9 +13,12 @@ import typer
 from llm2comp.cli.embed_options import (
     BackendOption,
     BadRowsOption,
+    KeepOption,
     LongTextsOption,
     NormaliseOption,
+    PrecisionOption,
     RoleOption,
+    ShardRowsOption,
     TextsArgument,
     VectorsOption,
 )
@@ -36,6 +39,7 @@ from llm2comp.cli.options import (
     ModelOption,
     TokensOption,
     app,
+    column_advice,
     read_column,
     require_folder,
 )
@@ -44,6 +48,7 @@ from llm2comp.system.console import GENERAL, LongTexts, say
 
 if TYPE_CHECKING:
     from llm2comp.data.loaded import Loaded
+    from llm2comp.use.shards import EmbedOptions
 
 STDIN = "-"
 STDIN_NAME = "standard-input.txt"
@@ -51,7 +56,7 @@ STDIN_NAME = "standard-input.txt"
 
 @app.command(rich_help_panel=USE)
 def embed(
-    source: TextsArgument,
+    inputs: TextsArgument,
     out: VectorsOption,
     model: ModelOption = GENERAL,
     column: ColumnOption = "text",
@@ -64,29 +69,72 @@ def embed(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     backend: BackendOption = "torch",
+    keep: KeepOption = None,
+    precision: PrecisionOption = "float32",
+    shard_rows: ShardRowsOption = 4096,
 ) -> None:
-    """Embed the texts of a file, in order."""
-    from llm2comp.use import writing
+    """Embed the texts of a file, in order; or of many into a folder, which can be gone on with."""
+    from llm2comp.use.shards import EmbedOptions, folder_meant
 
-    writing.check_output(out, [] if source == STDIN else [Path(source).expanduser()])
-    loaded = _read_source(source, column)
-    places = writing.places_of(loaded, bad_rows, "standard input" if source == STDIN else source)
+    options = EmbedOptions(
+        column=column,
+        keep=tuple(keep or ()),
+        role=role,
+        long_texts=long_texts,
+        bad_rows=bad_rows,
+        normalise=normalise,
+        precision=precision,
+        num_memory=num_memory,
+        max_tokens_per_batch=max_tokens_per_batch,
+        dtype=dtype,
+        backend=backend,
+        shard_rows=shard_rows,
+    )
+    if folder_meant(out):
+        _embed_folder(inputs, Path(out).expanduser(), model, options, device)
+    else:
+        _embed_file(inputs, Path(out), model, options, device)
+
+
+def _embed_folder(
+    inputs: list[str], out: Path, model: str, options: EmbedOptions, device: str | None
+) -> None:
+    if STDIN in inputs:
+        fix = "write it to a file first"
+        raise DataError("cannot be read again to go on", where="standard input", fix=fix)
+    from llm2comp.use.shards import prepare
+
+    with column_advice(options.column):
+        job = prepare(inputs, out, options)
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
-    from llm2comp.storage.loading import load
-    from llm2comp.use.embed import embed as embed_all
+    from llm2comp.use.bulk import embed_job
 
-    result = embed_all(
-        encoder := load(model, device, num_memory, backend, dtype, merged=True),
-        loaded.rows,
-        role=role,
-        long_texts=long_texts,
-        max_tokens_per_batch=max_tokens_per_batch,
-        normalise=normalise,
-    )
+    say(embed_job(job, model, device))
+
+
+def _embed_file(
+    inputs: list[str], out: Path, model: str, options: EmbedOptions, device: str | None
+) -> None:
+    from llm2comp.use import writing
+    from llm2comp.use.shards import refuse_folder_options
+
+    source = inputs[0]
+    writing.check_output(out, [] if source == STDIN else [Path(source).expanduser()])
+    refuse_folder_options(inputs, options)
+    loaded = _read_source(source, options.column)
+    named = "standard input" if source == STDIN else source
+    places = writing.places_of(loaded, options.bad_rows, named)
+    from llm2comp.model.backbone.quiet import quiet_libraries
+
+    quiet_libraries()
+    from llm2comp.use.bulk import embed_as, load_as
+
+    encoder = load_as(model, device, options)
+    result = embed_as(encoder, loaded.rows, options)
     writing.write_embeddings(out, result, loaded.rows, places)
-    notes = _cut_note(result.long_texts, encoder.max_seq_length, long_texts)
+    notes = _cut_note(result.long_texts, encoder.max_seq_length, options.long_texts)
     if places and places.zero and loaded.skipped:
         notes += f"; zeros in the place of {places.rows - loaded.used:,} rows"
     elif places and not places.zero:

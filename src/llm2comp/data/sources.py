@@ -52,7 +52,7 @@ def iterate_sources(specs: Sequence[TextData], tell: Callable[[str], None]) -> I
     """
     for spec in specs:
         tally = Tally(spec.source)
-        yield from _items(
+        yield from items_of(
             spec, (spec.column,), functools.partial(one_text, column=spec.column), tally
         )
         tell(tally.summary())
@@ -145,7 +145,7 @@ def _collect(
     """All items of a source. `parts` are the strings of an item."""
     loaded: Loaded[T] = Loaded(spec.source)
     digest = hashlib.sha256()
-    for item in _items(spec, columns, make, loaded):
+    for item in items_of(spec, columns, make, loaded):
         loaded.rows.append(item)
         loaded.numbers.append(loaded.there - 1)
         digest.update(to_json(parts(item)).encode() + b"\n")
@@ -153,10 +153,10 @@ def _collect(
     return loaded
 
 
-def _items(
+def items_of(
     spec: Spec, columns: Columns, make: Callable[[Row], list[T]], tally: Tally
 ) -> Iterator[T]:
-    """Turn rows into items up to the limit; count rows without one."""
+    """Turn rows into items up to the limit; count rows without one. Errors as `read_texts`."""
     columns_seen: dict[str, None] = {}
     for place, row in _rows(spec, columns):
         tally.there += 1

@@ -188,7 +188,7 @@ def _parquet_rows(path: Path, columns: Columns) -> Rows:
 def _line_rows(path: Path, columns: Columns) -> Rows:
     if len(columns) > 1:
         raise DataError(
-            "a .txt file has no columns, pairs need some",
+            "a .txt file has no columns: a line is a text",
             where=str(path),
             fix="use .jsonl, .csv or .parquet",
         )

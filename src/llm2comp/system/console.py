@@ -40,6 +40,10 @@ MemoryPooling = Literal["last", "mean"]
 # What an exported folder is for.
 Engine = Literal["sentence-transformers", "tei", "vllm", "llama.cpp"]
 
+# What a number of a stored embedding becomes, in the words of sentence-transformers: int8 and uint8
+# are steps between a dimension's lowest and highest, binary and ubinary eight signs in a byte.
+Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
+
 
 class Bar:
     """Progress of one long task: a bar on a terminal, a line every ten seconds elsewhere.
@@ -48,10 +52,17 @@ class Bar:
         bar.advance(32, "1,234 tokens/s")
 
     `stays=False` removes the bar at the end (part of a longer task). `shown=False` shows nothing.
+    With a `unit` ("texts") the note is how many of these are done in a second.
     """
 
     def __init__(
-        self, name: str, total: int, done: int = 0, stays: bool = True, shown: bool = True
+        self,
+        name: str,
+        total: int,
+        done: int = 0,
+        stays: bool = True,
+        shown: bool = True,
+        unit: str | None = None,
     ) -> None:
         self.name, self.total, self.done, self.note, self.stays, self.shown = (
             name,
@@ -61,6 +72,7 @@ class Bar:
             stays,
             shown,
         )
+        self.unit = unit
         self._first, self._begin, self._last_line = done, time.monotonic(), 0.0
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -87,6 +99,9 @@ class Bar:
         """`count` more are done; `note` (loss, rate) stays until the next one."""
         self.done += count
         self.note = self.note if note is None else note
+        if self.unit:
+            spent = max(time.monotonic() - self._begin, 1e-9)
+            self.note = f"{(self.done - self._first) / spent:,.0f} {self.unit}/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=self.done, note=self.note)
         elif self.shown and time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:

@@ -29,6 +29,7 @@ def embed(
     long_texts: LongTexts = "truncate",
     max_tokens_per_batch: int | None = None,
     normalise: bool = False,
+    bar: Bar | None = None,
 ) -> Embedded:
     """Embed texts in order.
 
@@ -41,6 +42,7 @@ def embed(
         max_tokens_per_batch: texts are encoded so many tokens at once, padding and memory included;
             one text at least. None = by the device.
         normalise: scale each embedding to length 1.
+        bar: is told of each part of a text that is done, in place of a bar of its own.
 
     Raises:
         DataError: no texts, or one that is not Unicode; a text over the limit under `error`; a
@@ -65,9 +67,9 @@ def embed(
             weights[i] = [len(row) for row in (tokenise(model, pieces) if prompt else ids[i])]
     flat = [part for group in parts for part in group]
     inputs = Inputs(model, flat, frame, [row for rows in ids for row in rows], prompt="")
-    with Bar("embed", len(flat)) as bar:
+    with Bar("embed", len(flat), shown=bar is None) as own:
         budget = Budget.of(model.device, max_tokens_per_batch)
-        states = embeddings_of(inputs, budget, bar).numpy()
+        states = embeddings_of(inputs, budget, bar or own).numpy()
     bounds = np.cumsum([0, *(len(group) for group in parts)])
     means = [
         states[a] if b == a + 1 else np.average(states[a:b], axis=0, weights=weights[i])

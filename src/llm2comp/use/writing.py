@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,15 +60,20 @@ def places_of(loaded: Loaded[str], bad_rows: BadRows, source: str) -> Places | N
     """
     if bad_rows != "stop":
         return Places(loaded.numbers, loaded.there, bad_rows == "zero")
-    if loaded.skipped:
+    refuse_bad_rows(loaded.there, loaded.used, loaded.left_out(), source)
+    return None
+
+
+def refuse_bad_rows(rows: int, texts: int, left_out: str, source: str) -> None:
+    """Raise DataError if any of the rows has no text; `left_out` names them."""
+    if rows > texts:
         raise DataError(
-            f"{loaded.there - loaded.used:,} of {loaded.there:,} rows cannot be embedded",
+            f"{rows - texts:,} of {rows:,} rows cannot be embedded",
             where=source,
-            found=loaded.left_out(),
+            found=left_out,
             fix="mend them; or --bad-rows skip (left out, the others keep their row numbers) "
             "or zero (zeros in their place)",
         )
-    return None
 
 
 def write_embeddings(
@@ -143,15 +148,23 @@ def check_output(path: Path, inputs: Iterable[Path] = ()) -> None:
         raise DataError(
             "unknown format",
             where=str(path),
-            expected=" or ".join(OUTPUT_FORMATS),
+            expected=" or ".join(OUTPUT_FORMATS) + ", or a folder that ends in /",
             found=path.suffix or "no suffix",
         )
-    home = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not home.is_dir() or not os.access(home, os.W_OK):
-        raise DataError("no file can be written there", where=str(path), fix="give another --out")
+    require_writable(path, "file")
     refuse_output(path, inputs, _holds_embeddings)
     if path.suffix == ".npy":
         refuse_output(rows_file(path), inputs, _holds_embeddings)
+
+
+def require_writable(path: Path, kind: Literal["file", "folder"]) -> None:
+    """Raise DataError if no file, or no folder, can be written there."""
+    wrong = path.is_dir() if kind == "file" else path.exists() and not path.is_dir()
+    home = next(folder for folder in path.absolute().parents if folder.exists())
+    if wrong or not home.is_dir() or not os.access(path if path.is_dir() else home, os.W_OK):
+        raise DataError(
+            f"no {kind} can be written there", where=str(path), fix="give another --out"
+        )
 
 
 def _holds_embeddings(file: Path) -> bool:

@@ -80,8 +80,8 @@ class MtebEncoder(AbsEncoder):
             raise DataError("no text to embed", where=task_metadata.name)
         role = None if prompt_type is None else prompt_type.value
         read = Inputs.of(self.model, texts, self._prompt(task_metadata, prompt_type), role)
-        shown = {"stays": False, "shown": self.progress}
-        with Bar(f"  {task_metadata.name}", len(texts), **shown) as bar:
+        name = f"  {task_metadata.name}"
+        with Bar(name, len(texts), stays=False, shown=self.progress) as bar:
             out: NDArray[np.float32] = embeddings_of(read, self.budget, bar).numpy()
         refuse_not_finite(out, texts, where=task_metadata.name)
         return out
