@@ -71,7 +71,7 @@ STAGE = Kind(
 START = Kind("a copy of the encoder that a run starts from")
 RUN = Kind("a run", older=("recipe.yaml", "environment.json"))
 RESPONSES = Kind("a folder of responses", older=("responses.json",))
-EMBEDDINGS = Kind("a folder of embeddings", ("_manifest.json", "shard-*.parquet", ".*.part"))
+EMBEDDINGS = Kind("a folder of embeddings")
 STUDY = Kind("a study", older=("study.yaml", "runs"))
 ANALYSIS = Kind(
     "an analysis", ("analysis.json", "spectrum.*", "scores.*", "memory.*"), ("analysis.json",)
