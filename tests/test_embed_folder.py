@@ -298,7 +298,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(source, tmp_path):
         ([source, "-o", f"{tmp_path}/x/", "--keep", "row"], ["cannot be kept: row"]),
         ([source, "-o", f"{tmp_path}/file/"], ["no folder can be written there"]),
         ([source, "-o", f"{tmp_path}/mine/"], ["would replace what is not its own"]),
-        ([source, "-o", f"{source.parent}/"], ["would write beside its own input"]),
+        ([source, "-o", f"{source.parent}/"], ["would replace what is not", "in.jsonl"]),
     ):
         assert_refused(cli("embed", *arguments, *model), *parts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]

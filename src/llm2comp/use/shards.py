@@ -137,10 +137,6 @@ def prepare(inputs: Sequence[str | Path], out: Path, options: EmbedOptions) -> J
     require_writable(out, "folder")
     refuse_taken(out, EMBEDDINGS)
     sources = sources_of(inputs)
-    for file in (Path(source).expanduser() for source in sources):
-        if file.exists() and file.absolute().parent == out.absolute():
-            fix = "give another --out"
-            raise RunError("would write beside its own input", where=str(file), fix=fix)
     taken = {"row", "embedding"}.intersection(options.keep)
     if taken or len(set(options.keep)) < len(options.keep):
         problem = f"cannot be kept: {', '.join(taken)}" if taken else "a column is kept twice"
