@@ -268,6 +268,10 @@ def test_paths_that_do_not_exist_are_told_before_heavy_imports(tmp_path):
         ["serve", "./nowhere"],
         ["serve", "--api-key-file", "no.txt"],
         ["serve", "--host", "no.such.host.invalid"],
+        ["index", "nowhere", "--db", "db"],
+        ["index", "thesis", "--db", "thesis"],
+        ["index", "--db", "db", "--migrate", "builtin:tiny"],
+        ["search", "words", "--db", "nowhere"],
     ]
     program = f"""
 import sys

@@ -11,6 +11,7 @@ load, train                       whatever names an encoder → SentenceTransfor
 embed_texts, memory_states        texts → one vector each · → their memory states
 embed, EmbedOptions               files of millions of texts → a folder of shards
 maxsim                            memory states of queries and documents → scores
+Index                             documents → answers, by words and meaning (extra `search`)
 export, verify                    an encoder → a plain sentence-transformers folder · is it sound?
 compile_folder, reweight          its graph for CPUs · other weights of its memory tokens
 baseline                          an untrained LM as an encoder, to compare with
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from llm2comp.storage.loading import load
     from llm2comp.storage.reweighting import reweight
     from llm2comp.use.bulk import embed_files as embed
+    from llm2comp.use.index.index import Index
     from llm2comp.use.shards import EmbedOptions
 
 __version__ = version("llm2comp")
@@ -51,6 +53,7 @@ __all__ = [
     "Compressor",
     "EmbedOptions",
     "EvaluateOptions",
+    "Index",
     "Recipe",
     "__version__",
     "analyze",
@@ -76,6 +79,7 @@ _HOME = {
     "Compressor": "model.compressor",
     "EmbedOptions": "use.shards",
     "EvaluateOptions": "lab.evaluation.evaluate",
+    "Index": "use.index.index",
     "Recipe": "recipe",
     "analyze": "lab.analyze",
     "baseline": "model.baselines.module",

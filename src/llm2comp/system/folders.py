@@ -73,6 +73,7 @@ RUN = Kind("a run", older=("recipe.yaml", "environment.json"))
 RESPONSES = Kind("a folder of responses", older=("responses.json",))
 EMBEDDINGS = Kind("a folder of embeddings")
 STUDY = Kind("a study", older=("study.yaml", "runs"))
+INDEX = Kind("an index")
 ANALYSIS = Kind(
     "an analysis", ("analysis.json", "spectrum.*", "scores.*", "memory.*"), ("analysis.json",)
 )

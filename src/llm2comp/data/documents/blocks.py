@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 Headings: TypeAlias = tuple[str, ...]
+_HEADING_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Document:
 
 
 def under(headings: Headings, level: int, title: str) -> Headings:
-    """The headings below a new heading of that level, from 1."""
-    return (*headings[: level - 1], " ".join(title.split()))
+    """The headings below a new heading of that level, from 1; a very long one is cut."""
+    return (*headings[: level - 1], " ".join(title.split())[:_HEADING_CHARACTERS])
 
 
 def paragraphs(lines: Sequence[str], headings: Headings = (), first: int = 1) -> Iterator[Block]:

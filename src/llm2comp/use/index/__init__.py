@@ -1,0 +1,1 @@
+"""An index of documents: passages with their vectors in LanceDB, searched by words and meaning."""

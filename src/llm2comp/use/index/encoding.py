@@ -1,0 +1,48 @@
+"""The encoder of an index: its vectors, its tokens, its identity. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm2comp.model.encoder import refuse_not_finite
+from llm2comp.model.vectors import embed_texts
+from llm2comp.storage.identity import identity
+from llm2comp.storage.loading import load
+from llm2comp.system.console import Role
+
+
+class Encoder:
+    """An encoder that `llm2comp.load` knows, for passages and questions."""
+
+    def __init__(self, name: str, device: str | None = None) -> None:
+        self.name = name
+        self.model = load(name, device, merged=True)
+        self.identity = identity(name, self.model)
+
+    @property
+    def dimensions(self) -> int:
+        """D of its vectors."""
+        return int(self.model.get_embedding_dimension() or 0)
+
+    @property
+    def room(self) -> int:
+        """Most tokens of an input."""
+        return int(self.model.max_seq_length or 10**9)
+
+    def vectors(self, texts: Sequence[str], role: Role) -> NDArray[np.float32]:
+        """Vectors of length 1, (N, D). Raises DataError: one that is not finite."""
+        found_ND = embed_texts(self.model, texts, role=role).numpy()
+        refuse_not_finite(found_ND, texts)
+        lengths_N1 = np.linalg.norm(found_ND, axis=1, keepdims=True)
+        vectors_ND: NDArray[np.float32] = found_ND / np.maximum(lengths_N1, 1e-12)
+        return vectors_ND
+
+    def offsets(self, text: str) -> Sequence[tuple[int, int]]:
+        """Where the tokens of a text begin and end."""
+        found: Sequence[tuple[int, int]] = self.model.tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=False, verbose=False
+        )["offset_mapping"]
+        return found

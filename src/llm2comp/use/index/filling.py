@@ -1,0 +1,116 @@
+"""Files → rows of an index, and the rows of one index → those of another model's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm2comp.data.documents import Document, Passage, Report, passages, read_or_report
+from llm2comp.system.console import Bar
+from llm2comp.system.files import sha256
+from llm2comp.use.index.encoding import Encoder
+from llm2comp.use.index.info import Info
+from llm2comp.use.index.store import FileState, Store
+
+AT_ONCE = 512  # passages that are embedded and written together
+_COPIED = ("path", "sha256", "size", "mtime", "number", "headings", "first", "last", "text")
+
+
+def unchanged(path: Path, state: FileState | None) -> bool:
+    """Whether a file is as it was when it was indexed: by size and time, or else by content."""
+    with contextlib.suppress(OSError):  # reading it will say what is wrong
+        now = path.stat()
+        if state is not None and now.st_size == state.size:
+            return now.st_mtime_ns == state.mtime or sha256(path) == state.sha256
+    return False
+
+
+def fill(
+    files: Sequence[Path],
+    root: Path,
+    report: Report,
+    begin: Callable[[], tuple[Info, Store, Encoder]],
+) -> set[str]:
+    """Read, cut, embed and store files, some hundred passages at a time.
+
+    Args:
+        files: what to read.
+        root: the folder that they are told by in the report.
+        report: is told what could not be read.
+        begin: opens the index, or makes it; called when there is something to store.
+
+    Returns the paths that could not be read.
+    """
+    unreadable, batch = set[str](), list[tuple[dict[str, Any], Passage]]()
+    with Bar("index", len(files), shown=bool(files)) as bar:
+        for path in files:
+            name = path.name if path == root else path.relative_to(root).as_posix()
+            document = read_or_report(path, name, report)
+            if document is None:
+                unreadable.add(str(path))
+            else:
+                info, store, encoder = begin()
+                batch += _cut(document, info, encoder)
+            if len(batch) >= AT_ONCE:
+                _store(batch, store, encoder)
+            bar.advance()
+        if batch:
+            _store(batch, store, encoder)
+    return unreadable
+
+
+def copy(old: Store, new: Store, encoder: Encoder) -> None:
+    """Embed the passages of a store anew for another; what is there already is not done again."""
+
+    def keys(store: Store) -> set[tuple[Any, ...]]:
+        columns = ("path", "sha256", "number")
+        return {
+            tuple(row[name] for name in columns)
+            for batch in store.batches(columns, AT_ONCE)
+            for row in batch.to_pylist()
+        }
+
+    wanted, done = keys(old), keys(new)
+    new.remove({path for path, *_ in done - wanted})
+    done = keys(new)
+    with Bar("migrate", len(wanted), len(done)) as bar:
+        for batch in old.batches(_COPIED, AT_ONCE):
+            rows = [
+                row
+                for row in batch.to_pylist()
+                if (row["path"], row["sha256"], row["number"]) not in done
+            ]
+            if rows:
+                new.add(_with_vectors(rows, encoder))
+                bar.advance(len(rows))
+
+
+def _cut(document: Document, info: Info, encoder: Encoder) -> list[tuple[dict[str, Any], Passage]]:
+    now = document.path.stat()
+    state = {
+        "path": str(document.path),
+        "sha256": sha256(document.path),
+        "size": now.st_size,
+        "mtime": now.st_mtime_ns,
+    }
+    cut = passages(document, encoder.offsets, info.passage_tokens, info.overlap)
+    return [(state | {"number": number}, passage) for number, passage in enumerate(cut)]
+
+
+def _store(batch: list[tuple[dict[str, Any], Passage]], store: Store, encoder: Encoder) -> None:
+    """Embed and write passages, in the place of what their files had; empties the batch."""
+    rows = [
+        state | {"headings": p.headings, "first": p.first, "last": p.last, "text": p.in_context}
+        for state, p in batch
+    ]
+    store.remove({state["path"] for state, _ in batch})
+    store.add(_with_vectors(rows, encoder))
+    batch.clear()
+
+
+def _with_vectors(rows: Iterable[dict[str, Any]], encoder: Encoder) -> list[dict[str, Any]]:
+    rows = list(rows)
+    vectors_ND = encoder.vectors([row["text"] for row in rows], "document")
+    return [row | {"vector": vector_D} for row, vector_D in zip(rows, vectors_ND, strict=True)]

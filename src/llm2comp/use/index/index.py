@@ -1,0 +1,287 @@
+"""`llm2comp.Index`: folders of documents → passages with vectors → answers to questions.
+
+    index = llm2comp.Index("docs.db")
+    print(index.add("docs").summary())
+    for hit in index.search("how is a run resumed?", k=5):
+        print(hit.path, hit.first, hit.snippet)
+
+Only changed files are read and embedded again; files that are gone leave. The passages of a file
+are written together, so what was interrupted goes on where it stopped. What needs torch is imported
+inside functions, as a search by words alone has no use for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from filelock import FileLock, Timeout
+
+from llm2comp.data.documents import OVERLAP, SIZE, Report, find_files
+from llm2comp.errors import DataError, RunError
+from llm2comp.recipe import expanded
+from llm2comp.system.console import GENERAL
+from llm2comp.system.files import explain_disk_errors
+from llm2comp.system.folders import INDEX, claim, remove_folder
+from llm2comp.use.index.hits import Hit, fused, words_of
+from llm2comp.use.index.info import Info, read_info, require_info, write_info
+from llm2comp.use.index.store import Store, drop_other_tables, matching, stems
+
+if TYPE_CHECKING:
+    from llm2comp.use.index.encoding import Encoder
+
+Mode: TypeAlias = Literal["hybrid", "vectors", "keywords"]
+_CANDIDATES = 100  # of each ranking, at least, before they are fused
+
+
+@dataclass(frozen=True)
+class Added:
+    """What `Index.add` did: the report of the folder, and counts of files and passages."""
+
+    report: Report
+    changed: int
+    unchanged: int
+    gone: int
+    passages: int
+
+    def summary(self) -> str:
+        """What was read and left out, and what the index holds now."""
+        return (
+            f"{self.report.summary()}\n{self.changed:,} new or changed, {self.unchanged:,} "
+            f"unchanged, {self.gone:,} gone; {self.passages:,} passages in the index"
+        )
+
+
+class Index:
+    """An index of documents, in a folder.
+
+    Args:
+        db: the folder; made when documents are first added.
+        model: what names the encoder, as `llm2comp.load` takes it; None: the index's own, or
+            `builtin:general` for a new one.
+        device: of the encoder.
+        passage_tokens: most tokens of a passage of a new index.
+        overlap: how many tokens neighbours share in a new index.
+
+    Raises:
+        RunError: an index of another version, or damaged.
+    """
+
+    def __init__(
+        self,
+        db: str | Path,
+        model: str | Path | None = None,
+        *,
+        device: str | None = None,
+        passage_tokens: int = SIZE,
+        overlap: int = OVERLAP,
+    ) -> None:
+        self.db = expanded(db).absolute()
+        self._asked = None if model is None else _place(model)
+        self._device, self._size, self._overlap = device, passage_tokens, overlap
+        self._store: Store | None = None
+        self._encoder: Encoder | None = None
+        read_info(self.db)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Model, revision, dimensions, how many files and passages, how vectors are searched."""
+        info, store = self._open()
+        return {
+            "model": info.model,
+            "revision": info.revision,
+            "dimensions": info.dimensions,
+            "passage_tokens": info.passage_tokens,
+            "files": len(store.files()),
+            "passages": len(store),
+            "search": "exact" if info.nprobes is None else f"IVF, recall@10 {info.recall:.3f}",
+        }
+
+    def add(self, folder: str | Path) -> Added:
+        """Bring the index up to date with a folder, or a file.
+
+        Raises:
+            DataError: no such folder; nothing in it that can be read. RunError: the vectors are of
+                another model; another process writes to the index; the disk is full.
+        """
+        root = Path(os.path.normpath(expanded(folder).absolute()))  # links stay as they are
+        report = Report(str(folder))
+        files = find_files(root, report)
+        info = read_info(self.db)
+        known = self._open()[1].files(root) if info else {}
+        if not files and not known:
+            found = report.left_out() or "an empty folder"
+            raise DataError("no documents in it", where=str(folder), found=found)
+        with self._writing():
+            if info and self._asked is not None:
+                self._encoder_of(info)
+            return self._update(root, files, report)
+
+    def search(
+        self, text: str, k: int = 10, *, mode: Mode = "hybrid", path: str | None = None
+    ) -> list[Hit]:
+        """The passages that answer a question best, the best first.
+
+        Args:
+            text: the question.
+            k: how many.
+            mode: `hybrid`: by words (BM25) and by vectors, fused by reciprocal rank; or one alone.
+            path: only files that are, or lie below, what this pattern names: `guide`, `*.md`.
+
+        Raises:
+            DataError: an empty question. RunError: no index; its vectors are of another model than
+                the encoder is now.
+        """
+        if not text.strip() or k < 1:
+            raise DataError("nothing to search for", expected="a question, and k of 1 or more")
+        info, store = self._open()
+        where = matching(path) if path else None
+        candidates = max(_CANDIDATES, 5 * k) if mode == "hybrid" else k
+        rankings = []
+        if mode != "keywords":
+            vector_D = self._encoder_of(info).vectors([text], "query")[0]
+            rankings.append(store.by_vector(vector_D, candidates, where, info.nprobes))
+        if mode != "vectors":
+            rankings.append(store.by_words(text, candidates, where))
+        best = (fused(rankings) if mode == "hybrid" else rankings[0])[:k]
+        rows = store.rows([number for number, _ in best]) if best else {}
+        wanted = stems(text, telling=True) or stems(text)
+        return [_hit(rows[number], score, wanted) for number, score in best]
+
+    def migrate(self, model: str | Path) -> None:
+        """Embed all passages anew with another encoder, then change to it.
+
+        The index answers with the old vectors until the end; what was interrupted goes on.
+
+        Raises:
+            RunError: no index; another process writes to it. DataError: the encoder reads less than
+                a passage. As `llm2comp.load`.
+        """
+        from llm2comp.use.index.filling import copy
+
+        info, old = self._open()
+        with self._writing():
+            self._asked = _place(model)
+            encoder = self._encoder_of(None)
+            changed = _described(encoder, info.passage_tokens, info.overlap)
+            if not info.same_model(changed.name, changed.revision):
+                new = Store(self.db, changed.table, changed.dimensions)
+                copy(old, new, encoder)
+                nprobes, recall = new.finish()
+                changed = replace(changed, nprobes=nprobes, recall=recall)
+            else:
+                changed = replace(info, model=changed.model)
+            write_info(self.db, changed)
+            drop_other_tables(self.db, changed.table)
+
+    # ---- inside
+
+    def _open(self) -> tuple[Info, Store]:
+        """The index as it is now: another process may have changed its model."""
+        info = require_info(self.db)
+        if self._store is None or self._store.name != info.table:
+            self._store = Store(self.db, info.table)
+        return info, self._store
+
+    def _encoder_of(self, info: Info | None) -> Encoder:
+        """The encoder, loaded when first needed, and again when the index has changed its model.
+
+        Raises RunError unless the vectors of the index (None: a new one) are its own.
+        """
+        name = self._asked or (info.model if info else GENERAL)
+        if self._encoder is None or self._encoder.name != name:
+            from llm2comp.use.index.encoding import Encoder
+
+            self._encoder = Encoder(name, self._device)
+        who = self._encoder.identity
+        if info is not None and not info.same_model(who.name, who.revision):
+            raise RunError(
+                "the vectors are of another model",
+                where=str(self.db),
+                expected=f"{info.name}, revision {info.revision}",
+                found=f"{who.name}, revision {who.revision}",
+                fix=f"llm2comp index --migrate {name} --db {self.db}",
+            )
+        return self._encoder
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the index against other writers.
+
+        A failed write names the place; an index that was not begun leaves no folder.
+        """
+        with explain_disk_errors(self.db):
+            claim(self.db, INDEX)
+            try:
+                lock = FileLock(self.db / ".lock").acquire(timeout=0)
+            except Timeout:
+                fix = "wait for it to end; searching goes on meanwhile"
+                problem = "another process writes to this index"
+                raise RunError(problem, where=str(self.db), fix=fix) from None
+            with lock:
+                try:
+                    yield
+                finally:
+                    if read_info(self.db) is None:
+                        remove_folder(self.db, INDEX)
+
+    def _begin(self) -> tuple[Info, Store, Encoder]:
+        """The index and its encoder; both are made where there is none."""
+        info = read_info(self.db)
+        encoder = self._encoder_of(info)
+        if info is None:
+            info = _described(encoder, self._size, self._overlap)
+            self._store = Store(self.db, info.table, info.dimensions)
+            write_info(self.db, info)
+        return *self._open(), encoder
+
+    def _update(self, root: Path, files: list[Path], report: Report) -> Added:
+        from llm2comp.use.index.filling import fill, unchanged
+
+        known = self._open()[1].files(root) if read_info(self.db) else {}
+        todo = [path for path in files if not unchanged(path, known.get(str(path)))]
+        same = len(files) - len(todo)
+        report.there, report.used = same, same
+        unreadable = fill(todo, root, report, self._begin)
+        if not report.used and not known:
+            raise DataError(
+                "nothing in it can be read", where=report.source, found=report.left_out()
+            )
+        info, store = self._open()
+        gone = known.keys() - ({str(path) for path in files} - unreadable)
+        store.remove(gone)
+        if todo or gone:
+            nprobes, recall = store.finish()
+            write_info(self.db, replace(info, nprobes=nprobes, recall=recall))
+        return Added(report, len(todo) - len(unreadable), same, len(gone), len(store))
+
+
+def _place(model: str | Path) -> str:
+    """What names a model, from any working folder."""
+    path = expanded(model)
+    return str(path.absolute()) if path.exists() else str(model)
+
+
+def _described(encoder: Encoder, passage_tokens: int, overlap: int) -> Info:
+    """What an index of an encoder is. Raises DataError where it reads less than a passage."""
+    if encoder.room < passage_tokens:
+        raise DataError(
+            "passages are longer than the model reads",
+            where="passage tokens",
+            expected=f"{encoder.room:,} or fewer",
+            found=passage_tokens,
+            fix="index into a new folder with shorter passages (--passage-tokens)",
+        )
+    who = encoder.identity
+    return Info(encoder.name, who.name, who.revision, encoder.dimensions, passage_tokens, overlap)
+
+
+def _hit(row: dict[str, Any], score: float, wanted: set[str]) -> Hit:
+    headings = tuple(row["headings"])
+    text = row["text"].partition("\n")[2] if headings else row["text"]
+    matched = sorted(word for word in words_of(text) if stems(word) & wanted)
+    return Hit(row["path"], row["first"], row["last"], headings, text, score, tuple(matched))
