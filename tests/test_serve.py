@@ -14,7 +14,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
+import llm2comp
 from families import make_compressor
 from llm2comp.errors import RunError
 from llm2comp.model.encoder import as_sentence_transformer
@@ -175,7 +177,49 @@ def test_memory_states_are_the_models_own(served, pair):
     torch.testing.assert_close(states, memory_vectors(pair[0], TEXTS), atol=2e-5, rtol=1e-4)
 
 
+def test_rerank_is_maxsim_over_memory_states(served, pair):
+    query, texts = "vector", TEXTS[:8]
+    asked = {"query": query, "texts": texts, "return_text": True}
+    found = served.post("/rerank", asked).json()
+    states = memory_vectors(pair[0], [query], "query"), memory_vectors(pair[0], texts, "document")
+    scores = llm2comp.maxsim(*states)[0] / 3
+    assert [rank["index"] for rank in found] == scores.argsort(descending=True).tolist()
+    for rank in found:
+        assert rank["score"] == pytest.approx(float(scores[rank["index"]]), abs=1e-5)
+        assert rank["text"] == texts[rank["index"]]
+    raw = served.post("/rerank", {"query": query, "texts": texts, "raw_scores": True}).json()
+    assert raw[0] == {"index": found[0]["index"], "score": pytest.approx(found[0]["score"] * 3)}
+    assert len({round(rank["score"], 4) for rank in raw}) > 5
+    refused = served.post("/rerank", {"query": query, "texts": []})
+    assert (refused.status_code, "texts" in refused.json()["error"]) == (422, True)
+    long = served.post("/rerank", {"query": query, "texts": [TEXTS[5]], "truncate": False})
+    assert long.status_code == 413
+
+
 # ---- what else is told
+
+
+def test_metrics_count_what_was_done():
+    with serving() as served:
+        served.embeddings(["one", "two words"])
+        served.post("/embed", {"inputs": "a " * 600})
+        served.client.get("/nothing")
+        answer = served.client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+    assert found["llm2comp_requests_total", "/v1/embeddings", "200"] == 1
+    assert found["llm2comp_requests_total", "other", "404"] == 1
+    assert found["llm2comp_request_seconds_count", "/embed"] == 1
+    assert found["llm2comp_texts_total",] == 3
+    assert found["llm2comp_texts_cut_total",] == 1
+    assert found["llm2comp_tokens_total",] > 503
+    assert found["llm2comp_batch_texts_sum",] == 3
+    assert found["llm2comp_model_seconds_total",] > 0
+    assert found["llm2comp_waiting_tokens",] == 0
 
 
 def test_models_and_info(served):
@@ -276,6 +320,8 @@ def test_openapi_tells_what_is_answered(served):
     routes = document["paths"]
     openai, tei = (routes[p]["post"]["responses"].keys() for p in ("/v1/embeddings", "/embed"))
     both = {"200", "401", "408", "413", "424", "429", "500", "503", "504"}
+    header = routes["/rerank"]["post"]["responses"]["429"]["headers"]
+    assert header["Retry-After"]["schema"] == {"type": "integer", "minimum": 1}
     assert (openai, tei) == (both | {"400", "404"}, both | {"422"})
     assert "HTTPValidationError" not in document["components"]["schemas"]
     ids = [m["operationId"] for methods in routes.values() for m in methods.values()]

@@ -21,11 +21,12 @@ from llm2comp.model.vectors import Budget
 from llm2comp.use.serve.batcher import Batcher
 from llm2comp.use.serve.engine import Engine
 from llm2comp.use.serve.gate import Gate
+from llm2comp.use.serve.metrics import Metrics
 from llm2comp.use.serve.openai import openai_routes
 from llm2comp.use.serve.refusals import INVALID, OPENAI_PREFIX, RefusedError
-from llm2comp.use.serve.schemas import Status
 from llm2comp.use.serve.server import Server
 from llm2comp.use.serve.settings import Settings
+from llm2comp.use.serve.status import status_routes
 from llm2comp.use.serve.tei import tei_routes
 
 
@@ -48,7 +49,9 @@ def make_server(
     engine = Engine(model, path, name)
     budget = Budget.of(model.device, max_tokens_per_batch)
     batcher = Batcher(engine.compute, budget, settings.max_waiting_tokens)
-    return Server(engine, batcher, settings, int(time.time()))
+    metrics = Metrics(lambda: batcher.tokens)
+    batcher.seen = metrics.batch
+    return Server(engine, batcher, settings, metrics, int(time.time()))
 
 
 def configured(server: Server) -> uvicorn.Config:
@@ -88,37 +91,27 @@ def application(server: Server) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Gate, settings=server.settings)
     app.include_router(openai_routes(server))
     app.include_router(tei_routes(server))
-
-    @app.get("/health", tags=["status"])
-    async def health() -> Status:
-        """The process is there."""
-        return Status(status="ok")
-
-    @app.get("/ready", tags=["status"], responses={503: {"model": Status}})
-    async def ready(response: Response) -> Status:
-        """Requests will be answered."""
-        response.status_code = 200 if server.batcher.alive else 503
-        return Status(status="ok" if server.batcher.alive else "stopping")
+    app.include_router(status_routes(server))
+    described = app.openapi()
+    app.add_middleware(
+        Gate, settings=server.settings, seen=server.metrics.request, routes=set(described["paths"])
+    )
 
     _tell_errors(app)
-    described = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        """FastAPI's, without its own shape of errors, which is never sent."""
-        document = described()
-        for path, methods in document["paths"].items():
-            if path.startswith(OPENAI_PREFIX):
-                for method in methods.values():
-                    method["responses"].pop(str(INVALID), None)
-        for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    _leave_out_foreign_errors(described)
     return app
+
+
+def _leave_out_foreign_errors(document: dict[str, Any]) -> None:
+    """FastAPI's own shape of errors, which is never sent, out of the OpenAPI document."""
+    for path, methods in document["paths"].items():
+        if path.startswith(OPENAI_PREFIX):
+            for method in methods.values():
+                method["responses"].pop(str(INVALID), None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _tell_errors(app: FastAPI) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +30,20 @@ from llm2comp.use.serve.refusals import RefusedError
 # How many waiting texts are looked at when a batch is put together.
 LOOK_AHEAD = 4096
 LONGEST_RETRY_SECONDS = 60
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class _Job:
-    """The texts of one request, and what is known of their vectors (1 + K, D)."""
+    """One request: a result for each of its texts, (1 + K, D), or for its one call."""
 
     future: asyncio.Future[list[Any]]
     found: list[Any]
     left: int
     error: Exception | None = None
 
-    def put(self, place: int, vectors: NDArray[np.float32]) -> None:
-        self.found[place] = vectors
+    def put(self, place: int, found: Any) -> None:
+        self.found[place] = found
         self.left -= 1
 
     def settle(self) -> None:
@@ -60,6 +61,7 @@ class _Waiting:
     text: Text
     job: _Job
     place: int
+    work: Callable[[], Any] | None = None
 
 
 @dataclass(eq=False)
@@ -109,23 +111,32 @@ class Batcher:
         Raises:
             RefusedError: too much waits, or the server is stopping. What `compute` raises.
         """
-        future = asyncio.get_running_loop().create_future()
-        job = _Job(future, [None] * len(texts), len(texts))
+        return np.stack(await self._done([(text, None) for text in texts]))
+
+    async def call(self, work: Callable[[], T], tokens: int) -> T:
+        """Something else that needs the model, in its thread, in its turn; counts as so many
+        tokens. Errors as `vectors`.
+        """
+        found: list[T] = await self._done([(Text(tokens, tokens), work)])
+        return found[0]
+
+    async def _done(self, items: Sequence[tuple[Text, Callable[[], Any] | None]]) -> list[Any]:
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        job = _Job(future, [None] * len(items), len(items))
         with self._more:
             if not self.alive:
                 raise RefusedError(503, "the server is stopping", code="unavailable")
             if self.tokens >= (self.most or 0):
-                raise RefusedError(
-                    429,
-                    "too many texts wait: try again later",
-                    code="overloaded",
-                    retry_after=self._retry_after(),
-                )
-            self._waiting += [_Waiting(text, job, place) for place, text in enumerate(texts)]
-            self.tokens += sum(text.length for text in texts)
+                wait = self._retry_after()
+                problem = "too much waits: try again later"
+                raise RefusedError(429, problem, code="overloaded", retry_after=wait)
+            self._waiting += [
+                _Waiting(text, job, place, work) for place, (text, work) in enumerate(items)
+            ]
+            self.tokens += sum(text.length for text, _ in items)
             self._more.notify()
         try:
-            return np.stack(await future)
+            return await future
         finally:
             if job.left:
                 self._drop(job)
@@ -158,9 +169,11 @@ class Batcher:
 
     def _next(self) -> list[_Waiting]:
         """The oldest text and those nearest to it in length, as many as fit."""
-        oldest = self._waiting[0].text
+        first = self._waiting[0]
+        oldest, seen = first.text, self._waiting[:LOOK_AHEAD]
+        alike = [w for w in seen if w.work is None and w.text.reading == oldest.reading]
         near = sorted(
-            (w for w in self._waiting[:LOOK_AHEAD] if w.text.reading == oldest.reading),
+            alike if first.work is None else [first],
             key=lambda w: abs(w.text.length - oldest.length),
         )
         longest, count = 1, 0
@@ -179,11 +192,17 @@ class Batcher:
         fault.
         """
         texts = [waiting.text for waiting in batch]
+        work, lengths = batch[0].work, [text.length for text in texts]
         try:
-            lengths = [text.length for text in texts]
-            found = in_batches(
-                lengths, lambda places: self.compute([texts[i] for i in places]), self.budget
-            ).numpy()
+            found: list[Any] = (
+                [work()]
+                if work is not None
+                else list(
+                    in_batches(
+                        lengths, lambda at: self.compute([texts[i] for i in at]), self.budget
+                    ).numpy()
+                )
+            )
         except Exception as error:  # a thread that dies would leave all requests waiting
             if len(batch) > 1:
                 for waiting in batch:
@@ -191,8 +210,8 @@ class Batcher:
                 return
             batch[0].job.error = error
         else:
-            for waiting, vectors in zip(batch, found, strict=True):
-                waiting.job.put(waiting.place, vectors)
+            for waiting, result in zip(batch, found, strict=True):
+                waiting.job.put(waiting.place, result)
         for job in {w.job for w in batch if w.job.error is not None or not w.job.left}:
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 job.future.get_loop().call_soon_threadsafe(job.settle)

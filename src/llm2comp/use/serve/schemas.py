@@ -106,6 +106,26 @@ class EmbedRequest(Request):
     dimensions: Dimensions = None
 
 
+class RerankRequest(Request):
+    """`POST /rerank`."""
+
+    query: str
+    texts: Annotated[list[str], Field(min_length=1)]
+    raw_scores: Annotated[
+        bool, Field(description="The sum over the query's states, not their mean.")
+    ] = False
+    return_text: bool = False
+    truncate: Annotated[bool | None, Field(description="As of /embed.")] = None
+
+
+class Rank(BaseModel):
+    """How well one text answers a query; `index` is its place in the request."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
 class Info(BaseModel):
     """`GET /info`: text-embeddings-inference's fields, then ours."""
 

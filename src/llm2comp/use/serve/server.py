@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
 
+from llm2comp.errors import Llm2CompError
 from llm2comp.use.serve.batcher import Batcher
 from llm2comp.use.serve.engine import Engine, Text
+from llm2comp.use.serve.metrics import Metrics
 from llm2comp.use.serve.refusals import INVALID, RefusedError
 from llm2comp.use.serve.settings import Settings
 
 # Characters that are tokenised in the loop's own thread, in less than a millisecond or so.
 AT_ONCE = 10_000
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -29,6 +32,7 @@ class Server:
     engine: Engine
     batcher: Batcher
     settings: Settings
+    metrics: Metrics
     started: int
 
     async def read(
@@ -89,31 +93,37 @@ class Server:
             RefusedError: too much waits, the deadline has passed, the client left, or the vectors
                 are not finite; the model failed.
         """
-        work = asyncio.ensure_future(self.batcher.vectors(texts))
+        found = await self.within(request, self.batcher.vectors(texts))
+        if not np.isfinite(found).all():
+            raise RefusedError(424, "an embedding is not finite", code="not_finite")
+        self.metrics.read(texts)
+        return found
+
+    async def within(self, request: Request, work: Coroutine[Any, Any, T]) -> T:
+        """What some work gives, as long as the client waits and the deadline has not passed.
+
+        Raises:
+            RefusedError: as `vectors`.
+        """
+        task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_gone(request))
         left = request.scope["state"]["deadline"] - asyncio.get_running_loop().time()
         try:
-            await asyncio.wait({work, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise (
-                    RefusedError(499, "the client left")
-                    if gone.done()
-                    else RefusedError(
-                        504, "no answer within the deadline: send fewer texts", code="deadline"
-                    )
-                )
-            found = work.result()
-        except RefusedError:
+            await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if gone.done():
+                raise RefusedError(499, "the client left")
+            problem = "no answer within the deadline: ask for less at once"
+            raise RefusedError(504, problem, code="deadline")
+        except Llm2CompError:
             raise
         except Exception as error:
             log.exception("the model failed")
             raise RefusedError(500, "the model failed") from error
         finally:
-            work.cancel()
+            task.cancel()
             gone.cancel()
-        if not np.isfinite(found).all():
-            raise RefusedError(424, "an embedding is not finite", code="not_finite")
-        return found
 
     def check_dimensions(self, dimensions: int | None) -> None:
         """Raise RefusedError where more are asked for than there are."""
