@@ -64,6 +64,7 @@ def configured(server: Server) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         limit_concurrency=server.settings.max_connections,
         timeout_graceful_shutdown=math.ceil(server.settings.drain_seconds),
     )
