@@ -6,7 +6,8 @@ settings.py  what a server accepts; who may call it
 refusals.py  what is refused, and in which protocol's shape it is told
 schemas.py   requests and answers of OpenAI's and text-embeddings-inference's protocols
 server.py    from a request's texts to their vectors: limits, deadlines, clients that left
-openai.py, tei.py, status.py   routes
+metrics.py   what Prometheus is told
+openai.py, tei.py, ranking.py, status.py   routes
 gate.py      keys, sizes and slow clients, before a route is called
 app.py       all of it as one application; running it
 """

@@ -23,6 +23,7 @@ from llm2comp.use.serve.engine import Engine
 from llm2comp.use.serve.gate import Gate
 from llm2comp.use.serve.metrics import Metrics
 from llm2comp.use.serve.openai import openai_routes
+from llm2comp.use.serve.ranking import ranking_routes
 from llm2comp.use.serve.refusals import INVALID, OPENAI_PREFIX, RefusedError
 from llm2comp.use.serve.server import Server
 from llm2comp.use.serve.settings import Settings
@@ -94,6 +95,7 @@ def application(server: Server) -> FastAPI:
     )
     app.include_router(openai_routes(server))
     app.include_router(tei_routes(server))
+    app.include_router(ranking_routes(server))
     app.include_router(status_routes(server))
     described = app.openapi()
     app.add_middleware(

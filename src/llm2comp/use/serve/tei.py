@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import orjson
-import torch
 from fastapi import APIRouter, Request, Response
-from torch.nn import functional
 
 from llm2comp import __version__
-from llm2comp.model.memory import maxsim
 from llm2comp.use.serve.engine import ROLES
 from llm2comp.use.serve.refusals import INVALID, RefusedError, TeiError, documented
-from llm2comp.use.serve.schemas import EmbedRequest, Info, Rank, RerankRequest
+from llm2comp.use.serve.schemas import EmbedRequest, Info
 from llm2comp.use.serve.server import Server, finished
 
 REFUSED = documented(TeiError, 401, 408, 413, INVALID, 424, 429, 500, 503, 504)
 
 
 def tei_routes(server: Server) -> APIRouter:
-    """`/embed`, also at `/` as Hugging Face's clients call it, `/rerank` and `/info`."""
+    """`/embed`, also at `/` as Hugging Face's clients call it, and `/info`."""
     router = APIRouter(tags=["text-embeddings-inference"])
     engine = server.engine
 
@@ -40,23 +37,6 @@ def tei_routes(server: Server) -> APIRouter:
         rows_ND = finished(found, body.dimensions, body.normalize)
         content = orjson.dumps(rows_ND, option=orjson.OPT_SERIALIZE_NUMPY)
         return Response(content, media_type="application/json")
-
-    @router.post("/rerank", responses=REFUSED, response_model_exclude_none=True)
-    async def rerank(body: RerankRequest, request: Request) -> list[Rank]:
-        """Texts by how well they answer a query, the best first: MaxSim over memory states, or the
-        cosine where a model has none. 1: the same.
-        """
-        truncate = body.truncate is not False
-        query = await server.read(body.query, "query", None, truncate, "query")
-        texts = await server.read(body.texts, "document", None, truncate, "texts")
-        found = torch.from_numpy(await server.vectors(request, query + texts))
-        states = functional.normalize(found[:, 1:] if engine.states else found, dim=-1)
-        scores = maxsim(states[:1], states[1:])[0] / (1 if body.raw_scores else states.shape[1])
-        order = scores.argsort(descending=True, stable=True).tolist()
-        return [
-            Rank(index=i, score=float(scores[i]), text=body.texts[i] if body.return_text else None)
-            for i in order
-        ]
 
     @router.get("/info", responses=documented(TeiError, 401))
     async def info() -> Info:
