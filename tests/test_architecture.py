@@ -39,7 +39,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
         "lab.train",
         "lab.analyze lab.report",
         "lab.study lab.analysis_table",
-        "lab.demo",
+        "lab.demo lab.adapt",
         "cli",
         "__init__ __main__",
     )

@@ -8,6 +8,7 @@ The names in `__all__` are the public ones. Each is imported when it is first as
 `import llm2comp` takes no time; what else the package holds may change from version to version.
 
 load, train                       whatever names an encoder → SentenceTransformer · a recipe → a run
+adapt                             own documents, no labels → a run, and whether to use it (`lab`)
 embed_texts, memory_states        texts → one vector each · → their memory states
 embed, EmbedOptions               files of millions of texts → a folder of shards
 maxsim                            memory states of queries and documents → scores
@@ -28,6 +29,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm2comp.lab.adapt import adapt
     from llm2comp.lab.analyze import analyze
     from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
     from llm2comp.lab.train import train
@@ -56,6 +58,7 @@ __all__ = [
     "Index",
     "Recipe",
     "__version__",
+    "adapt",
     "analyze",
     "baseline",
     "compile_folder",
@@ -81,6 +84,7 @@ _HOME = {
     "EvaluateOptions": "lab.evaluation.evaluate",
     "Index": "use.index.index",
     "Recipe": "recipe",
+    "adapt": "lab.adapt",
     "analyze": "lab.analyze",
     "baseline": "model.baselines.module",
     "compile_folder": "storage.compiled",

@@ -13,7 +13,7 @@ from llm2comp.errors import DataError
 from llm2comp.model.backbone.loading import load_skeleton
 from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import Recipe, Stage, is_local
-from llm2comp.runs.folder import begin
+from llm2comp.runs.folder import add_adapter, begin
 from llm2comp.runs.starting import start_of
 from llm2comp.system.cache import CACHE_VARIABLE
 from llm2comp.system.console import console
@@ -55,6 +55,20 @@ def times(recipe: Recipe, tokens: Mapping[str, int]) -> str:
         f"about {said(sum(hours.values()))} on this {device} ({each}; from {STEPS} small "
         "steps each, the watch not counted)"
     )
+
+
+def rate(recipe: Recipe, name: str) -> float:
+    """Text tokens per second of a stage as the recipe has it, by all of its steps.
+
+    The watch is not counted.
+    """
+    compressor = begin(recipe, start_of(recipe))
+    add_adapter(compressor, recipe, name)
+    plain = {"keep_best": None, "patience": None, "log_every_steps": 1}
+    with _unseen():
+        full = recipe.adapter.kind == "full"
+        stage = fitted(name, recipe.stages[name], compressor.backbone, full)
+        return _rate(compressor, name, stage.model_copy(update=plain), RunOptions())
 
 
 def _trial(stage: AnyStage) -> AnyStage:

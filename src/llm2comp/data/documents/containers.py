@@ -118,7 +118,7 @@ def json_lines(path: Path, tally: Tally) -> Iterator[Block]:
                 if isinstance(value, str) and value.strip()
             }
         )
-        column = likely("column", list(texts))
+        column = likely("column", [name for name in texts if name not in _TITLES] or list(texts))
         if column is None:
             tally.leave_out(row if isinstance(row, str) else "without a text", place)
             continue

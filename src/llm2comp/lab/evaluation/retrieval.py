@@ -6,12 +6,15 @@ For an encoder, for BM25, and for both merged by reciprocal rank fusion (Cormack
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import bm25s
+import numpy as np
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.util import cos_sim
@@ -47,6 +50,7 @@ class Collection:
         relevant: Mapping[str, set[str]],
     ) -> None:
         self.documents = dict(documents)
+        self.relevant = {query: set(relevant[query]) for query in queries}
         self._evaluator = InformationRetrievalEvaluator(
             dict[str, Any](queries),
             dict[str, Any](documents),
@@ -72,14 +76,17 @@ class Collection:
 
     def score_bm25(self) -> Scores:
         """Rank by BM25, the lexical reference."""
-        return self._score_rankings(self._by_bm25(DEPTH))
+        return self._score_rankings(self.by_bm25(DEPTH))
 
     def score_fused(self, model: SentenceTransformer, documents_ND: Tensor | None = None) -> Scores:
         """Rank by the encoder and by BM25 together. Arguments as `score`."""
-        both = zip(self._by_cosine(model, documents_ND), self._by_bm25(FUSED_DEPTH), strict=True)
+        both = zip(self.by_cosine(model, documents_ND), self.by_bm25(FUSED_DEPTH), strict=True)
         return self._score_rankings([fuse(rankings) for rankings in both])
 
-    def _by_cosine(self, model: SentenceTransformer, documents_ND: Tensor | None) -> list[Ranking]:
+    def by_cosine(
+        self, model: SentenceTransformer, documents_ND: Tensor | None = None
+    ) -> list[Ranking]:
+        """The best `FUSED_DEPTH` documents of each query. Arguments as `score`."""
         if documents_ND is None:
             documents_ND = model.encode_document(
                 list(self.documents.values()), convert_to_tensor=True, show_progress_bar=False
@@ -92,7 +99,7 @@ class Collection:
         )
         return self._named(best.indices.tolist(), best.values.tolist())
 
-    def _by_bm25(self, depth: int) -> list[Ranking]:
+    def by_bm25(self, depth: int) -> list[Ranking]:
         """Lucene's variant, English stop words; only documents with a word of the query."""
         index = bm25s.BM25()
         index.index(
@@ -107,6 +114,16 @@ class Collection:
         return [
             [(document, score) for document, score in ranking if score > 0] for ranking in named
         ]
+
+    def ndcg_of_each(self, rankings: Sequence[Ranking]) -> NDArray[np.float64]:
+        """nDCG@10 of each query, (Q,): the score of a ranking is their mean."""
+        found = []
+        for name, ranking in zip(self.relevant, rankings, strict=True):
+            right = self.relevant[name]
+            gains = [1 / math.log2(2 + n) for n, (d, _) in enumerate(ranking[:DEPTH]) if d in right]
+            best = sum(1 / math.log2(2 + n) for n in range(min(DEPTH, len(right))))
+            found.append(sum(gains) / best)
+        return np.array(found)
 
     def _named(
         self, places: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]

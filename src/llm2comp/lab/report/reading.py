@@ -13,7 +13,7 @@ from llm2comp.recipe import PretextStage, Recipe, Stage
 from llm2comp.runs.folder import DONE_FILE, FOLDERS, Run
 
 T = TypeVar("T")
-SEARCHES_FILE = "searches.json"
+SEARCHES_FILE, ADAPTED_FILE = "searches.json", "adapted.json"
 
 
 def _square(matrix: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
@@ -105,6 +105,34 @@ class Search(Line):
     answers: tuple[SearchHit, ...]
 
 
+class SystemScore(Line):
+    """A system on held-out documents: nDCG@10 and its 95 % interval, 0 to 1."""
+
+    system: str
+    ndcg_at_10: float
+    low: float
+    high: float
+
+
+class Retained(Line):
+    """A set that is not of the documents: score before and after, 0 to 1."""
+
+    set: str
+    before: float
+    after: float
+
+
+class Adapted(Line):
+    """scores/adapted.json: what `adapt` found, and its verdict."""
+
+    documents: str
+    queries: int
+    passages: int
+    rows: tuple[SystemScore, ...]
+    sentence: str
+    retention: tuple[Retained, ...]
+
+
 class TaskScore(Line):
     """A task's main score, 0 to 1."""
 
@@ -169,6 +197,7 @@ class RunLog:
     demo: tuple[DemoScore, ...]
     evaluations: tuple[Evaluation, ...]
     searches: tuple[Search, ...] = ()
+    adapted: Adapted | None = None
 
 
 def read_log(folder: Path, label: str) -> RunLog:
@@ -191,6 +220,7 @@ def read_log(folder: Path, label: str) -> RunLog:
         _read(folder / "scores" / "python-docs.json", tuple[DemoScore, ...]) or (),
         _read(folder / "scores" / "summary.json", tuple[Evaluation, ...]) or (),
         _read(folder / "scores" / SEARCHES_FILE, tuple[Search, ...]) or (),
+        _read(folder / "scores" / ADAPTED_FILE, Adapted),
     )
 
 

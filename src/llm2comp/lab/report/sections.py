@@ -20,6 +20,7 @@ from llm2comp.lab.report.blocks import (
 )
 from llm2comp.lab.report.reading import Evaluation, RunLog, StageLog
 from llm2comp.lab.report.verdict import (
+    adapted_section,
     measured_states,
     searches_section,
     short_section,
@@ -45,6 +46,7 @@ def run_part(run: RunLog, ident: str) -> Part:
     """The sections of one run."""
     sections = [short_section(run, ident), *use_section(run, ident), *searches_section(run, ident)]
     sections += [
+        *adapted_section(run, ident),
         *warnings_section(run, ident),
         overview(run, ident),
         *_scores(run, ident),

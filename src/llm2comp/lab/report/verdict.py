@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llm2comp.lab.report.blocks import PageSection, Table, duration
+from llm2comp.lab.report.blocks import PageSection, Table, duration, percent
 from llm2comp.lab.report.reading import Evaluation, RunLog, WatchLine
 from llm2comp.runs.folder import FOLDERS, MODEL_FOLDER
 
@@ -42,6 +42,8 @@ def short_section(run: RunLog, ident: str) -> PageSection:
     found = courses(run)
     said = [verdict(course) for course in found if course.beside]
     text = [*said[1:], *(line for course in found if (line := stages_sentence(course)))]
+    if run.adapted:
+        said = [run.adapted.sentence, *said]
     if not said:
         text.insert(0, NOT_SCORED.format(run=run.folder))
     cards = _cards(run, found, len(list(warnings(run))))
@@ -54,6 +56,20 @@ def warnings_section(run: RunLog, ident: str) -> list[PageSection]:
     """The section on what got worse, if anything did."""
     spoken = tuple(warnings(run))
     return [PageSection(f"{ident}-warnings", "Warnings", warnings=spoken)] if spoken else []
+
+
+def adapted_section(run: RunLog, ident: str) -> list[PageSection]:
+    """What `adapt` found on the held-out documents; empty for other runs."""
+    if (found := run.adapted) is None:
+        return []
+    rows = tuple((r.system, *map(percent, (r.ndcg_at_10, r.low, r.high))) for r in found.rows)
+    caption = f"{found.queries:,} queries over {found.passages:,} passages that were held out"
+    header = ("system", "nDCG@10", "95 % from", "to")
+    kept = tuple((r.set, percent(r.before), percent(r.after)) for r in found.retention)
+    beside = Table("What it could do before, on other sets", ("set", "before", "after"), kept)
+    text = f"Documents: {found.documents}. Their headings and first sentences are the queries."
+    tables = (Table(caption, header, rows), *((beside,) if kept else ()))
+    return [PageSection(f"{ident}-adapted", "On your documents", (text,), tables=tables)]
 
 
 def courses(run: RunLog) -> list[Course]:

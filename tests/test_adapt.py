@@ -1,0 +1,238 @@
+"""`adapt`: own documents → a run and a verdict, on documents that nothing was trained on."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from llm2comp.data.weak_pairs import Seen
+from llm2comp.errors import DataError, RecipeError, RunError
+from llm2comp.lab.adapt import adapt, work
+from llm2comp.lab.adapt.corpus import read_task
+from llm2comp.lab.adapt.mining import with_negatives
+from llm2comp.lab.adapt.planning import Plan
+from llm2comp.lab.adapt.verdict import ADAPTED, BM25, LM, START, Verdict, hybrid
+from llm2comp.lab.evaluation.retrieval import Collection
+from llm2comp.runs.folder import Run
+from llm2comp.storage.golden import verify
+from llm2comp.storage.loading import load
+from tiny_run import WORDS, assert_refused, cli, finished, sentences
+
+
+def write_documents(folder, count=40):
+    """Documents of random words: heading and two sections each."""
+    folder.mkdir(parents=True)
+    for n in range(count):
+        one, two, *more = sentences(6, 14, seed=500 + n)
+        name = f"{WORDS[n % len(WORDS)]} {WORDS[(7 * n + 3) % len(WORDS)]} {n}"
+        body = f"{more[1]}. {more[2]}. {more[3]}."
+        text = f"# About {name}\n\nSo {one}. {two}. {more[0]}.\n\n## More of {name}\n\n{body}\n"
+        (folder / f"{n:03}.md").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """(documents, run, what was said): twenty minutes, of which so little data needs seconds."""
+    place = tmp_path_factory.mktemp("adapted")
+    documents = write_documents(place / "documents")
+    (documents / "broken.pdf").write_bytes(b"%PDF-1.7 no more than that")
+    options = ("-o", place / "run", "--model", finished()[1], "--minutes", 20, "--device", "cpu")
+    said = cli("adapt", documents, *options)
+    assert said.code == 0, said.err
+    return documents, place / "run", " ".join(said.err.split())
+
+
+def record_of(run):
+    return json.loads((run / "scores" / "adapted.json").read_text())
+
+
+def test_every_system_is_scored_on_held_out_documents(adapted):
+    documents, run, said = adapted
+    record = record_of(run)
+    names = [row["system"] for row in record["rows"]]
+    assert names == [BM25, *(n for one in (LM, START, ADAPTED) for n in (one, hybrid(one)))]
+    for row in record["rows"]:
+        assert 0 <= row["low"] <= row["ndcg_at_10"] <= row["high"] <= 1
+    assert record["sentence"] in said
+    assert [row["set"] for row in record["retention"]] == ["builtin:python-docs"]
+    assert "broken.pdf" in said
+    assert f"llm2comp index {documents} --model {run}" in said
+    assert record["sentence"].split(" (")[0] in (run / "report.html").read_text()
+
+
+def test_what_is_held_out_is_in_no_pair_and_chooses_nothing(adapted):
+    _, run, _ = adapted
+    tasks = [read_task(run / "data" / name, name) for name in ("held-out", "validation")]
+    pairs = [json.loads(line) for line in (run / "data" / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) > 30
+    held = Seen()
+    for task in tasks:
+        assert set(task.relevant) == set(task.queries)
+        for text in task.documents.values():
+            held.add(text)
+    assert not any(held.alike(pair["positive"]) for pair in pairs)
+    assert not set(tasks[0].documents.values()) & set(tasks[1].documents.values())
+    recipe = Run(run).recipe
+    assert (recipe.scl.keep_best, [set_.split("/")[-1] for set_ in recipe.watch.tasks]) == (
+        "Local-validation",
+        ["validation"],
+    )
+
+
+def test_the_plan_comes_first_and_the_guide_is_the_start(adapted):
+    _, run, said = adapted
+    steps = int(re.search(r"plan for 20 minutes: (\d+) steps", said)[1])
+    recipe = Run(run).recipe
+    assert steps == recipe.scl.steps
+    assert (
+        said.index("plan for")
+        < said.index("stage 3")
+        < said.index("verdict: " + record_of(run)["sentence"])
+    )
+    assert recipe.scl.guide.name == str(finished()[1] / "model")
+    assert recipe.start_from == str(finished()[1])
+
+
+def test_it_is_a_run_as_any_other(adapted):
+    _, run, _ = adapted
+    assert verify(run / "model") > 0.99999
+    assert load(run / "3-scl")[0].compressor.backbone.adapters.names[-1] == "scl"
+
+
+def test_the_same_again_trains_nothing_and_says_the_same(adapted, capsys):
+    documents, run, _ = adapted
+    times = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
+    adapt(documents, run, finished()[1], 20, device="cpu")
+    assert record_of(run)["sentence"] in " ".join(capsys.readouterr().err.split())
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")} == times
+    with pytest.raises(RunError, match=r"another adaptation(.*\n)*.*minutes"):
+        adapt(documents, run, finished()[1], 5, device="cpu")
+    with pytest.raises(RunError, match="holds another run"):
+        adapt(documents, finished()[1], finished()[1], 20, device="cpu")
+
+
+@pytest.mark.slow
+def test_it_goes_on_after_a_stop(adapted, tmp_path, monkeypatch):
+    """Stopped after the plan: the same held-out task and the same recipe are taken up."""
+    documents, run, _ = adapted
+    copy = shutil.copytree(run, tmp_path / "run")
+    for name in ("scores", "3-scl", "model"):
+        shutil.rmtree(copy / name)
+    recipe = (copy / "recipe.yaml").read_text()
+    monkeypatch.setattr(work, "rate", lambda *_: pytest.fail("planned again"))
+    adapt(documents, copy, finished()[1], 20, device="cpu")
+    assert (copy / "recipe.yaml").read_text() == recipe.replace(str(run), str(copy))
+    ours, theirs = (record_of(each)["rows"] for each in (copy, run))
+    assert ours[:5] == theirs[:5]
+
+
+def scores(**means):
+    """nDCG of 200 queries around a mean; all from the same draws."""
+    draws = np.random.default_rng(0).normal(0, 0.1, 200)
+    return {
+        name.replace("_", " "): np.clip(
+            mean + draws + np.random.default_rng(i).normal(0, 0.02, 200), 0, 1
+        )
+        for i, (name, mean) in enumerate(means.items(), 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("start", "both", "adapted_alone", "adapted_both", "choice", "says"),
+    [
+        (0.3, 0.45, 0.4, 0.6, hybrid(ADAPTED), "use hybrid with the adapted encoder"),
+        (0.3, 0.45, 0.4, 0.5, BM25, "keep BM25"),
+        (0.3, 0.60, 0.4, 0.6, hybrid(START), "use hybrid with the encoder that you started from"),
+        (0.3, 0.45, 0.7, 0.6, ADAPTED, "use the adapted encoder alone"),
+        (0.3, 0.40, 0.2, 0.3, BM25, "keep BM25"),
+    ],
+)
+def test_the_verdict_is_what_the_figures_say(
+    start, both, adapted_alone, adapted_both, choice, says
+):
+    means = {
+        BM25: 0.5,
+        START: start,
+        hybrid(START): both,
+        ADAPTED: adapted_alone,
+        hybrid(ADAPTED): adapted_both,
+    }
+    found = Verdict.of(scores(**means))
+    assert found.choice == choice
+    assert found.sentence.startswith(says)
+    assert "of BM25, difference" in found.sentence
+    few = Verdict.of({name: values[:20] for name, values in scores(**means).items()})
+    assert "20 queries alone" in few.sentence
+
+
+def test_a_difference_that_chance_explains_is_none():
+    """Two points better on the mean, by a few queries."""
+    base = np.linspace(0.2, 0.8, 100)
+    better = base.copy()
+    better[:4] += 0.5
+    better[4:8] -= 0.1
+    found = Verdict.of({BM25: base, ADAPTED: base, hybrid(ADAPTED): better})
+    assert better.mean() > base.mean() + 0.01
+    assert found.choice == BM25
+
+
+def test_mined_negatives_are_other_passages(adapted):
+    _, run, _ = adapted
+    from llm2comp.data.weak_pairs import WeakPair
+
+    rows = [json.loads(line) for line in (run / "data" / "pairs.jsonl").read_text().splitlines()]
+    pairs = [WeakPair(row["kind"], row["anchor"], row["positive"]) for row in rows]
+    mined = with_negatives(pairs, load(finished()[1]), 2)
+    assert len(mined) > 5
+    passages = {pair.passage for pair in pairs}
+    for row in mined:
+        assert {row["negative_1"], row["negative_2"]} <= passages - {row["positive"]}
+    assert with_negatives(pairs, None, 0) == rows
+
+
+def test_minutes_that_do_not_suffice_are_refused_with_those_that_do():
+    assert Plan.of(300, 100, 10, 32).steps == 20
+    assert Plan.of(300, 100, 10, 32).at_most(7).steps == 7
+    with pytest.raises(RecipeError, match=r"too short(.*\n)*.*2 minutes more"):
+        Plan.of(100, 150, 30, 32)
+
+
+def test_bad_input_is_one_clear_line(tmp_path):
+    out = tmp_path / "out"
+    assert_refused(cli("adapt", tmp_path / "none", "-o", out), "no such file or folder")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "one.md").write_text("# One\n\nA few words.\n")
+    (tmp_path / "scan").mkdir()
+    (tmp_path / "scan" / "a.pdf").write_bytes(b"%PDF-1.7 no more than that")
+    model = ("--model", finished()[1], "--device", "cpu")
+    for place, told in (("empty", "it is empty"), ("few", "too few documents"), ("scan", "a.pdf")):
+        assert_refused(cli("adapt", tmp_path / place, "-o", out, *model), told)
+    said = cli("adapt", tmp_path / "few", "-o", out, "--model", tmp_path / "no-model")
+    assert_refused(said, "--model", "no such folder")
+    assert not out.exists()
+
+
+def test_short_documents_are_too_few_queries(tmp_path):
+    folder = tmp_path / "short"
+    folder.mkdir()
+    for n, text in enumerate(sentences(30, 3)):
+        (folder / f"{n}.md").write_text(f"{text}\n")
+    with pytest.raises(DataError, match="too few queries"):
+        adapt(folder, tmp_path / "out", finished()[1], 20, device="cpu")
+
+
+def test_ndcg_of_each_query_has_the_evaluators_mean():
+    texts = dict(enumerate(sentences(30, 8, seed=3)))
+    documents = {f"d{n}": text for n, text in texts.items()}
+    queries = {f"q{n}": " ".join(texts[n].split()[:3]) for n in range(12)}
+    relevant = {f"q{n}": {f"d{n}", f"d{(n + 5) % 30}"} for n in range(12)}
+    collection = Collection(queries, documents, relevant)
+    ranked = [[(d, -place) for place, (d, _) in enumerate(row)] for row in collection.by_bm25(10)]
+    each = collection.ndcg_of_each(ranked)  # without ties, which the evaluator orders by itself
+    assert len(set(each)) > 3
+    expected = collection._score_rankings(ranked).ndcg_at_10
+    assert each.mean() == pytest.approx(expected, abs=1e-9)
