@@ -106,13 +106,14 @@ def test_it_is_small_and_tells_its_licence(name):
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 24 * 2**20
 
 
-def test_its_last_memory_state_alone_is_nearly_the_embedding(model):
-    """Nested from the end: `num_memory=1` is last-token pooling."""
+def test_its_embedding_is_its_last_memory_state(model):
+    """Nested from the end, and all weight on the last token: stock last-token pooling."""
     texts = golden(GENERAL)["texts"]
-    one = llm2comp.load(GENERAL, "cpu", num_memory=1, dtype="float32")
-    whole, last = (each.encode(texts, normalize_embeddings=True) for each in (model, one))
-    assert ((whole * last).sum(1) > 0.95).all()
-    assert not np.allclose(whole, last, atol=1e-2)
+    states_NKD = np.asarray(llm2comp.memory_states(model, texts))  # each of length 1
+    embeddings = model.encode(texts, normalize_embeddings=True)
+    assert states_NKD.shape[1] == 8
+    assert np.allclose(embeddings, states_NKD[:, -1], atol=1e-5)
+    assert not np.allclose(embeddings, states_NKD[:, -2], atol=1e-2)
 
 
 def test_one_line_in_another_process(model):
@@ -133,7 +134,7 @@ def test_commands_take_it_unless_told_otherwise(model, tmp_path, monkeypatch):
     said = cli("similarity", *texts)
     assert said.code == 0, said.err
     vectors = model.encode(texts, normalize_embeddings=True)
-    assert f"{vectors[0] @ vectors[1]:6.2f}"[:6] in said.out
+    assert float(said.out.split()[1]) == pytest.approx(vectors[0] @ vectors[1], abs=1e-3)
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     assert cli("embed", "texts.txt", "--out", "out.npy").code == 0
     expected = model.encode(texts)
@@ -151,21 +152,13 @@ def test_commands_take_it_unless_told_otherwise(model, tmp_path, monkeypatch):
     assert who.name.startswith("llm2comp/general")
 
 
-@pytest.mark.parametrize(
-    ("name", "asked", "size"),
-    [
-        (GENERAL_TINY, (), None),
-        (GENERAL, (), 1),
-        pytest.param(GENERAL, ("--pooling", "mean"), None, marks=pytest.mark.slow),
-    ],
-)
-def test_exported_it_needs_this_package_no_more(name, asked, size, request, tmp_path):
-    """The larger by its last memory state alone, as it was trained, unless told otherwise."""
-    loaded(name, request)
-    texts = golden(name)["texts"]
-    expected = llm2comp.load(name, "cpu", size, dtype="float32").encode(texts)
+@both
+def test_exported_it_needs_this_package_no_more(name, request, tmp_path):
+    """And the larger without WordWeights: its last memory state is its embedding."""
+    model, texts = loaded(name, request), golden(name)["texts"]
+    expected = model.encode(texts)
     near = 1e-4 * np.abs(expected).max()
-    said = cli("export", tmp_path / "folder", "--model", name, *asked)
+    said = cli("export", tmp_path / "folder", "--model", name)
     assert said.code == 0, said.err
     found = SentenceTransformer(str(tmp_path / "folder")).encode(texts)
     assert np.abs(found - expected).max() < near
@@ -173,7 +166,7 @@ def test_exported_it_needs_this_package_no_more(name, asked, size, request, tmp_
     assert "cc-by-sa" in (tmp_path / "folder" / "README.md").read_text()
     modules = json.loads((tmp_path / "folder" / "modules.json").read_text())
     weighed = [module["path"] for module in modules if module["type"].endswith("WordWeights")]
-    assert weighed == ["1_WordWeights"] * (size is None)
+    assert weighed == ["1_WordWeights"] * (name == GENERAL_TINY)
 
 
 def test_exported_with_fewer_memory_tokens(tmp_path):

@@ -1,9 +1,10 @@
-"""Put a trained run into the package: `builtin:general` (recipes/smollm2-general.yaml) or
+r"""Put a trained run into the package: `builtin:general` (recipes/smollm2-general.yaml) or
 `builtin:general-tiny`.
 
-    RUN=runs/smollm2-general llm2comp evaluate $RUN tfidf --local DIR --out $RUN/scores python
-    tools/package_encoder.py $RUN --counts data/general/counts.json --out
-    src/llm2comp/assets/general
+    RUN=runs/smollm2-general
+    llm2comp evaluate $RUN tfidf --local DIR --out $RUN/scores
+    python tools/package_encoder.py $RUN --last --counts data/general/counts.json \
+        --out src/llm2comp/assets/general
 
 1. the run's recipe and, of each stage, adapter and memory: the LM itself is not copied
 2. golden.json: digest of the LM's weights, a few texts and their embeddings; a test holds both
@@ -35,6 +36,7 @@ from llm2comp.model.vectors import embed_texts
 from llm2comp.recipe import Recipe
 from llm2comp.runs.folder import CONFIG_FILE, DONE_FILE, FOLDERS, RECIPE_FILE, Run
 from llm2comp.storage.loading import load
+from llm2comp.storage.reweighting import reweight
 
 ADAPTER_CONFIG = "adapter_config.json"
 LICENCES = {
@@ -157,6 +159,9 @@ def main() -> None:
     )
     parser.add_argument("--counts", type=Path, required=True, help="counts.json of the data")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--last", action="store_true", help="read the last memory state alone (nested memory of 1)"
+    )
     parser.add_argument("--float32", action="store_true", help="store adapters as trained")
     args = parser.parse_args()
     try:
@@ -168,7 +173,10 @@ def main() -> None:
         counts = json.loads(args.counts.read_text(encoding="utf-8"))
         with new_folder(args.out, RECIPE_FILE) as folder:
             copy_stages(args.run, recipe, folder, torch.float32 if args.float32 else torch.bfloat16)
-            model = load(folder / FOLDERS[list(recipe.stages)[-1]], "cpu", dtype="float32")
+            stage = folder / FOLDERS[list(recipe.stages)[-1]]
+            if args.last:
+                reweight(stage, [0.0] * (recipe.memory.tokens - 1) + [1.0])
+            model = load(stage, "cpu", dtype="float32")
             embeddings = [
                 [round(value, 6) for value in row]
                 for row in embed_texts(model, GOLDEN_TEXTS).tolist()
