@@ -59,7 +59,7 @@ def test_every_system_is_scored_on_held_out_documents(adapted):
     assert record["sentence"] in said
     assert [row["set"] for row in record["retention"]] == ["builtin:python-docs"]
     assert "broken.pdf" in said
-    assert f"llm2comp index {documents} --model {run}" in said
+    assert f"llm2comp index {documents} --db {run}-index --model {run}" in said
     assert record["sentence"].split(" (")[0] in (run / "report.html").read_text()
 
 
