@@ -129,6 +129,17 @@ def test_it_goes_on_after_a_stop(adapted, tmp_path, monkeypatch):
     assert ours[:5] == theirs[:5]
 
 
+@pytest.mark.slow
+def test_a_causal_lm_may_be_the_start(adapted, tmp_path):
+    """Nothing to guide by then, and no encoder to compare with."""
+    documents, _, _ = adapted
+    run = adapt(documents, tmp_path / "run", finished()[0] / "backbone", 20, device="cpu")
+    names = [row["system"] for row in record_of(run)["rows"]]
+    assert names == [BM25, LM, hybrid(LM), ADAPTED, hybrid(ADAPTED)]
+    recipe = Run(run).recipe
+    assert (recipe.start_from, recipe.scl.guide, recipe.memory.tokens) == (None, None, 8)
+
+
 def scores(**means):
     """nDCG of 200 queries around a mean; all from the same draws."""
     draws = np.random.default_rng(0).normal(0, 0.1, 200)
