@@ -59,7 +59,7 @@ def test_every_system_is_scored_on_held_out_documents(adapted):
     assert record["sentence"] in said
     assert [row["set"] for row in record["retention"]] == ["builtin:python-docs"]
     assert "broken.pdf" in said
-    assert f"llm2comp index {documents} --model {run}" in said
+    assert f"llm2comp index {documents} --db {run}-index --model {run}" in said
     assert record["sentence"].split(" (")[0] in (run / "report.html").read_text()
 
 
@@ -127,6 +127,17 @@ def test_it_goes_on_after_a_stop(adapted, tmp_path, monkeypatch):
     assert (copy / "recipe.yaml").read_text() == recipe.replace(str(run), str(copy))
     ours, theirs = (record_of(each)["rows"] for each in (copy, run))
     assert ours[:5] == theirs[:5]
+
+
+@pytest.mark.slow
+def test_a_causal_lm_may_be_the_start(adapted, tmp_path):
+    """Nothing to guide by then, and no encoder to compare with."""
+    documents, _, _ = adapted
+    run = adapt(documents, tmp_path / "run", finished()[0] / "backbone", 20, device="cpu")
+    names = [row["system"] for row in record_of(run)["rows"]]
+    assert names == [BM25, LM, hybrid(LM), ADAPTED, hybrid(ADAPTED)]
+    recipe = Run(run).recipe
+    assert (recipe.start_from, recipe.scl.guide, recipe.memory.tokens) == (None, None, 8)
 
 
 def scores(**means):

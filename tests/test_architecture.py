@@ -39,7 +39,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
         "lab.train",
         "lab.analyze lab.report",
         "lab.study lab.analysis_table",
-        "lab.demo lab.adapt",
+        "lab.demo lab.adapt lab.budget",
         "cli",
         "__init__ __main__",
     )

@@ -1,4 +1,4 @@
-"""Commands that fit an encoder to a user's own documents."""
+"""Commands that fit an encoder to a user's own documents: adapt, budget."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from typing import Annotated
 
 import typer
 
-from llm2comp.cli.options import MAKE, DeviceOption, ModelOption, app
+from llm2comp.cli.evaluate_options import AnswerColumnOption, QueryColumnOption
+from llm2comp.cli.options import (
+    JUDGE,
+    MAKE,
+    MODEL_HELP,
+    ColumnOption,
+    DeviceOption,
+    ModelOption,
+    app,
+    read_column,
+)
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.recipe import missing_path
-from llm2comp.system.console import GENERAL
+from llm2comp.system.console import GENERAL, say
 
 DocumentsArgument = Annotated[
     str,
@@ -77,3 +87,66 @@ def adapt(
         device=device,
         seed=seed,
     )
+
+
+@app.command(rich_help_panel=JUDGE)
+def budget(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")],
+    texts: Annotated[
+        str, typer.Option(help="File of passages to be found.", metavar="FILE", show_default=False)
+    ],
+    column: ColumnOption = "text",
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            help="File of questions and answers; without it first sentences ask for the rest.",
+            metavar="FILE",
+        ),
+    ] = None,
+    query_column: QueryColumnOption = "anchor",
+    answer_column: AnswerColumnOption = "positive",
+    limit: Annotated[int | None, typer.Option(min=1, help="Passages at most.", metavar="N")] = 1000,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show every row, not only those worth their bytes.")
+    ] = False,
+    export: Annotated[
+        int | None,
+        typer.Option(min=1, help="Write the encoder of this row to --out.", metavar="ROW"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="With --export: where to.", metavar="DIR")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Choose memory tokens, dimensions and precision: quality against bytes, measured."""
+    from llm2comp.data.sources import check_sources, read_pairs
+    from llm2comp.recipe import PairData, TextData
+    from llm2comp.system.folders import EXPORTED, refuse_foreign
+
+    if (export is None) != (out is None):
+        raise DataError("are given together", where="--export, --out", expected="both or none")
+    if (nearest := missing_path(model)) is not None:
+        raise ModelFolderError("no such folder", where=model, found=f"there is {nearest}")
+    check_sources([TextData(source=texts), *([TextData(source=pairs)] if pairs else [])])
+    if out is not None:
+        refuse_foreign(out, EXPORTED)
+    passages = read_column(texts, column, limit).rows
+    asked = (
+        read_pairs(PairData(source=pairs, anchor=query_column, positive=answer_column)).rows
+        if pairs
+        else []
+    )
+    from llm2comp.model.backbone.quiet import quiet_libraries
+
+    quiet_libraries()
+    from llm2comp.lab import budget as measured
+
+    rows = measured.budget(model, passages, asked, device)
+    shown = rows if every else measured.worth(rows)
+    say(measured.table(shown))
+    if export is not None and out is not None:
+        if export > len(shown):
+            raise DataError(
+                "no such row", where="--export", expected=f"1 to {len(shown)}", found=export
+            )
+        say(f"encode with: {measured.export_row(model, shown[export - 1], out, device)}")

@@ -20,7 +20,7 @@ from llm2comp.lab.adapt.corpus import (
 )
 from llm2comp.recipe import Recipe, parse_recipe
 
-BATCH, RATE = 32, 2e-4
+BATCH = 32
 # Of the minutes: embedding the held-out passages once, and one look at those that choose.
 SCORING, LOOKING = 0.06, 0.015
 LOOKS = 4  # at step 0, two between, and the last
@@ -143,7 +143,6 @@ def recipe_of(
         "steps": steps,
         "batch_size": batch,
         "schedule": {
-            "learning_rate": RATE if wanted.start else "auto",
             "floor_learning_rate": 0,
             "warmup_steps": max(1, steps // 10),
             "warmup": "linear",

@@ -188,4 +188,5 @@ def _tell(run: Path, record: dict[str, Any], clock: Clock) -> None:
     if clock.parts:
         say(f"{(clock.seconds - clock.left) / 60:.1f} min: {told_of(clock.parts)}")
     if record["documents"] != PYTHON_DOCS:
-        say(f"next: {shlex.join(['llm2comp', 'index', record['documents'], '--model', str(run)])}")
+        words = ["index", record["documents"], "--db", f"{run}-index", "--model", str(run)]
+        say(f"next: llm2comp {shlex.join(words)}")
