@@ -43,6 +43,13 @@ from llm2comp.cli.options import (
     read_column,
     require_folder,
 )
+from llm2comp.cli.verify_options import (
+    CheckedArgument,
+    KeyOption,
+    NameOption,
+    PromptsOption,
+    UrlOption,
+)
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.system.console import GENERAL, LongTexts, say
 
@@ -231,20 +238,41 @@ def export(
 
 @app.command(rich_help_panel=USE)
 def verify(
-    folder: Annotated[
-        Path, typer.Argument(help="Exported model folder, or a finished run.", metavar="DIR")
-    ],
+    folder: CheckedArgument,
+    url: UrlOption = None,
+    prompts: PromptsOption = "server",
+    model_name: NameOption = None,
+    key: KeyOption = None,
 ) -> None:
-    """Check that a model folder still gives the same embeddings as when it was written."""
+    """Check that a folder, or a server of it, gives the embeddings of when it was written."""
     require_folder(folder)
+    if url is None and (model_name or prompts != "server"):
+        raise ModelFolderError("belongs to --url", where="--model-name, --prompts")
+    from llm2comp.storage.endpoint import require_address
+
+    if url is not None:
+        require_address(url)
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
+    from llm2comp.storage.certificate import verify_url
     from llm2comp.storage.golden import verify as check
     from llm2comp.storage.places import model_folder
 
     folder = model_folder(folder)
-    say(f"{folder}: sound, lowest cosine {check(folder):.7f}")
+    if url is None:
+        say(f"{folder}: sound, lowest cosine {check(folder):.7f}")
+        return
+    found = verify_url(folder, url, prompts, model_name, key)
+    print(found.told())
+    if not found.sound:
+        raise ModelFolderError(
+            "gives other embeddings than the folder's",
+            where=found.endpoint.url,
+            found=f"lowest cosine {found.lowest:.7f}",
+            fix=f"likely cause: {'; '.join(found.causes)} (docs/clients.md)",
+        )
+    say(f"{found.endpoint.url}: gives the folder's embeddings, lowest cosine {found.lowest:.7f}")
 
 
 def _cut_note(count: int, limit: int | None, policy: LongTexts) -> str:
