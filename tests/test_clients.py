@@ -63,7 +63,8 @@ def test_llama_index(folder, expected):
 
 
 def test_haystack(folder, expected):
-    pytest.importorskip("haystack", reason="pip install haystack-ai")
+    name = "haystack_integrations.components.embedders.sentence_transformers"
+    pytest.importorskip(name, reason="pip install sentence-transformers-haystack")
     from haystack import Document
 
     client = made("Haystack", folder)

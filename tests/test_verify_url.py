@@ -14,7 +14,9 @@ import llm2comp
 from families import make_compressor
 from llm2comp.errors import ModelFolderError
 from llm2comp.model.encoder import as_sentence_transformer
+from llm2comp.storage.golden import load_folder
 from llm2comp.storage.probes import probes
+from serving import serving as serve_model
 from test_nested import make_nested
 from tiny_run import assert_refused, cli
 
@@ -333,3 +335,17 @@ def test_command_line(folders, tmp_path):
         assert_refused(cli("verify", folder, "--url", url), told)
     assert_refused(cli("verify", folder, "--model-name", "x"), "belongs to --url")
     assert_refused(cli("verify", tmp_path / "no", "--url", "http://127.0.0.1:1"), "no such folder")
+
+
+def test_our_own_server_gives_the_folders_vectors(folders):
+    """Not of the live encoder behind it, which weighs all of its memory states."""
+    with serve_model(load_folder(folders / "last", "cpu"), str(folders / "last")) as ours:
+        for path in ("", "/v1", "/embed"):
+            found = llm2comp.verify_url(folders / "last", ours.url + path)
+            assert found.sound
+            assert found.lowest > 0.99999
+            assert [row.lowest is None for row in found.rows] == [False] * len(found.rows)
+    live = as_sentence_transformer(MODELS["last"](), LIMIT, prompts=PROMPTS)
+    with serve_model(live, str(folders / "last")) as ours:
+        found = llm2comp.verify_url(folders / "last", ours.url)
+    assert found.causes == ["the mean of all 4 memory states, other weights than the folder's"]

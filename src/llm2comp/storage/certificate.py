@@ -138,8 +138,9 @@ def _row(
         return Row(case, len(few), None, str(refused)), []
     expected = embed(own, few)
     lowest = _lowest(expected, found)
-    note = "" if lowest >= MIN_COSINE else _cause(found, expected, few, own)
-    return Row(case, len(few), lowest, note), [(found.norm(dim=1), expected.norm(dim=1))]
+    if lowest < MIN_COSINE:  # lengths of other vectors say nothing
+        return Row(case, len(few), lowest, _cause(found, expected, few, own)), []
+    return Row(case, len(few), lowest), [(found.norm(dim=1), expected.norm(dim=1))]
 
 
 def _of_golden(folder: Path, endpoint: Endpoint) -> Certificate:
@@ -186,7 +187,7 @@ def _lowest(expected: Tensor, found: Tensor) -> float:
 def _lengths(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[str, bool]:
     """The lengths of a server's embeddings in words, and whether they are of neither kind."""
     if not pairs:
-        return "no embeddings", False
+        return "lengths: not compared", False
     found, own = (torch.cat(part) for part in zip(*pairs, strict=True))
     if torch.allclose(found, torch.ones_like(found), atol=1e-3):
         return "lengths: 1 (normalised)", False

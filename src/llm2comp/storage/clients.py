@@ -37,9 +37,9 @@ def client_lines(folder: str, prompts: Mapping[str, str | None]) -> dict[str, st
             f"embeddings = HuggingFaceEmbedding({where}, {', '.join(llama)})"
         ),
         "Haystack": (
-            "from haystack.components import embedders\n\n"
-            f"queries = embedders.SentenceTransformersTextEmbedder({where}, prefix={before})\n"
-            f"texts = embedders.SentenceTransformersDocumentEmbedder({where}, prefix={behind})"
+            "from haystack_integrations.components.embedders import sentence_transformers as st\n\n"
+            f"queries = st.SentenceTransformersTextEmbedder(model={where}, prefix={before})\n"
+            f"texts = st.SentenceTransformersDocumentEmbedder(model={where}, prefix={behind})"
         ),
         "Chroma": (
             "from sentence_transformers import SentenceTransformer\n\n"
