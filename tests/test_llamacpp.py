@@ -125,6 +125,26 @@ def test_its_golden_vectors_are_the_stock_folders(tmp_path):
     assert "`find: `" in card
 
 
+def test_its_server_is_certified(tmp_path):
+    """By the golden vectors, with the memory tokens behind each text; another model is not."""
+    for name, made in {"own": make_nested, "other": lambda: make_nested(nested=(1,))}.items():
+        compressor = made()
+        if name == "other":
+            compressor.memory.vectors_KD.data += 1.0
+        export(compressor, tmp_path / name)
+    with served(tmp_path / "own") as address:
+        found = llm2comp.verify_url(tmp_path / "own", address)
+        assert found.sound
+        assert found.lowest > 0.999
+        assert "golden texts" in found.told()
+        other = llm2comp.verify_url(tmp_path / "other", address)
+        assert other.causes == ["none of the known causes"]
+        assert cli("verify", tmp_path / "own", "--url", address).code == 0
+    (tmp_path / "own" / "golden.json").write_text("{}")
+    with pytest.raises(ModelFolderError, match="no answer|cannot be read"):
+        llm2comp.verify_url(tmp_path / "own", address)
+
+
 UNFIT = {
     "a weighted mean of 3 states": (make_compressor, {}),
     "the family 'phi3'": (lambda: make_compressor("phi3", memory=1), {}),

@@ -265,6 +265,8 @@ def test_paths_that_do_not_exist_are_told_before_heavy_imports(tmp_path):
         ["report", "nowhere"],
         ["verify", "nowhere"],
         ["export", "thesis"],
+        ["export", "new", "--for", "tei", "--multi-vector"],
+        ["verify", "thesis", "--url", "host:80"],
         ["serve", "./nowhere"],
         ["serve", "--api-key-file", "no.txt"],
         ["serve", "--host", "no.such.host.invalid"],

@@ -14,6 +14,7 @@ embed, EmbedOptions               files of millions of texts → a folder of sha
 maxsim                            memory states of queries and documents → scores
 Index                             documents → answers, by words and meaning (extra `search`)
 export, verify                    an encoder → a plain sentence-transformers folder · is it sound?
+verify_url                        does a running server give a folder's embeddings?
 compile_folder, reweight          its graph for CPUs · other weights of its memory tokens
 baseline                          an untrained LM as an encoder, to compare with
 evaluate, EvaluateOptions         models × tasks → scores (extra `lab`)
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from llm2comp.model.vectors import embed_texts
     from llm2comp.model.vectors import memory_vectors as memory_states
     from llm2comp.recipe import Recipe, load_recipe
+    from llm2comp.storage.certificate import verify_url
     from llm2comp.storage.compiled import compile_folder
     from llm2comp.storage.export import export
     from llm2comp.storage.golden import verify
@@ -74,6 +76,7 @@ __all__ = [
     "reweight",
     "train",
     "verify",
+    "verify_url",
 ]
 
 # Public name → where it is defined, and its name there if that is another.
@@ -100,6 +103,7 @@ _HOME = {
     "reweight": "storage.reweighting",
     "train": "lab.train",
     "verify": "storage.golden",
+    "verify_url": "storage.certificate",
 }
 
 

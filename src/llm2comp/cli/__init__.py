@@ -9,11 +9,21 @@ import logging
 import sys
 from typing import NoReturn
 
-from llm2comp.cli import adapting, making, measuring, searching, serving, using
+from llm2comp.cli import adapting, making, measuring, searching, serving, using, verifying
 from llm2comp.cli.options import JUDGE, MAKE, USE, app
 from llm2comp.errors import Llm2CompError, missing_extra
 
-__all__ = ["adapting", "app", "main", "making", "measuring", "searching", "serving", "using"]
+__all__ = [
+    "adapting",
+    "app",
+    "main",
+    "making",
+    "measuring",
+    "searching",
+    "serving",
+    "using",
+    "verifying",
+]
 STOPPED = 130
 app.registered_commands.sort(
     key=lambda command: (MAKE, USE, JUDGE).index(command.rich_help_panel or JUDGE)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from llm2comp.model.encoder import MemoryEncoder
+from llm2comp.storage.clients import client_lines
 
 USE = """from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("path/to/this/folder")
@@ -24,11 +27,20 @@ MANY = (
     "queries would score all their tokens. "
 )
 LAST = "The embedding is the state of the last memory token: plain last-token pooling. "
+CLIENTS = """
+## Clients
+`encode_query` puts the stored prompt before a query. These clients do not, unless they are told to:
+
+"""
 NESTED = "The means of its {} {} memory states are trained embeddings, too. "
 
 
 def write_card(
-    module: MemoryEncoder, facts: dict[str, str], golden_file: str, multi_vector: bool
+    module: MemoryEncoder,
+    prompts: Mapping[str, str | None],
+    facts: dict[str, str],
+    golden_file: str,
+    multi_vector: bool,
 ) -> str:
     """Write the README: how to use the folder, and what it was made from."""
     compressor = module.compressor
@@ -73,4 +85,11 @@ tags: [sentence-transformers, feature-extraction, llm2comp]
 {rows}
 
 {note}`llm2comp verify` recomputes the vectors in `{golden_file}`.
-"""
+{"" if multi_vector else _clients(prompts)}"""
+
+
+def _clients(prompts: Mapping[str, str | None]) -> str:
+    """Lines for clients that apply no stored prompts; nothing without prompts."""
+    lines = client_lines("path/to/this/folder", prompts)
+    code = "\n\n".join(f"# {name}\n{code}" for name, code in lines.items())
+    return f"{CLIENTS}```python\n{code}\n```\n" if lines else ""

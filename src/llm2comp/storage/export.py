@@ -145,7 +145,10 @@ def _write_folder(
         facts = card | {"precision": precision.told()}
         golden = _golden(module.compressor.backbone.name, facts, precision, exported)
         write_text(target / GOLDEN_FILE, to_json(golden))
-        write_text(target / "README.md", write_card(module, facts, GOLDEN_FILE, multi_vector))
+        write_text(
+            target / "README.md",
+            write_card(module, model.prompts, facts, GOLDEN_FILE, multi_vector),
+        )
     return precision
 
 

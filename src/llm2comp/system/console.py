@@ -39,6 +39,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MemoryPooling = Literal["last", "mean"]
 # What an exported folder is for.
 Engine = Literal["sentence-transformers", "tei", "vllm", "llama.cpp"]
+# Who puts a stored prompt before a text that is sent to a server: it, told the role, or its client.
+Prompts = Literal["server", "client"]
 
 # What a number of a stored embedding becomes, in the words of sentence-transformers: int8 and uint8
 # are steps between a dimension's lowest and highest, binary and ubinary eight signs in a byte.
