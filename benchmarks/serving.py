@@ -111,7 +111,7 @@ async def ask_all(url: str, model: str, requests: list[list[str]], clients: int)
     return seconds
 
 
-def load(model: str, *options: str, count: int = 4 * CLIENTS * TEXTS) -> float:
+def load(model: str, *options: str, count: int = 2 * CLIENTS * TEXTS) -> float:
     """Texts per second of the server's processor time."""
     asked = texts(count)
     requests = [asked[i : i + TEXTS] for i in range(0, count, TEXTS)]
@@ -128,7 +128,7 @@ def load(model: str, *options: str, count: int = 4 * CLIENTS * TEXTS) -> float:
     return count / used
 
 
-def in_batch(model: str, count: int = 4 * CLIENTS * TEXTS) -> float:
+def in_batch(model: str, count: int = 2 * CLIENTS * TEXTS) -> float:
     """Texts per second of processor time of `embed` in this process."""
     encoder, asked = llm2comp.load(model, "cpu", merged=True), texts(count)
     llm2comp.embed_texts(encoder, asked[:200])
@@ -270,7 +270,7 @@ def main() -> None:
     asked: Any = parser.parse_args()
     if asked.only in (None, "load"):
         batch, together = in_batch(asked.model), load(asked.model)
-        alone = load(asked.model, "--max-tokens-per-batch", "1")
+        alone = load(asked.model, "--max-tokens-per-batch", "1", "--max-waiting-tokens", "1000000")
         say(
             f"processor time: {together / batch:.2f} of embed; batching gains "
             f"{together / alone:.2f} over one by one"
