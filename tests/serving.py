@@ -41,9 +41,9 @@ def tiny():
 
 
 @contextlib.contextmanager
-def serving(model=None, path=TINY, name=None, budget=None, **settings):
+def serving(model=None, path=TINY, name=None, budget=None, index=None, lens=False, **settings):
     """Serve a model (default: the tiny one) under these settings; yields a `Served`."""
-    server = make_server(model or tiny(), path, Settings(**settings), name, budget)
+    server = make_server(model or tiny(), path, Settings(**settings), name, budget, index, lens)
     place = listen("127.0.0.1", 0)
     running = uvicorn.Server(configured(server))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [place]})

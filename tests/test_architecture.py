@@ -35,7 +35,7 @@ RANKS: tuple[frozenset[str], ...] = tuple(
         "storage.compiled",
         "storage.loading storage.identity",
         "training use",
-        "lab.plots lab.readout lab.evaluation",
+        "lab.plots lab.evaluation",
         "lab.train",
         "lab.analyze lab.report",
         "lab.study lab.analysis_table",

@@ -9,7 +9,7 @@ import torch
 
 import families
 from families import MEMORY, SENTENCES
-from llm2comp.lab.readout import continue_greedily, read_out
+from llm2comp.measures.readout import continue_greedily, read_out
 
 TEXT = " ".join(SENTENCES)
 FAMILIES = ["llama", "qwen2", "gemma2", "gemma3", "granite", "gpt2"]

@@ -9,7 +9,23 @@ import typer
 
 from llm2comp.cli.options import MODEL_HELP
 
-ServedArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
+ServedArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help=f"{MODEL_HELP} Default: the model of --db, or builtin:general.", metavar="MODEL"
+    ),
+]
+IndexOption = Annotated[
+    Path | None,
+    typer.Option(help="Index of documents to search (docs/search.md).", metavar="DIR"),
+]
+LensOption = Annotated[
+    bool,
+    typer.Option(
+        "--with-lm",
+        help="Keep the frozen LM: the page shows what it reads in a text's memory. Slower.",
+    ),
+]
 HostOption = Annotated[
     str, typer.Option(help="Address to listen at; 0.0.0.0: all of them.", metavar="HOST")
 ]

@@ -15,8 +15,10 @@ from llm2comp.cli.options import (
 from llm2comp.cli.serve_options import (
     DeadlineOption,
     HostOption,
+    IndexOption,
     KeyFileOption,
     KeyOption,
+    LensOption,
     MaxTextsOption,
     NameOption,
     PortOption,
@@ -30,7 +32,8 @@ LOOPBACK = "127.0.0.1"
 
 @app.command(rich_help_panel=USE)
 def serve(
-    model: ServedArgument = GENERAL,
+    model: ServedArgument = None,
+    db: IndexOption = None,
     host: HostOption = LOOPBACK,
     port: PortOption = 8000,
     api_key_file: KeyFileOption = None,
@@ -44,11 +47,13 @@ def serve(
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     backend: BackendOption = "torch",
+    with_lm: LensOption = False,
 ) -> None:
     """Serve an encoder over HTTP: OpenAI's embeddings, text-embeddings-inference's embed.
 
     A key may also stand in the environment, as LLM2COMP_API_KEY.
     """
+    from llm2comp.use.index.info import require_info
     from llm2comp.use.serve.settings import Keys, Settings, listen
 
     settings = Settings(
@@ -57,6 +62,8 @@ def serve(
         max_waiting_tokens=max_waiting_tokens,
         deadline_seconds=deadline,
     )
+    indexed = require_info(db).model if db else None
+    model = model or indexed or GENERAL
     require_model(model)
     place = listen(host, port)
     address = f"http://{f'[{host}]' if ':' in host else host}:{place.getsockname()[1]}"
@@ -68,9 +75,18 @@ def serve(
 
     quiet_libraries()
     from llm2comp.storage.loading import load
+    from llm2comp.storage.places import live_place
     from llm2comp.use.serve.app import make_server, run
 
-    encoder = load(model, device, num_memory, backend, dtype, merged=True)
-    server = make_server(encoder, model, settings, name, max_tokens_per_batch)
+    path = live_place(model) if with_lm else model
+    encoder = load(path, device, num_memory, backend, dtype, merged=not with_lm)
+    index = None
+    if db:
+        from llm2comp.use.index.index import Index
+
+        index = Index(db, device=device)
+        if model == indexed and (path, backend, num_memory) == (model, "torch", None):
+            index.lend(model, encoder)  # one model in memory, not two
+    server = make_server(encoder, model, settings, name, max_tokens_per_batch, index, lens=with_lm)
     say(f"{address}: {server.engine.name}, {server.engine.width} dimensions; Ctrl-C ends")
     run(server, place)

@@ -18,7 +18,6 @@ from torch import Tensor
 from llm2comp.data.loaded import Pair
 from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.lab.plots import heatmap_figure, save_figure, scores_figure, spectrum_figure
-from llm2comp.lab.readout import Readout, read_out
 from llm2comp.measures.clusters import clusters, merge_weights
 from llm2comp.measures.collapse import Collapse, collapse
 from llm2comp.measures.context import SITE_MARGIN, context_recovered, split_sample
@@ -28,6 +27,7 @@ from llm2comp.measures.geometry import (
     related_pair_cosines,
     score_summary,
 )
+from llm2comp.measures.readout import Readout, read_out
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import refuse_not_finite
 from llm2comp.model.inputs import Inputs

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
 
 from llm2comp.model.encoder import refuse_not_finite
 from llm2comp.model.vectors import embed_texts
@@ -17,9 +18,11 @@ from llm2comp.system.console import Role
 class Encoder:
     """An encoder that `llm2comp.load` knows, for passages and questions."""
 
-    def __init__(self, name: str, device: str | None = None) -> None:
+    def __init__(
+        self, name: str, device: str | None = None, model: SentenceTransformer | None = None
+    ) -> None:
         self.name = name
-        self.model = load(name, device, merged=True)
+        self.model = model or load(name, device, merged=True)
         self.identity = identity(name, self.model)
 
     @property

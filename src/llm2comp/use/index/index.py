@@ -32,6 +32,8 @@ from llm2comp.use.index.info import Info, read_info, require_info, write_info
 from llm2comp.use.index.store import Store, drop_other_tables, matching, stems
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from llm2comp.use.index.encoding import Encoder
 
 Mode: TypeAlias = Literal["hybrid", "vectors", "keywords"]
@@ -151,6 +153,12 @@ class Index:
         rows = store.rows([number for number, _ in best]) if best else {}
         wanted = stems(text, telling=True) or stems(text)
         return [_hit(rows[number], score, wanted) for number, score in best]
+
+    def lend(self, name: str, model: SentenceTransformer) -> None:
+        """Let questions be read by a model that is loaded already, as `load(name)` gives it."""
+        from llm2comp.use.index.encoding import Encoder
+
+        self._encoder = Encoder(name, model=model)
 
     def migrate(self, model: str | Path) -> None:
         """Embed all passages anew with another encoder, then change to it.

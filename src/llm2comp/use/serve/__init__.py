@@ -7,7 +7,8 @@ refusals.py  what is refused, and in which protocol's shape it is told
 schemas.py   requests and answers of OpenAI's and text-embeddings-inference's protocols
 server.py    from a request's texts to their vectors: limits, deadlines, clients that left
 metrics.py   what Prometheus is told
-openai.py, tei.py, ranking.py, status.py   routes
+openai.py, tei.py, ranking.py, status.py, page.py   routes
+page.html    the page
 gate.py      keys, sizes and slow clients, before a route is called
 app.py       all of it as one application; running it
 """

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -23,12 +23,16 @@ from llm2comp.use.serve.engine import Engine
 from llm2comp.use.serve.gate import Gate
 from llm2comp.use.serve.metrics import Metrics
 from llm2comp.use.serve.openai import openai_routes
+from llm2comp.use.serve.page import page_routes
 from llm2comp.use.serve.ranking import ranking_routes
 from llm2comp.use.serve.refusals import INVALID, OPENAI_PREFIX, RefusedError
 from llm2comp.use.serve.server import Server
 from llm2comp.use.serve.settings import Settings
 from llm2comp.use.serve.status import status_routes
 from llm2comp.use.serve.tei import tei_routes
+
+if TYPE_CHECKING:
+    from llm2comp.use.index.index import Index
 
 
 def make_server(
@@ -37,6 +41,8 @@ def make_server(
     settings: Settings,
     name: str | None = None,
     max_tokens_per_batch: int | None = None,
+    index: Index | None = None,
+    lens: bool = False,
 ) -> Server:
     """A server of a model that was loaded from a path.
 
@@ -46,13 +52,19 @@ def make_server(
         settings: its limits.
         name: what callers call it; None: its name in results.
         max_tokens_per_batch: tokens at once, padding included; None: what suits the device.
+        index: documents to search; None: there is no `/search`.
+        lens: show what the model's own frozen LM reads in a text's memory.
+
+    Raises:
+        ModelFolderError: a lens, and no frozen LM.
     """
     engine = Engine(model, path, name)
     budget = Budget.of(model.device, max_tokens_per_batch)
     batcher = Batcher(engine.compute, budget, settings.max_waiting_tokens)
     metrics = Metrics(lambda: batcher.tokens)
     batcher.seen = metrics.batch
-    return Server(engine, batcher, settings, metrics, int(time.time()))
+    compressor = engine.compressor if lens else None
+    return Server(engine, batcher, settings, metrics, int(time.time()), index, compressor)
 
 
 def configured(server: Server) -> uvicorn.Config:
@@ -66,6 +78,7 @@ def configured(server: Server) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=75,  # longer than clients keep a connection: none is shut under a request
         limit_concurrency=server.settings.max_connections,
         timeout_graceful_shutdown=math.ceil(server.settings.drain_seconds),
     )
@@ -96,6 +109,7 @@ def application(server: Server) -> FastAPI:
     app.include_router(openai_routes(server))
     app.include_router(tei_routes(server))
     app.include_router(ranking_routes(server))
+    app.include_router(page_routes(server))
     app.include_router(status_routes(server))
     described = app.openapi()
     app.add_middleware(

@@ -12,6 +12,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from llm2comp.errors import ModelFolderError
+from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import NO_LIMIT, MemoryEncoder, check_prompt
 from llm2comp.model.inputs import Frame, Ids, Inputs, frame_of, prompt_of, tokenise
 from llm2comp.model.tokens import Tokens
@@ -73,6 +75,14 @@ class Engine:
         self.backend = graph.backend if graph else "torch"
         weights = next(model.parameters(), torch.empty(0))
         self.precision = graph.precision if graph else str(weights.dtype).removeprefix("torch.")
+
+    @property
+    def compressor(self) -> Compressor:
+        """The encoder proper, over its frozen LM. Raises ModelFolderError: there is none."""
+        if not isinstance(module := self.model[0], MemoryEncoder):
+            expected = "a run, a stage of a run, or builtin:general"
+            raise ModelFolderError("has no frozen LM", where=self.name, expected=expected)
+        return module.compressor
 
     @property
     def limit(self) -> int:

@@ -7,13 +7,13 @@ from fastapi import APIRouter, Request
 from torch.nn import functional
 
 from llm2comp.model.memory import maxsim
-from llm2comp.use.serve.schemas import Rank, RerankRequest
+from llm2comp.use.serve.schemas import Found, Hits, Rank, RerankRequest, SearchRequest
 from llm2comp.use.serve.server import Server
 from llm2comp.use.serve.tei import REFUSED
 
 
 def ranking_routes(server: Server) -> APIRouter:
-    """`/rerank`, as text-embeddings-inference has it."""
+    """`/rerank`, as text-embeddings-inference has it; `/search` where there is an index."""
     router, engine = APIRouter(tags=["ranking"]), server.engine
 
     @router.post("/rerank", responses=REFUSED, response_model_exclude_none=True)
@@ -32,5 +32,32 @@ def ranking_routes(server: Server) -> APIRouter:
             Rank(index=i, score=float(scores[i]), text=body.texts[i] if body.return_text else None)
             for i in order
         ]
+
+    if (index := server.index) is None:
+        return router
+
+    @router.post("/search", responses=REFUSED)
+    async def search(body: SearchRequest, request: Request) -> Hits:
+        """Passages of the index by words, by meaning, or by both."""
+        query = (await server.read(body.query, "query", field="query"))[0]
+
+        def find() -> Hits:
+            return Hits(
+                hits=[
+                    Found(
+                        path=hit.path,
+                        first=hit.first,
+                        last=hit.last,
+                        heading=hit.heading,
+                        text=hit.text,
+                        snippet=hit.snippet,
+                        spans=hit.spans(hit.snippet),
+                        score=hit.score,
+                    )
+                    for hit in index.search(body.query, body.k, mode=body.mode, path=body.path)
+                ]
+            )
+
+        return await server.within(request, server.batcher.call(find, query.length))
 
     return router

@@ -126,6 +126,62 @@ class Rank(BaseModel):
     text: str | None = None
 
 
+class SearchRequest(Request):
+    """`POST /search`."""
+
+    query: Annotated[str, Field(description="A question, or words.")]
+    k: Annotated[int, Field(ge=1, le=100, description="How many passages.")] = 10
+    mode: Literal["hybrid", "vectors", "keywords"] = "hybrid"
+    path: Annotated[str | None, Field(description="Only files that this names: guide, `*.md`.")] = (
+        None
+    )
+
+
+class Found(BaseModel):
+    """A passage; `spans` are the places of matched words in `snippet`, in characters."""
+
+    path: str
+    first: int
+    last: int
+    heading: str
+    text: str
+    snippet: str
+    spans: list[tuple[int, int]]
+    score: float
+
+
+class Hits(BaseModel):
+    """Passages that answer a question, the best first."""
+
+    hits: list[Found]
+
+
+class MemoryRequest(Request):
+    """`POST /memory`."""
+
+    text: str
+
+
+class MemoryMap(BaseModel):
+    """The memory of a text: K × K correlations; the rest is null without the frozen LM."""
+
+    tokens: int
+    correlation: list[list[float]]
+    words: list[list[str]] | None = None
+    from_text: str | None = None
+    from_memory: str | None = None
+    from_nothing: str | None = None
+
+
+class IndexInfo(BaseModel):
+    """What is searched."""
+
+    model: str
+    revision: str
+    files: int
+    passages: int
+
+
 class Info(BaseModel):
     """`GET /info`: text-embeddings-inference's fields, then ours."""
 
@@ -144,6 +200,7 @@ class Info(BaseModel):
     memory_tokens: int
     prompts: dict[str, str]
     backend: str
+    index: IndexInfo | None
 
 
 class Status(BaseModel):

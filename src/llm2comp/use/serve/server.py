@@ -6,18 +6,22 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
 
-from llm2comp.errors import Llm2CompError
+from llm2comp.errors import DataError
+from llm2comp.model.compressor import Compressor
 from llm2comp.use.serve.batcher import Batcher
 from llm2comp.use.serve.engine import Engine, Text
 from llm2comp.use.serve.metrics import Metrics
 from llm2comp.use.serve.refusals import INVALID, RefusedError
 from llm2comp.use.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from llm2comp.use.index.index import Index
 
 # Characters that are tokenised in the loop's own thread, in less than a millisecond or so.
 AT_ONCE = 10_000
@@ -34,6 +38,8 @@ class Server:
     settings: Settings
     metrics: Metrics
     started: int
+    index: Index | None = None
+    lens: Compressor | None = None
 
     async def read(
         self,
@@ -116,8 +122,10 @@ class Server:
                 raise RefusedError(499, "the client left")
             problem = "no answer within the deadline: ask for less at once"
             raise RefusedError(504, problem, code="deadline")
-        except Llm2CompError:
+        except RefusedError:
             raise
+        except DataError as error:
+            raise RefusedError(INVALID, error.problem) from error
         except Exception as error:
             log.exception("the model failed")
             raise RefusedError(500, "the model failed") from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import orjson
 from fastapi import APIRouter, Request, Response
 
 from llm2comp import __version__
 from llm2comp.use.serve.engine import ROLES
 from llm2comp.use.serve.refusals import INVALID, RefusedError, TeiError, documented
-from llm2comp.use.serve.schemas import EmbedRequest, Info
+from llm2comp.use.serve.schemas import EmbedRequest, IndexInfo, Info
 from llm2comp.use.serve.server import Server, finished
 
 REFUSED = documented(TeiError, 401, 408, 413, INVALID, 424, 429, 500, 503, 504)
@@ -42,6 +44,11 @@ def tei_routes(server: Server) -> APIRouter:
     async def info() -> Info:
         """What is served."""
         batcher, settings = server.batcher, server.settings
+        index = (
+            IndexInfo(**await asyncio.to_thread(lambda: searched.info))
+            if (searched := server.index)
+            else None
+        )
         return Info(
             model_id=engine.name,
             model_sha=engine.revision,
@@ -58,6 +65,7 @@ def tei_routes(server: Server) -> APIRouter:
             memory_tokens=engine.states,
             prompts=engine.prompts,
             backend=engine.backend,
+            index=index,
         )
 
     return router
