@@ -4,6 +4,7 @@ from benchmarks.before import BEFORE_ROWS
 from benchmarks.contrastive import CONTRASTIVE_ROWS
 from benchmarks.encoding import ENCODING_ROWS
 from benchmarks.parts import PART_ROWS
+from benchmarks.searching import SEARCH_ROWS
 from benchmarks.sides import Row
 from benchmarks.training import TRAINING_ROWS
 
@@ -13,4 +14,5 @@ ROWS: dict[str, Row] = {
     **BEFORE_ROWS,
     **ENCODING_ROWS,
     **PART_ROWS,
+    **SEARCH_ROWS,
 }

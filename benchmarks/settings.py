@@ -56,6 +56,8 @@ class Setting:
     data_batches: int = 3_000
     encode_texts: tuple[int, int, int] = (32, 32, 4)  # short, mixed, long
     encode_batch: int = 8
+    search_passages: int = 50_000
+    search_questions: int = 20  # per timed unit
     note: str = ""
 
 
@@ -79,6 +81,8 @@ QUICK = replace(
     data_rows=200,
     data_batches=50,
     encode_texts=(16, 16, 3),
+    search_passages=1_000,
+    search_questions=5,
     note="a tiny model: shows that every row runs and that its sides agree; the targets are "
     "for the full shape",
 )

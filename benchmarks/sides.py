@@ -36,7 +36,7 @@ class Side:
 @dataclass(frozen=True)
 class Target:
     """A figure of the issue: `figure` is ratio (of tokens/s to the base), memory (ratio of peaks),
-    mfu or peak_gib.
+    mfu, peak_gib, or ms (of one token or question).
     """
 
     setting: str

@@ -10,17 +10,24 @@ from benchmarks.sides import Row, Target
 
 MIB, GIB = 2**20, 2**30
 COLUMNS = ("row", "side", "tokens/s", "ratio", "peak MiB", "memory ratio", "MFU", "target")
-NAMES = {"ratio": "ratio", "memory": "memory ratio", "mfu": "MFU", "peak_gib": "peak GiB"}
+NAMES = {
+    "ratio": "ratio",
+    "memory": "memory ratio",
+    "mfu": "MFU",
+    "peak_gib": "peak GiB",
+    "ms": "ms",
+}
 
 
 def figures(row: Row, times: dict[str, Any], peaks: dict[str, int]) -> dict[str, dict[str, float]]:
-    """By side: `tokens_per_second`, `ratio` (median over rounds of the ratio within one), `mfu`,
-    `peak_bytes`, `memory`.
+    """By side: `tokens_per_second`, `ms` (of one), `ratio` (median over rounds of the ratio within
+    one), `mfu`, `peak_bytes`, `memory`.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in row.sides}
     rates = times.get("tokens_per_second", {})
     for name, of_side in rates.items():
         found[name]["tokens_per_second"] = median(of_side)
+        found[name]["ms"] = 1000 / median(of_side)
         found[name]["ratio"] = median(a / b for a, b in zip(of_side, rates[row.base], strict=True))
         if used := times["mfu"][name]:
             found[name]["mfu"] = median(used)
@@ -60,7 +67,7 @@ def cells(
             [
                 name,
                 f"{side} (base)" if base else side,
-                f"{of_side['tokens_per_second']:,.0f}" if "tokens_per_second" in of_side else "",
+                _rate(of_side["tokens_per_second"]) if "tokens_per_second" in of_side else "",
                 f"{of_side['ratio']:.2f}" if "ratio" in of_side and not base else "",
                 f"{of_side['peak_bytes'] / MIB:,.1f}" if "peak_bytes" in of_side else "",
                 f"{of_side['memory']:.2f}" if "memory" in of_side and not base else "",
@@ -69,6 +76,10 @@ def cells(
             ]
         )
     return lines
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.3g}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

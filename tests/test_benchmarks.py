@@ -375,6 +375,7 @@ def test_figures_are_medians_of_ratios_within_rounds():
     found = figures(row, times, {"ours": 30, "base": 60})
     assert found["ours"]["ratio"] == 2.0
     assert found["ours"]["tokens_per_second"] == 40.0
+    assert found["ours"]["ms"] == 25.0
     assert found["ours"]["mfu"] == 0.2
     assert found["ours"]["memory"] == 0.5
     assert "mfu" not in found["base"]

@@ -27,7 +27,7 @@ from tiny_run import Said, assert_refused, cli, finished, write_recipe
 
 GROUPS = {
     "Make an encoder": ("train", "demo", "generate-responses", "study"),
-    "Use an encoder": ("embed", "similarity", "export", "verify"),
+    "Use an encoder": ("embed", "similarity", "export", "verify", "index", "search", "serve"),
     "Judge an encoder": ("evaluate", "analyze", "report"),
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)

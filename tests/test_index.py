@@ -204,6 +204,13 @@ def test_several_folders_and_one_file(own, tmp_path):
     (tmp_path / "docs 2").mkdir()
     added = index.add(tmp_path / "docs 2")
     assert (added.gone, added.passages) == (1, 4), "the other folder's files stay"
+    for file in (tmp_path / "single.txt", *sorted((tmp_path / "docs").rglob("*.md"))):
+        file.write_text("")
+    with pytest.raises(DataError, match="nothing in it can be read"):
+        llm2comp.Index(tmp_path / "none", TINY).add(tmp_path / "docs")
+    assert index.add(tmp_path / "docs").passages == 1
+    assert index.add(tmp_path / "single.txt").passages == 0
+    assert index.search("words") == []
 
 
 def test_what_was_interrupted_goes_on(own, monkeypatch):
@@ -433,6 +440,16 @@ def test_index_of_another_version(tmp_path, made, content, parts):
     assert_refused(cli("index", made[0], "--db", db), *parts)
     with pytest.raises(RunError):
         llm2comp.Index(db)
+
+
+def test_damaged_tables_are_told(own):
+    _, index = own
+    (table,) = index.db.glob("*.lance")
+    for file in (table / "data").iterdir():
+        file.write_bytes(b"no such format")
+    assert_refused(cli("search", "dogs", "--db", index.db), "cannot be read", "index the documents")
+    shutil.rmtree(table)
+    assert_refused(cli("search", "dogs", "--db", index.db), "cannot be read", "not found")
 
 
 def test_question_is_checked(made):

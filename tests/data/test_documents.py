@@ -21,7 +21,6 @@ from llm2comp.data.documents import (
     passages,
     read_document,
 )
-from llm2comp.data.documents import reading as reading_module
 from llm2comp.errors import DataError
 
 pytest.importorskip("pypdfium2", reason="needs the extra search")
@@ -115,8 +114,7 @@ def test_report(found, folder):
     assert found[0]["b.txt"].title == "b"
 
 
-def test_what_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading_module, "MOST_BYTES", 20_000)
+def test_what_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path):
     (tmp_path / "good.md").write_text("# A\n\nwords\n")
     (tmp_path / "with\nnewline.md").write_text("words of a strange name\n")
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 and nothing")
@@ -131,7 +129,8 @@ def test_what_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path, monkeypatch)
     (tmp_path / "binary.html").write_bytes(b"\x93\0\xff")
     (tmp_path / "empty.md").write_text("\n \n")
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\nno json\n')
-    (tmp_path / "huge.txt").write_text("word " * 5000)
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(100_000_000)
     (tmp_path / "picture.png").write_bytes(b"png")
     (tmp_path / ".hidden.md").write_text("hidden")
     (tmp_path / "loop").symlink_to(tmp_path)
@@ -155,7 +154,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path, monkeypatch)
         "no web page: NUL bytes (binary.html)",
         "no text in it (empty.md)",
         "no text in it: 1 without a text (line 1), 1 malformed JSON (line 2) (rows.jsonl)",
-        "over the limit",
+        "100 MB, over the limit of 50: split it (huge.txt)",
         "of a kind that is not read (.png) (picture.png)",
         "links to folders are not followed (loop)",
         "a link that leads nowhere (dead.md)",

@@ -72,10 +72,9 @@ def index(
     elif read_info(db) is None:
         refuse_taken(db, INDEX)
     from llm2comp.model.backbone.quiet import quiet_libraries
+    from llm2comp.use.index.index import Index  # lancedb is missing: said before torch loads
 
     quiet_libraries()
-    from llm2comp.use.index.index import Index
-
     made = Index(db, model, device=device, passage_tokens=passage_tokens, overlap=overlap)
     if migrate is not None:
         made.migrate(migrate)

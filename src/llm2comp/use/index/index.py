@@ -29,7 +29,7 @@ from llm2comp.system.files import explain_disk_errors
 from llm2comp.system.folders import INDEX, claim, remove_folder
 from llm2comp.use.index.hits import Hit, fused, words_of
 from llm2comp.use.index.info import Info, read_info, require_info, write_info
-from llm2comp.use.index.store import Store, drop_other_tables, matching, stems
+from llm2comp.use.index.store import Store, drop_other_tables, matching, readable, stems
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -143,14 +143,17 @@ class Index:
         info, store = self._open()
         where = matching(path) if path else None
         candidates = max(_CANDIDATES, 5 * k) if mode == "hybrid" else k
-        rankings = []
+        vector_D = None
         if mode != "keywords":
             vector_D = self._encoder_of(info).vectors([text], "query")[0]
-            rankings.append(store.by_vector(vector_D, candidates, where, info.nprobes))
-        if mode != "vectors":
-            rankings.append(store.by_words(text, candidates, where))
-        best = (fused(rankings) if mode == "hybrid" else rankings[0])[:k]
-        rows = store.rows([number for number, _ in best]) if best else {}
+        rankings = []
+        with readable(self.db):
+            if vector_D is not None:
+                rankings.append(store.by_vector(vector_D, candidates, where, info.nprobes))
+            if mode != "vectors":
+                rankings.append(store.by_words(text, candidates, where))
+            best = (fused(rankings) if mode == "hybrid" else rankings[0])[:k]
+            rows = store.rows([number for number, _ in best]) if best else {}
         wanted = stems(text, telling=True) or stems(text)
         return [_hit(rows[number], score, wanted) for number, score in best]
 
@@ -192,7 +195,8 @@ class Index:
         """The index as it is now: another process may have changed its model."""
         info = require_info(self.db)
         if self._store is None or self._store.name != info.table:
-            self._store = Store(self.db, info.table)
+            with readable(self.db):
+                self._store = Store(self.db, info.table)
         return info, self._store
 
     def _encoder_of(self, info: Info | None) -> Encoder:

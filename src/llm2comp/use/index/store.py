@@ -7,6 +7,7 @@ full-text index, BM25.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 from lancedb.index import FTS, IvfFlat
 from numpy.typing import NDArray
+
+from llm2comp.errors import RunError, one_line
 
 # Measured: a matrix product over so many vectors is some tens of milliseconds.
 EXACT_UP_TO = 250_000
@@ -158,7 +161,8 @@ class Store:
             found = self.table.search().select(["vector"]).with_row_id(True).to_arrow()
             flat = found["vector"].combine_chunks().flatten().to_numpy()
             ids = found["_rowid"].to_numpy()
-            self._vectors = version, ids, flat.reshape(len(ids), -1)
+            dimensions = found.schema.field("vector").type.list_size
+            self._vectors = version, ids, flat.reshape(len(ids), dimensions)
         return self._vectors[1:]
 
     def _nearest(
@@ -190,6 +194,20 @@ class Store:
             if recall >= WANTED_RECALL or nprobes >= most:
                 return nprobes, recall
             nprobes *= 2
+
+
+@contextlib.contextmanager
+def readable(db: Path) -> Iterator[None]:
+    """Turn what LanceDB raises over missing or damaged files into a RunError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        cause = one_line(error).partition(", /")[0].replace("error: ", "")  # no places in Rust
+        raise RunError(
+            f"cannot be read: {cause}",
+            where=str(db),
+            fix="remove the folder and index the documents again",
+        ) from error
 
 
 def matching(pattern: str) -> str:
