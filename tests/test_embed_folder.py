@@ -157,7 +157,7 @@ def test_kills_lose_and_repeat_nothing(tmp_path, kills):
 
 
 def test_a_run_stopped_between_shards_goes_on(source, whole, tmp_path, monkeypatch):
-    from llm2comp.use import bulk
+    from llm2comp.use import making
 
     out, made = tmp_path / "out", []
 
@@ -167,14 +167,14 @@ def test_a_run_stopped_between_shards_goes_on(source, whole, tmp_path, monkeypat
         made.append(args[2])
         write(*args)
 
-    write = bulk.write_shard
-    monkeypatch.setattr(bulk, "write_shard", stops)
+    write = making.write_shard
+    monkeypatch.setattr(making, "write_shard", stops)
     with pytest.raises(KeyboardInterrupt):
         run(source, out)
     assert manifest(out)["files"] == {}
     before = states(out)
     assert sorted(before) == [f"shard-0000{i}.parquet" for i in range(3)]
-    monkeypatch.setattr(bulk, "write_shard", lambda *args: made.append(args[2]) or write(*args))
+    monkeypatch.setattr(making, "write_shard", lambda *args: made.append(args[2]) or write(*args))
     # a shard that is not whole does not count; what a killed process left goes
     (out / "shard-00001.parquet").write_bytes((out / "shard-00001.parquet").read_bytes()[:-9])
     (out / ".shard-00005.parquet.1.part").write_text("half")
@@ -231,6 +231,21 @@ def test_rows_without_a_text(source, expected, tmp_path):
     np.testing.assert_array_equal(column(zero)[[0, 2, 4]], column(skip))
     assert not column(zero)[[1, 3]].any()
     assert zero["id"].to_pylist() == [TEXTS[0], None, TEXTS[1], None, TEXTS[2]]
+
+
+@pytest.mark.slow
+def test_two_workers_make_the_same_shards(source, whole, tmp_path):
+    out, bad = tmp_path / "out", tmp_path / "bad"
+    arguments = ("-m", finished()[1], "--device", "cpu", "--shard-rows", 7, "--workers", 2)
+    said = cli("embed", source, "-o", f"{out}/", "--keep", "id", "--keep", "more", *arguments)
+    assert said.code == 0, said
+    assert files(out) == files(whole)
+    assert pq.read_table(out).num_rows == len(TEXTS)
+    write_rows(tmp_path / "long.jsonl", [{"text": " ".join(sentences(30))}] * 20)
+    said = cli(
+        *("embed", tmp_path / "long.jsonl", "-o", f"{bad}/", "--long-texts", "error", *arguments)
+    )
+    assert_refused(said, "texts are longer than the model reads", "(from 0)")
 
 
 def test_errors_in_the_middle_name_the_row(tmp_path):
@@ -290,6 +305,8 @@ def test_what_cannot_be_is_refused_before_anything_is_written(source, tmp_path):
     for arguments, parts in (
         ([source, source, "-o", tmp_path / "x.npy"], ["several inputs cannot go", "--out DIR/"]),
         ([source, "-o", tmp_path / "x.npy", "--keep", "id"], ["--keep cannot go into one file"]),
+        ([source, "-o", tmp_path / "x.npy", "--engine", "ray"], ["--engine cannot go"]),
+        ([source, "-o", f"{tmp_path}/x/", "--workers", 2, "--device", "cuda:1"], ["is one device"]),
         (["-", "-o", f"{tmp_path}/x/"], ["standard input: cannot be read again"]),
         ([tmp_path / "*.no", "-o", f"{tmp_path}/x/"], ["no file matches"]),
         ([tmp_path / "no.txt", "-o", f"{tmp_path}/x/"], ["no such file"]),

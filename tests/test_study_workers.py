@@ -19,7 +19,8 @@ from llm2comp.lab.study.definition import load_study
 from llm2comp.lab.study.grid import runs_of
 from llm2comp.lab.study.jobs import Bench, Outcome, groups
 from llm2comp.lab.study.running import study
-from llm2comp.lab.study.workers import device_of, outcomes, threads_of
+from llm2comp.lab.study.workers import outcomes
+from llm2comp.use.workers import device_of, threads_of
 from study_example import weights, write_study
 from tiny_run import assert_refused, cli
 

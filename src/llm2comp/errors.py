@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 EXTRAS = {
     "lab": ("judging encoders", "bm25s jinja2 matplotlib mteb"),
     "search": ("reading and searching documents", "docx lancedb lxml pypdfium2 trafilatura"),
+    "ray": ("embedding on a cluster", "ray"),
     "serve": ("serving encoders", "fastapi orjson prometheus_client uvicorn"),
 }
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from llm2comp.system.console import BadRows, LongTexts, Precision, Role
+from llm2comp.system.console import BadRows, LongTexts, Precision, Role, WorkersOn
 
 # What runs the model.
 Backend = Literal["torch", "openvino", "onnx"]
@@ -39,6 +39,18 @@ PrecisionOption = Annotated[
     typer.Option(
         help="Folder: float32, float16, int8, uint8, binary or ubinary (docs/embed.md).",
         metavar="TYPE",
+    ),
+]
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Folder: processes at once; with CUDA each has one device.", metavar="N"
+    ),
+]
+WorkersOnOption = Annotated[
+    WorkersOn,
+    typer.Option(
+        help="Folder: where the workers are: local or ray (docs/embed.md).", metavar="NAME"
     ),
 ]
 ShardRowsOption = Annotated[int, typer.Option(min=1, help="Folder: rows per shard.", metavar="N")]

@@ -21,6 +21,8 @@ from llm2comp.cli.embed_options import (
     ShardRowsOption,
     TextsArgument,
     VectorsOption,
+    WorkersOnOption,
+    WorkersOption,
 )
 from llm2comp.cli.options import (
     USE,
@@ -35,7 +37,7 @@ from llm2comp.cli.options import (
     read_column,
 )
 from llm2comp.errors import DataError
-from llm2comp.system.console import GENERAL, LongTexts, say
+from llm2comp.system.console import GENERAL, LongTexts, WorkersOn, say
 
 if TYPE_CHECKING:
     from llm2comp.data.loaded import Loaded
@@ -63,6 +65,8 @@ def embed(
     keep: KeepOption = None,
     precision: PrecisionOption = "float32",
     shard_rows: ShardRowsOption = 4096,
+    workers: WorkersOption = 1,
+    engine: WorkersOnOption = "local",
 ) -> None:
     """Embed the texts of a file, in order; or of many into a folder, which can be gone on with."""
     from llm2comp.use.shards import EmbedOptions, folder_meant
@@ -82,13 +86,20 @@ def embed(
         shard_rows=shard_rows,
     )
     if folder_meant(out):
-        _embed_folder(inputs, Path(out).expanduser(), model, options, device)
+        _embed_folder(inputs, Path(out).expanduser(), model, options, device, workers, engine)
     else:
-        _embed_file(inputs, Path(out), model, options, device)
+        beyond = {"--workers": workers > 1, "--engine": engine == "ray"}
+        _embed_file(inputs, Path(out), model, options, device, [o for o in beyond if beyond[o]])
 
 
 def _embed_folder(
-    inputs: list[str], out: Path, model: str, options: EmbedOptions, device: str | None
+    inputs: list[str],
+    out: Path,
+    model: str,
+    options: EmbedOptions,
+    device: str | None,
+    workers: int,
+    engine: WorkersOn,
 ) -> None:
     if STDIN in inputs:
         fix = "write it to a file first"
@@ -102,25 +113,30 @@ def _embed_folder(
     quiet_libraries()
     from llm2comp.use.bulk import embed_job
 
-    say(embed_job(job, model, device))
+    say(embed_job(job, model, device, workers, engine))
 
 
 def _embed_file(
-    inputs: list[str], out: Path, model: str, options: EmbedOptions, device: str | None
+    inputs: list[str],
+    out: Path,
+    model: str,
+    options: EmbedOptions,
+    device: str | None,
+    beyond: list[str],
 ) -> None:
     from llm2comp.use import writing
     from llm2comp.use.shards import refuse_folder_options
 
     source = inputs[0]
     writing.check_output(out, [] if source == STDIN else [Path(source).expanduser()])
-    refuse_folder_options(inputs, options)
+    refuse_folder_options(inputs, options, beyond)
     loaded = _read_source(source, options.column)
     named = "standard input" if source == STDIN else source
     places = writing.places_of(loaded, options.bad_rows, named)
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
-    from llm2comp.use.bulk import embed_as, load_as
+    from llm2comp.use.making import embed_as, load_as
 
     encoder = load_as(model, device, options)
     result = embed_as(encoder, loaded.rows, options)

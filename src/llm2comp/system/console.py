@@ -42,6 +42,8 @@ Engine = Literal["sentence-transformers", "tei", "vllm", "llama.cpp"]
 # Who puts a stored prompt before a text that is sent to a server: it, told the role, or its client.
 Prompts = Literal["server", "client"]
 
+# Where the processes are that embed: on this machine, or on a Ray cluster.
+WorkersOn = Literal["local", "ray"]
 # What a number of a stored embedding becomes, in the words of sentence-transformers: int8 and uint8
 # are steps between a dimension's lowest and highest, binary and ubinary eight signs in a byte.
 Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]

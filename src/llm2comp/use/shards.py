@@ -95,10 +95,12 @@ def folder_meant(out: str) -> bool:
     return out.endswith(("/", os.sep)) or (Path(out).is_dir() and not Path(out).suffix)
 
 
-def refuse_folder_options(inputs: Sequence[str], options: EmbedOptions) -> None:
-    """Raise DataError for what only a folder of shards can hold."""
+def refuse_folder_options(
+    inputs: Sequence[str], options: EmbedOptions, others: Sequence[str] = ()
+) -> None:
+    """Raise DataError for what only a folder of shards can have; `others` are asked for, too."""
     plain = EmbedOptions()
-    asked = ["several inputs"] * (len(inputs) > 1)
+    asked = [*others, *["several inputs"] * (len(inputs) > 1)]
     for name in ("keep", "precision", "shard_rows"):
         if getattr(options, name) != getattr(plain, name):
             asked.append("--" + name.replace("_", "-"))
