@@ -78,7 +78,7 @@ def configured(server: Server) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=75,  # longer than clients keep a connection: none is shut under a request
+        timeout_keep_alive=75,  # longer than clients keep one: none is shut under a request
         limit_concurrency=server.settings.max_connections,
         timeout_graceful_shutdown=math.ceil(server.settings.drain_seconds),
     )
