@@ -1,6 +1,7 @@
 """All rows by name, in the order of the table."""
 
 from benchmarks.before import BEFORE_ROWS
+from benchmarks.bulk import BULK_ROWS
 from benchmarks.contrastive import CONTRASTIVE_ROWS
 from benchmarks.encoding import ENCODING_ROWS
 from benchmarks.parts import PART_ROWS
@@ -15,4 +16,5 @@ ROWS: dict[str, Row] = {
     **ENCODING_ROWS,
     **PART_ROWS,
     **SEARCH_ROWS,
+    **BULK_ROWS,
 }

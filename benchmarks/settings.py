@@ -58,6 +58,7 @@ class Setting:
     encode_batch: int = 8
     search_passages: int = 50_000
     search_questions: int = 20  # per timed unit
+    bulk_texts: tuple[int, int] = (1_000, 100_000)  # of the two sides of embed_folder
     note: str = ""
 
 
@@ -83,6 +84,7 @@ QUICK = replace(
     encode_texts=(16, 16, 3),
     search_passages=1_000,
     search_questions=5,
+    bulk_texts=(10, 1_000),
     note="a tiny model: shows that every row runs and that its sides agree; the targets are "
     "for the full shape",
 )

@@ -252,7 +252,9 @@ def write_shard(
     facts |= {"shard": shard, "long_texts": long_texts}
     table = pa.table(columns, names=["row", *manifest.keep, "embedding"])
     buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata({METADATA: to_json(facts)}), buffer)
+    table = table.replace_schema_metadata({METADATA: to_json(facts)})
+    # numbers of embeddings hardly repeat: a dictionary of them would only take memory
+    pq.write_table(table, buffer, use_dictionary=list(manifest.keep))
     write_bytes(shard_file(out, shard), buffer.getvalue())
 
 
