@@ -16,7 +16,24 @@ from llm2comp.system.files import write_text
 
 # The smallest encoder of the package: what is held beside it shows.
 MODEL = "builtin:general-tiny"
-WORDS = "time person year way day thing man world life hand part child eye woman place work".split()
+WORDS = [
+    "time",
+    "person",
+    "year",
+    "way",
+    "day",
+    "thing",
+    "man",
+    "world",
+    "life",
+    "hand",
+    "part",
+    "child",
+    "eye",
+    "woman",
+    "place",
+    "work",
+]
 
 
 def bulk_side(setting: Setting, texts: int, folder: Path) -> Side:
