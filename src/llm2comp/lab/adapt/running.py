@@ -18,7 +18,6 @@ from llm2comp.errors import RunError
 from llm2comp.lab.adapt.corpus import (
     DATA_FOLDER,
     HELD_OUT,
-    LEAST_QUERIES,
     VALIDATING,
     Corpus,
     read_task,
@@ -41,7 +40,8 @@ from llm2comp.system.files import to_json, write_text
 from llm2comp.system.folders import RUN, claim, refuse_taken
 
 WANTED_FILE = "wanted.json"
-SAMPLE = 32  # passages whose embedding is timed
+SAMPLE = 16  # passages whose embedding is timed
+LEAST_TASK = (40, 80)  # queries and passages, however slow the machine
 
 
 def adapt(
@@ -170,8 +170,10 @@ def _tasks(
 
 
 def _part(task: Task, share: float) -> tuple[int, int]:
+    """Queries and passages of a share of a task, but no fewer than say something."""
+    sizes = (len(task.queries), len(task.documents))
     queries, documents = (
-        max(LEAST_QUERIES, round(share * len(named))) for named in (task.queries, task.documents)
+        max(least, round(share * size)) for least, size in zip(LEAST_TASK, sizes, strict=True)
     )
     return queries, documents
 
