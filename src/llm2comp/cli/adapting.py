@@ -19,7 +19,6 @@ from llm2comp.cli.options import (
     read_column,
 )
 from llm2comp.errors import DataError, ModelFolderError
-from llm2comp.recipe import missing_path
 from llm2comp.system.console import GENERAL, say
 
 DocumentsArgument = Annotated[
@@ -65,6 +64,8 @@ def adapt(
     """Fit an encoder to your documents without labels, and say whether it is worth using."""
     if not documents.startswith("builtin:") and not Path(documents).exists():
         raise DataError("no such file or folder", where=documents)
+    from llm2comp.recipe import missing_path
+
     for name, given in (("--model", model), *(("--retention", str(f)) for f in retention or ())):
         if (nearest := missing_path(given)) is not None:
             raise ModelFolderError(
@@ -125,6 +126,8 @@ def budget(
 
     if (export is None) != (out is None):
         raise DataError("are given together", where="--export, --out", expected="both or none")
+    from llm2comp.recipe import missing_path
+
     if (nearest := missing_path(model)) is not None:
         raise ModelFolderError("no such folder", where=model, found=f"there is {nearest}")
     check_sources([TextData(source=texts), *([TextData(source=pairs)] if pairs else [])])
