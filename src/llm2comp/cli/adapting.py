@@ -121,13 +121,11 @@ def budget(
 ) -> None:
     """Choose memory tokens, dimensions and precision: quality against bytes, measured."""
     from llm2comp.data.sources import check_sources, read_pairs
-    from llm2comp.recipe import PairData, TextData
+    from llm2comp.recipe import PairData, TextData, missing_path
     from llm2comp.system.folders import EXPORTED, refuse_foreign
 
     if (export is None) != (out is None):
         raise DataError("are given together", where="--export, --out", expected="both or none")
-    from llm2comp.recipe import missing_path
-
     if (nearest := missing_path(model)) is not None:
         raise ModelFolderError("no such folder", where=model, found=f"there is {nearest}")
     check_sources([TextData(source=texts), *([TextData(source=pairs)] if pairs else [])])
