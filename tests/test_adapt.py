@@ -99,7 +99,9 @@ def test_the_plan_comes_first_and_the_guide_is_the_start(adapted):
 def test_it_is_a_run_as_any_other(adapted):
     _, run, _ = adapted
     assert verify(run / "model") > 0.99999
-    assert load(run / "3-scl")[0].compressor.backbone.adapters.names[-1] == "scl"
+    live, start = load(run / "3-scl")[0], load(finished()[1] / "3-scl")[0]
+    assert live.compressor.backbone.adapters.names[-1] == "scl"
+    assert live.max_tokens == start.max_tokens, "it reads as much as what it started from"
 
 
 def test_the_same_again_trains_nothing_and_says_the_same(adapted, capsys):

@@ -32,7 +32,8 @@ from llm2comp.system.files import to_json, write_text
 
 # Most of what the verdict is given on, and of what chooses the checkpoint.
 TEST, VALIDATION = (400, 1000), (100, 200)
-PASSAGE_TOKENS, QUERY_TOKENS = 128, 64
+# Tokens of a passage that is searched for, and of one that is trained on: shorter ones are more.
+PASSAGE_TOKENS, TRAINED_TOKENS = 128, 64
 LEAST_QUERIES, LEAST_PAIRS = 5, 16
 DATA_FOLDER, PAIRS_FILE = "data", "pairs.jsonl"
 HELD_OUT, VALIDATING = "held-out", "validation"
@@ -45,13 +46,15 @@ class Corpus:
     Args:
         source: the folder, a file, or `builtin:python-docs`.
         split: the documents by what they are for.
-        weak: what makes pairs and tasks of them.
+        weak: what makes tasks of them.
+        short: what makes pairs of them, of shorter passages.
         digest: of all their text: another one is another corpus.
     """
 
     source: str
     split: Split
     weak: Weak
+    short: Weak
     digest: str
 
     @classmethod
@@ -71,7 +74,8 @@ class Corpus:
         )
         texts = "\0".join(block.text for unit in units for block in unit.blocks)
         digest = hashlib.sha256(texts.encode("utf-8", "replace")).hexdigest()
-        return cls(source, split, Weak(units, offsets, PASSAGE_TOKENS), digest)
+        weak, short = (Weak(units, offsets, n) for n in (PASSAGE_TOKENS, TRAINED_TOKENS))
+        return cls(source, split, weak, short, digest)
 
     def tasks(
         self, test: tuple[int, int] = TEST, validation: tuple[int, int] = VALIDATION
@@ -102,7 +106,7 @@ class Corpus:
             DataError: hardly any.
         """
         kinds_in_order = (
-            (pair for pair in self.weak.pairs(self.split.train) if (pair.kind == "next") == last)
+            (pair for pair in self.short.pairs(self.split.train) if (pair.kind == "next") == last)
             for last in (False, True)
         )
         found = training_pairs(chain.from_iterable(kinds_in_order), held_out, most)

@@ -14,8 +14,7 @@ from llm2comp.errors import RecipeError
 from llm2comp.lab.adapt.corpus import (
     DATA_FOLDER,
     PAIRS_FILE,
-    PASSAGE_TOKENS,
-    QUERY_TOKENS,
+    TRAINED_TOKENS,
     VALIDATING,
 )
 from llm2comp.recipe import Recipe, parse_recipe
@@ -25,9 +24,9 @@ BATCH = 32
 SCORING, LOOKING = 0.06, 0.015
 LOOKS = 4  # at step 0, two between, and the last
 LEAST_STEPS = 3
-TRIED = 2  # steps, to learn what one costs
+TRIED, TRIED_PAIRS = 2, 8  # steps and the pairs in each, to learn what a pair costs
 EPOCHS = 3  # how often a pair is seen at most
-# What a text of PASSAGE_TOKENS needs beside its own tokens: BOS.
+# What a text of TRAINED_TOKENS needs beside its own tokens: BOS.
 _BOS = 1
 
 
@@ -127,15 +126,24 @@ class Wanted:
 
 
 def recipe_of(
-    wanted: Wanted, run: Path, steps: int, batch: int, guide: str | None, pairs: Path | None = None
+    wanted: Wanted,
+    run: Path,
+    steps: int,
+    batch: int,
+    longest: int,
+    guide: str | None,
+    pairs: Path | None = None,
 ) -> Recipe:
-    """The recipe of so many steps: SCL over the start, the checkpoint chosen by the validation."""
+    """The recipe of so many steps: SCL over the start, the checkpoint chosen by the validation.
+
+    `longest`: tokens of a text that the encoder reads.
+    """
     data = run / DATA_FOLDER
     columns = [f"negative_{n}" for n in range(1, wanted.negatives + 1)]
     begin: dict[str, Any] = (
         {"start_from": wanted.model, "model": {}}
         if wanted.start
-        else {"model": {"name": wanted.model}, "max_tokens": 512}
+        else {"model": {"name": wanted.model}}
     )
     begin["model"] |= {"device": wanted.device} if wanted.device else {}
     scl = {
@@ -148,8 +156,8 @@ def recipe_of(
             "warmup": "linear",
             "total_steps": steps,
         },
-        "query_max_tokens": QUERY_TOKENS,
-        "document_max_tokens": PASSAGE_TOKENS + _BOS,
+        "query_max_tokens": TRAINED_TOKENS + _BOS,
+        "document_max_tokens": TRAINED_TOKENS + _BOS,
         "train_memory": True,
         "log_every_steps": 1,
         "keep_best": f"Local-{VALIDATING}",
@@ -162,7 +170,7 @@ def recipe_of(
         "tasks": [str((data / VALIDATING).absolute())],
     }
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.absolute().name).lstrip("._-") or "adapted"
-    head = {"format_version": 1, "name": name, "seed": wanted.seed}
+    head = {"format_version": 1, "name": name, "seed": wanted.seed, "max_tokens": longest}
     return parse_recipe(head | begin | {"scl": scl, "watch": watch})
 
 

@@ -16,7 +16,7 @@ from llm2comp.data.weak_pairs import PYTHON_DOCS, Task
 from llm2comp.lab.adapt.corpus import (
     DATA_FOLDER,
     PAIRS_FILE,
-    PASSAGE_TOKENS,
+    TRAINED_TOKENS,
     Corpus,
     kinds,
     write_rows,
@@ -28,6 +28,7 @@ from llm2comp.lab.adapt.planning import (
     LOOKING,
     LOOKS,
     TRIED,
+    TRIED_PAIRS,
     Clock,
     Plan,
     Wanted,
@@ -48,6 +49,7 @@ from llm2comp.system.console import say
 from llm2comp.training.measuring import rate
 
 RETAINED = 100  # queries of the Python documentation
+LONGEST = 512  # tokens of a text that the encoder of a causal LM reads
 
 
 @dataclass
@@ -135,6 +137,8 @@ class Work:
         """A recipe for the minutes that are left, by the measured cost of a step."""
         wanted, clock, run = self.wanted, self.clock, self.run
         pairs = partial(self.corpus.pairs, (self.held_out, self.chooser))
+        module: Any = first[0]
+        longest = module.max_tokens if wanted.start else LONGEST
         with clock.part("timing a step"), tempfile.TemporaryDirectory() as folder:
             few = pairs(TRIED * BATCH)
             batch = min(BATCH, len(few) // 2)
@@ -142,10 +146,10 @@ class Work:
             rows = with_negatives(few, first, wanted.negatives)
             mining = (time.monotonic() - begin) / len(few) * batch if wanted.negatives else 0.0
             file = write_rows(Path(folder) / PAIRS_FILE, rows)
-            trial = recipe_of(wanted, run, TRIED, batch, guide, file)
+            trial = recipe_of(wanted, run, TRIED, TRIED_PAIRS, longest, guide, file)
             texts = [str(row[key]) for row in rows for key in row if key != "kind"]
             tokens = [
-                min(1 + len(self.corpus.weak.offsets(text)), PASSAGE_TOKENS) for text in texts
+                min(1 + len(self.corpus.weak.offsets(text)), TRAINED_TOKENS) for text in texts
             ]
             per_step = batch * sum(tokens) / len(rows) / rate(trial, "scl") + mining
         scored = clock.parts["scoring"] / (2 if wanted.start else 1)
@@ -159,7 +163,7 @@ class Work:
             rows = with_negatives(rows_wanted, first, wanted.negatives)
             write_rows(run / DATA_FOLDER / PAIRS_FILE, rows)
         say(f"{len(rows):,} pairs to train on: {kinds(rows_wanted)}")
-        return recipe_of(wanted, run, plan.steps, batch, guide)
+        return recipe_of(wanted, run, plan.steps, batch, longest, guide)
 
 
 def _exported(live: SentenceTransformer, model: str, folder: Path) -> Path:
