@@ -1,5 +1,5 @@
-"""`python -m benchmarks.serving [MODEL] [--only PART] [--minutes M]`: a server of its own process,
-clients in this one.
+"""`python -m benchmarks.serving [MODEL] [--only PART] [--minutes M] [--requests N]`: a server in a
+process of its own, clients in this one.
 
 load        texts/s at 64 clients with 16 texts a request, beside `embed` of them; p50, p99
 one-by-one  the same, with batches of one text
@@ -172,7 +172,7 @@ def overhead(model: str, rounds: int = 200) -> None:
         say(f"{name}: p1 {low:.1f}, p50 {p50:.1f}, p99 {p99:.1f} ms; processor {used[name]:.1f} ms")
 
 
-def checked(model: str, count: int = 20_000, clients: int = 32) -> None:
+def checked(model: str, count: int, clients: int = 32) -> None:
     """Every answer of many concurrent requests against the model's own vector of its text."""
     pool = [*(text[:60] for text in texts(120, seed=1)), "", "Ünicode 記憶 🧠"]
     encoder = llm2comp.load(model, "cpu", merged=True)
@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=GENERAL_TINY)
     parser.add_argument("--only", choices=("load", "overhead", "checked", "overload"))
     parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--requests", type=int, default=20_000)
     asked: Any = parser.parse_args()
     if asked.only in (None, "load"):
         batch, together = in_batch(asked.model), load(asked.model)
@@ -278,7 +279,7 @@ def main() -> None:
     if asked.only in (None, "overhead"):
         overhead(asked.model)
     if asked.only in (None, "checked"):
-        checked(asked.model)
+        checked(asked.model, asked.requests)
     if asked.only in (None, "overload"):
         overload(asked.model, asked.minutes)
 
