@@ -28,7 +28,10 @@ pytestmark = pytest.mark.browser
 
 @contextlib.contextmanager
 def chromium():
-    """The browser of this machine, headless; nothing is downloaded."""
+    """This machine's browser, headless; nothing is downloaded. Without one tests are skipped."""
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"no {CHROMIUM}; LLM2COMP_CHROMIUM names another one")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -77,9 +80,6 @@ def screenshots(file, folder):
 
 @pytest.fixture(scope="module")
 def browser():
-    pytest.importorskip("playwright", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM}; LLM2COMP_CHROMIUM names another one")
     with chromium() as running:
         yield running
 

@@ -23,7 +23,7 @@ import llm2comp
 from llm2comp.system.console import GENERAL
 from llm2comp.use.serve.settings import Keys
 from serving import TINY, serving, tiny
-from test_report_browser import CHROMIUM, SIZES, chromium, contrast
+from test_report_browser import SIZES, chromium, contrast
 
 pytestmark = pytest.mark.browser
 KEY = "a-secret-key"
@@ -32,9 +32,6 @@ TEXTS = ["a cat sleeps", "a kitten naps <b>bold</b>", 'rates were raised, "again
 
 @pytest.fixture(scope="module")
 def browser():
-    pytest.importorskip("playwright", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM}; LLM2COMP_CHROMIUM names another one")
     with chromium() as running:
         yield running
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm2comp.errors import DataError
-from llm2comp.model.encoder import refuse_not_finite
+from llm2comp.model.encoder import NO_LIMIT, refuse_not_finite
 from llm2comp.model.inputs import Frame, Inputs, frame_of, prompt_of, tokenise
 from llm2comp.model.vectors import Budget, embeddings_of
 from llm2comp.system.console import Bar, LongTexts, Role
@@ -107,7 +107,7 @@ def _check_texts(texts: Sequence[str]) -> None:
 
 def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
     """Tokens of prompt and text that fit into one input, beside the model's own (BOS, memory)."""
-    limit = model.max_seq_length or 10**9
+    limit = model.max_seq_length or NO_LIMIT
     around = len(model.tokenizer("", verbose=False)["input_ids"])
     room = frame.room if frame else limit - around
     if room < 1:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from llm2comp.model.encoder import refuse_not_finite
+from llm2comp.model.encoder import NO_LIMIT, refuse_not_finite
 from llm2comp.model.vectors import embed_texts
 from llm2comp.storage.identity import identity
 from llm2comp.storage.loading import load
@@ -33,7 +33,7 @@ class Encoder:
     @property
     def room(self) -> int:
         """Most tokens of an input."""
-        return int(self.model.max_seq_length or 10**9)
+        return int(self.model.max_seq_length or NO_LIMIT)
 
     def vectors(self, texts: Sequence[str], role: Role) -> NDArray[np.float32]:
         """Vectors of length 1, (N, D). Raises DataError: one that is not finite."""
