@@ -44,7 +44,7 @@ def on_ray(shards: Sequence[int], bench: Bench, workers: int) -> Iterator[int]:
             object_store_memory=store,
         )
     ray.data.DataContext.get_current().enable_progress_bars = False
-    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    there = ray.cluster_resources()
     numbers = ray.data.from_items(
         [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
     )
