@@ -142,6 +142,66 @@ def test_a_causal_lm_may_be_the_start(adapted, tmp_path):
     assert (recipe.start_from, recipe.scl.guide, recipe.memory.tokens) == (None, None, 8)
 
 
+def test_questions_are_kept_where_they_find_their_passage(capsys):
+    """A tiny LM writes; each kept one finds its passage by words or by meaning, and only it."""
+    from llm2comp.lab.adapt import questions
+    from llm2comp.recipe import ModelSettings
+
+    lm = ModelSettings(name=str(finished()[0] / "backbone"), attention="causal", device="cpu")
+    passages = [f"{text}." for text in sentences(24, 12, seed=9)]
+    few = questions.written(passages, lm, None, 0.0, seed=0)
+    assert "of 16 written" in (told := capsys.readouterr().err) or len(few) < 16, told
+    asked = {passage: " ".join(passage.split()[2:6]) for passage in passages}
+    asked[passages[0]] = "none of these words is there"
+    asked[passages[1]] = asked[passages[2]]
+    kept = questions._found(asked, None)
+    assert {pair.passage for pair in kept} == {*passages} - {passages[0], passages[1]}
+    assert all(pair.query == asked[pair.passage] for pair in kept)
+    encoder = load(finished()[1])
+    by_both = questions._found(asked, encoder)
+    assert {pair.passage for pair in kept} <= {pair.passage for pair in by_both}
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        (" how is a disk copied?\n\nText: another\nQuestion: x", "how is a disk copied?"),
+        ("\n\n what  comes after an empty line ", "what comes after an empty line"),
+        ("disk copy", None),
+        ("how to find out how much disk space is free?", None),  # an example, copied
+        (" ".join(["many"] * 80), None),
+        ("", None),
+    ],
+)
+def test_a_question_is_the_first_line_that_is_one(said, read):
+    from llm2comp.lab.adapt.questions import _read
+
+    assert _read(said) == read
+
+
+@pytest.mark.slow
+def test_stage_1_and_written_questions_are_part_of_the_plan(adapted, tmp_path):
+    documents, _, _ = adapted
+    options = ("--model", finished()[1], "--minutes", 20, "--device", "cpu")
+    said = cli(
+        "adapt", documents, "-o", tmp_path / "run", *options, "--pretext", "--write-questions"
+    )
+    assert said.code == 0, said.err
+    run = Run(tmp_path / "run")
+    assert run.recipe.pretext is not None
+    assert list(run.recipe.stages) == ["pretext", "scl"]
+    texts = (run.path / "data" / "passages.jsonl").read_text().splitlines()
+    held = Seen()
+    for name in ("held-out", "validation"):
+        for text in read_task(run.path / "data" / name, name).documents.values():
+            held.add(text)
+    assert len(texts) > 20
+    assert not any(held.alike(json.loads(text)["text"]) for text in texts)
+    assert f"plan for 20 minutes: {run.recipe.pretext.steps} steps of 8 passages" in said.err
+    assert "written questions find their passage" in said.err
+    assert verify(run.path / "model") > 0.99999
+
+
 def scores(**means):
     """nDCG of 200 queries around a mean; all from the same draws."""
     draws = np.random.default_rng(0).normal(0, 0.1, 200)

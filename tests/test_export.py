@@ -174,6 +174,16 @@ def test_truncation_keeps_bos_and_all_memory_tokens(exported, variant):
     assert relative_error(embed_texts(model, [LONG]), alone.detach()) < 1e-5
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_token_gets_the_id_of_a_memory_token(exported, variant):
+    """Some families' own classes add tokens when they load a folder."""
+    model = SentenceTransformer(str(exported[0] / variant))
+    native = make_model(variant)[0].tokenizer
+    assert len(model.tokenizer) == len(native)
+    read = model.tokenizer("a <|endoftext|> <unk> <s> b", add_special_tokens=False)["input_ids"]
+    assert not set(read) & set(memory_ids(model).values())
+
+
 def test_exported_embedding_does_not_depend_on_mates_or_order(exported):
     for variant in ("llama", "qwen3", "gemma3", "mistral-window"):
         model = SentenceTransformer(str(exported[0] / variant))

@@ -17,8 +17,9 @@ from llm2comp.cli.options import (
     ModelOption,
     app,
     read_column,
+    require_model,
 )
-from llm2comp.errors import DataError, ModelFolderError
+from llm2comp.errors import DataError
 from llm2comp.system.console import GENERAL, say
 
 DocumentsArgument = Annotated[
@@ -44,6 +45,15 @@ NegativesOption = Annotated[
 GuideOption = Annotated[
     bool, typer.Option(help="Let the starting encoder take false negatives out of the batches.")
 ]
+QuestionsOption = Annotated[
+    bool,
+    typer.Option(
+        "--write-questions", help="Let the LM write questions about the passages; train on them."
+    ),
+]
+PretextOption = Annotated[
+    bool, typer.Option("--pretext", help="Let stage 1 (CTKD) read the passages before.")
+]
 
 
 @app.command(rich_help_panel=MAKE)
@@ -58,19 +68,17 @@ def adapt(
     retention: RetentionOption = None,
     negatives: NegativesOption = 0,
     guide: GuideOption = True,
+    write_questions: QuestionsOption = False,
+    pretext: PretextOption = False,
     device: DeviceOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.", metavar="N")] = 0,
 ) -> None:
     """Fit an encoder to your documents without labels, and say whether it is worth using."""
     if not documents.startswith("builtin:") and not Path(documents).exists():
         raise DataError("no such file or folder", where=documents)
-    from llm2comp.recipe import missing_path
-
-    for name, given in (("--model", model), *(("--retention", str(f)) for f in retention or ())):
-        if (nearest := missing_path(given)) is not None:
-            raise ModelFolderError(
-                "no such folder", where=f"{name} {given}", found=f"there is {nearest}"
-            )
+    require_model(model, "--model")
+    for folder in retention or ():
+        require_model(str(folder), "--retention")
     from llm2comp.system.folders import RUN, refuse_taken
 
     if out is not None:
@@ -85,6 +93,8 @@ def adapt(
         retention=retention or (),
         negatives=negatives,
         guide=guide,
+        write_questions=write_questions,
+        pretext=pretext,
         device=device,
         seed=seed,
     )
@@ -121,13 +131,12 @@ def budget(
 ) -> None:
     """Choose memory tokens, dimensions and precision: quality against bytes, measured."""
     from llm2comp.data.sources import check_sources, read_pairs
-    from llm2comp.recipe import PairData, TextData, missing_path
+    from llm2comp.recipe import PairData, TextData
     from llm2comp.system.folders import EXPORTED, refuse_foreign
 
     if (export is None) != (out is None):
         raise DataError("are given together", where="--export, --out", expected="both or none")
-    if (nearest := missing_path(model)) is not None:
-        raise ModelFolderError("no such folder", where=model, found=f"there is {nearest}")
+    require_model(model)
     check_sources([TextData(source=texts), *([TextData(source=pairs)] if pairs else [])])
     if out is not None:
         refuse_foreign(out, EXPORTED)

@@ -133,10 +133,14 @@ def require_folder(folder: Path) -> None:
     raise RunError("no such folder", where=str(folder), found=found, fix=fix)
 
 
-def require_model(name: str) -> None:
-    """Raise ModelFolderError if a model's name is a path where nothing is; no heavy imports."""
+def require_model(name: str, option: str = "") -> None:
+    """Raise ModelFolderError if a model's name is a path where nothing is; no heavy imports.
+
+    `option`: what it was given by, for the message.
+    """
     from llm2comp.errors import ModelFolderError
     from llm2comp.recipe import missing_path
 
     if ":" not in name and (nearest := missing_path(name)) is not None:
-        raise ModelFolderError("no such folder", where=name, found=f"there is {nearest}")
+        where = f"{option} {name}".strip()
+        raise ModelFolderError("no such folder", where=where, found=f"there is {nearest}")

@@ -146,6 +146,12 @@ class Weak:
                 for one, other in zip(section, section[1:], strict=False):
                     yield WeakPair("next", one.text, other.text)
 
+    def passages(self, units: Iterable[Document]) -> Iterator[str]:
+        """All passages of documents."""
+        for unit in units:
+            for section in self._sections(unit):
+                yield from (passage.text for passage in section)
+
     def task(self, units: Iterable[Document], most_queries: int, most_documents: int) -> Task:
         """A task of held-out documents: all of their passages, and a query for as many as have one.
 

@@ -31,7 +31,7 @@ from llm2comp.errors import DataError, ModelFolderError
 from llm2comp.lab.evaluation.retrieval import DEPTH, Collection
 from llm2comp.model.encoder import MemoryEncoder
 from llm2comp.model.memory import Order, prefix_of
-from llm2comp.model.vectors import embed_texts, memory_states
+from llm2comp.model.vectors import embed_texts, memory_states, unit_length
 from llm2comp.storage.export import export
 from llm2comp.storage.loading import card_facts, load
 from llm2comp.storage.places import live_place
@@ -204,7 +204,7 @@ def _shapes(count: int, width: int) -> Iterator[tuple[int, int, str]]:
 def _shaped(states_NKD: Floats, j: int, d: int, order: Order, scoring: str) -> Floats:
     kept = prefix_of(torch.from_numpy(states_NKD), j, order).numpy()
     kept = (kept.mean(1, keepdims=True) if scoring == "mean" else kept)[..., :d]
-    return np.asarray(kept / np.maximum(np.linalg.norm(kept, axis=-1, keepdims=True), 1e-12))
+    return unit_length(kept)
 
 
 def _stored(vectors_NKD: Floats, precision: str) -> tuple[NDArray[Any], Any]:

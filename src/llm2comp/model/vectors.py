@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
@@ -41,6 +43,13 @@ class Budget:
     def of(cls, device: torch.device, tokens: int | None = None) -> Budget:
         """So many tokens; None: what suits the device."""
         return cls(tokens or (AT_ONCE_ON_CPU if device.type == "cpu" else AT_ONCE_ELSEWHERE))
+
+
+def unit_length(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors (..., D) scaled to length 1; one of zeros stays."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    scaled: NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
+    return scaled
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -150,6 +150,9 @@ def _tokenizer(compressor: Compressor) -> tuple[Any, dict[str, int]]:
     backend.post_processor = TemplateProcessing(single=template, special_tokens=kept)
     special = {key: own[key] for key in ("bos_token", "eos_token", "unk_token") if key in own}
     special["pad_token"] = own.get("pad_token") or own.get("eos_token") or _any_token(backend)
+    # Qwen 2's own class, which transformers loads for its models whatever the folder says, would
+    # otherwise add `<|endoftext|>` where there is none: at the first memory token's id.
+    special.setdefault("unk_token", special["pad_token"])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, padding_side="right", truncation_side="right", **special
     ), memory

@@ -13,7 +13,7 @@ import numpy as np
 from llm2comp.errors import DataError
 from llm2comp.model.encoder import NO_LIMIT, refuse_not_finite
 from llm2comp.model.inputs import Frame, Inputs, frame_of, prompt_of, tokenise
-from llm2comp.model.vectors import Budget, embeddings_of
+from llm2comp.model.vectors import Budget, embeddings_of, unit_length
 from llm2comp.system.console import Bar, LongTexts, Role
 from llm2comp.use.writing import Embedded
 
@@ -77,9 +77,7 @@ def embed(
     ]
     embeddings = np.asarray(means, dtype=np.float32)
     refuse_not_finite(embeddings, texts)
-    if normalise:
-        embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
-    return Embedded(embeddings, len(long))
+    return Embedded(unit_length(embeddings) if normalise else embeddings, len(long))
 
 
 def _too_long(long: Sequence[int], tokens: int, room: int, prompt: str) -> DataError:

@@ -3,6 +3,7 @@
 runs/x/data/held-out/retrieval/held-out/       what the verdict is given on
 runs/x/data/validation/retrieval/validation/   what chooses the checkpoint: other documents
 runs/x/data/pairs.jsonl                        what is trained on
+runs/x/data/passages.jsonl                     what stage 1 reads, where there is one
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TEST, VALIDATION = (400, 1000), (100, 200)
 # Tokens of a passage that is searched for, and of one that is trained on: shorter ones are more.
 PASSAGE_TOKENS, TRAINED_TOKENS = 128, 64
 LEAST_QUERIES, LEAST_PAIRS = 5, 16
-DATA_FOLDER, PAIRS_FILE = "data", "pairs.jsonl"
+DATA_FOLDER, PAIRS_FILE, PASSAGES_FILE = "data", "pairs.jsonl", "passages.jsonl"
 HELD_OUT, VALIDATING = "held-out", "validation"
 
 
@@ -97,10 +98,18 @@ class Corpus:
             )
         return judged, chooser
 
-    def pairs(self, held_out: Sequence[Task], most: int) -> list[WeakPair]:
+    def passages(self, held_out: Sequence[Task], most: int) -> list[str]:
+        """At most so many passages to train on, near to nothing held out nor to each other."""
+        texts = (WeakPair("", text, text) for text in self.weak.passages(self.split.train))
+        return [pair.passage for pair in training_pairs(texts, held_out, most)]
+
+    def pairs(
+        self, held_out: Sequence[Task], most: int, written: Sequence[WeakPair] = ()
+    ) -> list[WeakPair]:
         """At most so many pairs to train on, nothing held out among them.
 
-        Pairs of neighbours come in where there are too few that begin with a query.
+        Written questions come first. Pairs of neighbours come in where there are too few that begin
+        with a query.
 
         Raises:
             DataError: hardly any.
@@ -109,7 +118,8 @@ class Corpus:
             (pair for pair in self.short.pairs(self.split.train) if (pair.kind == "next") == last)
             for last in (False, True)
         )
-        found = training_pairs(chain.from_iterable(kinds_in_order), held_out, most)
+        every = chain(written, chain.from_iterable(kinds_in_order))
+        found = training_pairs(every, held_out, most)
         if len(found) < LEAST_PAIRS:
             raise DataError(
                 "too few pairs can be made of the documents",

@@ -14,14 +14,18 @@ from llm2comp.errors import RecipeError
 from llm2comp.lab.adapt.corpus import (
     DATA_FOLDER,
     PAIRS_FILE,
+    PASSAGE_TOKENS,
+    PASSAGES_FILE,
     TRAINED_TOKENS,
     VALIDATING,
 )
 from llm2comp.recipe import Recipe, parse_recipe
 
-BATCH = 32
+BATCH, PRETEXT_BATCH = 32, 8
 # Of the minutes: embedding the held-out passages once, and one look at those that choose.
 SCORING, LOOKING = 0.06, 0.015
+# Of what is left to train in: stage 1, and writing questions, where they are asked for.
+PRETEXT, WRITING = 1 / 3, 1 / 3
 LOOKS = 4  # at step 0, two between, and the last
 LEAST_STEPS = 3
 TRIED, TRIED_PAIRS = 2, 8  # steps and the pairs in each, to learn what a pair costs
@@ -60,12 +64,16 @@ class Plan:
         batch: pairs in each.
         per_step: seconds, measured.
         after: seconds kept for what comes beside and after training.
+        pretext: steps of stage 1 before them.
+        per_pretext: seconds of one, measured.
     """
 
     steps: int
     batch: int
-    per_step: float
-    after: float
+    per_step: float = 0.0
+    after: float = 0.0
+    pretext: int = 0
+    per_pretext: float = 0.0
 
     @classmethod
     def of(cls, left: float, after: float, per_step: float, batch: int) -> Plan:
@@ -86,6 +94,14 @@ class Plan:
             )
         return cls(steps, batch, per_step, after)
 
+    def begun_with(self, per_pretext: float, most: int) -> Plan:
+        """The plan with a share of its time for stage 1, and no more steps of that."""
+        pretext = min(most, int(PRETEXT * self.steps * self.per_step / per_pretext))
+        steps = self.steps - round(pretext * per_pretext / self.per_step)
+        return replace(
+            self, steps=max(LEAST_STEPS, steps), pretext=pretext, per_pretext=per_pretext
+        )
+
     def at_most(self, steps: int) -> Plan:
         """The plan with no more steps than that: there is little to learn from."""
         return replace(self, steps=max(LEAST_STEPS, min(self.steps, steps)))
@@ -93,8 +109,10 @@ class Plan:
     def told(self, minutes: float) -> str:
         """The plan as one line."""
         trained = self.steps * self.per_step / 60
+        begin = f"{self.pretext} steps of {PRETEXT_BATCH} passages in stage 1, "
         return (
-            f"plan for {minutes:g} minutes: {self.steps} steps of {self.batch} pairs "
+            f"plan for {minutes:g} minutes: {begin if self.pretext else ''}"
+            f"{self.steps} steps of {self.batch} pairs "
             f"({self.per_step:.1f} s each, measured: {trained:.1f} min), then "
             f"{self.after / 60:.1f} min of scoring and writing"
         )
@@ -110,6 +128,8 @@ class Wanted:
         minutes: for everything.
         negatives: mined hard negatives of each pair.
         guide: whether the encoder takes false negatives out of the batches.
+        questions: whether the LM writes questions about the passages.
+        pretext: whether stage 1 reads the passages first.
         device: of training and scoring; None: the best there is.
         seed: of what is drawn.
         retention: folders of local sets that must not get worse.
@@ -120,6 +140,8 @@ class Wanted:
     minutes: float
     negatives: int
     guide: bool
+    questions: bool
+    pretext: bool
     device: str | None
     seed: int
     retention: tuple[str, ...]
@@ -128,17 +150,16 @@ class Wanted:
 def recipe_of(
     wanted: Wanted,
     run: Path,
-    steps: int,
-    batch: int,
+    plan: Plan,
     longest: int,
     guide: str | None,
-    pairs: Path | None = None,
+    data: Path | None = None,
 ) -> Recipe:
-    """The recipe of so many steps: SCL over the start, the checkpoint chosen by the validation.
+    """The recipe of a plan: SCL over the start, the checkpoint chosen by the validation.
 
-    `longest`: tokens of a text that the encoder reads.
+    `longest`: tokens of a text that the encoder reads. `data`: where pairs and passages lie.
     """
-    data = run / DATA_FOLDER
+    data, steps = (data or run / DATA_FOLDER).absolute(), plan.steps
     columns = [f"negative_{n}" for n in range(1, wanted.negatives + 1)]
     begin: dict[str, Any] = (
         {"start_from": wanted.model, "model": {}}
@@ -147,15 +168,10 @@ def recipe_of(
     )
     begin["model"] |= {"device": wanted.device} if wanted.device else {}
     scl = {
-        "data": [{"source": str((pairs or data / PAIRS_FILE).absolute()), "negatives": columns}],
+        "data": [{"source": str(data / PAIRS_FILE), "negatives": columns}],
         "steps": steps,
-        "batch_size": batch,
-        "schedule": {
-            "floor_learning_rate": 0,
-            "warmup_steps": max(1, steps // 10),
-            "warmup": "linear",
-            "total_steps": steps,
-        },
+        "batch_size": plan.batch,
+        "schedule": _down_to_nothing(steps),
         "query_max_tokens": TRAINED_TOKENS + _BOS,
         "document_max_tokens": TRAINED_TOKENS + _BOS,
         "train_memory": True,
@@ -167,11 +183,30 @@ def recipe_of(
         "every_steps": max(1, steps // (LOOKS - 1)),
         "texts": 32,
         "max_tokens": 48,
-        "tasks": [str((data / VALIDATING).absolute())],
+        "tasks": [str((run / DATA_FOLDER / VALIDATING).absolute())],
+    }
+    pretext = {
+        "data": [{"source": str(data / PASSAGES_FILE)}],
+        "steps": plan.pretext,
+        "batch_size": PRETEXT_BATCH,
+        "min_characters": 0,
+        "max_tokens": PASSAGE_TOKENS + _BOS,
+        "long_texts": "truncate",
+        "schedule": _down_to_nothing(plan.pretext),
     }
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.absolute().name).lstrip("._-") or "adapted"
     head = {"format_version": 1, "name": name, "seed": wanted.seed, "max_tokens": longest}
-    return parse_recipe(head | begin | {"scl": scl, "watch": watch})
+    stages = ({"pretext": pretext} if plan.pretext else {}) | {"scl": scl}
+    return parse_recipe(head | begin | stages | {"watch": watch})
+
+
+def _down_to_nothing(steps: int) -> dict[str, Any]:
+    return {
+        "floor_learning_rate": 0,
+        "warmup_steps": max(1, steps // 10),
+        "warmup": "linear",
+        "total_steps": steps,
+    }
 
 
 def told_of(parts: Mapping[str, float]) -> str:

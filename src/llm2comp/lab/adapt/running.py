@@ -53,6 +53,8 @@ def adapt(
     retention: Sequence[str | Path] = (),
     negatives: int = 0,
     guide: bool = True,
+    write_questions: bool = False,
+    pretext: bool = False,
     device: str | None = None,
     seed: int = 0,
 ) -> Path:
@@ -68,6 +70,8 @@ def adapt(
         retention: folders of local sets (docs/evaluate.md) on which nothing should be lost.
         negatives: hard negatives that are mined for each pair.
         guide: let the encoder take false negatives out of the batches (GISTEmbed).
+        write_questions: let the LM write questions about the passages, to train on as well.
+        pretext: let stage 1 (CTKD) read the passages before.
         device: `cpu`, `cuda`, `mps`; default: the best there is.
         seed: of what is drawn.
 
@@ -84,7 +88,10 @@ def adapt(
     refuse_taken(run, RUN)
     start = (model := str(model)) in BUILTIN_ENCODERS or Run.of(model) is not None
     sets = tuple(str(expanded(folder).absolute()) for folder in retention)
-    wanted = Wanted(model, start, minutes, negatives, guide and start, device, seed, sets)
+    guide = guide and start
+    wanted = Wanted(
+        model, start, minutes, negatives, guide, write_questions, pretext, device, seed, sets
+    )
     with clock.part("loading"):
         first = load(live_place(model) if start else f"mean:{model}", device)
     with clock.part("reading"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 
 from llm2comp.data import python_docs
-from llm2comp.data.weak_pairs import PYTHON_DOCS, Task
+from llm2comp.data.weak_pairs import PYTHON_DOCS, Task, WeakPair
 from llm2comp.lab.adapt.corpus import (
     DATA_FOLDER,
     PAIRS_FILE,
+    PASSAGE_TOKENS,
+    PASSAGES_FILE,
     TRAINED_TOKENS,
     Corpus,
     kinds,
@@ -27,21 +30,24 @@ from llm2comp.lab.adapt.planning import (
     EPOCHS,
     LOOKING,
     LOOKS,
+    PRETEXT_BATCH,
     TRIED,
     TRIED_PAIRS,
+    WRITING,
     Clock,
     Plan,
     Wanted,
     recipe_of,
     told_of,
 )
+from llm2comp.lab.adapt.questions import written
 from llm2comp.lab.adapt.verdict import ADAPTED, LM, START, Verdict, records, systems
 from llm2comp.lab.evaluation.retrieval import Collection, Ranking
 from llm2comp.lab.train import local_sets
 from llm2comp.model.baselines.module import baseline
 from llm2comp.model.encoder import merge_adapters
 from llm2comp.model.vectors import embed_texts
-from llm2comp.recipe import BUILTIN_ENCODERS, Recipe
+from llm2comp.recipe import BUILTIN_ENCODERS, ModelSettings, Recipe
 from llm2comp.runs.folder import Run
 from llm2comp.storage.export import export
 from llm2comp.storage.places import live_place
@@ -49,6 +55,7 @@ from llm2comp.system.console import say
 from llm2comp.training.measuring import rate
 
 RETAINED = 100  # queries of the Python documentation
+MOST_PASSAGES = 20_000  # that stage 1 reads, or questions are written about
 LONGEST = 512  # tokens of a text that the encoder of a causal LM reads
 
 
@@ -135,35 +142,64 @@ class Work:
 
     def _planned(self, first: SentenceTransformer, guide: str | None) -> Recipe:
         """A recipe for the minutes that are left, by the measured cost of a step."""
-        wanted, clock, run = self.wanted, self.clock, self.run
-        pairs = partial(self.corpus.pairs, (self.held_out, self.chooser))
+        wanted, clock, held_out = self.wanted, self.clock, (self.held_out, self.chooser)
         module: Any = first[0]
         longest = module.max_tokens if wanted.start else LONGEST
+        recipe = partial(recipe_of, wanted, self.run, longest=longest, guide=guide)
+        scored = clock.parts["scoring"] / (2 if wanted.start else 1)
+        saved = max(clock.parts["guide"], 2 * clock.parts["loading"])
+        after = scored + saved + LOOKS * LOOKING * clock.seconds
+        questions = self._questions(first, recipe(Plan(1, BATCH)).model, clock.left - after)
+        pairs = partial(self.corpus.pairs, held_out, written=questions)
         with clock.part("timing a step"), tempfile.TemporaryDirectory() as folder:
             few = pairs(TRIED * BATCH)
             batch = min(BATCH, len(few) // 2)
             begin = time.monotonic()
             rows = with_negatives(few, first, wanted.negatives)
             mining = (time.monotonic() - begin) / len(few) * batch if wanted.negatives else 0.0
-            file = write_rows(Path(folder) / PAIRS_FILE, rows)
-            trial = recipe_of(wanted, run, TRIED, TRIED_PAIRS, longest, guide, file)
+            write_rows(Path(folder) / PAIRS_FILE, rows)
+            trial = Plan(TRIED, TRIED_PAIRS, pretext=TRIED if wanted.pretext else 0)
+            passages = self.corpus.passages(held_out, MOST_PASSAGES) if wanted.pretext else []
+            write_rows(Path(folder) / PASSAGES_FILE, ({"text": text} for text in passages))
+            tried = recipe(trial, data=Path(folder))
             texts = [str(row[key]) for row in rows for key in row if key != "kind"]
-            tokens = [
-                min(1 + len(self.corpus.weak.offsets(text)), TRAINED_TOKENS) for text in texts
-            ]
-            per_step = batch * sum(tokens) / len(rows) / rate(trial, "scl") + mining
-        scored = clock.parts["scoring"] / (2 if wanted.start else 1)
-        written = max(clock.parts["guide"], 2 * clock.parts["loading"])
-        after = scored + written + LOOKS * LOOKING * clock.seconds
+            read = self._tokens(texts, TRAINED_TOKENS) / len(rows)
+            per_step = batch * read / rate(tried, "scl") + mining
+            if wanted.pretext:
+                read = self._tokens(passages, PASSAGE_TOKENS) / len(passages)
+                per_pretext = PRETEXT_BATCH * read / rate(tried, "pretext")
         plan = Plan.of(clock.left, after, per_step, batch)
+        if wanted.pretext:
+            plan = plan.begun_with(per_pretext, EPOCHS * len(passages) // PRETEXT_BATCH)
         rows_wanted = pairs(plan.steps * batch)
         plan = plan.at_most(EPOCHS * len(rows_wanted) // batch)
         say(plan.told(wanted.minutes))
         with clock.part("pairs"):
-            rows = with_negatives(rows_wanted, first, wanted.negatives)
-            write_rows(run / DATA_FOLDER / PAIRS_FILE, rows)
-        say(f"{len(rows):,} pairs to train on: {kinds(rows_wanted)}")
-        return recipe_of(wanted, run, plan.steps, batch, longest, guide)
+            data = self.run / DATA_FOLDER
+            write_rows(data / PAIRS_FILE, with_negatives(rows_wanted, first, wanted.negatives))
+            if plan.pretext:
+                write_rows(data / PASSAGES_FILE, ({"text": text} for text in passages))
+        say(f"{len(rows_wanted):,} pairs to train on: {kinds(rows_wanted)}")
+        return recipe(plan)
+
+    def _questions(
+        self, first: SentenceTransformer, lm: ModelSettings, seconds: float
+    ) -> list[WeakPair]:
+        """Questions by the LM about what is trained on, where they are wanted."""
+        if not self.wanted.questions:
+            return []
+        with self.clock.part("questions"):
+            passages = self.corpus.passages((self.held_out, self.chooser), MOST_PASSAGES)
+            return written(
+                passages,
+                lm.model_copy(update={"attention": "causal"}),
+                first if self.wanted.start else None,
+                WRITING * seconds,
+                self.wanted.seed,
+            )
+
+    def _tokens(self, texts: Sequence[str], most: int) -> int:
+        return sum(min(1 + len(self.corpus.weak.offsets(text)), most) for text in texts)
 
 
 def _exported(live: SentenceTransformer, model: str, folder: Path) -> Path:

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import bm25s
@@ -101,19 +102,23 @@ class Collection:
 
     def by_bm25(self, depth: int) -> list[Ranking]:
         """Lucene's variant, English stop words; only documents with a word of the query."""
-        index = bm25s.BM25()
-        index.index(
-            bm25s.tokenize(list(self.documents.values()), stopwords="en", show_progress=False),
-            show_progress=False,
-        )
         queries = bm25s.tokenize(self._evaluator.queries, stopwords="en", show_progress=False)
-        places, scores = index.retrieve(
+        places, scores = self._words.retrieve(
             queries, k=min(depth, len(self.documents)), show_progress=False
         )
         named = self._named(places.tolist(), scores.tolist())
         return [
             [(document, score) for document, score in ranking if score > 0] for ranking in named
         ]
+
+    @cached_property
+    def _words(self) -> bm25s.BM25:
+        index = bm25s.BM25()
+        index.index(
+            bm25s.tokenize(list(self.documents.values()), stopwords="en", show_progress=False),
+            show_progress=False,
+        )
+        return index
 
     def ndcg_of_each(self, rankings: Sequence[Ranking]) -> NDArray[np.float64]:
         """nDCG@10 of each query, (Q,): the score of a ranking is their mean."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
 from llm2comp.model.encoder import NO_LIMIT, refuse_not_finite
-from llm2comp.model.vectors import embed_texts
+from llm2comp.model.vectors import embed_texts, unit_length
 from llm2comp.storage.identity import identity
 from llm2comp.storage.loading import load
 from llm2comp.system.console import Role
@@ -39,9 +39,7 @@ class Encoder:
         """Vectors of length 1, (N, D). Raises DataError: one that is not finite."""
         found_ND = embed_texts(self.model, texts, role=role).numpy()
         refuse_not_finite(found_ND, texts)
-        lengths_N1 = np.linalg.norm(found_ND, axis=1, keepdims=True)
-        vectors_ND: NDArray[np.float32] = found_ND / np.maximum(lengths_N1, 1e-12)
-        return vectors_ND
+        return unit_length(found_ND)
 
     def offsets(self, text: str) -> Sequence[tuple[int, int]]:
         """Where the tokens of a text begin and end."""

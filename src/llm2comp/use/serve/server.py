@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llm2comp.errors import DataError
 from llm2comp.model.compressor import Compressor
+from llm2comp.model.vectors import unit_length
 from llm2comp.use.serve.batcher import Batcher
 from llm2comp.use.serve.engine import Engine, Text
 from llm2comp.use.serve.metrics import Metrics
@@ -144,9 +145,7 @@ def finished(
 ) -> NDArray[np.float32]:
     """Embeddings (N, dimensions) of the first vectors, contiguous."""
     embeddings_ND = np.ascontiguousarray(vectors_NVD[:, 0, :dimensions])
-    if normalize:
-        embeddings_ND /= np.maximum(np.linalg.norm(embeddings_ND, axis=1, keepdims=True), 1e-12)
-    return embeddings_ND
+    return unit_length(embeddings_ND) if normalize else embeddings_ND
 
 
 async def _gone(request: Request) -> None:
