@@ -4,6 +4,7 @@ importable by its name.
 
 import atexit
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -22,6 +23,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collections after each training leave it out."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config):

@@ -378,7 +378,7 @@ def test_a_learning_rate_that_runs_away(tmp_path, stage):
         said, f"{stage}, step ", "the loss is not finite", f"lower {stage}.schedule.learning_rate"
     )
     shutil.rmtree(tmp_path / "run")
-    said = train(tmp_path, *overrides, **only(stage))
+    said = train(tmp_path, *overrides, "watch.every_steps=1", **only(stage))
     assert_refused(
         said,
         f"{stage}, step 1: the watch found",

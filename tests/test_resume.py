@@ -33,6 +33,7 @@ def make_recipe(
     folder, steps=STEPS, adapter_dropout=0.2, attention_dropout=0.2, keep_best=None, **changes
 ):
     """All three stages, dropout on, a checkpoint every two steps."""
+    changes = {"watch": {"every_steps": 1, "texts": 8, "max_tokens": 32}} | changes
     tree = make_tree(folder, adapter={"rank": 2, "alpha": 4, "dropout": adapter_dropout}, **changes)
     for stage in STAGES:
         if stage in tree:

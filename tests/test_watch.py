@@ -132,8 +132,15 @@ def test_unchanged_randomness_is_needed_and_works():
     assert inside == expected[1]
 
 
-def test_lines_of_a_run():
-    _, run = finished()
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """(folder, run): as `finished`, watched as often as a recipe is that says nothing of it."""
+    folder = tmp_path_factory.mktemp("watched")
+    return folder, train(parse_recipe(make_tree(folder, watch={})), folder / "run")
+
+
+def test_lines_of_a_run(watched):
+    _, run = watched
     before = None
     for stage, place in FOLDERS.items():
         rows = lines(run, stage)
@@ -153,11 +160,11 @@ def test_lines_of_a_run():
 
 
 @pytest.mark.parametrize("stage", ["pretext", "scl"])
-def test_figures_are_those_of_the_trained_encoder(stage):
+def test_figures_are_those_of_the_trained_encoder(stage, watched):
     """The last line against the stage as loaded from its files, embedded by
     sentence-transformers.
     """
-    folder, run = finished()
+    folder, run = watched
     last = lines(run, stage)[-1]
     model = llm2comp.load(run / FOLDERS[stage])
     model[0].max_tokens = model[0].compressor.max_tokens(256)  # the watch's own limit
@@ -306,7 +313,7 @@ def test_a_warning_is_said_once(tmp_path, monkeypatch):
         "measure",
         lambda *args, **kwargs: real(*args, **kwargs) | {"context_recovered": -0.3},
     )
-    said = cli("train", write_recipe(tmp_path, scl=None), "--out", tmp_path / "run")
+    said = cli("train", write_recipe(tmp_path, scl=None, watch={}), "--out", tmp_path / "run")
     assert said.code == 0, said
     assert said.err.count("warning, pretext step 1: the memory misleads") == 1
     assert said.err.count("memory misleads") == 1

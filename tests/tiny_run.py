@@ -23,6 +23,8 @@ from families import SENTENCES, make_lm, make_tokenizer
 from llm2comp.recipe import parse_recipe
 
 WORDS = sorted({word for sentence in SENTENCES for word in sentence.split()})
+# At step 0 and the last: each look costs as much as some steps of so small a model.
+FEW_LOOKS = {"every_steps": 1000, "texts": 8, "max_tokens": 32}
 SCHEDULE = {"learning_rate": 1e-2, "floor_learning_rate": 1e-3, "warmup_steps": 1}
 
 
@@ -76,6 +78,7 @@ def make_tree(folder, **changes):
         "model": {"name": str(folder / "backbone"), "device": "cpu"},
         "memory": {"tokens": 3},
         "adapter": {"rank": 2, "alpha": 4},
+        "watch": FEW_LOOKS,
         "pretext": few
         | {
             "data": texts,
