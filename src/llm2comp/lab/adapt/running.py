@@ -92,25 +92,31 @@ def adapt(
     wanted = Wanted(
         model, start, minutes, negatives, guide, write_questions, pretext, device, seed, sets
     )
+    _adapted(run, str(documents), wanted, clock)
+    return run
+
+
+def _adapted(run: Path, documents: str, wanted: Wanted, clock: Clock) -> None:
+    """All of it, in a run directory that is new or this adaptation's own."""
+    place = live_place(wanted.model) if wanted.start else f"mean:{wanted.model}"
     with clock.part("loading"):
-        first = load(live_place(model) if start else f"mean:{model}", device)
+        first = load(place, wanted.device)
     with clock.part("reading"):
-        corpus = Corpus.read(str(documents), _offsets(first))
+        corpus = Corpus.read(documents, _offsets(first))
         begun = _begun(run, wanted, corpus)
         python_docs.retrieval()  # for what is retained: kept, so that scoring is scoring
     scored = run / "scores" / ADAPTED_FILE
     if begun and scored.is_file():
-        _tell(run, json.loads(scored.read_text("utf-8")), clock)
-        return run
-    work = Work(wanted, run, corpus, clock, *_tasks(run, corpus, first, clock.seconds))
-    recipe = work.before(first, Run(run).recipe if begun else None)
-    del first
-    with clock.part("training"):
-        train(recipe, run)
-    record = work.after(load(run, device))
-    write_text(scored, to_json(record, indent=1))
+        record = json.loads(scored.read_text("utf-8"))
+    else:
+        work = Work(wanted, run, corpus, clock, *_tasks(run, corpus, first, clock.seconds))
+        recipe = work.before(first, Run(run).recipe if begun else None)
+        del first
+        with clock.part("training"):
+            train(recipe, run)
+        record = work.after(load(run, wanted.device))
+        write_text(scored, to_json(record, indent=1))
     _tell(run, record, clock)
-    return run
 
 
 def _offsets(model: SentenceTransformer) -> Offsets:
