@@ -1,5 +1,8 @@
 """A mounted index: the server finds what `llm2comp.Index` finds, with one model in memory."""
 
+import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -78,6 +81,37 @@ def test_info_tells_of_the_index(served):
     assert (index["model"], index["files"]) == (TINY, 3)
     assert index["passages"] >= 3
     assert "/search" in served.client.get("/openapi.json").json()["paths"]
+
+
+def test_the_command_asks_a_server_as_it_asks_an_index(served, db):
+    """The same lines, from a process that has loaded no model."""
+    question = "which vectors does a server answer with?"
+    here = cli("search", question, "--db", db, "-k", 2, "--device", "cpu")
+    there = cli("search", question, "--url", served.url, "-k", 2)
+    assert (there.code, there.out) == (0, here.out)
+    assert "serve.md:" in there.out
+    code = f"""
+import sys
+from llm2comp.cli import main
+sys.argv = ["llm2comp", "search", {question!r}, "--url", {served.url!r}, "--json", "-k", "1"]
+try:
+    main()
+finally:
+    assert not {{"torch", "lancedb", "transformers"}} & set(sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["path"].endswith("serve.md")
+
+
+def test_a_server_that_cannot_search_is_told(served):
+    assert_refused(cli("search", "a", "--url", "127.0.0.1:1"), "not an address")
+    assert_refused(cli("search", "a", "--url", "http://127.0.0.1:1"), "no answer")
+    assert_refused(cli("search", " ", "--url", served.url), "refuses: HTTP 4", "nothing to search")
+    assert_refused(cli("search", "a"), "where to search?")
+    assert_refused(cli("search", "a", "--url", served.url, "--db", "x"), "where to search?")
+    with serving() as plain:
+        assert_refused(cli("search", "a", "--url", plain.url), "HTTP 404", "llm2comp serve --db")
 
 
 def test_without_an_index_there_is_no_search():

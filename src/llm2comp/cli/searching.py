@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm2comp.cli.options import MODEL_HELP, USE, DeviceOption, app
+from llm2comp.cli.verify_options import KeyOption
 from llm2comp.errors import DataError
 from llm2comp.system.console import GENERAL, say
 
@@ -87,7 +88,14 @@ def index(
 @app.command(rich_help_panel=USE)
 def search(
     question: Annotated[str, typer.Argument(help="What to look for.", metavar="QUESTION")],
-    db: DbOption,
+    db: Annotated[
+        Path | None, typer.Option("--db", help="Folder of the index.", metavar="DIR")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Ask a running `llm2comp serve --db` instead: at once.", metavar="URL"),
+    ] = None,
+    key: KeyOption = None,
     count: Annotated[
         int, typer.Option("--count", "-k", min=1, help="How many passages.", metavar="N")
     ] = 10,
@@ -105,19 +113,17 @@ def search(
     device: DeviceOption = None,
 ) -> None:
     """Search an index by words and meaning at once."""
-    from llm2comp.use.index.info import require_info
-
     if vectors_only and keywords_only:
         raise DataError("--vectors-only and --keywords-only exclude each other")
-    require_info(db)
-    from llm2comp.use.index.index import Index
-
     mode: Mode = "vectors" if vectors_only else "keywords" if keywords_only else "hybrid"
-    if mode != "keywords":
-        from llm2comp.model.backbone.quiet import quiet_libraries
+    if url is not None and db is None:
+        from llm2comp.use.index.remote import search_at
 
-        quiet_libraries()
-    hits = Index(db, device=device).search(question, count, mode=mode, path=path)
+        hits = search_at(url, question, count, mode, path, key)
+    elif db is not None and url is None:
+        hits = _search_here(db, question, count, mode, path, device)
+    else:
+        raise DataError("where to search?", expected="--db DIR, or --url URL")
     if as_json:
         from dataclasses import asdict
 
@@ -129,6 +135,21 @@ def search(
         _show(hits)
     else:
         say("nothing found")
+
+
+def _search_here(
+    db: Path, question: str, count: int, mode: Mode, path: str | None, device: str | None
+) -> list[Hit]:
+    from llm2comp.use.index.info import require_info
+
+    require_info(db)
+    from llm2comp.use.index.index import Index
+
+    if mode != "keywords":
+        from llm2comp.model.backbone.quiet import quiet_libraries
+
+        quiet_libraries()
+    return Index(db, device=device).search(question, count, mode=mode, path=path)
 
 
 def _show(hits: list[Hit]) -> None:

@@ -1,4 +1,6 @@
-"""A client of two protocols: OpenAI's `/v1/embeddings`, text-embeddings-inference's `/embed`."""
+"""A client of servers: OpenAI's `/v1/embeddings`, text-embeddings-inference's `/embed`; and
+whatever else answers with JSON.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ class Endpoint:
         else:
             body = {"inputs": list(texts), "truncate": True}
             body |= {"prompt_name": role} if role else {}
-        answer = _ask(self, self.url, body)
+        answer = ask(self.url, body, self.key, self.timeout_s)
         try:
             if self.protocol == "OpenAI":
                 rows = sorted(answer["data"], key=lambda row: row["index"])
@@ -114,20 +116,26 @@ def find_endpoint(url: str, model: str | None = None, key: str | None = None) ->
 def _first_model(endpoint: Endpoint, base: str) -> str:
     """The first model that the server lists; one that lists none needs no name."""
     try:
-        return str(_ask(endpoint, f"{base}/v1/models")["data"][0]["id"])
+        return str(ask(f"{base}/v1/models", None, endpoint.key)["data"][0]["id"])
     except (RefusedError, LookupError, TypeError):
         return "default"
 
 
-def _ask(endpoint: Endpoint, url: str, body: dict[str, Any] | None = None) -> Any:
+def ask(
+    url: str, body: dict[str, Any] | None = None, key: str | None = None, timeout_s: float = 120.0
+) -> Any:
+    """What a server answers as JSON to a JSON body, or to a GET.
+
+    Raises:
+        RefusedError: the server's own. ModelFolderError: no answer, or none that is JSON.
+    """
     headers = {"Content-Type": "application/json"}
-    if endpoint.key:
-        headers["Authorization"] = f"Bearer {endpoint.key}"
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     data = None if body is None else to_json(body).encode()
+    request = urllib.request.Request(url, data, headers)
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, data, headers), timeout=endpoint.timeout_s
-        ) as answer:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return json.loads(answer.read())
     except urllib.error.HTTPError as error:
         raise RefusedError(

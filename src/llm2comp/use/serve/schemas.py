@@ -143,8 +143,10 @@ class Found(BaseModel):
     path: str
     first: int
     last: int
+    headings: list[str]
     heading: str
     text: str
+    matched: list[str]
     snippet: str
     spans: list[tuple[int, int]]
     score: float
