@@ -7,6 +7,8 @@ operation of its own. Over a bfloat16 LM that is a float32 copy of x for each pr
 3. the second product is added into the first one's output, and so are the two parts of the gradient
    of x
 4. kept for the backward pass are x, which projections of one input share, and x·Aᵀ, which is narrow
+5. dropout keeps a byte for each number of x, whether it was dropped; torch's own keeps the dropped
+   x and its mask, eight bytes, for each projection. On a CPU it draws what torch's draws
 """
 
 from __future__ import annotations
@@ -44,10 +46,12 @@ class LoraLinear(lora.Linear):
         a_RI = torch.cat([down[name].weight.to(x.dtype) for name in active])
         b_OR = torch.cat([(scaling[name] * up[name].weight).to(x.dtype) for name in active], 1)
         x_NI = x.flatten(0, -2)
-        dropped_NI = self.lora_dropout[active[0]](x_NI) if dropped else None
-        found = _Lora.apply(
-            x_NI, dropped_NI, self.base_layer.weight, self.base_layer.bias, a_RI, b_OR
-        )  # type: ignore[no-untyped-call]
+        kept_NI = None
+        if dropped:
+            rate = cast(Any, self.lora_dropout[active[0]]).p
+            kept_NI = torch.empty_like(x_NI).bernoulli_(1.0 - rate).bool()
+            a_RI = a_RI / (1.0 - rate) if rate < 1.0 else a_RI
+        found = _Lora.apply(x_NI, kept_NI, self.base_layer.weight, self.base_layer.bias, a_RI, b_OR)  # type: ignore[no-untyped-call]
         return found.view(*x.shape[:-1], -1)
 
 
@@ -58,42 +62,45 @@ def adopt(layer: nn.Module) -> None:
 
 
 class _Lora(torch.autograd.Function):
-    """The module's docstring, steps 3 and 4.
+    """The module's docstring, steps 3 to 5.
 
-    `dropped_NI`: x after dropout, None where that is x itself.
+    `kept_NI`: which numbers of x reach A; None where all do.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x_NI: Tensor,
-        dropped_NI: Tensor | None,
+        kept_NI: Tensor | None,
         weight_OI: Tensor,
         bias_O: Tensor | None,
         a_RI: Tensor,
         b_OR: Tensor,
     ) -> Tensor:
-        into_a_NI = x_NI if dropped_NI is None else dropped_NI
-        narrow_NR = into_a_NI @ a_RI.T
+        narrow_NR = (x_NI if kept_NI is None else x_NI * kept_NI) @ a_RI.T
         found_NO = nn.functional.linear(x_NI, weight_OI, bias_O).addmm_(narrow_NR, b_OR.T)
-        ctx.dropped = dropped_NI is not None
-        ctx.save_for_backward(into_a_NI, narrow_NR, weight_OI, a_RI, b_OR)
+        ctx.save_for_backward(x_NI, kept_NI, narrow_NR, weight_OI, a_RI, b_OR)
         return found_NO
 
     @staticmethod
     def backward(
         ctx: Any, *incoming: Any
-    ) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None, Tensor | None]:
-        into_a_NI, narrow_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+    ) -> tuple[Tensor | None, None, None, None, Tensor | None, Tensor | None]:
+        x_NI, kept_NI, narrow_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
         gradient_NO: Tensor = incoming[0]
-        of_x, of_dropped, _, _, of_a, of_b = ctx.needs_input_grad
+        of_x, _, _, _, of_a, of_b = ctx.needs_input_grad
         narrow_gradient_NR = gradient_NO @ b_OR
-        through_NI: Any = gradient_NO @ weight_OI if of_x else None
-        if of_x and not ctx.dropped:
-            through_NI.addmm_(narrow_gradient_NR, a_RI)
+        through_NI: Any = None
+        if of_x:
+            through_NI = gradient_NO @ weight_OI
+            if kept_NI is None:
+                through_NI.addmm_(narrow_gradient_NR, a_RI)
+            else:
+                through_NI.addcmul_(narrow_gradient_NR @ a_RI, kept_NI.to(a_RI.dtype))
+        into_a_NI = x_NI if kept_NI is None or not of_a else x_NI * kept_NI
         return (
             through_NI,
-            narrow_gradient_NR @ a_RI if of_dropped else None,
+            None,
             None,
             None,
             narrow_gradient_NR.T @ into_a_NI if of_a else None,
