@@ -4,6 +4,7 @@ loss.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -140,8 +141,9 @@ def our_pretext(setting: Setting, way: Way = Way()) -> Side:  # noqa: B008
         compressor, PretextStage.model_validate({"data": UNUSED, "schedule": schedule})
     )
     collate = PretextCollator(compressor.backbone.pad_id)
-    if way.compile:
-        compiled(model).__enter__()
+    # The model holds what compiles it: a context that nobody holds ends at once.
+    model.held = contextlib.ExitStack()
+    model.held.enter_context(compiled(model, way.compile))
 
     def losses(samples: list[dict[str, Any]]) -> Iterator[Tensor]:
         batch = {name: tensor.to(setting.device) for name, tensor in collate(samples).items()}
