@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 
 # By `make test PYTEST_ADDOPTS=--durations=0`: more than 40 s each.
-LONGEST = ("study_workers", "general_encoder", "run", "benchmarks", "gpu_parts", "store")
+LONGEST = ("general_encoder", "study_workers", "run", "benchmarks", "gpu_parts", "store")
 
 
 def pytest_collection_modifyitems(items):

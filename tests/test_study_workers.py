@@ -1,18 +1,9 @@
-"""A study by several processes is the study by one; a process that dies is told, and none outlives
-the first one.
-"""
+"""A study by several processes is the study by one."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
-import torch
 
 from llm2comp.errors import RunError
 from llm2comp.lab.study.definition import load_study
@@ -20,7 +11,6 @@ from llm2comp.lab.study.grid import runs_of
 from llm2comp.lab.study.jobs import Bench, Outcome, groups
 from llm2comp.lab.study.running import study
 from llm2comp.lab.study.workers import outcomes
-from llm2comp.use.workers import device_of, threads_of
 from study_example import weights, write_study
 from tiny_run import assert_refused, cli
 
@@ -76,131 +66,17 @@ def test_runs_that_can_share_a_stage_are_one_job(tmp_path):
     assert sum(map(len, shared)) == len(set.union(*shared)), "two jobs have a stage in common"
 
 
-def bench(folder):
-    return Bench(folder, ("last",), {"set": "1"}, ())
-
-
-class Dies:
-    def outcomes(self, bench):
-        os.kill(os.getpid(), signal.SIGKILL)
-        yield Outcome("never")
-
-
-class Waits:
-    """Says who it is, and then works for ten minutes."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def outcomes(self, bench):
-        self.file.with_suffix(".part").write_text(str(os.getpid()))
-        self.file.with_suffix(".part").rename(self.file)
-        time.sleep(600)
-        yield Outcome("never")
-
-
-class Fails:
-    """In a way that nobody foresaw, once another one is at work."""
-
-    def __init__(self, other):
-        self.other = other
-
-    def outcomes(self, bench):
-        while not self.other.exists():
-            time.sleep(0.05)
-        yield Outcome(str(1 / 0))
-
-
 class Tells:
-    """What a worker sees of the machine."""
+    """In which process it was done."""
 
     def outcomes(self, bench):
-        time.sleep(0.5)
-        yield Outcome(
-            f"{os.getpid()} {torch.get_num_threads()} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
-        )
+        yield Outcome(str(os.getpid()))
 
 
-def test_a_worker_that_dies_is_told(tmp_path):
-    with pytest.raises(RunError, match=r"(?s)a worker died.*fewer --workers"):
-        list(outcomes([Dies(), Dies()], bench(tmp_path), 2))
-
-
-def test_an_error_ends_all_workers(tmp_path):
-    """As Ctrl-C does: nobody waits for what the others are at."""
-    with pytest.raises(ZeroDivisionError):
-        list(outcomes([Waits(tmp_path / "pid"), Fails(tmp_path / "pid")], bench(tmp_path), 2))
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
-
-
-def test_workers_share_the_cores_and_take_devices_in_turn(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
-    assert (threads_of(2), threads_of(8)) == (2, 1)
-    found = [
-        outcome.name.split()
-        for outcome in outcomes([Tells() for _ in range(4)], bench(tmp_path), 2)
-    ]
-    assert {(threads, device) for _, threads, device in found} == {("2", "3"), ("2", "GPU-5f")}
-    assert str(os.getpid()) not in {process for process, *_ in found}
-    (own,) = outcomes([Tells()], bench(tmp_path), 2)
-    assert own.name.split()[0] == str(os.getpid()), "one job needs no other process"
-
-
-@pytest.mark.parametrize(
-    ("named", "count", "expected"),
-    [
-        (None, 2, ["0", "1", "0"]),
-        ("3,GPU-5f", 2, ["3", "GPU-5f", "3"]),
-        (None, 0, [None] * 3),
-        ("", 0, [None] * 3),
-    ],
-)
-def test_device_of_a_worker(named, count, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if named is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
-    assert [device_of(worker) for worker in range(3)] == expected
-
-
-@pytest.mark.parametrize("how", ["killed", "ctrl-c"])
-def test_workers_end_with_the_first_process(how, tmp_path):
-    """Killed, it can tell nobody; Ctrl-C at a terminal reaches all of them."""
-    code = f"""
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path[:0] = {[str(Path(__file__).parent)]!r}
-from pathlib import Path
-from test_study_workers import Waits, bench
-from llm2comp.lab.study.workers import outcomes
-if __name__ == "__main__":
-    here = Path({str(tmp_path)!r})
-    list(outcomes([Waits(here / str(n)) for n in range(2)], bench(here), 2))
-"""
-    file = tmp_path / "first.py"
-    file.write_text(code)
-    first = subprocess.Popen(
-        [sys.executable, file], start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
-    limit = time.monotonic() + 400
-    while not all((tmp_path / str(n)).exists() for n in range(2)):
-        assert first.poll() is None
-        assert time.monotonic() < limit
-        time.sleep(0.1)
-    workers = [psutil.Process(int((tmp_path / str(n)).read_text())) for n in range(2)]
-    if how == "killed":
-        first.kill()
-    else:
-        os.killpg(first.pid, signal.SIGINT)
-    gone, alive = psutil.wait_procs(workers, timeout=30)
-    for process in alive:
-        process.kill()
-    assert len(gone) == 2
-    said = first.communicate(timeout=60)[1]
-    assert "worker died" not in said
-    assert said.rstrip().endswith("KeyboardInterrupt") == (how == "ctrl-c"), said
+def test_one_job_needs_no_other_process(tmp_path):
+    bench = Bench(tmp_path, ("last",), {"set": "1"}, ())
+    (own,) = outcomes([Tells()], bench, 2)
+    assert own.name == str(os.getpid())
 
 
 def test_less_than_one_worker_is_refused():
