@@ -174,12 +174,15 @@ class Work:
         rows_wanted = pairs(plan.steps * batch)
         plan = plan.at_most(EPOCHS * len(rows_wanted) // batch)
         say(plan.told(wanted.minutes))
+        if wanted.pretext and not plan.pretext:
+            say(f"no time for stage 1: a step of it takes {per_pretext:.0f} s")
         with clock.part("pairs"):
             data = self.run / DATA_FOLDER
-            write_rows(data / PAIRS_FILE, with_negatives(rows_wanted, first, wanted.negatives))
+            rows = with_negatives(rows_wanted, first, wanted.negatives)
+            write_rows(data / PAIRS_FILE, rows)
             if plan.pretext:
                 write_rows(data / PASSAGES_FILE, ({"text": text} for text in passages))
-        say(f"{len(rows_wanted):,} pairs to train on: {kinds(rows_wanted)}")
+        say(f"{len(rows):,} pairs to train on: {kinds(rows_wanted)}")
         return recipe(plan)
 
     def _questions(
