@@ -28,7 +28,6 @@ from llm2comp.lab.adapt.mining import with_negatives
 from llm2comp.lab.adapt.planning import (
     BATCH,
     EPOCHS,
-    LOOKING,
     LOOKS,
     PRETEXT_BATCH,
     TRIED,
@@ -148,7 +147,8 @@ class Work:
         recipe = partial(recipe_of, wanted, self.run, longest=longest, guide=guide)
         scored = clock.parts["scoring"] / (2 if wanted.start else 1)
         saved = max(clock.parts["guide"], 2 * clock.parts["loading"])
-        after = scored + saved + LOOKS * LOOKING * clock.seconds
+        judged, chosen = (len(t.queries) + len(t.documents) for t in held_out)
+        after = scored + saved + (LOOKS + 1) * scored / judged * chosen
         questions = self._questions(first, recipe(Plan(1, BATCH)).model, clock.left - after)
         pairs = partial(self.corpus.pairs, held_out, written=questions)
         with clock.part("timing a step"), tempfile.TemporaryDirectory() as folder:
