@@ -17,6 +17,7 @@ from llm2comp.cli.options import (
     ModelOption,
     app,
     read_column,
+    require_folder,
     require_model,
 )
 from llm2comp.errors import DataError
@@ -78,7 +79,7 @@ def adapt(
         raise DataError("no such file or folder", where=documents)
     require_model(model, "--model")
     for folder in retention or ():
-        require_model(str(folder), "--retention")
+        require_folder(folder.expanduser())
     from llm2comp.system.folders import RUN, refuse_taken
 
     if out is not None:

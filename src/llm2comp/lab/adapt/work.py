@@ -149,7 +149,10 @@ class Work:
         saved = max(clock.parts["guide"], 2 * clock.parts["loading"])
         judged, chosen = (len(t.queries) + len(t.documents) for t in held_out)
         after = scored + saved + (LOOKS + 1) * scored / judged * chosen
-        questions = self._questions(first, recipe(Plan(1, BATCH)).model, clock.left - after)
+        read_too = wanted.pretext or wanted.questions
+        passages = self.corpus.passages(held_out, MOST_PASSAGES) if read_too else []
+        lm = recipe(Plan(1, BATCH)).model
+        questions = self._questions(passages, first, lm, clock.left - after)
         pairs = partial(self.corpus.pairs, held_out, written=questions)
         with clock.part("timing a step"), tempfile.TemporaryDirectory() as folder:
             few = pairs(TRIED * BATCH)
@@ -159,7 +162,6 @@ class Work:
             mining = (time.monotonic() - begin) / len(few) * batch if wanted.negatives else 0.0
             write_rows(Path(folder) / PAIRS_FILE, rows)
             trial = Plan(TRIED, TRIED_PAIRS, pretext=TRIED if wanted.pretext else 0)
-            passages = self.corpus.passages(held_out, MOST_PASSAGES) if wanted.pretext else []
             write_rows(Path(folder) / PASSAGES_FILE, ({"text": text} for text in passages))
             tried = recipe(trial, data=Path(folder))
             texts = [str(row[key]) for row in rows for key in row if key != "kind"]
@@ -186,13 +188,16 @@ class Work:
         return recipe(plan)
 
     def _questions(
-        self, first: SentenceTransformer, lm: ModelSettings, seconds: float
+        self,
+        passages: Sequence[str],
+        first: SentenceTransformer,
+        lm: ModelSettings,
+        seconds: float,
     ) -> list[WeakPair]:
         """Questions by the LM about what is trained on, where they are wanted."""
         if not self.wanted.questions:
             return []
         with self.clock.part("questions"):
-            passages = self.corpus.passages((self.held_out, self.chooser), MOST_PASSAGES)
             return written(
                 passages,
                 lm.model_copy(update={"attention": "causal"}),
