@@ -29,6 +29,7 @@ from llm2comp.storage.runtimes import RUNTIMES, round_weights
 from llm2comp.storage.weights import memory_weights
 from llm2comp.system.folders import MARK_FILE
 from oracles import embed_texts
+from serving import serving
 from tiny_run import cli
 
 LIMIT = 60
@@ -135,6 +136,24 @@ def test_onnx_embeds_as_torch_does(folder_of):
     )
     for batch_size in (1, 3, len(READ)):
         assert close(embed_texts(model, READ, batch_size), want)
+
+
+@backends
+def test_a_server_of_the_graph_answers_as_torch_does(folder_of, backend):
+    folder = folder_of("llama", backend)
+    model = llm2comp.load(str(folder), backend=backend)
+    with serving(model, str(folder), name="ours") as served:
+        assert served.client.get("/info").json()["backend"] == backend
+        texts = [text for text in READ if text]  # OpenAI's endpoint refuses an empty one
+        for options, embed in (
+            ({}, torch_model(folder).encode),
+            ({"input_type": "query"}, torch_model(folder).encode_query),
+        ):
+            answer = served.embeddings(texts, **options)
+            assert answer.status_code == 200, answer.text
+            found = torch.tensor([row["embedding"] for row in answer.json()["data"]])
+            want = torch.nn.functional.normalize(torch.as_tensor(embed(texts)))
+            assert close(torch.nn.functional.normalize(found), want)
 
 
 def states(model, ids_BT, mask_BT):

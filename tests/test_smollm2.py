@@ -42,9 +42,7 @@ def sources(tmp_path, monkeypatch):
         file, make_lm("qwen2", intermediate_size=64), tokenizer, "Q8_0", licence="apache-2.0"
     )
     monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
-    monkeypatch.setattr(
-        smollm2, "find_spec", lambda name: None if name == smollm2.MODULE else object()
-    )
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     monkeypatch.setenv("LLM2COMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
@@ -71,13 +69,11 @@ def write_wheel(folder, content, member=f"{smollm2.MODULE}/{smollm2.FILE}"):
 def installed(monkeypatch, place):
     spec = ModuleSpec(smollm2.MODULE, None, is_package=True)
     spec.submodule_search_locations = [str(place)]
-    monkeypatch.setattr(
-        smollm2, "find_spec", lambda name: spec if name == smollm2.MODULE else object()
-    )
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: spec)
 
 
 def no_pip(monkeypatch):
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "distributions", lambda name: ())
 
 
 def left(folder):

@@ -146,6 +146,20 @@ def test_a_task_asks_for_passages_that_do_not_hold_the_query(tmp_path):
     assert len(few.queries) <= 2
 
 
+def test_a_heading_over_more_passages_than_are_judged_asks_for_none(tmp_path):
+    def section(heading, passages):
+        texts = [" ".join(f"{heading}{n}x{i}" for i in range(39)) + "." for n in range(passages)]
+        return f"# About {heading}\n\n" + "\n\n".join(texts) + "\n\n"
+
+    (tmp_path / "guide.md").write_text(section("few", 10) + section("many", 11))
+    units = units_of(tmp_path)
+    task = Weak(units, words, 40).task(units, 99, 99)
+    assert len(task.documents) == 21
+    assert {query: len(task.relevant[name]) for name, query in task.queries.items()} == {
+        "About few": 10
+    }
+
+
 def test_nothing_near_to_what_is_held_out_is_trained_on():
     held = f"Everybody knows that seven brown foxes live behind this old house. {REST}"
     task = Task({"q": "What lives behind it?"}, {"d": held}, {"q": {"d"}})

@@ -30,6 +30,8 @@ PYTHON_DOCS = "builtin:python-docs"
 LEAST_UNITS = 10
 # A passage to be found has so many characters at least; a query so many words at most.
 LEAST_CHARACTERS, MOST_WORDS = 80, 60
+# A heading over more passages than a search is judged by says too little of each to ask for them.
+MOST_ANSWERS = 10
 # Words in a row that are compared, and the share of them that makes two texts near duplicates.
 SHINGLE_WORDS, ALIKE = 5, 0.6
 _ROWS = (".jsonl",)
@@ -155,15 +157,16 @@ class Weak:
     def task(self, units: Iterable[Document], most_queries: int, most_documents: int) -> Task:
         """A task of held-out documents: all of their passages, and a query for as many as have one.
 
-        A passage is asked for by its heading, all passages of its section being right, or by its
-        opening, which it then begins without. Near duplicates are left out.
+        A passage is asked for by its heading, all passages of its section being right if they are
+        ten or fewer, or by its opening, which it then begins without. Near duplicates are left out.
         """
         task, seen = Task(), Seen()
         for unit in units:
             for section in self._sections(unit):
                 if max(len(task.queries) / most_queries, len(task.documents) / most_documents) >= 1:
                     return task
-                heading, asked = self._heading(unit, section[0]), set[str]()
+                few = len(section) <= MOST_ANSWERS
+                heading, asked = self._heading(unit, section[0]) if few else None, set[str]()
                 for number, passage in enumerate(section):
                     opened = None if number == 0 and heading else opening(passage.text)
                     text = opened[1] if opened else passage.text

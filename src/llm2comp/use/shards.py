@@ -53,7 +53,7 @@ class EmbedOptions(Section):
     max_tokens_per_batch: Annotated[int, Field(ge=1)] | None = None
     dtype: Dtype = "auto"
     backend: Literal["torch", "openvino", "onnx"] = "torch"
-    shard_rows: Annotated[int, Field(ge=1)] = 4096
+    shard_rows: Annotated[int, Field(ge=1)] = 2048
 
 
 class ShardFile(Section):

