@@ -22,8 +22,8 @@ from benchmarks.rows import ROWS
 from benchmarks.settings import SETTINGS, Setting
 from benchmarks.sides import Row, Side
 from benchmarks.work import Gemm, synchronise
+from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.system.console import console
-from llm2comp.system.quiet import quiet_libraries
 
 PREPARE, ABOUT = "prepare", "about"
 

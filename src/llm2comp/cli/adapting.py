@@ -147,7 +147,7 @@ def budget(
         if pairs
         else []
     )
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.lab import budget as measured

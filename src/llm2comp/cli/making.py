@@ -161,7 +161,7 @@ def generate_responses(
         )
     refuse_taken(out, RESPONSES)
     loaded = read_column(texts, column, limit)
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.training.generate import generate_responses as generate

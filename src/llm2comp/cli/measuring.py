@@ -70,7 +70,7 @@ def evaluate(
 ) -> None:
     """Score models on public tasks, your own sets, or your own questions and answers."""
     _check_sources(local or [], pairs or [], documents)
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     if "{instruction}" not in template:
         raise DataError(
@@ -147,7 +147,7 @@ def analyze(
         related = read_pairs(PairData(source=pairs, limit=limit)).rows if pairs else []
     except MissingColumnError as error:
         raise error.advised("call the columns anchor and positive in the file") from None
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.lab import analysis_table
@@ -185,7 +185,7 @@ def report(
     """Write one HTML page about runs: verdict, curves, scores, settings."""
     for run in runs:
         require_folder(run)
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.lab.report import report as write_report

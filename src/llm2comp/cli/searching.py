@@ -72,7 +72,7 @@ def index(
         require_info(db)
     elif read_info(db) is None:
         refuse_taken(db, INDEX)
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
     from llm2comp.use.index.index import Index  # lancedb is missing: said before torch loads
 
     quiet_libraries()
@@ -146,7 +146,7 @@ def _search_here(
     from llm2comp.use.index.index import Index
 
     if mode != "keywords":
-        from llm2comp.system.quiet import quiet_libraries
+        from llm2comp.model.backbone.quiet import quiet_libraries
 
         quiet_libraries()
     return Index(db, device=device).search(question, count, mode=mode, path=path)

@@ -71,7 +71,7 @@ def serve(
         say(f"{address}: anyone who reaches it may call it; --api-key-file asks for a key")
     import fastapi  # noqa: F401  # not installed: said before the model is loaded
 
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.storage.loading import load

@@ -108,7 +108,7 @@ def _embed_folder(
 
     with column_advice(options.column):
         job = prepare(inputs, out, options)
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.use.bulk import embed_job
@@ -133,7 +133,7 @@ def _embed_file(
     loaded = _read_source(source, options.column)
     named = "standard input" if source == STDIN else source
     places = writing.places_of(loaded, options.bad_rows, named)
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.use.making import embed_as, load_as
@@ -163,7 +163,7 @@ def similarity(
     """Print the cosine similarity of every pair of texts."""
     if len(texts) < 2:
         raise DataError("nothing to compare", expected="two texts or more", found=len(texts))
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.storage.loading import load

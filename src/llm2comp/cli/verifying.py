@@ -47,7 +47,7 @@ def export(
         raise ModelFolderError(
             "adds a graph for sentence-transformers", where="--openvino", fix="leave --for out"
         )
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.storage.compiled import compile_folder, runtime_of
@@ -93,7 +93,7 @@ def verify(
 
     if url is not None:
         require_address(url)
-    from llm2comp.system.quiet import quiet_libraries
+    from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
     from llm2comp.storage.certificate import verify_url

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from llm2comp.model.backbone import KINDS, resolve_device
 from llm2comp.model.backbone.loading import load_skeleton, load_tokenizer, resolve_dtype
+from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.recipe import PretextStage, Recipe, SclStage, Stage, UclStage
 from llm2comp.system.console import say
-from llm2comp.system.quiet import quiet_libraries
 from llm2comp.training.batches import clipped, most_in_a_batch, pair_datasets
 from llm2comp.training.checks import check
 from llm2comp.training.cost import Gpu, Size, hours, layer_passes, sample_flops

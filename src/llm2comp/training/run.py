@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from llm2comp.errors import RunError
 from llm2comp.model.backbone import Base
+from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.recipe import Recipe, change_recipe, expanded, load_recipe
@@ -42,7 +43,6 @@ from llm2comp.storage.export import export
 from llm2comp.system.console import say
 from llm2comp.system.files import explain_disk_errors, to_json, write_text
 from llm2comp.system.folders import RUN, STAGE, claim, new_folder, remove_folder
-from llm2comp.system.quiet import quiet_libraries
 from llm2comp.training.checks import check
 from llm2comp.training.estimates import fitted
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 
 from llm2comp.errors import RunError
+from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.system.console import console
-from llm2comp.system.quiet import quiet_libraries
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
 Item = TypeVar("Item")

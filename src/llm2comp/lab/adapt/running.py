@@ -29,6 +29,7 @@ from llm2comp.lab.adapt.work import Work
 from llm2comp.lab.report import report
 from llm2comp.lab.report.reading import ADAPTED_FILE
 from llm2comp.lab.train import train
+from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.model.vectors import embed_texts
 from llm2comp.recipe import BUILTIN_ENCODERS, expanded
 from llm2comp.runs.folder import RECIPE_FILE, Run
@@ -37,7 +38,6 @@ from llm2comp.storage.places import live_place
 from llm2comp.system.console import GENERAL, say
 from llm2comp.system.files import to_json, write_text
 from llm2comp.system.folders import RUN, claim, refuse_taken
-from llm2comp.system.quiet import quiet_libraries
 
 WANTED_FILE = "wanted.json"
 SAMPLE = 16  # passages whose embedding is timed

@@ -37,11 +37,11 @@ from llm2comp.lab.study.table import (
     shown,
 )
 from llm2comp.lab.study.workers import outcomes
+from llm2comp.model.backbone.quiet import quiet_libraries
 from llm2comp.recipe import load_recipe
 from llm2comp.system.console import say
 from llm2comp.system.files import explain_disk_errors, to_json, write_text
 from llm2comp.system.folders import STUDY, claim, refuse_taken
-from llm2comp.system.quiet import quiet_libraries
 
 RESULTS_FILE = "results.json"
 
