@@ -141,13 +141,13 @@ def test_onnx_embeds_as_torch_does(folder_of):
 @backends
 def test_a_server_of_the_graph_answers_as_torch_does(folder_of, backend):
     folder = folder_of("llama", backend)
-    model = llm2comp.load(str(folder), backend=backend)
+    model, expected = llm2comp.load(str(folder), backend=backend), torch_model(folder)
     with serving(model, str(folder), name="ours") as served:
         assert served.client.get("/info").json()["backend"] == backend
         texts = [text for text in READ if text]  # OpenAI's endpoint refuses an empty one
         for options, embed in (
-            ({}, torch_model(folder).encode),
-            ({"input_type": "query"}, torch_model(folder).encode_query),
+            ({}, expected.encode),
+            ({"input_type": "query"}, expected.encode_query),
         ):
             answer = served.embeddings(texts, **options)
             assert answer.status_code == 200, answer.text
