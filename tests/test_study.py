@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from llm2comp.errors import RecipeError, RunError
 from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
@@ -501,6 +502,25 @@ def test_grid_is_every_system_with_every_combination(tmp_path):
     assert runs[0].scored(("pretext", "last")) == {"pretext": "pretext", "last": "ucl"}
 
 
+def test_a_part_of_a_study_with_another_recipe_and_seed(tmp_path):
+    grid = {"k": {"1": {"memory.tokens": 1}, "8": {"memory.tokens": 8}}}
+    file = write_study(tmp_path, systems={"A": {}, "B": {"pretext": None}}, grid=grid)
+    other = tmp_path / "other.yaml"
+    settings = yaml.safe_load(Path(yaml.safe_load(file.read_text())["recipe"]).read_text())
+    other.write_text(yaml.safe_dump(settings | {"max_tokens": 77}))
+    options = ["--recipe", other, "--seed", 5, "--seed", 6, "--only", "B-k8", "--only", "A-k1"]
+    said = cli("study", file, "--out", tmp_path / "out", "--dry-run", *options)
+    assert said.code == 0, said
+    shown = [word for word in said.err.split() if "-seed" in word and word[0] in "AB"]
+    assert shown == ["A-k1-seed5", "B-k8-seed5", "A-k1-seed6", "B-k8-seed6"]
+    replaced = {"recipe": str(other), "seeds": [5], "only": ["B-k8"]}
+    (run,) = runs_of(load_study(file, replaced=replaced), "study")
+    assert (run.name, run.recipe.max_tokens, run.recipe.memory.tokens) == ("B-k8-seed5", 77, 8)
+    said = cli("study", file, "--out", tmp_path / "out", "--only", "A-k2")
+    assert_refused(said, "only: no such system: 'A-k2'", "did you mean 'A-k8'?", "B-k1")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_study_that_is_not_there_names_the_nearest(tmp_path):
     with pytest.raises(RecipeError, match="did you mean 'objectives'"):
         load_study(tmp_path / "objective.yaml")
@@ -537,6 +557,7 @@ def test_shipped_study_is_sound(name, monkeypatch, request):
 def test_shipped_studies_are_all_there():
     named = {
         "general",
+        "lowres",
         "objectives",
         "memory-tokens",
         "response",

@@ -212,6 +212,18 @@ def study(
         list[str] | None,
         typer.Option("--set", help="Change to all recipes; repeatable.", metavar="KEY=VALUE"),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="In place of the study's own recipe; a name or a file."),
+    ] = None,
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option("--seed", help="In place of the study's seeds; repeatable.", min=0),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Of its systems this one alone; repeatable.", metavar="SYSTEM"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list runs and stages.")] = False,
     workers: Annotated[
         int,
@@ -229,4 +241,6 @@ def study(
         require_folder(folder)
     from llm2comp.lab.study.running import study as run_study
 
-    run_study(file, out, local or (), changes or (), dry_run, workers)
+    given = {"recipe": recipe, "seeds": seeds, "only": only}
+    replaced = {key: value for key, value in given.items() if value}
+    run_study(file, out, local or (), changes or (), dry_run, workers, replaced)

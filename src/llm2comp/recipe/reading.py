@@ -53,7 +53,8 @@ def read_yaml(file: Path, kind: str) -> dict[str, Any]:
 
 def change_recipe(recipe: Recipe, overrides: typing.Sequence[str]) -> Recipe:
     """A recipe with `key.sub=value` overrides. Raises RecipeError as `load_recipe` does."""
-    tree = recipe.model_dump(mode="json")
+    # without defaults: an override `start_from` has others to inherit
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
     for override in overrides:
         _apply(tree, override)
     return parse_recipe(tree)

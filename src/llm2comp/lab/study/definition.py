@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +37,9 @@ class Study(Section):
         default={},
         description="axis → name of a value → changes; every system with every combination",
     )
+    only: tuple[Name, ...] = Field(
+        default=(), description="of all systems, the grid's included, these alone; empty: all"
+    )
     training_free: tuple[str, ...] = Field(
         default=(), description="training-free encoders over the common ground's model"
     )
@@ -63,7 +66,7 @@ class Study(Section):
                 )
         return value
 
-    @field_validator("seeds", "training_free", "models", "after")
+    @field_validator("seeds", "only", "training_free", "models", "after")
     @classmethod
     def _once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(value)) < len(value):
@@ -89,20 +92,26 @@ class Study(Section):
         return self
 
 
-def load_study(path: str | Path, changes: Sequence[str] = (), local: Sequence[Path] = ()) -> Study:
+def load_study(
+    path: str | Path,
+    changes: Sequence[str] = (),
+    local: Sequence[Path] = (),
+    replaced: Mapping[str, Any] | None = None,
+) -> Study:
     """Read a study file, or a shipped study by its name.
 
     Args:
         path: file or name.
         changes: further `key.sub=value` overrides for all recipes.
         local: further folders of local sets.
+        replaced: keys of the study to their values, in place of what the file says.
 
     Raises:
         RecipeError: no such study, not YAML, unknown keys (names the nearest), values that do not
             fit.
     """
     file = find_study(path)
-    found = checked(Study, read_yaml(file, "study"), str(file))
+    found = checked(Study, read_yaml(file, "study") | dict(replaced or {}), str(file))
     scores = dict.fromkeys((*found.scores, *map(str, local)))
     return found.model_copy(
         update={"overrides": (*found.overrides, *changes), "scores": tuple(scores)}

@@ -13,7 +13,7 @@ import yaml
 from llm2comp.errors import Llm2CompError, RecipeError
 from llm2comp.lab.study.definition import LAST, Changes, Study
 from llm2comp.lab.train import local_sets
-from llm2comp.recipe import Recipe, Stage, change_recipe, load_recipe
+from llm2comp.recipe import Recipe, Stage, change_recipe, load_recipe, nearest
 from llm2comp.runs.folder import CONFIG_FILE, FOLDERS, has_inputs, is_done
 from llm2comp.runs.keys import stage_keys
 from llm2comp.training.checks import check
@@ -68,31 +68,28 @@ def runs_of(study: Study, where: str) -> list[StudyRun]:
         [(axis, value, changes) for value, changes in values.items()]
         for axis, values in study.grid.items()
     ]
+    points = [
+        ("-".join([base, *(f"{axis}{value}" for axis, value, _ in chosen)]), base, chosen)
+        for base, chosen in product(study.systems, list(product(*axes)))
+    ]
+    _refuse_unknown(study.only, [system for system, *_ in points], where)
+    if study.only:
+        points = [point for point in points if point[0] in study.only]
     runs = []
-    for seed, (base, changes) in product(study.seeds, study.systems.items()):
-        for chosen in product(*axes):
-            system = "-".join([base, *(f"{axis}{value}" for axis, value, _ in chosen)])
-            with naming(f"{where}, system {system!r}"):
-                overrides = [
-                    line
-                    for each in (changes, *(more for *_, more in chosen))
-                    for line in as_overrides(each)
-                ]
-                recipe = change_recipe(
-                    common, [*overrides, f"seed={seed}", f"name={system}-seed{seed}"]
-                )
-                if seed == study.seeds[0]:
-                    check(recipe, local_sets)
-                runs.append(
-                    StudyRun(
-                        system,
-                        base,
-                        {axis: value for axis, value, _ in chosen},
-                        seed,
-                        recipe,
-                        stage_keys(recipe),
-                    )
-                )
+    for seed, (system, base, chosen) in product(study.seeds, points):
+        with naming(f"{where}, system {system!r}"):
+            overrides = [
+                line
+                for each in (study.systems[base], *(more for *_, more in chosen))
+                for line in as_overrides(each)
+            ]
+            recipe = change_recipe(
+                common, [*overrides, f"seed={seed}", f"name={system}-seed{seed}"]
+            )
+            if seed == study.seeds[0]:
+                check(recipe, local_sets)
+            named = {axis: value for axis, value, _ in chosen}
+            runs.append(StudyRun(system, base, named, seed, recipe, stage_keys(recipe)))
     names = [run.name.lower() for run in runs]
     twice = next((run.name for run in runs if names.count(run.name.lower()) > 1), None)
     if twice:
@@ -103,6 +100,17 @@ def runs_of(study: Study, where: str) -> list[StudyRun]:
             fix="rename a system, or a value in grid",
         )
     return runs
+
+
+def _refuse_unknown(only: Sequence[str], systems: Sequence[str], where: str) -> None:
+    """Raise RecipeError where `only` names what the study does not have."""
+    if unknown := [name for name in only if name not in systems]:
+        raise RecipeError(
+            f"only: no such system: {unknown[0]!r}",
+            where=where,
+            expected=f"any of {', '.join(systems)}",
+            fix=nearest(unknown[0], systems),
+        )
 
 
 def as_overrides(changes: Changes) -> list[str]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
@@ -53,6 +54,7 @@ def study(
     changes: Sequence[str] = (),
     dry_run: bool = False,
     workers: int = 1,
+    replaced: Mapping[str, Any] | None = None,
 ) -> Results | None:
     """Run a study; what is finished is not done again.
 
@@ -63,13 +65,14 @@ def study(
         changes: further `key.sub=value` overrides for all recipes.
         dry_run: list runs and stages, and return None.
         workers: processes that train and score at once.
+        replaced: keys of the study (recipe, seeds, only) to values, in place of the file's.
 
     Raises:
         Llm2CompError: the study, one of its recipes, its data or sets are not valid (before
             anything is trained); or, after the tables are written, RunError when a run failed.
     """
     quiet_libraries()
-    settings = load_study(file, changes, local)
+    settings = load_study(file, changes, local, replaced)
     where, folder = str(find_study(file)), out or Path("studies") / settings.name
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError(
