@@ -33,7 +33,8 @@ def test_workers_share_the_cores_and_take_devices_in_turn(tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
     assert (threads_of(2), threads_of(8)) == (2, 1)
-    found = list(in_workers(tells, range(4), 2, tmp_path))
+    (meeting := tmp_path / "meeting").mkdir()
+    found = list(in_workers(tells, [meeting] * 4, 2, tmp_path))
     assert {(threads, device) for _, threads, device in found} == {(2, "3"), (2, "GPU-5f")}
     assert os.getpid() not in {process for process, *_ in found}
 

@@ -29,7 +29,9 @@ def waits_or_fails(file):
     return 1 / 0
 
 
-def tells(_):
-    """What a worker sees of the machine."""
-    time.sleep(0.5)
+def tells(meeting):
+    """What a worker sees of the machine, once another one has come to the folder `meeting`."""
+    (meeting / str(os.getpid())).touch()
+    while len(list(meeting.iterdir())) < 2:  # a worker that starts late would find nothing to do
+        time.sleep(0.05)
     return os.getpid(), torch.get_num_threads(), os.environ.get("CUDA_VISIBLE_DEVICES")
