@@ -11,7 +11,7 @@ from families import make_lm
 from llm2comp.errors import Llm2CompError, RecipeError, RunError
 from llm2comp.model.tokens import Tokens
 from llm2comp.model.vectors import embed_texts
-from llm2comp.recipe import load_recipe, parse_recipe
+from llm2comp.recipe import change_recipe, load_recipe, parse_recipe
 from llm2comp.runs.folder import Run, add_adapter, begin
 from llm2comp.runs.keys import stage_keys
 from llm2comp.runs.starting import start_of
@@ -49,6 +49,18 @@ def further(tmp_path_factory):
         del spec["instruction"]
     tree["scl"]["train_memory"] = True
     return folder, start, train(parse_recipe(tree), folder / "run")
+
+
+def test_a_start_given_as_a_change_is_inherited_from():
+    """A default of the recipe is not its own word: as in a system of a study."""
+    own = load_recipe("smollm2-short")
+    given = ["start_from=builtin:general", "pretext=null"]
+    theirs = load_recipe("smollm2-general")
+    found = change_recipe(own, given)
+    assert own.model.attention != found.model.attention == theirs.model.attention
+    assert own.memory != found.memory
+    assert found.ucl == own.ucl
+    assert found.max_tokens == own.max_tokens
 
 
 def test_what_it_does_not_say_is_inherited():

@@ -70,7 +70,7 @@ def runs_of(study: Study, where: str) -> list[StudyRun]:
     ]
     points = [
         ("-".join([base, *(f"{axis}{value}" for axis, value, _ in chosen)]), base, chosen)
-        for base, chosen in product(study.systems, list(product(*axes)))
+        for base, chosen in product(study.systems, product(*axes))
     ]
     _refuse_unknown(study.only, [system for system, *_ in points], where)
     if study.only:
