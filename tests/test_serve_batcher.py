@@ -63,6 +63,22 @@ async def until(what):
     raise AssertionError("never")
 
 
+def test_a_batch_is_counted_before_its_answers_are_given():
+    counted = []
+
+    def seen(texts, tokens, seconds):
+        time.sleep(0.05)
+        counted.append((texts, tokens))
+
+    async def run():
+        async with batching(numbered) as batcher:
+            batcher.seen = seen
+            await batcher.vectors([text(3), text(4)])
+            return list(counted)
+
+    assert asyncio.run(run()) == [(2, 7)]
+
+
 def test_texts_of_like_length_of_many_requests_are_computed_together():
     async def run():
         held = Held()

@@ -162,10 +162,12 @@ class Batcher:
                     return
                 batch = self._next()
             begin = time.perf_counter()
-            self._run(batch)
+            self._compute(batch)
             tokens, seconds = sum(w.text.length for w in batch), time.perf_counter() - begin
             self.rate = 0.9 * self.rate + 0.1 * tokens / seconds if self.rate else tokens / seconds
+            # First counted, then answered: who has an answer finds it in the figures.
             self.seen(len(batch), tokens, seconds)
+            self._answer(batch)
 
     def _next(self) -> list[_Waiting]:
         """The oldest text and those nearest to it in length, as many as fit."""
@@ -187,7 +189,7 @@ class Batcher:
         self._keep([waiting for waiting in self._waiting if waiting not in taken])
         return batch
 
-    def _run(self, batch: list[_Waiting]) -> None:
+    def _compute(self, batch: list[_Waiting]) -> None:
         """Compute a batch; what fails together is tried one by one, so that one text is no other's
         fault.
         """
@@ -206,12 +208,16 @@ class Batcher:
         except Exception as error:  # a thread that dies would leave all requests waiting
             if len(batch) > 1:
                 for waiting in batch:
-                    self._run([waiting])
+                    self._compute([waiting])
                 return
             batch[0].job.error = error
         else:
             for waiting, result in zip(batch, found, strict=True):
                 waiting.job.put(waiting.place, result)
+
+    @staticmethod
+    def _answer(batch: list[_Waiting]) -> None:
+        """Settle the requests of a batch that failed or whose last text it held."""
         for job in {w.job for w in batch if w.job.error is not None or not w.job.left}:
             with contextlib.suppress(RuntimeError):  # its loop is closed
                 job.future.get_loop().call_soon_threadsafe(job.settle)
