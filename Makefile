@@ -5,8 +5,9 @@
 PYTHON ?= python3
 # Test processes; each uses one thread.
 WORKERS ?= 2
-# Which tests; `make test MARKERS=slow` runs the slow ones.
-MARKERS ?= not slow and not shared and not gpu and not browser and not ray
+# Which tests; `make test MARKERS=slow` runs those that take minutes.
+HERE := not slow and not shared and not gpu and not browser and not ray
+MARKERS ?= not thorough and $(HERE)
 # The demo's language model: smollm2 (135 M parameters) or tiny (5 M).
 LM ?= smollm2
 # What to measure; `make bench BENCH=--quick` runs a tiny model.
@@ -18,16 +19,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 UNFINISHED := $(VENV)/.unfinished
 
-.PHONY: help demo test lint format bench bench-gpu setup clean distclean
+.PHONY: help demo test test-thorough lint format bench bench-gpu setup clean distclean
 
 help:  ## this list (default)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(READY)  ## train an encoder and search with it: the whole path on a CPU (LM=tiny: a toy LM, a quarter of the time)
 	$(BIN)/llm2comp demo --lm $(LM)
 
-test: $(READY)  ## the test suite (WORKERS=2, MARKERS='not slow and ...')
+test: $(READY)  ## the test suite, without what takes long (WORKERS=2, MARKERS='not slow and ...')
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(MARKERS)'
+
+test-thorough: MARKERS := thorough and $(HERE)
+test-thorough: test  ## what `make test` leaves out for time: whole runs, other processes, more families
 
 lint: $(READY)  ## ruff and mypy, changing nothing
 	$(BIN)/python -m ruff check .

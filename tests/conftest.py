@@ -27,10 +27,20 @@ torch.set_num_threads(1)
 
 # By `make test PYTEST_ADDOPTS=--durations=0`: more than 40 s each.
 LONGEST = ("general_encoder", "study_workers", "run", "benchmarks", "gpu_parts", "store")
+# Of the families of tests/families.py, those of `make test`: grouped heads, windows with capped
+# scores, learned positions, a mixture of experts.
+QUICK_FAMILIES = ("llama", "gemma2", "gpt2", "mixtral")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by markers
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first: no process is left with one at the end."""
+    """What is proven family by family is thorough on all but four of them. And the files that take
+    longest come first: no process is left with one at the end.
+    """
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if given.get("family", "llama") not in QUICK_FAMILIES:
+            item.add_marker(pytest.mark.thorough)
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
 
 

@@ -49,6 +49,7 @@ def record_of(run):
     return json.loads((run / "scores" / "adapted.json").read_text())
 
 
+@pytest.mark.thorough
 def test_every_system_is_scored_on_held_out_documents(adapted):
     documents, run, said = adapted
     record = record_of(run)
@@ -63,6 +64,7 @@ def test_every_system_is_scored_on_held_out_documents(adapted):
     assert record["sentence"].split(" (")[0] in (run / "report.html").read_text()
 
 
+@pytest.mark.thorough
 def test_what_is_held_out_is_in_no_pair_and_chooses_nothing(adapted):
     _, run, _ = adapted
     tasks = [read_task(run / "data" / name, name) for name in ("held-out", "validation")]
@@ -82,6 +84,7 @@ def test_what_is_held_out_is_in_no_pair_and_chooses_nothing(adapted):
     )
 
 
+@pytest.mark.thorough
 def test_the_plan_comes_first_and_the_guide_is_the_start(adapted):
     _, run, said = adapted
     steps = int(re.search(r"plan for 20 minutes: (\d+) steps", said)[1])
@@ -96,6 +99,7 @@ def test_the_plan_comes_first_and_the_guide_is_the_start(adapted):
     assert recipe.start_from == str(finished()[1])
 
 
+@pytest.mark.thorough
 def test_it_is_a_run_as_any_other(adapted):
     _, run, _ = adapted
     assert verify(run / "model") > 0.99999
@@ -104,6 +108,7 @@ def test_it_is_a_run_as_any_other(adapted):
     assert live.max_tokens == start.max_tokens, "it reads as much as what it started from"
 
 
+@pytest.mark.thorough
 def test_the_same_again_trains_nothing_and_says_the_same(adapted, capsys):
     documents, run, _ = adapted
     times = {file: file.stat().st_mtime_ns for file in run.rglob("*.safetensors")}
@@ -254,6 +259,7 @@ def test_a_difference_that_chance_explains_is_none():
     assert found.choice == BM25
 
 
+@pytest.mark.thorough
 def test_mined_negatives_are_other_passages(adapted):
     _, run, _ = adapted
     from llm2comp.data.weak_pairs import WeakPair

@@ -226,6 +226,7 @@ def test_names_and_revisions():
 # ---- what is withheld
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("texts", [20, 60])
 def test_what_is_withheld_and_why(place, texts):
@@ -301,6 +302,7 @@ def spoil(weights, token):
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", ["run", "run/3-scl", "run/model"])
 def test_nan_in_a_weight_stops_with_the_text_that_made_it(place, run, tmp_path):
     texts = [*TEXTS[:17], "J " + TEXTS[17], *TEXTS[18:40]]
@@ -356,6 +358,7 @@ def assert_plots(folder, names):
         assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", ["run", "run/model", "mean"])
 def test_the_folder_holds_valid_json_and_plots(place, tmp_path):
     measured = found(place, pairs=True)
@@ -373,6 +376,7 @@ def test_the_folder_holds_valid_json_and_plots(place, tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_a_new_analysis_takes_the_place_of_an_earlier_one(tmp_path):
     write_analysis(found("run", pairs=True), tmp_path / "out")
     before = files_of(tmp_path / "out")
@@ -462,6 +466,7 @@ def analyze_and_write(path, texts_file, threshold, *options):
     return said
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("no_plots")
 def test_weights_of_a_run(run, texts_file, capsys):
     threshold, weights = parting_threshold()
@@ -500,6 +505,7 @@ def test_weights_of_a_run(run, texts_file, capsys):
     assert again.figures["uniformity"] == pytest.approx(uniformity(expected.numpy()), rel=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("stage", ["3-scl", "2-ucl"])
 def test_weights_of_a_stage(stage, run, texts_file):
@@ -587,6 +593,7 @@ def test_a_model_without_memory_tokens_is_refused_before_anything_is_written(tex
     assert not out.exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(("threshold", "clusters"), [(-1.0, [0, 0, 0]), (1.0, [0, 1, 2])])
 def test_a_threshold_that_merges_all_or_nothing(threshold, clusters, run, texts_file):
@@ -622,6 +629,7 @@ def test_a_damaged_folder_leaves_the_whole_run_as_it_was(run):
 # ---- command line
 
 
+@pytest.mark.thorough
 def test_all_is_said_on_standard_error(texts_file, tmp_path):
     pairs = write_rows(
         tmp_path / "pairs.jsonl",

@@ -128,6 +128,7 @@ def test_data_that_is_missing_is_found_before_any_training(tmp_path, stage, chan
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_bad_rows_are_counted_and_kept_out(tmp_path):
     rows = [json.dumps({"text": text}).encode() for text in sentences(12)]
     bad = [
@@ -152,6 +153,7 @@ def test_bad_rows_are_counted_and_kept_out(tmp_path):
     assert "stage 2: 12 texts of 20 characters or more" in said.err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("policy", "told"),
     [
@@ -219,6 +221,7 @@ CAUSAL = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", CAUSAL)
 def test_a_backbone_that_stays_causal(tmp_path, family):
     save_backbone(tmp_path / "causal", lm=CAUSAL[family]())
@@ -240,6 +243,7 @@ def test_a_backbone_that_stays_causal(tmp_path, family):
     assert said.code == 0, said.err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("targets", [["no_such"], ["q_proj", "no_such"], []])
 def test_lora_targets_that_match_nothing(tmp_path, targets):
     said = train(tmp_path, f"adapter.targets={json.dumps(targets)}")
@@ -291,6 +295,7 @@ def test_damaged_backbone(tmp_path, name, damage):
     assert "done.json" not in files_in(tmp_path / "run")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("content", [b"---\nlicense: [unclosed\n---\n", GARBAGE, b""])
 def test_a_card_that_cannot_be_read_stops_nothing(tmp_path, content):
     make_tree(tmp_path)
@@ -370,6 +375,7 @@ def test_a_run_in_use(tmp_path):
     assert files_in(tmp_path / "run") in ([".lock"], [])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["pretext", "ucl", "scl"])
 def test_a_learning_rate_that_runs_away(tmp_path, stage):
     overrides = (f"{stage}.schedule.learning_rate=1.0e+38", f"{stage}.schedule.warmup_steps=0")
@@ -415,6 +421,7 @@ def test_truncated_weights(tmp_path, model, command):
 HARMLESS = {".llm2comp.json", "README.md", "done.json", "1_WordWeights/model.safetensors"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_file_of_a_model_damaged(tmp_path, damage):
     whole = finished()[1] / "model"
@@ -482,6 +489,7 @@ def test_folders_that_are_no_model(tmp_path, what):
     assert_refused(cli("verify", place), unchecked, str(place))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["1-pretext", "2-ucl"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_stage_folders(tmp_path, stage, damage):

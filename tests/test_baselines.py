@@ -130,6 +130,7 @@ def naive(family, settings, text):
 # ---- what is computed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_embedding_is_that_of_the_text_alone_as_published(family):
     for name in NAMES:
@@ -570,6 +571,7 @@ def test_saved_and_loaded(tmp_path):
         load(tmp_path / "mine")
 
 
+@pytest.mark.thorough
 def test_name_and_revision_change_with_all_that_changes_embeddings(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -74,6 +74,7 @@ def test_no_budget_leaves_a_batch_as_it_is():
 OBJECTIVES = [{"ctkd": 1.0}, {"ctkd": 1.0, "reconstruction": 0.3, "mntp": 0.5, "ebae_ebar": 0.2}]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["one", "four"])
 def test_an_optimiser_step_is_the_same_under_any_budget(tmp_path, monkeypatch, objective):
     settings = {"objective": objective, "gradient_accumulation_steps": 2, "steps": 1}
@@ -102,6 +103,7 @@ def test_an_optimiser_step_is_the_same_under_any_budget(tmp_path, monkeypatch, o
         assert len(texts[0]) == 8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings", [*({"mini_batch_tokens": n} for n in (1, 40, 999)), {"mini_batch_size": 2}], ids=str
 )
@@ -149,6 +151,7 @@ def test_gradcache_by_tokens_under_nested_memory(dims):
     assert_same(*losses, compressor)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["pretext", "ucl", "scl"])
 def test_workers_change_nothing(tmp_path, monkeypatch, name):
     """Several epochs: 24 rows, 8 steps of 4."""
@@ -163,6 +166,7 @@ def test_workers_change_nothing(tmp_path, monkeypatch, name):
     assert all(torch.equal(one.weights[key], other.weights[key]) for key in one.weights)
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_goes_on_under_another_budget(tmp_path):
     """As one does whose memory ran out: the setting makes no other training of it."""
     recipe = make_recipe(

@@ -416,6 +416,7 @@ def test_rows_name_sides_and_settings_that_exist():
     assert large == 16 * small
 
 
+@pytest.mark.thorough
 def test_command_writes_json_and_table(tmp_path):
     """The whole way through processes of its own: times, peaks, environment; the naive KL holds
     memory that ours does not.

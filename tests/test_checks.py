@@ -116,6 +116,7 @@ def test_train_and_dry_run_ask_the_same(tmp_path, monkeypatch):
 # ---- batches
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("stage", "size", "rows"), [("ucl", 41, 40), ("scl", 1000, 24)])
 def test_batches_are_no_larger_than_the_data(tmp_path, stage, size, rows):
     said = cli("train", write_recipe(tmp_path), f"{stage}.batch_size={size}", "--dry-run")
@@ -295,6 +296,7 @@ def project(folder):
     return write_recipe(folder, **changes)
 
 
+@pytest.mark.thorough
 def test_a_moved_or_copied_project_does_not_train_again(tmp_path, monkeypatch):
     recipe = project(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")

@@ -73,6 +73,7 @@ def test_no_command_is_in_no_group():
     assert {command.rich_help_panel for command in app.registered_commands} == set(GROUPS)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=str)
 def test_nothing_in_help_is_cut_at_80_columns(command):
     """In a process of its own: how wide the help may be is asked for once."""
@@ -334,6 +335,7 @@ def test_training_shows_loss_and_rate_per_stage(tmp_path):
     assert "\x1b" not in said.err
 
 
+@pytest.mark.thorough
 def test_libraries_keep_quiet(tmp_path, capfd):
     """What the libraries print at file-descriptor level counts as well."""
     run = finished()[1]

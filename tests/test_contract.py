@@ -62,6 +62,7 @@ def same(a, b, texts=(*TEXTS, LONG)):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("room", [1, 5, 30])
 def test_max_seq_length_cuts_alike(folders, variant, room):

@@ -80,6 +80,7 @@ def assert_two_are_one(folder, cases, sharded=False, most=FLOAT32):
             assert furthest(found[number], whole) < most, case
 
 
+@pytest.mark.thorough
 def test_two_ranks_have_the_gradients_of_one_process(tmp_path):
     assert_two_are_one(tmp_path, FAST)
 

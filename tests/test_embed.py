@@ -85,6 +85,7 @@ def one(model, text):
 # ---- rows
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tokens_at_once", [1, 40, 10_000])
 def test_rows_in_order_equal_encode_whatever_the_batch(model, tokens_at_once, monkeypatch):
     monkeypatch.setattr("llm2comp.model.vectors.FETCH_AT", 100)

@@ -132,6 +132,7 @@ def test_weighed_memory_has_no_old_keys(tmp_path):
     assert set(pooling_config(tmp_path / "model")).isdisjoint(OLD_KEYS.values())
 
 
+@pytest.mark.thorough
 def test_pooling_on_the_command_line(tmp_path):
     """The tiny encoder is not nested."""
     out, tiny = tmp_path / "m", "builtin:general-tiny"

@@ -227,6 +227,7 @@ def room(monkeypatch):
     monkeypatch.setattr("llm2comp.lab.evaluation.evaluate.load", load)
 
 
+@pytest.mark.thorough
 def test_an_instruction_that_leaves_no_room_is_refused(tmp_path, monkeypatch):
     rehearse(monkeypatch)
     options = EvaluateOptions(tasks=("STSBenchmark",), device="cpu")
@@ -325,6 +326,7 @@ def test_results_of_a_run_go_into_it(tmp_path, sets):
 # ---- the paper's 14
 
 
+@pytest.mark.thorough
 def test_the_paper_s_tasks_run_on_made_up_data(tmp_path, monkeypatch, room):
     """End to end on made-up data in all 14 task objects, without network."""
     rehearse(monkeypatch)
@@ -354,6 +356,7 @@ def test_the_paper_s_tasks_run_on_made_up_data(tmp_path, monkeypatch, room):
     assert {path.stem for path in results[0].parent.glob("*.json")} >= set(PAPER14)
 
 
+@pytest.mark.thorough
 def test_the_paper_s_tasks_are_the_versions_and_figures_it_used(tmp_path, monkeypatch, room):
     tasks = {task.metadata.name: task for task in named_tasks(["paper14"])}
     assert list(tasks) == list(PAPER14)
@@ -386,6 +389,7 @@ def test_a_task_s_name_in_a_benchmark_and_by_itself_is_one():
     assert names[0] == "STS12"
 
 
+@pytest.mark.thorough
 def test_a_typo_names_the_nearest(tmp_path):
     assert_refused(
         cli("evaluate", finished()[1], "--tasks", "SciFacts"), "SciFacts", "did you mean 'SciFact'?"

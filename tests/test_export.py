@@ -123,6 +123,7 @@ def exported(tmp_path_factory):
     return root, {variant: found[str(root / variant)] for variant in VARIANTS}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exported_equals_native_without_this_package(exported, variant):
     model = make_model(variant)
@@ -148,11 +149,13 @@ def test_exported_equals_native_without_this_package(exported, variant):
             assert ((found - expected).abs().amax(1) / norms.clamp_min(1e-6)).max() < 1e-5, role
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_verify_passes(exported, variant):
     assert verify(exported[0] / variant) > (0.999 if "bfloat16" in variant else 0.99999)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "variant", ["llama", "qwen3", "gemma3", "gpt2", "full-table", "chat", *OWN_TOKENIZER]
 )
@@ -174,6 +177,7 @@ def test_truncation_keeps_bos_and_all_memory_tokens(exported, variant):
     assert relative_error(embed_texts(model, [LONG]), alone.detach()) < 1e-5
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_token_gets_the_id_of_a_memory_token(exported, variant):
     """Some families' own classes add tokens when they load a folder."""
@@ -184,6 +188,7 @@ def test_no_token_gets_the_id_of_a_memory_token(exported, variant):
     assert not set(read) & set(memory_ids(model).values())
 
 
+@pytest.mark.thorough
 def test_exported_embedding_does_not_depend_on_mates_or_order(exported):
     for variant in ("llama", "qwen3", "gemma3", "mistral-window"):
         model = SentenceTransformer(str(exported[0] / variant))
@@ -192,6 +197,7 @@ def test_exported_embedding_does_not_depend_on_mates_or_order(exported):
         assert (embed_texts(model, READ[::-1], batch_size=2).flip(0) - alone).abs().max() < 1e-5
 
 
+@pytest.mark.thorough
 def test_a_chat_template_is_gone_and_changes_nothing(exported):
     root, found = exported
     assert found["chat"] == found["llama"]
@@ -203,6 +209,7 @@ def test_a_chat_template_is_gone_and_changes_nothing(exported):
         assert "chat_template" not in (root / variant / "tokenizer_config.json").read_text()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "gemma3", "gpt2", "causal"])
 def test_transformers_alone_gives_the_memory_states(exported, variant):
     """The folder is an ordinary model and tokenizer: AutoModel's last states are the native memory
@@ -237,6 +244,7 @@ def test_the_live_encoder_is_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.thorough
 def test_folder_holds_stock_modules_and_no_code(exported):
     folder = exported[0] / "llama"
     modules = json.loads((folder / "modules.json").read_text())
@@ -247,6 +255,7 @@ def test_folder_holds_stock_modules_and_no_code(exported):
     assert not [name for name in weights if "lora" in name or "lm_head" in name]
 
 
+@pytest.mark.thorough
 def test_an_exported_folder_is_not_exported_again(exported, tmp_path):
     with pytest.raises(ModelFolderError, match="is exported already"):
         export(load_folder(exported[0] / "llama"), tmp_path / "again")
@@ -283,6 +292,7 @@ def folder(exported, tmp_path):
     return shutil.copytree(exported[0] / "llama", tmp_path / "model")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_verify_finds_a_truncated_weights_file(folder, share):
     weights = folder / "model.safetensors"
@@ -292,6 +302,7 @@ def test_verify_finds_a_truncated_weights_file(folder, share):
         verify(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["layers.1.mlp.down_proj.weight", "embed_tokens.weight"])
 def test_verify_finds_changed_weights(folder, name):
     weights = load_file(folder / "model.safetensors")
@@ -303,6 +314,7 @@ def test_verify_finds_changed_weights(folder, name):
         verify(folder)
 
 
+@pytest.mark.thorough
 def test_verify_finds_a_changed_template_and_attention(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["is_causal"] is False
@@ -319,6 +331,7 @@ def test_verify_finds_a_changed_template_and_attention(folder):
         verify(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -336,6 +349,7 @@ def test_verify_finds_a_missing_file(folder, name, message):
         verify(folder / "nowhere")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("key", "value"), [("format_version", 99), ("embeddings", [[1.0, 2.0]]), ("texts", None)]
 )
@@ -363,6 +377,7 @@ WEIGHTINGS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_any_weighting_can_be_written_into_a_folder(folder, weighting):
     weights = WEIGHTINGS[weighting]
@@ -375,6 +390,7 @@ def test_any_weighting_can_be_written_into_a_folder(folder, weighting):
     assert (relative_error(found, before) < 1e-5) == (weighting == "mean")
 
 
+@pytest.mark.thorough
 def test_one_memory_token_has_no_weights_to_change_but_is_found(exported, tmp_path):
     folder = shutil.copytree(exported[0] / "one-memory-token", tmp_path / "model")
     assert memory_names(load_folder(folder)) == ["<mem_0>"]

@@ -64,6 +64,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_sound_export_is_written_however_far_half_precision_drifts(tmp_path, variant):
     dtype, settings = VARIANTS[variant]

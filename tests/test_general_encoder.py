@@ -49,6 +49,7 @@ def model(request):
     return loaded(GENERAL, request)
 
 
+@pytest.mark.thorough
 @both
 def test_it_fits_its_lm(name, request):
     """A new LM without a new encoder would still load, and mean nothing."""
@@ -116,6 +117,7 @@ def test_its_embedding_is_its_last_memory_state(model):
     assert not np.allclose(embeddings, states_NKD[:, -2], atol=1e-2)
 
 
+@pytest.mark.thorough
 def test_one_line_in_another_process(model):
     program = "import llm2comp; print(llm2comp.load().encode(['a']).shape)"
     done = subprocess.run(
@@ -128,6 +130,7 @@ def test_one_line_in_another_process(model):
     assert done.stdout.strip() == f"(1, {model.get_embedding_dimension()})", done.stderr[-2000:]
 
 
+@pytest.mark.thorough
 def test_commands_take_it_unless_told_otherwise(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts = golden(GENERAL)["texts"]
@@ -152,6 +155,7 @@ def test_commands_take_it_unless_told_otherwise(model, tmp_path, monkeypatch):
     assert who.name.startswith("llm2comp/general")
 
 
+@pytest.mark.thorough
 @both
 def test_exported_it_needs_this_package_no_more(name, request, tmp_path):
     """And the larger without WordWeights: its last memory state is its embedding."""
@@ -169,6 +173,7 @@ def test_exported_it_needs_this_package_no_more(name, request, tmp_path):
     assert weighed == ["1_WordWeights"] * (name == GENERAL_TINY)
 
 
+@pytest.mark.thorough
 def test_exported_with_fewer_memory_tokens(tmp_path):
     model, texts = loaded_once(GENERAL_TINY), golden(GENERAL_TINY)["texts"]
     said = cli("export", tmp_path / "two", "--model", GENERAL_TINY, "--num-memory", "2")

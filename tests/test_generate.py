@@ -138,6 +138,7 @@ class StoppedError(Exception):
     """As a kill would."""
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_stopped_run_goes_on_to_identical_files(lm, tmp_path, monkeypatch, temperature, after):

@@ -91,6 +91,7 @@ def test_pieces_add_up_to_what_was_packed(place, data):  # noqa: F811
     assert list((place / "data" / "eval").rglob("*.jsonl"))
 
 
+@pytest.mark.thorough
 def test_a_part_is_cut_off_and_goes_on(place):
     (place / "packed").mkdir(exist_ok=True)
     (place / "packed" / "commit").write_text("a" * 40)

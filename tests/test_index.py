@@ -317,6 +317,7 @@ def test_migration(own, monkeypatch):
 # ---- many passages
 
 
+@pytest.mark.thorough
 def test_approximate_search_above_the_limit(tmp_path, monkeypatch):
     """An index is built above the limit; its recall is measured against exact search, and what is
     told is what a trial of our own finds.
@@ -459,6 +460,7 @@ def test_question_is_checked(made):
         made[1].search(text, mode="keywords")
 
 
+@pytest.mark.thorough
 def test_words_alone_need_no_torch(made):
     program = f"""
 import sys

@@ -111,6 +111,7 @@ def formula(stage, anchors, candidates, teacher, guide):
     return torch.stack(rows).mean()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("limits", [{}, {"mini_batch_size": 2}, {"mini_batch_tokens": 20}], ids=str)
 @pytest.mark.parametrize("negatives", [0, 2])
 @pytest.mark.parametrize("kind", ["teacher", "guide", "both"])
@@ -248,6 +249,7 @@ def with_all(folder, judge, **settings):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", [{}, {"mini_batch_size": 2, "precision": "bfloat16"}], ids=str)
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, judge, settings):
     recipe, seen = with_all(tmp_path, judge, **settings), tmp_path / "seen.jsonl"

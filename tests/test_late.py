@@ -83,6 +83,7 @@ def exported(tmp_path_factory):
     return root, {variant: found[str(root / variant)] for variant in VARIANTS}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_stock_multi_vector_folder_scores_as_maxsim_of_the_memory_states(exported, variant):
     model, found = (
@@ -113,11 +114,13 @@ def test_a_stock_multi_vector_folder_scores_as_maxsim_of_the_memory_states(expor
         assert (mean - expected).abs().max() > 0.05, "not what single vectors give"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_verify_recomputes_many_vectors_too(exported, variant):
     assert verify(exported[0] / variant) > 0.99999
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scored", ["<s>", "C"])
 def test_verify_finds_a_token_too_many(exported, tmp_path, scored):
     """In all texts, or in some."""
@@ -130,6 +133,7 @@ def test_verify_finds_a_token_too_many(exported, tmp_path, scored):
         verify(folder)
 
 
+@pytest.mark.thorough
 def test_such_a_folder_is_not_taken_for_one_of_single_vectors(exported):
     folder = exported[0] / "llama"
     with pytest.raises(ModelFolderError, match="holds several vectors per text") as caught:

@@ -74,6 +74,7 @@ def test_memory_states_are_those_of_the_padded_batch_in_full(family, packed_pass
     assert relative_error(found, compressor.memory_states(tokens)) < 1e-6
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral"])

@@ -86,6 +86,7 @@ def test_texts_of_every_layout(tmp_path):
     assert not {"d0", "q0"} & set(found), "ids are no texts"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model", LEXICAL)
 def test_all_kinds_of_tasks(tmp_path, monkeypatch, model):
     """The paper's 14 tasks on made-up data: clustering, retrieval, STS, classification, pairs,

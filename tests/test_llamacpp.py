@@ -84,6 +84,7 @@ def embeddings(address, texts):
     return torch.tensor([row["embedding"] for row in found])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ENCODERS)
 def test_llama_cpp_gives_the_golden_vectors(name, tmp_path, monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", families.FAMILIES | GEMMA)

@@ -40,6 +40,7 @@ def test_a_run_its_model_and_its_last_stage_are_one_encoder(place, kind):
         assert torch.as_tensor(role(TEXTS)).isfinite().all()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["pretext", "ucl"])
 def test_an_earlier_stage_is_what_a_run_that_ends_there_exports(tmp_path, stage):
     """Also: same seed, same stages, same result."""
@@ -103,6 +104,7 @@ def test_what_is_not_loadable(tmp_path):
         llm2comp.load(run / "1-pretext")
 
 
+@pytest.mark.thorough
 def test_train_takes_a_recipe_a_path_and_overrides(tmp_path, monkeypatch):
     file = write_recipe(tmp_path, pretext=None, scl=None)
     monkeypatch.chdir(tmp_path)

@@ -256,6 +256,7 @@ def test_the_test_part_may_lack_classes(tmp_path, tested):
     assert found == pytest.approx(accuracy_by_hand(train, test), abs=1e-9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["classification", "clustering"])
 def test_labels_are_told_apart_by_what_they_say(tmp_path, kind):
     """Outer spaces, a number and its digits, 1 and 1.0, are one label."""
@@ -386,6 +387,7 @@ def test_ties_gain_nothing_in_reranking(tmp_path):
 # ---- what mteb keeps
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_result_is_kept_until_the_data_change(tmp_path, kind):
     local, cache = write(tmp_path, kind), mteb.ResultCache(tmp_path / "cache")
@@ -460,6 +462,7 @@ def test_dev_stands_in_for_test_and_train_never_does(tmp_path):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_compressed_files_give_the_same(tmp_path, kind):
     packed = {}

@@ -61,6 +61,7 @@ def kept_by_autograd(recipe, run, monkeypatch):
     return found
 
 
+@pytest.mark.thorough
 def test_estimate_is_about_what_a_step_keeps(tree, tmp_path, monkeypatch):
     recipe = parse_recipe(tree)
     plans, base = plan(recipe)
@@ -71,6 +72,7 @@ def test_estimate_is_about_what_a_step_keeps(tree, tmp_path, monkeypatch):
         assert 0.6 < p.peak / (held + kept[p.name]) < 1.6, p.name
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", STAGES)
 def test_how_it_moves(tree, stage):
     plain = peaks(parse_recipe(tree))[stage]

@@ -158,6 +158,7 @@ STUDIES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_run_stopped_and_run_again_ends_as_if_never_stopped(tmp_path, study):
     """Through `train`, with accumulation and dropout."""

@@ -225,6 +225,7 @@ def naive_nested(compressor, stage, columns, prefixes, dims):
     return torch.stack(total).sum() / len(prefixes), total
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dims", [(), (8,)])
 @pytest.mark.parametrize("mini_batch_size", [None, 2])
 @pytest.mark.parametrize(
@@ -354,6 +355,7 @@ def test_num_memory_is_the_mean_of_the_last_states(folder, first):
     assert (relative_error(plain, found) < 1e-5) == (first == MEMORY)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", [1, 2, 3])
 @pytest.mark.parametrize("place", [".", "model", "1-pretext", "3-scl"])
 def test_num_memory_of_a_run_and_its_stages(place, first):
@@ -434,6 +436,7 @@ def test_num_memory_on_the_command_line(tmp_path):
 # --- whole runs
 
 
+@pytest.mark.thorough
 def test_a_nested_run_learns_otherwise_and_is_exported(tmp_path):
     tree = make_tree(tmp_path)
     runs = {}
@@ -528,6 +531,7 @@ def test_other_weights_leave_the_order(tmp_path):
         assert identity(run / place, found).name.endswith("-last-1")
 
 
+@pytest.mark.thorough
 def test_training_goes_on_in_the_order_of_the_stage_before(tmp_path):
     """A run that an earlier version began: its stage 1 says nothing of an order."""
     tree = make_tree(tmp_path, memory={"tokens": 3, "nested": [1]}, scl=None)

@@ -84,6 +84,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "where", "error", "settings"), CASES)
 def test_the_run_is_that_of_the_smaller_size(tmp_path, monkeypatch, name, where, error, settings):
     """Bit for bit, dropout included: the failed attempt leaves no gradient and draws nothing; the
@@ -110,6 +111,7 @@ def test_the_run_is_that_of_the_smaller_size(tmp_path, monkeypatch, name, where,
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "fails"), [("pretext", {1}), ("pretext", {1, 3}), ("ucl", {0, 2}), ("scl", {0, 3})]
 )

@@ -164,6 +164,7 @@ def test_scores_do_not_take_the_place_of_anothers_summary(tmp_path):
     assert contents(out) == {Path("summary.json"): b"years of work"}
 
 
+@pytest.mark.thorough
 def test_a_report_replaces_reports_alone(tmp_path):
     run = Path(shutil.copytree(finished()[1], tmp_path / "run"))
     out = tmp_path / "page.html"

@@ -72,6 +72,7 @@ def truth(recipe, run, monkeypatch):
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
 def test_plan_equals_the_run(tmp_path, monkeypatch, changes):
     recipe = parse_recipe(merged(make_tree(tmp_path), changes))

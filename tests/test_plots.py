@@ -141,6 +141,7 @@ def test_what_cannot_be_drawn_is_refused(draw, found):
         draw()
 
 
+@pytest.mark.thorough
 def test_saved_files_are_on_white_and_the_same_each_time(tmp_path):
     for name, figure in every_figure().items():
         stem = tmp_path / f"{name}.v1"

@@ -278,6 +278,7 @@ def test_gradient_equals_the_oracle(family, objective, weighting, checkpointing)
     assert len(calls) == learning * (2 if checkpointing else 1) + teaching
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("weighting", ["sample_mean", "token_mean"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
@@ -304,6 +305,7 @@ def test_temperature(weighting):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("objective", ["ctkd", *FROM_TEXT])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -317,6 +319,7 @@ def test_causal_encoder(family, objective, checkpointing):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize(
     ("objective", "weighting"),
@@ -444,6 +447,7 @@ def fresh():
     return compressor
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("objective", "weighting"), [*CASES, (BOTH_KINDS, "token_mean")])
 def test_accumulation_equals_one_large_batch(texts, tmp_path, objective, weighting):
     """4 × 2 = 8 × 1 through the real stage: ragged texts, so means over micro-batches would be

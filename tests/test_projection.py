@@ -342,6 +342,7 @@ def exported(tmp_path_factory):
     return root, {variant: found[str(root / variant)] for variant in VARIANTS}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exported_equals_live_without_this_package(exported, variant):
     folder, model = exported[0] / variant, make_model(variant)
@@ -379,6 +380,7 @@ def test_without_a_projection_there_is_no_dense(tmp_path):
     assert "| projection |" not in (tmp_path / "model" / "README.md").read_text()
 
 
+@pytest.mark.thorough
 def test_verify_finds_another_projection(exported, tmp_path):
     folder = shutil.copytree(exported[0] / "narrow", tmp_path / "model")
     (file,) = folder.glob("*_Dense/model.safetensors")
@@ -388,6 +390,7 @@ def test_verify_finds_another_projection(exported, tmp_path):
         verify(folder)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", [1, 2, MEMORY])
 def test_num_memory_and_other_weights_stand_before_it(exported, first, tmp_path):
     model = make_model("narrow")
@@ -402,6 +405,7 @@ def test_num_memory_and_other_weights_stand_before_it(exported, first, tmp_path)
     assert verify(folder) > 0.99999
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backend", RUNTIMES)
 @pytest.mark.parametrize("variant", ["narrow", "mean", "bfloat16-one-memory-token"])
 def test_a_compiled_graph_embeds_as_torch_does(exported, variant, backend, tmp_path):

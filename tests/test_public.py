@@ -64,6 +64,7 @@ def test_import_takes_no_time():
     assert min(float(run().stdout) for _ in range(3)) < 0.3
 
 
+@pytest.mark.thorough
 def test_a_missing_lab_is_one_line():
     """Without mteb and matplotlib the package loads and trains; what judges says what to
     install.

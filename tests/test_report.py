@@ -100,6 +100,7 @@ def column(table, name):
     return [row[table[0].index(name)] for row in table[1:]]
 
 
+@pytest.mark.thorough
 def test_metrics_table_holds_the_file(run, text):
     for folder, title in (("1-pretext", "CTKD"), ("2-ucl", "UCL"), ("3-scl", "SCL")):
         table = Page(text).table(f"synthetic, {title}: loss")
@@ -169,6 +170,7 @@ def test_course_and_cards_tell_from_where_to_where(run, text):
     assert "3 min 7 s" in text, "61.2 + 62.2 + 63.2 seconds"
 
 
+@pytest.mark.thorough
 def test_kept_step_is_the_result(tmp_path):
     run = write_run(tmp_path / "kept", ["scl.keep_best=effective_rank", "pretext=null", "ucl=null"])
     rows = lines(run / "3-scl" / "watch.jsonl")
@@ -288,6 +290,7 @@ def test_page_stands_alone(text):
     assert not [name for _, name, _ in found.attributes if name.startswith("on")]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [1, 2])
 def test_ids_are_unique_and_references_hold(text, light, tmp_path, count):
     found = Page(text if count == 1 else page([light, shutil.copytree(light, tmp_path / "other")]))
@@ -307,6 +310,7 @@ def test_ids_are_unique_and_references_hold(text, light, tmp_path, count):
     assert found.tags.count("figure") == found.tags.count("figcaption") == found.tags.count("svg")
 
 
+@pytest.mark.thorough
 def test_same_folder_same_page(light, tmp_path):
     text = page([light])
     out = report([light], tmp_path / "deep" / "report.html")
@@ -345,6 +349,7 @@ def test_hostile_names_stay_text(light):
     assert "<b>&'\"run" in words
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("missing", "absent"),
     [
@@ -369,6 +374,7 @@ def test_missing_parts_are_left_out(light, text, missing, absent):
     assert ("svg" in found.tags) == (missing[0] != "*/*")
 
 
+@pytest.mark.thorough
 def test_unfinished_run_says_so(tmp_path):
     run = write_run(tmp_path / "stopped", unfinished=("ucl",), scores=False)
     found = Page(page([run]))
@@ -468,6 +474,7 @@ def test_report_that_cannot_be_written_is_explained(light, tmp_path):
         report([light], tmp_path / "file" / "report.html")
 
 
+@pytest.mark.thorough
 def test_runs_are_compared(run, tmp_path):
     changed = ["ucl.temperature=0.1", "seed=7", "name=other-name"]
     other = write_run(tmp_path / "other", changed, seed=1, unfinished=("scl",), scores=False)

@@ -163,6 +163,7 @@ def steps_of(stage, first, last=STEPS):
     return [(stage, step) for step in range(first, last + 1)]
 
 
+@pytest.mark.thorough
 def test_killed_and_run_again_ends_as_if_never_killed(tmp_path):
     """Killed at a random step of stage 1, stopped by an error in stage 2, killed in stage 3 with a
     checkpoint half written.
@@ -222,6 +223,7 @@ def test_killed_and_run_again_ends_as_if_never_killed(tmp_path):
     assert written(run) == times, "a finished run was written again"
 
 
+@pytest.mark.thorough
 def test_same_seed_same_result_other_seed_other_result(tmp_path):
     def result(name, **changes):
         return weights(train(make_recipe(tmp_path, steps=2, scl=None, **changes), tmp_path / name))
@@ -243,6 +245,7 @@ def test_same_seed_same_result_other_seed_other_result(tmp_path):
             assert other[name] != first[name], f"vacuous: {name} does not depend on it"
 
 
+@pytest.mark.thorough
 def test_new_data_of_a_stage_trains_it_again_and_no_stage_before_it(tmp_path):
     recipe, seen = make_recipe(tmp_path, steps=2), tmp_path / "seen.jsonl"
     run = train(recipe, tmp_path / "run")

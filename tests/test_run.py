@@ -145,6 +145,7 @@ def test_stage_files(stage):
 # ---- running again
 
 
+@pytest.mark.thorough
 def test_a_second_call_trains_nothing_and_changes_nothing(home, monkeypatch):
     before = state(home / "run")
     for name in stages.RUNNERS:
@@ -156,6 +157,7 @@ def test_a_second_call_trains_nothing_and_changes_nothing(home, monkeypatch):
     assert state(home / "run") == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "override",
     [
@@ -175,6 +177,7 @@ def test_settings_without_effect_may_change(home, override):
     assert f"{key.split('.')[-1]}: {value}" in (home / "run" / "recipe.yaml").read_text()
 
 
+@pytest.mark.thorough
 def test_another_length_of_the_finished_encoder_only_exports_again(home):
     before = llm2comp.load(home / "run").max_seq_length
     said = train(home, "max_tokens=20")
@@ -184,6 +187,7 @@ def test_another_length_of_the_finished_encoder_only_exports_again(home):
     assert llm2comp.load(home / "run" / "3-scl").max_seq_length == 20 + 3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("file", "retrained"), [("texts.jsonl", ["pretext", "ucl", "scl"]), ("pairs.jsonl", ["scl"])]
 )
@@ -227,6 +231,7 @@ def stop_at(monkeypatch, stage, step):
     monkeypatch.setattr(trainers.StageMixin, "training_step", training_step)
 
 
+@pytest.mark.thorough
 def test_checkpoints_of_other_data_are_not_gone_on_from(home, monkeypatch, tmp_path_factory):
     """Data change, the retraining stops half way, data change once more."""
     for seed in (7, 8):
@@ -256,6 +261,7 @@ def test_checkpoints_of_other_data_are_not_gone_on_from(home, monkeypatch, tmp_p
         assert [row["step"] for row in rows] == [1, 2, 3, 4]
 
 
+@pytest.mark.thorough
 def test_a_damaged_mark_means_training_again(home, monkeypatch):
     before = weights(home / "run", "scl")
     (home / "run" / "2-ucl" / "done.json").write_bytes(b"\x00")
@@ -271,6 +277,7 @@ def test_a_damaged_mark_means_training_again(home, monkeypatch):
     assert torch.equal(weights(home / "run", "scl"), before)
 
 
+@pytest.mark.thorough
 def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, "scl", 4)
@@ -310,6 +317,7 @@ def test_stopping_is_one_line(tmp_path, monkeypatch):
 # ---- a full disk
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [5_000, 12_000], ids=["adapter", "optimizer"])
 def test_full_disk_at_a_checkpoint(tmp_path, size):
     make_tree(tmp_path)
@@ -344,6 +352,7 @@ def test_full_disk_at_the_end_of_a_stage(tmp_path, monkeypatch):
     assert torch.equal(weights(tmp_path / "run", "pretext"), weights(finished()[1], "pretext"))
 
 
+@pytest.mark.thorough
 def test_full_disk_at_the_export(home):
     before = state(home / "run")
     with no_file_over(60_000):
@@ -355,6 +364,7 @@ def test_full_disk_at_the_export(home):
     assert llm2comp.load(home / "run").max_seq_length == 23
 
 
+@pytest.mark.thorough
 def test_a_disk_that_is_really_full(tmp_path):
     """Whatever file it is that meets the end: one message; once there is room, the same command
     succeeds.

@@ -383,6 +383,7 @@ def test_without_the_extra_it_is_told_what_to_install(monkeypatch):
     assert_refused(cli("serve", "--port", "0"), "fastapi is not installed", "[serve]")
 
 
+@pytest.mark.thorough
 def test_the_command_starts_answers_and_drains(tmp_path):
     environment = os.environ | {"LLM2COMP_API_KEY": "a-secret-key"}
     command = [sys.executable, "-m", "llm2comp", "serve", TINY, "--port", "0"]

@@ -32,6 +32,7 @@ from two_ranks import in_ranks, step_gradients
 BF16 = {"precision": "bfloat16"}
 
 
+@pytest.mark.thorough
 def test_shards_have_the_gradients_of_one_process(tmp_path):
     assert_two_are_one(tmp_path, FAST, sharded=True)
 

@@ -285,6 +285,7 @@ def test_the_real_weights_are_what_gguf_reads(smollm2):
     assert ours.get_vocab() == theirs.get_vocab()
 
 
+@pytest.mark.thorough
 def test_the_real_one_starts_texts_behind_endoftext(smollm2):
     model = llm2comp.load(f"mean:{smollm2}", device="cpu", dtype="bfloat16")
     backbone, tokenizer = model[0].backbone, model.tokenizer
@@ -307,6 +308,7 @@ def test_the_real_one_starts_texts_behind_endoftext(smollm2):
     ]
 
 
+@pytest.mark.thorough
 def test_the_real_one_in_python_and_its_names(smollm2):
     model = llm2comp.load(f"mean:{smollm2}", device="cpu")
     cat, kitten, tax = model.encode(["a cat", "a kitten", "a tax form"], normalize_embeddings=True)

@@ -86,6 +86,7 @@ def check(live, model, memory):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", [*VARIANTS, *ONE])
 def test_no_text_gives_a_memory_token_even_after_save_and_load(tmp_path, variant):
     family, settings = (
@@ -178,6 +179,7 @@ def test_a_model_that_has_tokens_of_these_names(tmp_path):
     check(live, model, list(ids.values()))
 
 
+@pytest.mark.thorough
 def test_on_a_machine_without_this_package(tmp_path):
     live = as_sentence_transformer(make_compressor("llama"), LIMIT)
     export(live, tmp_path / "model")

@@ -142,6 +142,7 @@ def test_another_encoder_may_start_from_it(further, tmp_path):
     assert identity(second / "2-ucl", found) != identity(run / "3-scl", load(run / "3-scl"))
 
 
+@pytest.mark.thorough
 def test_it_goes_on_after_a_stop_without_its_start(tmp_path):
     """As one that was not stopped, though what it starts from is gone by then."""
     start = shutil.copytree(finished()[1], tmp_path / "start-run")

@@ -217,6 +217,7 @@ def make_slowly(folder, source, number):
     (folder / f"found-{number}").write_text(json.dumps([as_lists(rows), lines]))
 
 
+@pytest.mark.thorough
 def test_processes_at_once_make_it_once(tmp_path, source):
     for process in [in_new_process(make_slowly, tmp_path, source, number) for number in range(2)]:
         process.join(120)
@@ -231,6 +232,7 @@ def make_killed(folder, source):
     stored(folder / "cache", stage(source), killed)
 
 
+@pytest.mark.thorough
 def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(tmp_path, source):
     process = in_new_process(make_killed, tmp_path, source)
     process.join(120)
@@ -303,6 +305,7 @@ def test_texts_of_stage_two(tmp_path, source):
     assert (len(none), distinct(none, 4)) == (0, 0)
 
 
+@pytest.mark.thorough
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     def words(texts):
         return [[len(word) for word in text.split()] for text in texts]
@@ -335,6 +338,7 @@ def test_rows_written_come_back(tmp_path):
     assert as_lists(write_rows(tmp_path, iter(rows))) == as_lists(rows)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("deleted", [False, True])
 def test_resume_is_exact_with_the_cache_and_without(tmp_path, monkeypatch, deleted):
     """Stopped in stage 1 and in stage 2; what was trained is bit for bit that of a run that was

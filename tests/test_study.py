@@ -87,6 +87,7 @@ def done(tmp_path_factory):
 # ---- training
 
 
+@pytest.mark.thorough
 def test_each_stage_is_trained_once_and_a_stopped_study_goes_on(done):
     _, out, _, first, second = done
     assert first == [
@@ -107,6 +108,7 @@ def test_each_stage_is_trained_once_and_a_stopped_study_goes_on(done):
     ]
 
 
+@pytest.mark.thorough
 def test_shared_stages_are_bit_equal_and_own_files(done):
     _, out, _, _, _ = done
     for seed in (0, 1):
@@ -130,12 +132,14 @@ def test_shared_stages_are_bit_equal_and_own_files(done):
     assert adapters[0].read_bytes() != adapters[1].read_bytes(), "vacuous: the seed changes nothing"
 
 
+@pytest.mark.thorough
 def test_a_run_that_took_stages_over_equals_one_that_trained_them(done, tmp_path):
     _, out, _, _, _ = done
     taken = out / "runs" / "short-seed1"
     assert weights(train(load_recipe(taken / "recipe.yaml"), tmp_path / "alone")) == weights(taken)
 
 
+@pytest.mark.thorough
 def test_a_finished_study_trains_and_scores_nothing_again(done, monkeypatch):
     folder, out, results, _, _ = done
     before = {
@@ -156,6 +160,7 @@ def test_a_finished_study_trains_and_scores_nothing_again(done, monkeypatch):
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.thorough
 def test_a_stage_taken_over_is_there_whole_or_not_at_all(done, tmp_path, monkeypatch):
     _, out, _, _, _ = done
     sibling, run = out / "runs" / "long-seed0", tmp_path / "run"
@@ -177,6 +182,7 @@ def test_a_stage_taken_over_is_there_whole_or_not_at_all(done, tmp_path, monkeyp
     assert (run / name).read_bytes() == (sibling / name).read_bytes()
 
 
+@pytest.mark.thorough
 def test_stages_of_other_inputs_are_not_taken(done, tmp_path, monkeypatch):
     _, out, _, _, _ = done
     sibling = out / "runs" / "long-seed0"
@@ -189,6 +195,7 @@ def test_stages_of_other_inputs_are_not_taken(done, tmp_path, monkeypatch):
 # ---- scores and table
 
 
+@pytest.mark.thorough
 def test_scores_are_those_of_evaluate(done, tmp_path):
     folder, out, results, _, _ = done
     rows = {(row.system, row.stage): row for row in results.rows}
@@ -212,6 +219,7 @@ def test_scores_are_those_of_evaluate(done, tmp_path):
     assert rows["long", "ucl"].scores == rows["short", "ucl"].scores
 
 
+@pytest.mark.thorough
 def test_rank_and_samples_are_those_of_the_run(done):
     _, out, results, _, _ = done
     rows = {(row.system, row.stage): row for row in results.rows}
@@ -227,6 +235,7 @@ def test_rank_and_samples_are_those_of_the_run(done):
     assert rows["short", "last"].samples == {0: 4 * (3 + 2 + 1), 1: 4 * (3 + 2 + 1)}
 
 
+@pytest.mark.thorough
 def test_table_holds_mean_and_deviation_over_seeds(done):
     _, out, results, _, _ = done
     table = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
@@ -574,6 +583,7 @@ def test_shipped_studies_are_all_there():
 # ---- command line
 
 
+@pytest.mark.thorough
 def test_dry_run_lists_what_is_to_train_and_to_share(done, tmp_path):
     folder, out, _, _, _ = done
     file = write_study(tmp_path)
@@ -593,6 +603,7 @@ def test_dry_run_lists_what_is_to_train_and_to_share(done, tmp_path):
     assert states == {"done": 2, "train": 4}
 
 
+@pytest.mark.thorough
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     """`later` has the same stage as the one that failed: it is not tried again."""
     mad = {"learning_rate": 1e30, "floor_learning_rate": 0.0}

@@ -15,6 +15,7 @@ from study_example import weights, write_study
 from tiny_run import assert_refused, cli
 
 
+@pytest.mark.thorough
 def test_two_workers_do_what_one_does(tmp_path):
     """Failures as well: the diverging system is told, the others go on."""
     mad = {"learning_rate": 1e30, "floor_learning_rate": 0.0}

@@ -314,6 +314,7 @@ def test_rows_cover_each_epoch_once_and_can_start_anywhere():
         backbone_training.Rows(stream, bos=1, context=50, seed=5)
 
 
+@pytest.mark.thorough
 def test_flops_formula_is_what_torch_counts(trained: Path):
     model = AutoModelForCausalLM.from_pretrained(trained)
     ids = torch.zeros(2, 32, dtype=torch.int64)
@@ -325,6 +326,7 @@ def test_flops_formula_is_what_torch_counts(trained: Path):
     assert without_attention != pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.thorough
 def test_compiled_training_keeps_sdpa_without_a_mask(trained: Path):
     """A mask would keep sdpa from its causal kernel: why the forward pass does not say
     use_cache=False.
@@ -348,6 +350,7 @@ def test_learning_rate_warms_up_and_decays():
     assert rates == pytest.approx([0.0, 0.5 * 0.9902, 0.9804, 0.51, 0.02])
 
 
+@pytest.mark.thorough
 def test_gradient_accumulation_changes_nothing(data: Path, tmp_path: Path, trained: Path):
     parts = train(data, tmp_path / "parts", "--budget-tokens", "2000", "--part-rows", "3")
     whole = train(data, tmp_path / "whole", "--budget-tokens", "2000", "--part-rows", "8")
@@ -360,6 +363,7 @@ def test_gradient_accumulation_changes_nothing(data: Path, tmp_path: Path, train
 # ---- the whole training
 
 
+@pytest.mark.thorough
 def test_training_lowers_the_loss(trained: Path):
     told = json.loads((trained / "training.json").read_text())
     losses = [loss for _, loss in told["curve"]]
@@ -369,6 +373,7 @@ def test_training_lowers_the_loss(trained: Path):
     assert told["tokens"] == 235 * 256
 
 
+@pytest.mark.thorough
 def test_folder_loads_everywhere(trained: Path):
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(trained),
@@ -388,6 +393,7 @@ def test_folder_loads_everywhere(trained: Path):
     assert str(trained.parent) not in card + json.dumps(told)
 
 
+@pytest.mark.thorough
 def test_perplexity_is_that_of_documents_one_by_one(trained: Path, data: Path):
     opened = backbone_store.open_data(data)
     model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
@@ -412,6 +418,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.thorough
 def test_killed_training_ends_with_the_same_weights(data: Path, tmp_path: Path):
     """SIGTERM, then SIGKILL between two checkpoints, then to the end: bit for bit as one that was
     never stopped.
@@ -470,6 +477,7 @@ def test_killed_training_ends_with_the_same_weights(data: Path, tmp_path: Path):
 # ---- refusals
 
 
+@pytest.mark.thorough
 def test_other_data_or_model_is_refused(corpus: Path, data: Path, trained: Path, tmp_path: Path):
     checkpoint = [
         "--checkpoint",
@@ -489,6 +497,7 @@ def test_other_data_or_model_is_refused(corpus: Path, data: Path, trained: Path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_too_large_a_model_is_refused(data: Path, trained: Path, tmp_path: Path):
     with pytest.raises(SystemExit, match="over --max-mib"):
         train(data, tmp_path / "out", "--budget-tokens", "1000", "--max-mib", "0.05")

@@ -206,6 +206,7 @@ def test_nothing_finished_is_not_to_be_used(tmp_path):
     assert use_section(read_log(run, "mine"), "r") == []
 
 
+@pytest.mark.thorough
 def test_searches_are_shown(run):
     answers = [
         {"name": "shutil.copytree", "summary": "Copies.", "cosine": 0.714},
@@ -240,6 +241,7 @@ def test_what_was_measured_once_is_a_table_without_a_drawing(run):
     assert "<svg" in whole[: whole.index("</figure>")]
 
 
+@pytest.mark.thorough
 def test_two_ranks_are_explained_where_both_stand(run):
     assert "More texts fill more directions" not in page([run])
     demo_scores(run, (5.6, 7.0, 3.9, 42.4), BM25=61.9)

@@ -227,6 +227,7 @@ WRONG = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", WRONG)
 def test_what_a_wrong_server_does_is_named(folders, name):
     folder, made, cases, cause = WRONG[name]

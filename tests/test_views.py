@@ -104,6 +104,7 @@ def rows_of(ids_BT):
     return tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stage_encodes_the_views_of_each_epoch(tmp_path, monkeypatch, workers):
     """24 texts in batches of 4, so that the 8th step is in the second epoch.
@@ -124,6 +125,7 @@ def test_a_stage_encodes_the_views_of_each_epoch(tmp_path, monkeypatch, workers)
             assert rows_of(ids) == [pair[place] for pair in expected]
 
 
+@pytest.mark.thorough
 def test_a_resumed_stage_draws_the_same_views(tmp_path):
     """Stopped and resumed within the second epoch."""
     recipe = make_recipe(tmp_path, steps=13, scl=None)

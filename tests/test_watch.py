@@ -76,6 +76,7 @@ def sts_folder(folder):
     return str(folder / "sets")
 
 
+@pytest.mark.thorough
 def test_watching_changes_nothing_that_is_learned(tmp_path):
     """Dropout on, and local sets whose library seeds every generator: bit for bit the same
     weights.
@@ -90,6 +91,7 @@ def test_watching_changes_nothing_that_is_learned(tmp_path):
         assert not (without / FOLDERS[stage] / "watch.jsonl").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("objective", "encoder"),
     [
@@ -139,6 +141,7 @@ def watched(tmp_path_factory):
     return folder, train(parse_recipe(make_tree(folder, watch={})), folder / "run")
 
 
+@pytest.mark.thorough
 def test_lines_of_a_run(watched):
     _, run = watched
     before = None
@@ -159,6 +162,7 @@ def test_lines_of_a_run(watched):
         assert not any(row["best"] for row in rows)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["pretext", "scl"])
 def test_figures_are_those_of_the_trained_encoder(stage, watched):
     """The last line against the stage as loaded from its files, embedded by
@@ -209,6 +213,7 @@ class Planted:
         patch.setattr(Watch, "measure", measure)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("figure", "values", "best"),
     [
@@ -306,6 +311,7 @@ def test_warnings(now, said):
     assert all(part in text for part, text in zip(said, found, strict=True))
 
 
+@pytest.mark.thorough
 def test_a_warning_is_said_once(tmp_path, monkeypatch):
     real = Watch.measure
     monkeypatch.setattr(

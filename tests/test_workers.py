@@ -16,11 +16,13 @@ from llm2comp.use.workers import device_of, in_workers, threads_of
 from worker_tasks import dies, tells, waits_or_fails
 
 
+@pytest.mark.thorough
 def test_a_worker_that_dies_is_told(tmp_path):
     with pytest.raises(RunError, match=r"(?s)a worker died.*fewer --workers"):
         list(in_workers(dies, [0, 1], 2, tmp_path))
 
 
+@pytest.mark.thorough
 def test_an_error_ends_all_workers(tmp_path):
     """As Ctrl-C does: nobody waits for what the others are at."""
     with pytest.raises(ZeroDivisionError):
@@ -28,6 +30,7 @@ def test_an_error_ends_all_workers(tmp_path):
     assert not psutil.pid_exists(int((tmp_path / "0").read_text()))
 
 
+@pytest.mark.thorough
 def test_workers_share_the_cores_and_take_devices_in_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -56,6 +59,7 @@ def test_device_of_a_worker(named, count, expected, monkeypatch):
     assert [device_of(worker) for worker in range(3)] == expected
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["killed", "ctrl-c"])
 def test_workers_end_with_the_first_process(how, tmp_path):
     """Killed, it can tell nobody; Ctrl-C at a terminal reaches all of them."""

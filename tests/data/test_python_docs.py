@@ -156,6 +156,7 @@ def test_no_summary_or_body_on_both_sides():
         assert not train & held_out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["passages", "pairs"])
 def test_training_texts_quote_nothing_held_out(kind):
     texts = (
@@ -237,6 +238,7 @@ def test_callers_cannot_change_what_others_get():
     assert python_docs.passages()
 
 
+@pytest.mark.thorough
 def test_same_in_every_process():
     program = f"{inspect.getsource(digest)}\nprint(digest())"
     environment = os.environ | {"PYTHONHASHSEED": "7"}

@@ -315,6 +315,7 @@ def test_txt_has_no_pairs(write):
         pairs(write("docs.txt", "a\n"))
 
 
+@pytest.mark.thorough
 def test_builtin_python_docs():
     assert texts("builtin:python-docs", limit=20).rows == python_docs.passages()[:20]
     loaded = pairs("builtin:python-docs")
