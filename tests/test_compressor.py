@@ -4,11 +4,22 @@ learns; saved = loaded.
 
 import pytest
 import torch
+from tokenizers import normalizers
 
-from families import FAMILIES, MEMORY, TEXTS, make_backbone, make_compressor, relative_error
+from families import (
+    FAMILIES,
+    MEMORY,
+    TEXTS,
+    make_backbone,
+    make_compressor,
+    relative_error,
+    untouched,
+)
+from llm2comp.errors import RecipeError
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.memory import MemoryTokens, embedding_from_memory, mean_weights
 from llm2comp.model.tokens import Tokens
+from llm2comp.recipe import MemorySettings
 
 WINDOWED = {"mistral-window", "gemma2", "gemma3"}
 
@@ -203,6 +214,43 @@ def test_fixed_seed_fixes_the_memory():
     )
     assert torch.equal(first, same)
     assert relative_error(first, other) > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_that_begins_as_words_reads_like_the_prompt(family):
+    """Untrained and causal, the last state is the LM's own after a text and these words."""
+    words = " the dog sleeps"
+    backbone = make_backbone(family, attention="causal")
+    (ids,) = backbone.tokenise([words])
+    ids = ids[int(backbone.bos_id is not None) :]
+    settings = MemorySettings(tokens=len(ids), start_as=words)
+    compressor = Compressor.fresh(backbone, settings, seed=3)
+    rows = backbone.tokenise(TEXTS)
+    states = compressor.memory_states(Tokens.pad(rows, "left"))[:, -1]
+    lm = untouched(family).base_model
+    for row, state in zip(rows, states, strict=True):
+        expected = lm(torch.tensor([row + ids]), use_cache=False).last_hidden_state[0, -1]
+        assert relative_error(state, expected) < 1e-4
+
+
+def test_words_fewer_or_more_than_memory_tokens():
+    backbone = make_backbone("gemma3")
+    (ids,) = backbone.tokenise(["the dog sleeps"])
+    rows = backbone.embed(torch.tensor(ids[1:]))
+    assert len(rows) > 2
+
+    def begun(count, words="the dog sleeps"):
+        settings = MemorySettings(tokens=count, start_as=words)
+        return Compressor.fresh(backbone, settings, seed=3).memory.vectors_KD
+
+    more = len(rows) + 2
+    random = Compressor.fresh(backbone, more, seed=3).memory.vectors_KD
+    assert torch.equal(begun(2), rows[-2:])
+    assert torch.equal(begun(more), torch.cat([random[:2], rows]))
+    assert relative_error(random[2:], rows) > 0.1
+    backbone.tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(RecipeError, match="no token to begin as"):
+        begun(2, words=" ")
 
 
 def test_bfloat16_base_with_float32_memory():

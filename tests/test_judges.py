@@ -18,7 +18,9 @@ from llm2comp.errors import RecipeError, RunError
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.judges import Targets, cosines, judge_source, load_judges
 from llm2comp.recipe import SclStage, load_recipe, parse_recipe
+from llm2comp.runs import keys
 from llm2comp.runs.keys import stage_keys
+from llm2comp.system.files import to_json
 from llm2comp.training.checks import check
 from llm2comp.training.contrastive import contrastive_loss, judged_loss
 from llm2comp.training.plan import beside
@@ -270,12 +272,25 @@ def test_a_stage_knows_its_judges(tmp_path, judge, other):
     folder = tmp_path / "judge"
     shutil.copytree(judge, folder)
     recipe = with_all(tmp_path, str(folder))
-    keys = stage_keys(recipe)
-    assert stage_keys(with_all(tmp_path, str(folder))) == keys
+    before = stage_keys(recipe)
+    assert stage_keys(with_all(tmp_path, str(folder))) == before
     shutil.copy(f"{other}/model.safetensors", folder / "model.safetensors")
     changed = stage_keys(recipe)
-    assert (changed["pretext"], changed["scl"] != keys["scl"]) == (keys["pretext"], True)
+    assert (changed["pretext"], changed["scl"] != before["scl"]) == (before["pretext"], True)
     assert stage_keys(with_all(tmp_path, str(folder), pretext_weight=0.2))["scl"] != changed["scl"]
+
+
+def test_words_that_memory_begins_as_are_in_every_key_and_nowhere_without_them(
+    tmp_path, judge, monkeypatch
+):
+    payloads = []
+    monkeypatch.setattr(keys, "to_json", lambda *a, **k: payloads.append(to_json(*a, **k)) or "")
+    recipe = with_all(tmp_path, judge)
+    stage_keys(recipe)
+    memory = recipe.memory.model_copy(update={"start_as": " in short"})
+    stage_keys(recipe.model_copy(update={"memory": memory}))
+    # runs from before there was such a setting are not trained again
+    assert ["start_as" in payload for payload in payloads] == [False, False, True, True]
 
 
 WRONG = {

@@ -112,12 +112,26 @@ class Compressor(nn.Module):
         """New memory tokens over a backbone, so many or as the settings say.
 
         None if `settings` pool the text's states.
+
+        Raises:
+            RecipeError: they shall begin as words, and the tokenizer makes no token of these.
         """
         nesting = MemorySettings(tokens=memory) if isinstance(memory, int) else memory
         count = nesting.tokens if settings is None or settings.pooling == "memory" else 0
-        return cls(
-            backbone, MemoryTokens.like(backbone.input_table, count, seed), settings, nesting, seed
-        )
+        tokens = MemoryTokens.like(backbone.input_table, count, seed)
+        if count and nesting.start_as is not None:
+            (ids,) = backbone.tokenise([nesting.start_as])
+            ids = ids[int(backbone.bos_id is not None) :]
+            if not ids:
+                raise RecipeError(
+                    "no token to begin as",
+                    where="memory.start_as",
+                    expected="words",
+                    found=repr(nesting.start_as),
+                )
+            device = backbone.input_table.device
+            tokens.begin_as(backbone.embed(torch.tensor(ids[-count:], device=device)))
+        return cls(backbone, tokens, settings, nesting, seed)
 
     @property
     def states(self) -> int:

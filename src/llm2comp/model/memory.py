@@ -31,6 +31,11 @@ class MemoryTokens(nn.Module):
         noise_KD = torch.randn(count, rows.shape[1], generator=generator).to(rows.device)
         return cls(rows.mean(0) + rows.std(0) * noise_KD)
 
+    def begin_as(self, rows_ND: Tensor) -> None:
+        """The last N ≤ K of the vectors become these input embeddings (a prompt's, say)."""
+        with torch.no_grad():
+            self.vectors_KD[-len(rows_ND) :] = rows_ND.to(self.vectors_KD)
+
     @property
     def count(self) -> int:
         """K."""

@@ -77,6 +77,11 @@ class MemorySettings(Section):
         default=(),
         description="every stage's loss is the mean over the last j tokens, each j of these and k",
     )
+    start_as: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="words that the memory tokens begin as, the last token as the last, such as "
+        "' In one word:'; null = random vectors like the LM's own (so are those before the words)",
+    )
 
     @property
     def prefixes(self) -> tuple[int, ...]:

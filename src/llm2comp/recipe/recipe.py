@@ -86,9 +86,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _memory_is_there(self) -> Recipe:
-        if not self.memory_tokens and self.memory.nested:
+        unused = [name for name in ("nested", "start_as") if getattr(self.memory, name)]
+        if not self.memory_tokens and unused:
             raise ValueError(
-                f"memory.nested is for encoder.pooling memory, found {self.encoder.pooling}"
+                f"memory.{unused[0]} is for encoder.pooling memory, found {self.encoder.pooling}"
             )
         return self
 

@@ -28,6 +28,7 @@ NO_EFFECT = {
     "mini_batch_tokens",
 }
 # Settings of SCL that are left out where they are off: they came later; older runs keep their keys.
+# So is memory.start_as.
 NEWER = ("teacher", "guide", "pretext_weight", "pretext_batch_size")
 # Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads,
 # where figures go.
@@ -81,6 +82,8 @@ def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     shared = recipe.model_dump(
         mode="json", include={"model", "memory", "encoder", "adapter", "seed"} | steered
     )
+    if shared["memory"]["start_as"] is None:
+        del shared["memory"]["start_as"]
     sources = [data["source"] for data in settings["data"]]
     files = [
         source_digest(Path(source))
