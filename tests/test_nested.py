@@ -84,12 +84,19 @@ def test_settings():
     for memory, told in [
         ({"tokens": 4, "nested": [1, 8]}, "nested [8] is more than the 4 memory tokens"),
         ({"nested": [0]}, "greater than or equal to 1"),
+        ({"start_as": ""}, "at least 1 character"),
         ({"attention": "causal"}, "unknown key"),
         ({"attention": "separate"}, "attention: separate is gone"),
     ]:
         with pytest.raises(RecipeError, match="memory") as caught:
             parse_recipe(tree | {"memory": memory})
         assert told in str(caught.value)
+    mean = {"pooling": "mean"}
+    for memory in ({"nested": [1]}, {"start_as": " in short"}):
+        with pytest.raises(
+            RecipeError, match=f"memory.{next(iter(memory))} is for encoder.pooling"
+        ):
+            parse_recipe(tree | {"memory": memory, "encoder": mean})
     of_before = parse_recipe(tree | {"memory": {"tokens": 4, "attention": "full"}})
     assert of_before == parse_recipe(tree | {"memory": {"tokens": 4}}), (
         "recipes of earlier runs are read"
