@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
+from llm2comp.errors import ModelFolderError, RecipeError
 from llm2comp.model.backbone import Backbone
 from llm2comp.model.backbone.sharded import fill, gathered, header_of, save_whole
 from llm2comp.model.memory import (
@@ -21,30 +21,12 @@ from llm2comp.model.memory import (
     new_projection,
     prefix_weights,
 )
-from llm2comp.model.tokens import Tokens, wrap
+from llm2comp.model.tokens import Tokens, room_for_text, wrap
 from llm2comp.recipe import EncoderSettings, MemorySettings
 
 STATE_FILE = "memory.safetensors"
 # Weight of BOS in a mean over the text's tokens: as good as none, unless there is nothing else.
 BOS_WEIGHT = 1e-6
-
-
-def room_for_text(positions: int | None, memory: int, asked: int) -> int:
-    """Tokens of the longest text that fits with `memory` tokens into `positions` (None: no limit):
-    `asked` or less.
-
-    Raises:
-        BackboneError: the memory leaves no room for BOS and a token.
-    """
-    room = asked if positions is None else min(asked, positions - memory)
-    if room < 2:
-        raise BackboneError(
-            "no room for a text beside the memory",
-            where="memory.tokens",
-            expected=f"{positions} positions of the model, less 2 or more for a text",
-            found=memory,
-        )
-    return room
 
 
 def too_few_memory_tokens(count: int, asked: int) -> ModelFolderError:
@@ -53,6 +35,20 @@ def too_few_memory_tokens(count: int, asked: int) -> ModelFolderError:
     return ModelFolderError(
         "cannot give so many memory states", where="num_memory", expected=expected, found=asked
     )
+
+
+def rows_of(words: str, backbone: Backbone) -> Tensor:
+    """Input embeddings of the tokens of some words, BOS left out: rows_ND.
+
+    Raises:
+        RecipeError: the tokenizer makes no token of them.
+    """
+    (ids,) = backbone.tokenise([words])
+    if not (ids := ids[int(backbone.bos_id is not None) :]):
+        raise RecipeError(
+            "no token to begin as", where="memory.start_as", expected="words", found=repr(words)
+        )
+    return backbone.embed(torch.tensor(ids, device=backbone.input_table.device))
 
 
 class Compressor(nn.Module):
@@ -120,17 +116,7 @@ class Compressor(nn.Module):
         count = nesting.tokens if settings is None or settings.pooling == "memory" else 0
         tokens = MemoryTokens.like(backbone.input_table, count, seed)
         if count and nesting.start_as is not None:
-            (ids,) = backbone.tokenise([nesting.start_as])
-            ids = ids[int(backbone.bos_id is not None) :]
-            if not ids:
-                raise RecipeError(
-                    "no token to begin as",
-                    where="memory.start_as",
-                    expected="words",
-                    found=repr(nesting.start_as),
-                )
-            device = backbone.input_table.device
-            tokens.begin_as(backbone.embed(torch.tensor(ids[-count:], device=device)))
+            tokens.begin_as(rows_of(nesting.start_as, backbone)[-count:])
         return cls(backbone, tokens, settings, nesting, seed)
 
     @property

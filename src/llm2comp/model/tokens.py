@@ -193,3 +193,21 @@ class SplitTexts:
             for name in ("text", "context", "continuation")
         )
         return cls(text, context, continuation, tensors.get("replaced"), tensors.get("teacher"))
+
+
+def room_for_text(positions: int | None, memory: int, asked: int) -> int:
+    """Tokens of the longest text that fits with `memory` tokens into `positions` (None: no limit):
+    `asked` or less.
+
+    Raises:
+        BackboneError: the memory leaves no room for BOS and a token.
+    """
+    room = asked if positions is None else min(asked, positions - memory)
+    if room < 2:
+        raise BackboneError(
+            "no room for a text beside the memory",
+            where="memory.tokens",
+            expected=f"{positions} positions of the model, less 2 or more for a text",
+            found=memory,
+        )
+    return room

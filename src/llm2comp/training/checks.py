@@ -22,9 +22,9 @@ from llm2comp.model.backbone.families import attention_dropouts, starting_token
 from llm2comp.model.backbone.loading import load_skeleton, load_tokenizer
 from llm2comp.model.backbone.naming import require_weights
 from llm2comp.model.backbone.quantized import quantization_config
-from llm2comp.model.compressor import room_for_text
 from llm2comp.model.encoder import refuse_long_prompt
 from llm2comp.model.judges import load_judges
+from llm2comp.model.tokens import room_for_text
 from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import (
     ContrastiveStage,

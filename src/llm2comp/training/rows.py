@@ -12,7 +12,8 @@ from llm2comp.data.sources import iterate_sources, read_pairs, read_responses
 from llm2comp.data.store import stored_rows
 from llm2comp.errors import DataError
 from llm2comp.model.backbone import Backbone
-from llm2comp.model.compressor import Compressor, room_for_text
+from llm2comp.model.compressor import Compressor
+from llm2comp.model.tokens import room_for_text
 from llm2comp.objectives.mntp import mask_token_id
 from llm2comp.recipe import PairData, PretextStage, SclStage, TextData
 from llm2comp.system.console import say
