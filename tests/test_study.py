@@ -572,6 +572,7 @@ def test_shipped_studies_are_all_there():
         "response",
         "scl-steps",
         "settings",
+        "start",
         "training-free",
     }
     assert set(shipped_studies()) == named
