@@ -110,7 +110,7 @@ class Compressor(nn.Module):
         None if `settings` pool the text's states.
 
         Raises:
-            RecipeError: they shall begin as words, and the tokenizer makes no token of these.
+            RecipeError: the tokenizer makes no token of `start_as`.
         """
         nesting = MemorySettings(tokens=memory) if isinstance(memory, int) else memory
         count = nesting.tokens if settings is None or settings.pooling == "memory" else 0

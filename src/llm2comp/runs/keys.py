@@ -27,9 +27,9 @@ NO_EFFECT = {
     "max_tokens_per_batch",
     "mini_batch_tokens",
 }
-# Settings of SCL that are left out where they are off: they came later; older runs keep their keys.
-# So is memory.start_as.
-NEWER = ("teacher", "guide", "pretext_weight", "pretext_batch_size")
+# Settings of SCL and memory that are left out where they are off: they came later; older runs keep
+# their keys.
+NEWER = ("teacher", "guide", "pretext_weight", "pretext_batch_size", "start_as")
 # Settings of the recipe as a whole that no stage depends on: how long the exported encoder reads,
 # where figures go.
 NO_STAGE = {"max_tokens", "report_to", "watch"}
@@ -64,6 +64,11 @@ def placeless(name: str) -> str:
     return Path(name).name if is_local(name) else name
 
 
+def _without_newer(section: dict[str, Any]) -> dict[str, Any]:
+    """A section's settings without those of `NEWER` that are off."""
+    return {name: value for name, value in section.items() if value or name not in NEWER}
+
+
 def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     """Hash of all that a stage's result depends on.
 
@@ -71,8 +76,7 @@ def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
 
     Files count by name and content, wherever they lie.
     """
-    settings = stage.model_dump(mode="json", exclude=NO_EFFECT)
-    settings = {name: value for name, value in settings.items() if value or name not in NEWER}
+    settings = _without_newer(stage.model_dump(mode="json", exclude=NO_EFFECT))
     judges = (
         [judge_digest(judge) for judge in stage.judges.values()]
         if isinstance(stage, SclStage)
@@ -82,8 +86,7 @@ def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     shared = recipe.model_dump(
         mode="json", include={"model", "memory", "encoder", "adapter", "seed"} | steered
     )
-    if shared["memory"]["start_as"] is None:
-        del shared["memory"]["start_as"]
+    shared["memory"] = _without_newer(shared["memory"])
     sources = [data["source"] for data in settings["data"]]
     files = [
         source_digest(Path(source))
