@@ -85,6 +85,7 @@ def test_settings():
         ({"tokens": 4, "nested": [1, 8]}, "nested [8] is more than the 4 memory tokens"),
         ({"nested": [0]}, "greater than or equal to 1"),
         ({"start_as": ""}, "at least 1 character"),
+        ({"start_as": "{text} means:"}, "start_as holds {text}: give only the words that follow"),
         ({"attention": "causal"}, "unknown key"),
         ({"attention": "separate"}, "attention: separate is gone"),
     ]:

@@ -103,6 +103,8 @@ class MemorySettings(Section):
 
     @model_validator(mode="after")
     def _nested_within(self) -> MemorySettings:
+        if self.start_as and TEXT in self.start_as:
+            raise ValueError(f"start_as holds {TEXT}: give only the words that follow the text")
         if above := [first for first in self.nested if first > self.tokens]:
             raise ValueError(
                 f"nested {above} is more than the {self.tokens} memory tokens there are"
