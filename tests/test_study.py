@@ -660,3 +660,16 @@ def test_a_study_without_training(tmp_path):
     (pair,) = content["pairs"]
     assert (pair["stage"], pair["seeds"], pair["sets"]) == ("training-free", 1, 2)
     assert not list(Path(tmp_path / "out").glob("runs/*"))
+
+
+def test_only_leaves_any_row_of_a_study(tmp_path):
+    """Training-free rows and models as well, which may take longer than all the training."""
+    file = write_study(tmp_path, training_free=["mean", "last_token"], models=["tfidf"])
+    said = cli("study", file, "--out", tmp_path / "out", "--only", "tfidf", "--only", "mean")
+    assert said.code == 0, said
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["system"] for row in content["table"]] == ["mean", "tfidf"]
+    assert not list((tmp_path / "out").glob("runs/*"))
+    run, *others = runs_of(load_study(file, replaced={"only": ["short"]}), "study")
+    assert run.system == "short" and {run.seed for run in others} == {1}
+    assert load_study(file, replaced={"only": ["short"]}).wanted(["mean", "last_token"]) == []

@@ -222,7 +222,10 @@ def study(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Of its systems this one alone; repeatable.", metavar="SYSTEM"),
+        typer.Option(
+            help="Of its systems, training-free encoders and models this one alone; repeatable.",
+            metavar="ROW",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list runs and stages.")] = False,
     workers: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,8 +37,10 @@ class Study(Section):
         default={},
         description="axis → name of a value → changes; every system with every combination",
     )
-    only: tuple[Name, ...] = Field(
-        default=(), description="of all systems, the grid's included, these alone; empty: all"
+    only: tuple[str, ...] = Field(
+        default=(),
+        description="of all rows (systems, the grid's included, training_free, models) these "
+        "alone; empty: all",
     )
     training_free: tuple[str, ...] = Field(
         default=(), description="training-free encoders over the common ground's model"
@@ -54,6 +56,10 @@ class Study(Section):
     scores: tuple[LocalName, ...] = Field(
         default=(), description="folders of local evaluation sets"
     )
+
+    def wanted(self, names: Iterable[str]) -> list[str]:
+        """Those of some rows' names that `only` leaves."""
+        return [name for name in names if not self.only or name in self.only]
 
     @field_validator("training_free")
     @classmethod

@@ -72,9 +72,10 @@ def runs_of(study: Study, where: str) -> list[StudyRun]:
         ("-".join([base, *(f"{axis}{value}" for axis, value, _ in chosen)]), base, chosen)
         for base, chosen in product(study.systems, product(*axes))
     ]
-    _refuse_unknown(study.only, [system for system, *_ in points], where)
-    if study.only:
-        points = [point for point in points if point[0] in study.only]
+    systems = [system for system, *_ in points]
+    _refuse_unknown(study.only, [*systems, *study.training_free, *study.models], where)
+    wanted = study.wanted(systems)
+    points = [point for point in points if point[0] in wanted]
     runs = []
     for seed, (system, base, chosen) in product(study.seeds, points):
         with naming(f"{where}, system {system!r}"):
@@ -102,14 +103,14 @@ def runs_of(study: Study, where: str) -> list[StudyRun]:
     return runs
 
 
-def _refuse_unknown(only: Sequence[str], systems: Sequence[str], where: str) -> None:
+def _refuse_unknown(only: Sequence[str], names: Sequence[str], where: str) -> None:
     """Raise RecipeError where `only` names what the study does not have."""
-    if unknown := [name for name in only if name not in systems]:
+    if unknown := [name for name in only if name not in names]:
         raise RecipeError(
             f"only: no such system: {unknown[0]!r}",
             where=where,
-            expected=f"any of {', '.join(systems)}",
-            fix=nearest(unknown[0], systems),
+            expected=f"any of {', '.join(names)}",
+            fix=nearest(unknown[0], names),
         )
 
 

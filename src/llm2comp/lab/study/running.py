@@ -140,7 +140,8 @@ def write_results(results: Results, folder: Path) -> None:
 def _results(settings: Study, runs: Sequence[StudyRun], bench: Bench, workers: int) -> Results:
     """Train and score all."""
     lm = load_recipe(settings.recipe, settings.overrides).model
-    beside = floors(settings.training_free, settings.models, lm)
+    wanted = settings.wanted
+    beside = floors(wanted(settings.training_free), wanted(settings.models), lm)
     states = plan(runs, bench.runs)
     total, worked, ended = sum(work(run, states[run.name]) for run in runs), 0, 0
     named = [
