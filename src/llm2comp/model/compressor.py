@@ -23,6 +23,7 @@ from llm2comp.model.memory import (
 )
 from llm2comp.model.tokens import Tokens, room_for_text, wrap
 from llm2comp.recipe import EncoderSettings, MemorySettings
+from llm2comp.recipe.parts import TEXT
 
 STATE_FILE = "memory.safetensors"
 # Weight of BOS in a mean over the text's tokens: as good as none, unless there is nothing else.
@@ -38,13 +39,13 @@ def too_few_memory_tokens(count: int, asked: int) -> ModelFolderError:
 
 
 def rows_of(words: str, backbone: Backbone) -> Tensor:
-    """Input embeddings of the tokens of some words, BOS left out: rows_ND.
+    """Input embeddings of the tokens of some words, as they stand after a text: rows_ND.
 
     Raises:
         RecipeError: the tokenizer makes no token of them.
     """
-    (ids,) = backbone.tokenise([words])
-    if not (ids := ids[int(backbone.bos_id is not None) :]):
+    _, ids = backbone.around(TEXT + words)
+    if not ids:
         raise RecipeError(
             "no token to begin as", where="memory.start_as", expected="words", found=repr(words)
         )
