@@ -102,7 +102,7 @@ class MemorySettings(Section):
         return {key: value for key, value in data.items() if (key, value) != ("attention", "full")}
 
     @model_validator(mode="after")
-    def _nested_within(self) -> MemorySettings:
+    def _fits(self) -> MemorySettings:
         if self.start_as and TEXT in self.start_as:
             raise ValueError(f"start_as holds {TEXT}: give only the words that follow the text")
         if above := [first for first in self.nested if first > self.tokens]:
