@@ -526,7 +526,7 @@ def test_a_part_of_a_study_with_another_recipe_and_seed(tmp_path):
     (run,) = runs_of(load_study(file, replaced=replaced), "study")
     assert (run.name, run.recipe.max_tokens, run.recipe.memory.tokens) == ("B-k8-seed5", 77, 8)
     said = cli("study", file, "--out", tmp_path / "out", "--only", "A-k2")
-    assert_refused(said, "only: no such system: 'A-k2'", "did you mean 'A-k8'?", "B-k1")
+    assert_refused(said, "only: no such row: 'A-k2'", "did you mean 'A-k8'?", "B-k1")
     assert not (tmp_path / "out").exists()
 
 

@@ -107,7 +107,7 @@ def _refuse_unknown(only: Sequence[str], names: Sequence[str], where: str) -> No
     """Raise RecipeError where `only` names what the study does not have."""
     if unknown := [name for name in only if name not in names]:
         raise RecipeError(
-            f"only: no such system: {unknown[0]!r}",
+            f"only: no such row: {unknown[0]!r}",
             where=where,
             expected=f"any of {', '.join(names)}",
             fix=nearest(unknown[0], names),
