@@ -20,6 +20,8 @@ from families import (
     untouched,
 )
 from llm2comp.errors import BackboneError, RecipeError
+from llm2comp.measures.context import context_recovered
+from llm2comp.measures.readout import read_out
 from llm2comp.model.backbone.full import FullCopy
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import as_sentence_transformer
@@ -139,6 +141,35 @@ def test_gradient_is_that_of_two_separate_models(family, checkpointing):
     assert len(pairs) > 10
     assert all(relative_error(found, expected) < 1e-3 for found, expected in pairs)
     assert not any(parameter.grad is not None for parameter in compressor.backbone.lm.parameters())
+
+
+@pytest.mark.parametrize("objective", ["ctkd", "continuation", "reconstruction"])
+def test_a_copy_over_a_half_precision_lm(objective):
+    """As it is on every GPU: the copy stays float32, the LM bfloat16; the figures are those of
+    float32, roughly.
+    """
+    halves, whole = make_full("llama"), make_full("llama")
+    halves.backbone.lm.to(torch.bfloat16)
+    assert next(halves.backbone.copy.parameters()).dtype == torch.float32
+    losses = []
+    for compressor in (halves, whole):
+        compressor.learn(memory=True)
+        loss = stage_loss(compressor, split_batch(compressor), stage_1(objective))
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    found, expected = (c.memory.vectors_KD.grad for c in (halves, whole))
+    assert relative_error(found, expected) < 0.3, "bfloat16 has 8 bits"
+    learned = [p.grad.dtype for p in halves.backbone.copy.parameters() if p.grad is not None]
+    assert set(learned) == {torch.float32}
+
+
+def test_what_is_read_from_a_copy_over_a_half_precision_lm():
+    halves, whole = make_full("llama"), make_full("llama")
+    halves.backbone.lm.to(torch.bfloat16)
+    found = [context_recovered(c, [split_batch(c)]) for c in (halves, whole)]
+    assert found[0] == pytest.approx(found[1], abs=0.1)
+    assert len(read_out(halves, SENTENCES[0], 40).words) == 3
 
 
 def test_kinds_do_not_mix():

@@ -52,11 +52,11 @@ def read_out(
     (row,) = backbone.tokenise([text], compressor.max_tokens(max_tokens))
     device = backbone.input_table.device
     tokens = Tokens.pad([row], "left").to(device)
-    memory_BKD = compressor.memory_states(tokens)
+    memory_BKD = compressor.memory_states(tokens).to(backbone.input_table.dtype)
     best_KW = backbone.project(memory_BKD[0]).topk(words, dim=-1).indices
     start = [] if backbone.bos_id is None else [backbone.bos_id]
     start_BTD = backbone.embed(torch.tensor([start], dtype=torch.int64, device=device))
-    memory_BSD = torch.cat([start_BTD.to(memory_BKD), memory_BKD], 1)
+    memory_BSD = torch.cat([start_BTD, memory_BKD], 1)
     x_BTD = backbone.embed(tokens.ids_BT)
     return Readout(
         text=backbone.tokenizer.decode(row, skip_special_tokens=True),

@@ -200,11 +200,13 @@ def decode_from_memory(
         token), and their mask valid_BC, bool.
     """
     backbone = compressor.backbone
-    x = torch.cat([memory_BKD, backbone.embed(text.ids_BT).to(memory_BKD.dtype)], 1)
+    texts_BTD = backbone.embed(text.ids_BT)
+    # a trained copy is float32, and so are its states, over a decoder that need not be
+    x = torch.cat([memory_BKD.to(texts_BTD.dtype), texts_BTD], 1)
     mask = torch.cat([text.mask_BT.new_ones(memory_BKD.shape[:2]), text.mask_BT], 1)
     if backbone.bos_id is not None:
         bos_B1 = text.ids_BT.new_full((len(x), 1), backbone.bos_id)
-        x = torch.cat([backbone.embed(bos_B1).to(x.dtype), x], 1)
+        x = torch.cat([backbone.embed(bos_B1), x], 1)
         mask = torch.cat([mask.new_ones(len(x), 1), mask], 1)
     start = x.shape[1] - text.ids_BT.shape[1] - 1
     return backbone.decoder_pass(x, mask)[:, start:], mask[:, start:].bool()
