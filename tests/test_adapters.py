@@ -201,6 +201,24 @@ def test_merged_equals_adapters_on(family):
     assert torch.equal(states(backbone), on), "the merged copy shares memory with the base"
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["k_proj"], "all-linear"])
+def test_adapters_of_different_targets_fold_and_merge(targets):
+    """A run may start from an encoder whose adapters change other layers than its own do."""
+    backbone = make_backbone("llama")
+    push_adapter(backbone, "start", seed=1)
+    backbone.savings = frozenset()  # states at padding are compared too
+    below = states(backbone)
+    push_adapter(backbone, "scl", seed=2, targets=targets)
+    on, tokens = states(backbone), tokens_of(backbone)
+    assert relative_error(below, on) > 0.01, "vacuous: the second adapter does nothing"
+    with backbone.adapters.folded():
+        assert relative_error(states(backbone), on) < 1e-5
+    assert torch.equal(states(backbone), on)
+    with torch.no_grad():
+        merged = stock_states(backbone.adapters.merged(), backbone, tokens)
+    assert relative_error(merged, on) < 1e-5
+
+
 def test_merging_rounds_once():
     """bf16 base: the sum is formed in float32 and cast at the end."""
     backbone = make_compressor(stages=["pretext", "ucl", "scl"]).backbone

@@ -139,7 +139,9 @@ class AdapterStack(Trainable):
             yield
             return
         with torch.no_grad():
-            self._folds = [Fold.of(layer, older) for layer in self._layers]
+            self._folds = [
+                Fold.of(layer, names) for layer in self._layers if (names := _of(layer, older))
+            ]
         self._activate(self.names[-1:])
         self._show(bare=self.off)
         try:
@@ -200,7 +202,7 @@ class AdapterStack(Trainable):
                 base = layer.get_base_layer()
                 weight = getattr(base, getattr(layer, "parameter_name", "weight"))
                 own, weight.data = weight.dtype, weight.data.float()
-                for name in self.names:
+                for name in _of(layer, self.names):
                     weight.data += layer.get_delta_weight(name).float()
                 weight.data = weight.data.to(dtype or own)
                 # the inner of two wrappers around one module of experts
@@ -256,3 +258,8 @@ class AdapterStack(Trainable):
             found=targets if isinstance(targets, str) else ", ".join(sorted(targets)) or "none",
             fix="set adapter.targets in the recipe",
         )
+
+
+def _of(layer: Any, names: Sequence[str]) -> list[str]:
+    """Those adapters that change this layer: each has its own targets."""
+    return [name for name in names if name in layer.lora_A]
