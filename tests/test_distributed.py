@@ -7,13 +7,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.numpy import load_file
 
 from llm2comp.errors import RunError
 from llm2comp.recipe import load_recipe, parse_recipe
+from llm2comp.training import stages
 from llm2comp.training.ranks import check_launch, on_main, sharding
+from small_stages import make_stage, run_stage
 from test_recipes import RECIPES
 from tiny_run import make_tree, sentences, write_pairs, write_rows
 from two_ranks import in_ranks, refused_run, step_gradients, whole_run
@@ -251,3 +254,42 @@ def test_what_a_launch_cannot_go_with_is_refused(
     else:
         with pytest.raises(RunError, match=expected):
             check_launch(recipe)
+
+
+@pytest.mark.parametrize("name", ["pretext", "scl"])
+def test_one_process_trains_on_one_of_several_gpus(tmp_path, monkeypatch, name):
+    """transformers would make each batch twice as large, for two replicas of the encoder."""
+    stage = make_stage(tmp_path, name)
+    alone = run_stage(name, stage, tmp_path / "alone", monkeypatch)
+    for kind in ("TrainingArguments", "SentenceTransformerTrainingArguments"):
+        plain = getattr(stages, kind)
+
+        def with_two(plain=plain, **settings):
+            arguments = plain(**settings)
+            assert arguments.n_gpu < 2, "this machine has them itself"
+            arguments._n_gpu = 2
+            return arguments
+
+        monkeypatch.setattr(stages, kind, with_two)
+    beside = run_stage(name, stage, tmp_path / "beside", monkeypatch)
+    shapes = [[ids.shape for ids in batch] for batch in alone.batches]
+    assert [[ids.shape for ids in batch] for batch in beside.batches] == shapes
+    assert all(torch.equal(beside.weights[key], alone.weights[key]) for key in alone.weights)
+    assert alone.weights
+
+
+def test_a_gpu_of_a_number_is_refused(tmp_path, monkeypatch):
+    """The trainer would take the first one."""
+
+    def recipe_on(device):
+        tree = make_tree(tmp_path)
+        return parse_recipe(tree | {"model": tree["model"] | {"device": device}})
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_launch(recipe_on("cuda:0"))
+    with pytest.raises(RunError, match="CUDA_VISIBLE_DEVICES=1"):
+        check_launch(recipe_on("cuda:1"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="model.device: auto"):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_launch(recipe_on("cuda:0"))

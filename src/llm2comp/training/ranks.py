@@ -23,6 +23,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from llm2comp.errors import DataError, Llm2CompError, RunError, install_extra
 from llm2comp.recipe import Recipe
+from llm2comp.system.console import say
 
 Found = TypeVar("Found")
 
@@ -53,10 +54,21 @@ def check_launch(recipe: Recipe) -> None:
     """Find what the launcher's settings cannot go with before anything is loaded.
 
     Raises:
-        RunError: DeepSpeed that is not installed; the first version of FSDP; settings of a recipe
-            that need whole weights, or one process; or let ranks pass the layers different numbers
-            of times, which would wait for each other for ever.
+        RunError: a GPU of a number; DeepSpeed that is not installed; the first version of FSDP;
+            settings of a recipe that need whole weights, or one process; or let ranks pass the
+            layers different numbers of times, which would wait for each other for ever.
     """
+    device, seen = recipe.model.device, torch.cuda.device_count()
+    if seen and device.startswith("cuda:") and (device != "cuda:0" or ranks() > 1):
+        raise RunError(
+            "training takes the first GPU that it sees, or under a launcher its own",
+            where="model.device",
+            expected="auto",
+            found=device,
+            fix=f"CUDA_VISIBLE_DEVICES={device.removeprefix('cuda:')}, and model.device: auto",
+        )
+    if seen > 1 == ranks() and device != "cpu":
+        say(f"{seen} GPUs are seen, one trains: docs/launch.md tells how to train on all")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and find_spec("deepspeed") is None:
         raise RunError(
             "DeepSpeed is not installed",
@@ -129,9 +141,15 @@ def root_stays_whole(model: nn.Module) -> Iterator[None]:
 
 
 class RanksMixin:
-    """Put before a trainer class: FSDP2 by the LM's layers, and checkpoints without the frozen
-    base.
+    """Put before a trainer class: one device a process, FSDP2 by the LM's layers, and checkpoints
+    without the frozen base.
     """
+
+    def __init__(self, *, args: Any, **kwargs: Any) -> None:
+        # transformers would split each batch over all GPUs that one process sees (nn.DataParallel);
+        # its replicas of the encoder do not reach the frozen LM
+        args._n_gpu = min(1, args.n_gpu)
+        super().__init__(args=args, **kwargs)  # type: ignore[call-arg]
 
     def shard_by_layer(self, lm: Any) -> None:
         """Tell accelerate the layer class of an LM, which a module around it does not.
