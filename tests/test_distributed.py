@@ -112,6 +112,29 @@ def test_batches_are_drawn_for_all_ranks_together(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_few_different_rows_allow_is_reckoned_for_all_ranks(tmp_path):
+    """10 different texts and 2 × 16 asked for; six pairs with a hard negative, too few for a joint
+    batch of 2 × 4, are a batch with the others.
+    """
+    make_tree(tmp_path)
+    twice = [{"text": text} for text in sentences(10) * 8]
+    write_rows(tmp_path / "twice.jsonl", twice)
+    data = [{"source": str(tmp_path / "twice.jsonl")}]
+    pairs = str(write_pairs(tmp_path / "mixed.jsonl", [0] * 12 + [1] * 6))
+    scl = make_tree(tmp_path)["scl"]["data"][0] | {"source": pairs}
+
+    def cases(most, b):
+        return [
+            ("ucl", {"data": data, "batch_size": most}, {}),
+            ("scl", {"data": [scl], "steps": 2, "batch_size": b}, {}),
+        ]
+
+    (one,) = in_ranks(1, step_gradients, tmp_path, cases(10, 8))
+    for found in in_ranks(2, step_gradients, tmp_path, cases(16, 4)):
+        assert [furthest(*pair) < FLOAT32 for pair in zip(found, one, strict=True)] == [True, True]
+
+
+@pytest.mark.slow
 def test_a_short_last_batch_is_left_out(tmp_path):
     """24 pairs in batches of 2 × 5: two to an epoch; all ranks go on to the next one together."""
     make_tree(tmp_path)
@@ -151,8 +174,8 @@ def test_two_ranks_train_the_weights_of_one_process(tmp_path, sharded):
     """All stages, one of them stopped at a checkpoint and resumed by new processes."""
     make_tree(tmp_path)
     in_ranks(1, whole_run, tmp_path, 4, tmp_path / "one")
-    in_ranks(2, whole_run, tmp_path, 2, tmp_path / "two", sharded, 3)
-    assert (tmp_path / "two/2-ucl/checkpoint-2/complete").exists()
+    in_ranks(2, whole_run, tmp_path, 2, tmp_path / "two", sharded, 5)
+    assert (tmp_path / "two/2-ucl/checkpoint-4/complete").exists()
     assert not (tmp_path / "two/2-ucl/done.json").exists(), "vacuous: nothing was stopped"
     in_ranks(2, whole_run, tmp_path, 2, tmp_path / "two", sharded)
     assert_same_run(tmp_path / "two", tmp_path / "one")

@@ -190,6 +190,8 @@ def whole_run(folder, batch_size, out, sharded=False, stop_at=None):
     tree = make_tree(Path(folder))
     tree["adapter"] |= {"dropout": 0.0}
     tree["pretext"] |= {"group_by_length": False}
+    # three batches an epoch: the stop is in the second, which has an order and crops of its own
+    tree["ucl"] |= {"steps": 6, "views": "crop", "data": [tree["ucl"]["data"][0] | {"limit": 12}]}
     for name in ("pretext", "ucl", "scl"):
         tree[name] |= {"batch_size": batch_size, "attention_dropout": 0.0, "save_every_steps": 2}
     with contextlib.redirect_stderr(None), contextlib.suppress(InterruptedError):

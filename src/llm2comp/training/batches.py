@@ -29,19 +29,24 @@ def enough(stage: str, rows: int) -> None:
         )
 
 
-def clipped(name: str, stage: AnyStage, rows: int) -> AnyStage:
-    """The stage with batches that so many different rows can fill.
+def clipped(name: str, stage: AnyStage, rows: int, ranks: int = 1) -> AnyStage:
+    """The stage with batches that so many different rows can fill, on all devices at once.
 
-    Raises DataError where there are no two.
+    Raises DataError where there are no two, or not one for each device.
     """
     enough(name, rows)
-    if rows >= stage.batch_size:
+    most = rows // ranks
+    if most >= stage.batch_size:
         return stage
+    each = f" on each of {ranks:,} devices" if ranks > 1 else ""
+    if not most:
+        problem = "fewer different rows than devices"
+        raise DataError(problem, where=f"{name}.data", expected=f"{ranks:,}", found=f"{rows:,}")
     say(
-        f"{name}: batches of {rows:,}, as there are no more different rows (batch_size: "
+        f"{name}: batches of {most:,}{each}, as there are no more different rows (batch_size: "
         f"{stage.batch_size:,})"
     )
-    return stage.model_copy(update={"batch_size": rows})
+    return stage.model_copy(update={"batch_size": most})
 
 
 def pair_datasets(pairs: Sequence[Pair], batch_size: int) -> dict[str, Any]:

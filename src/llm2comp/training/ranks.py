@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers.trainer import SCHEDULER_NAME
 
-from llm2comp.errors import DataError, Llm2CompError, RunError, install_extra
+from llm2comp.errors import Llm2CompError, RunError, install_extra
 from llm2comp.recipe import Recipe
 from llm2comp.system.console import say
 
@@ -193,19 +193,15 @@ def joint_batches(trainer: Any) -> Any:
     So no text is twice in what the loss compares, all ranks work on one table of a kind, and 2
     ranks with b texts see what one process with 2b would. A last batch that is not full for all is
     left out.
-
-    Raises:
-        DataError: there is not one such batch.
     """
     size = trainer.args.train_batch_size * trainer.args.world_size
     trainer.accelerator.dataloader_config.split_batches = True
     trainer.accelerator.even_batches = False
     trainer.args.dataloader_drop_last = True
     loader = trainer._build_dataloader(trainer.train_dataset, size, dataset_kind="train")
-    if not len(loader):
-        raise DataError(
-            "too few distinct rows for one batch of all devices",
-            where=trainer.stage_name,
-            expected=f"{size:,}",
-        )
-    return trainer.accelerator.prepare(loader)
+    sampler = loader.batch_sampler
+    prepared = trainer.accelerator.prepare(loader)
+    # a stage that is resumed within a later epoch draws in that epoch's order: the trainer tells
+    # the epoch to what stands behind the batches it skips, which accelerate does not pass on
+    prepared.batch_sampler.set_epoch = sampler.set_epoch
+    return prepared

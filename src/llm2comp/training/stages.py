@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from llm2comp.data.pretext import PretextCollator
 from llm2comp.data.response_rows import ResponseRows
 from llm2comp.data.store import distinct, stored_texts
+from llm2comp.errors import RunError
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.judges import load_judges
@@ -27,7 +28,7 @@ from llm2comp.training.batches import clipped, most_in_a_batch, pair_datasets
 from llm2comp.training.compiling import compiled
 from llm2comp.training.contrastive import contrastive_loss
 from llm2comp.training.pretext_model import KeptPretext, PretextModel
-from llm2comp.training.ranks import sharding
+from llm2comp.training.ranks import ranks, sharding
 from llm2comp.training.rows import load_queries, pretext_samples
 from llm2comp.training.sample import Watch
 from llm2comp.training.trainers import ContrastiveTrainer, PretextTrainer, last_checkpoint
@@ -90,7 +91,8 @@ def run_ucl(
 ) -> int | None:
     """Stage 2: SimCSE; each text twice under different dropout, or also cropped."""
     rows = stored_texts(stage.data, stage.min_characters, say)
-    stage = clipped("ucl", stage, distinct(rows, stage.batch_size))
+    different = distinct(rows, stage.batch_size * ranks())
+    stage = clipped("ucl", stage, different, ranks())
     say(f"stage 2: {len(rows):,} texts of {stage.min_characters} characters or more")
     compressor.learn(memory=stage.train_memory, embeddings=stage.train_embeddings)
     model = as_sentence_transformer(compressor, stage.max_tokens)
@@ -114,8 +116,8 @@ def run_scl(
 ) -> int | None:
     """Stage 3: query against positive, hard negatives and the rest of the batch."""
     pairs = [pair for spec in stage.data for pair in load_queries(stage, spec)]
-    stage = clipped("scl", stage, most_in_a_batch(pairs))
-    rows = pair_datasets(pairs, stage.batch_size)
+    stage = clipped("scl", stage, most_in_a_batch(pairs), ranks())
+    rows = pair_datasets(pairs, stage.batch_size * ranks())
     say(
         f"stage 3: {len(pairs):,} pairs; "
         + ", ".join(f"{len(part):,} {name}" for name, part in rows.items())
@@ -211,6 +213,14 @@ def _train(
     folded = contextlib.nullcontext() if sharding() else backbone.adapters.folded()
     with folded, compiled(backbone, stage.compile):
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    if stage.patience is None and trainer.state.global_step < stage.steps:
+        raise RunError(
+            "the data gave out before the last step",
+            where=name,
+            expected=f"{stage.steps:,} steps",
+            found=f"{trainer.state.global_step:,}",
+            fix=f"give more rows that differ, or lower {name}.batch_size",
+        )
     backbone.set_attention_dropout(0.0)
     backbone.set_checkpointing(False)
     compressor.eval()
