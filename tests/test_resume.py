@@ -17,8 +17,10 @@ import torch
 from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import parse_recipe
 from llm2comp.runs.folder import FOLDERS
+from llm2comp.training import run as run_module
 from llm2comp.training.progress import ProgressCallback
 from llm2comp.training.run import train
+from llm2comp.training.sample import Watch
 from tiny_run import make_tree, write_pairs
 
 STEPS, SAVE_EVERY = 7, 2
@@ -224,6 +226,37 @@ def test_killed_and_run_again_ends_as_if_never_killed(tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("patience", [None, 2])
+def test_stopped_between_the_last_step_and_done(tmp_path, monkeypatch, patience):
+    """No step is trained twice or beyond the end, and the best step is kept, not the last."""
+    recipe = make_recipe(tmp_path, keep_best="uniformity")
+    settings = {"patience": patience, "save_every_steps": 1}
+    stage = recipe.ucl.model_copy(update=settings)
+    recipe = recipe.model_copy(update={"ucl": stage, "pretext": None, "scl": None})
+    # step 1 is the best, step 3 the second in vain
+    last = STEPS if patience is None else 3
+    looks, measure = iter([2.0, 1.0, *[3.0] * (last - 1)] * 2), Watch.measure
+    monkeypatch.setattr(
+        Watch, "measure", lambda *a, **k: measure(*a, **k) | {"uniformity": next(looks)}
+    )
+    reference, run, seen = tmp_path / "reference", tmp_path / "run", tmp_path / "seen.jsonl"
+    train(recipe, reference)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_mark_done", lambda *_: stop())
+        with pytest.raises(StoppedError):
+            train_until(recipe, run, ("never", 0), stop, seen)
+    assert trained(seen) == steps_of("ucl", 1, last)
+    train_until(recipe, run, ("never", 0), stop, seen)
+    assert trained(seen) == []
+    assert weights(run) == weights(reference)
+    kept = [
+        json.loads((place / "2-ucl/done.json").read_text())["kept_step"]
+        for place in (reference, run)
+    ]
+    assert kept == [1, 1]
+    assert not (run / "2-ucl" / "best").exists()
+
+
 def test_same_seed_same_result_other_seed_other_result(tmp_path):
     def result(name, **changes):
         return weights(train(make_recipe(tmp_path, steps=2, scl=None, **changes), tmp_path / name))

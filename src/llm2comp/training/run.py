@@ -48,6 +48,7 @@ from llm2comp.training.estimates import fitted
 from llm2comp.training.ranks import check_launch, is_main_process, on_main, sharding
 from llm2comp.training.sample import LocalSets, Watch
 from llm2comp.training.stages import RUNNERS, RunOptions
+from llm2comp.training.watch import BEST_FOLDER
 
 PACKAGES = (
     "llm2comp",
@@ -194,7 +195,10 @@ def _take_over(folder: Path, key: str, siblings: Sequence[Path]) -> None:
         say(f"{folder.name}: the same as {found[0]}, taken from there")
         with new_folder(folder, STAGE) as copy:
             shutil.copytree(
-                found[0], copy, ignore=shutil.ignore_patterns("checkpoint-*"), dirs_exist_ok=True
+                found[0],
+                copy,
+                ignore=shutil.ignore_patterns("checkpoint-*", BEST_FOLDER),
+                dirs_exist_ok=True,
             )
 
 
@@ -222,8 +226,8 @@ def _finish(compressor: Compressor, name: str, done: dict[str, Any], folder: Pat
 
 def _mark_done(done: dict[str, Any], folder: Path) -> None:
     write_text(folder / DONE_FILE, to_json(done))
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for kept in (*folder.glob("checkpoint-*"), *folder.glob(BEST_FOLDER)):
+        shutil.rmtree(kept)
 
 
 def _refuse_foreign(run: Path, recipe: Recipe) -> None:

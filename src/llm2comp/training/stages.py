@@ -31,9 +31,9 @@ from llm2comp.training.pretext_model import KeptPretext, PretextModel
 from llm2comp.training.ranks import ranks, sharding
 from llm2comp.training.rows import load_queries, pretext_samples
 from llm2comp.training.sample import Watch
-from llm2comp.training.trainers import ContrastiveTrainer, PretextTrainer, last_checkpoint
+from llm2comp.training.trainers import ContrastiveTrainer, PretextTrainer, last_checkpoint, step_of
 from llm2comp.training.views import CropCollator
-from llm2comp.training.watch import WatchCallback, keep_best
+from llm2comp.training.watch import WatchCallback, ended, keep_best
 
 
 @dataclass(frozen=True)
@@ -211,16 +211,20 @@ def _train(
     _keep_callbacks(trainer, callbacks)
     # sharded weights are in pieces that a second copy would have to follow
     folded = contextlib.nullcontext() if sharding() else backbone.adapters.folded()
-    with folded, compiled(backbone, stage.compile):
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    if stage.patience is None and trainer.state.global_step < stage.steps:
-        raise RunError(
-            "the data gave out before the last step",
-            where=name,
-            expected=f"{stage.steps:,} steps",
-            found=f"{trainer.state.global_step:,}",
-            fix=f"give more rows that differ, or lower {name}.batch_size",
-        )
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None and ended(stage, folder, step_of(checkpoint)):
+        trainer._load_from_checkpoint(checkpoint)  # what stopped it came before `done.json`
+    else:
+        with folded, compiled(backbone, stage.compile):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if stage.patience is None and trainer.state.global_step < stage.steps:
+            raise RunError(
+                "the data gave out before the last step",
+                where=name,
+                expected=f"{stage.steps:,} steps",
+                found=f"{trainer.state.global_step:,}",
+                fix=f"give more rows that differ, or lower {name}.batch_size",
+            )
     backbone.set_attention_dropout(0.0)
     backbone.set_checkpointing(False)
     compressor.eval()

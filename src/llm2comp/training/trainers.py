@@ -114,7 +114,12 @@ def last_checkpoint(folder: Path) -> str | None:
             complete.append(checkpoint)
         else:
             shutil.rmtree(checkpoint, ignore_errors=True)  # another rank may be at it
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+    return max(map(str, complete), key=step_of) if complete else None
+
+
+def step_of(checkpoint: str) -> int:
+    """The step after which a checkpoint was written."""
+    return int(Path(checkpoint).name.split("-")[1])
 
 
 class PretextTrainer(StageMixin, Trainer):

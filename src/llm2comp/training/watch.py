@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class WatchCallback(TrainerCallback):
         stop = [False]
         if state.is_world_process_zero:
             self._record(state)
-            stop = [self._in_vain()]
+            stop = [in_vain(self.seen, self.stage.patience)]
         if args.world_size > 1:
             broadcast_object_list(stop)
         control.should_training_stop = control.should_training_stop or stop[0]
@@ -129,29 +130,37 @@ class WatchCallback(TrainerCallback):
         higher = WATCHED.get(figure, True)
         return not before or (value > max(before) if higher else value < min(before))
 
-    def _in_vain(self) -> bool:
-        """Whether the last `patience` watches brought nothing better."""
-        patience = self.stage.patience
-        return (
-            patience is not None
-            and len(self.seen) > patience
-            and not any(line["best"] for line in self.seen[-patience:])
-        )
-
 
 def keep_best(compressor: Compressor, name: str, folder: Path) -> int | None:
-    """Put the best step's adapter and memory back, if one was kept. Returns the step."""
+    """Put the best step's adapter and memory back, if one was kept. Returns the step.
+
+    They stay in the folder until the stage is called done: a stop before that asks for them again.
+    """
     best = folder / BEST_FOLDER
     if not best.is_dir():
         return None
     compressor.load(best, name)
     lines = StepLines(folder / WATCH_FILE).read()
-    PartialState().wait_for_everyone()  # other ranks read it too
-    if PartialState().is_main_process:
-        shutil.rmtree(best)
+    PartialState().wait_for_everyone()  # rank 0 removes it once the stage is done
     step: int = [line["step"] for line in lines if line["best"]][-1]
     say(f"{name}: keeping step {step}, the best of {len(lines)} watches")
     return step
+
+
+def in_vain(lines: Sequence[dict[str, Any]], patience: int | None) -> bool:
+    """Whether the last `patience` watches brought nothing better."""
+    return (
+        patience is not None
+        and len(lines) > patience
+        and not any(line["best"] for line in lines[-patience:])
+    )
+
+
+def ended(stage: Stage, folder: Path, step: int) -> bool:
+    """Whether a stage's training ended with this step, at its length or in vain."""
+    lines = StepLines(folder / WATCH_FILE).read()
+    early = in_vain(lines, stage.patience) and lines[-1]["step"] == step
+    return step >= stage.steps or early
 
 
 def figure_of(line: dict[str, Any], figure: str) -> float | None:
