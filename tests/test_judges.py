@@ -239,6 +239,21 @@ def test_kept_stage_1_adds_its_own_gradient(tmp_path, monkeypatch, limits):
         assert relative_error(gradient, without[name]) > 1e-4, name
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kept_stage_1_has_the_precision_of_the_stage(tmp_path, monkeypatch, precision):
+    stage = make_stage(tmp_path / "pairs", "scl", steps=1, precision=precision, pretext_weight=0.3)
+    pretext, forward, seen = make_stage(tmp_path / "texts", "pretext"), PretextModel.forward, []
+
+    def watched(*arguments, **settings):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(*arguments, **settings)
+
+    monkeypatch.setattr(small_stages, "RunOptions", lambda: RunOptions(pretext=pretext))
+    monkeypatch.setattr(PretextModel, "forward", watched)
+    run_stage("scl", stage, tmp_path / "run", monkeypatch)
+    assert seen == [precision == "bfloat16"]
+
+
 def with_all(folder, judge, **settings):
     recipe = make_recipe(folder, steps=4, ucl=None)
     scl = recipe.scl.model_dump() | {

@@ -224,7 +224,8 @@ class ContrastiveTrainer(StageMixin, SentenceTransformerTrainer):
         """The contrastive loss, and stage 1's where it is kept."""
         loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)  # type: ignore[arg-type]
         if self.kept is not None:
-            loss = loss + self.kept.loss(self.state.global_step, loss.device)
+            with self.accelerator.autocast():  # as the encoder is, by `precision`, when prepared
+                loss = loss + self.kept.loss(self.state.global_step, loss.device)
         return (loss, {}) if return_outputs else loss
 
     def get_train_dataloader(self) -> Any:
