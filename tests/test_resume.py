@@ -18,7 +18,7 @@ from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import parse_recipe
 from llm2comp.runs.folder import FOLDERS
 from llm2comp.training import run as run_module
-from llm2comp.training.progress import ProgressCallback
+from llm2comp.training.progress import ProgressCallback, StepLines
 from llm2comp.training.run import train
 from llm2comp.training.sample import Watch
 from tiny_run import make_tree, write_pairs
@@ -255,6 +255,25 @@ def test_stopped_between_the_last_step_and_done(tmp_path, monkeypatch, patience)
     ]
     assert kept == [1, 1]
     assert not (run / "2-ucl" / "best").exists()
+
+
+def test_the_best_by_loss_is_the_same_after_a_stop(tmp_path):
+    """Checkpoints, logs and watches at different steps: a watch's loss is of the same steps."""
+    recipe = make_recipe(tmp_path, keep_best="loss", watch={"every_steps": 3, "texts": 8})
+    stage = recipe.ucl.model_copy(update={"log_every_steps": 10})
+    recipe = recipe.model_copy(update={"ucl": stage, "pretext": None, "scl": None})
+    reference, run, seen = tmp_path / "reference", tmp_path / "run", tmp_path / "seen.jsonl"
+    train(recipe, reference)
+    with pytest.raises(StoppedError):
+        train_until(recipe, run, ("ucl", 5), stop, seen)
+    train_until(recipe, run, ("never", 0), stop, seen)
+    assert trained(seen) == steps_of("ucl", 1, 5) + steps_of("ucl", 5)
+    losses = [
+        [row["loss"] for row in StepLines(place / "2-ucl" / "watch.jsonl").read()]
+        for place in (reference, run)
+    ]
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 4
 
 
 def test_same_seed_same_result_other_seed_other_result(tmp_path):

@@ -70,9 +70,14 @@ class WatchCallback(TrainerCallback):
             self._look(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """When it is time, have the loss logged first: it belongs to the watch's line."""
+        """When it is time, have the loss logged first: it belongs to the watch's line.
+
+        Where the best is kept by the loss, it is logged with every checkpoint as well: a logged
+        loss is the mean since the one before, and a resumed stage begins it at the checkpoint.
+        """
         self.due = state.global_step % self.every == 0 or state.global_step == state.max_steps
-        control.should_log = control.should_log or self.due
+        steers = control.should_save and self.stage.keep_best == "loss"
+        control.should_log = control.should_log or self.due or steers
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Watch."""
