@@ -662,6 +662,22 @@ def test_a_study_without_training(tmp_path):
     assert not list(Path(tmp_path / "out").glob("runs/*"))
 
 
+def test_training_free_rows_are_over_the_recipe_s_own_lm(tmp_path):
+    """With all that `model` says of it, and never with scores kept for other settings."""
+    file = write_study(tmp_path, systems={}, training_free=["mean"])
+
+    def score(*changes):
+        (row,) = study(file, tmp_path / "out", changes=changes).rows
+        return row.scores[0]
+
+    found = [score(), score("model.bos=none"), score("model.bos=</s>")]
+    assert all(set(scores) == set(SETS) for scores in found)
+    assert len({tuple(scores.values()) for scores in found}) == 3
+    assert [score(), score("model.bos=none")] == found[:2]
+    with pytest.raises(RunError, match="failed: mean"):
+        score("model.bos=<nobody>")
+
+
 def test_only_leaves_any_row_of_a_study(tmp_path):
     """Training-free rows and models as well, which may take longer than all the training."""
     file = write_study(tmp_path, training_free=["mean", "last_token"], models=["tfidf"])

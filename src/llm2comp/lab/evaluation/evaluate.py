@@ -26,7 +26,10 @@ from llm2comp.lab.evaluation.summary import (
     results_folder,
 )
 from llm2comp.lab.evaluation.tasks import local_tasks, named_tasks
+from llm2comp.model.backbone import load_backbone, weights_digest
+from llm2comp.model.baselines.module import baseline
 from llm2comp.model.encoder import MemoryEncoder, check_prompt, merge_adapters
+from llm2comp.recipe import ModelSettings
 from llm2comp.runs.folder import Run
 from llm2comp.storage.golden import GOLDEN_FILE
 from llm2comp.storage.identity import identity
@@ -36,6 +39,8 @@ from llm2comp.system.files import to_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+NO_EFFECT = {"device", "attention"}  # settings of an LM that change no training-free encoder
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class EvaluateOptions:
         max_tokens_per_batch: tokens at once, padding included; None = by the device.
         device: None = the best there is.
         num_memory: j: the mean of j memory states, as `load`; None = all, by their stored weights.
+        lm: how the LM of a training-free model is loaded; None = as its name says.
     """
 
     tasks: tuple[str, ...] = ()
@@ -63,6 +69,7 @@ class EvaluateOptions:
     device: str | None = None
     num_memory: int | None = None
     pairs: tuple[Questions, ...] = ()
+    lm: ModelSettings | None = None
 
 
 def evaluate(
@@ -100,7 +107,7 @@ def _encoder(
     """A model as mteb calls it, with the instructions it is to get."""
     if path.lower() in LEXICAL:
         return LEXICAL[path.lower()]()
-    model = load(path, options.device, options.num_memory)
+    model, lm = _loaded(path, options), options.lm
     if options.instructions == "auto" and not _knows_instructions(path, model):
         instructions = {}
     # twice the speed; elsewhere a second copy of a large LM may not fit
@@ -126,11 +133,20 @@ def _encoder(
             sorted(instructions.items()),
             options.template if instructions else "",
             model.max_seq_length,
+            *([lm.model_dump(exclude=NO_EFFECT), weights_digest(lm)] if lm else []),
         ]
     )
     revision = f"{who.revision}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
     at_once = options.max_tokens_per_batch
     return MtebEncoder(model, who.name, revision, used, options.template, at_once)
+
+
+def _loaded(path: str, options: EvaluateOptions) -> SentenceTransformer:
+    if options.lm is None:
+        return load(path, options.device, options.num_memory)
+    # A training-free encoder is causal: so its LM need not be one that can attend both ways.
+    settings = options.lm.model_copy(update={"attention": "causal"})
+    return baseline(load_backbone(settings), path.partition(":")[0])
 
 
 def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], folder: Path) -> ModelScores:

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from llm2comp.errors import Llm2CompError, one_line
-from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
+from llm2comp.lab.evaluation.evaluate import NO_EFFECT, EvaluateOptions, evaluate
 from llm2comp.lab.report.reading import read_log
 from llm2comp.lab.study.grid import DONE, TRAIN, StudyRun, begun, plan, samples_of, work
 from llm2comp.lab.study.results import MODEL, TRAINING_FREE, Failure, StudyRow
 from llm2comp.lab.train import train
 from llm2comp.model.backbone import weights_digest
+from llm2comp.recipe import ModelSettings
 from llm2comp.runs.folder import DONE_FILE, MODEL_FOLDER, RECIPE_FILE, is_done
 from llm2comp.system.files import to_json, write_text
 
@@ -62,12 +63,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Floor:
-    """An encoder that the study scores but does not train."""
+    """An encoder that the study scores but does not train.
+
+    `lm`, `digest`: of a training-free one, its LM and `weights_digest` of that.
+    """
 
     name: str
     model: str
-    lm: str | None = None
-    device: str | None = None
+    lm: ModelSettings | None = None
+    digest: str = ""  # on the Hub, and not known which
 
     @property
     def stage(self) -> str:
@@ -77,8 +81,10 @@ class Floor:
     def outcomes(self, bench: Bench) -> Iterator[Outcome]:
         """Its row."""
         found = Outcome(self.name, is_run=False)
-        key = [self.model, self.lm] if self.lm else None  # "": on the Hub, and not known which
-        scores = _score(bench, found, self.name, self.model, key, self.device)
+        key = None
+        if self.lm and self.digest:
+            key = [self.model, self.lm.model_dump(exclude=NO_EFFECT), self.digest]
+        scores = _score(bench, found, self.name, self.model, key, self.lm)
         found.told = "scored" if scores else "failed"
         found.rows.append(
             StudyRow(system=self.name, stage=self.stage, base=self.name, scores={0: scores})
@@ -145,11 +151,10 @@ def groups(runs: Sequence[StudyRun]) -> list[Group]:
     return [Group(tuple(group)) for group in found.values()]
 
 
-def floors(training_free: Sequence[str], models: Sequence[str], lm: Any) -> list[Floor]:
-    """Encoders to compare with: training-free ones over `model`, others that the study names."""
-    device = None if lm.device == "auto" else lm.device
-    digest = weights_digest(lm) if training_free else None
-    free = [Floor(name, f"{name}:{lm.name}", digest, device) for name in training_free]
+def floors(training_free: Sequence[str], models: Sequence[str], lm: ModelSettings) -> list[Floor]:
+    """Encoders to compare with: training-free ones over `lm`, others that the study names."""
+    digest = weights_digest(lm) if training_free else ""
+    free = [Floor(name, f"{name}:{lm.name}", lm, digest) for name in training_free]
     return free + [Floor(name, name) for name in models]
 
 
@@ -181,11 +186,16 @@ def _row(bench: Bench, found: Outcome, run: StudyRun, asked: str, stage: str) ->
 
 
 def _score(
-    bench: Bench, found: Outcome, system: str, model: str, key: Any, device: str | None = None
+    bench: Bench,
+    found: Outcome,
+    system: str,
+    model: str,
+    key: Any,
+    lm: ModelSettings | None = None,
 ) -> dict[str, float]:
     """Set → percent, for the sets that could be scored.
 
-    `key`: all that the encoder depends on, None where that is not known.
+    `key`: all that the encoder depends on, None where that is not known. `lm`: as `evaluate`.
     """
     digest = hashlib.sha256(to_json([key, bench.sets], sort_keys=True).encode()).hexdigest()
     kept = bench.folder / SCORES / KEPT / f"{digest}.json"
@@ -193,7 +203,7 @@ def _score(
         return before
     try:
         (row,) = evaluate(
-            [model], EvaluateOptions(local=bench.folders, device=device), bench.folder / SCORES
+            [model], EvaluateOptions(local=bench.folders, lm=lm), bench.folder / SCORES
         )
     except (Llm2CompError, torch.OutOfMemoryError) as error:
         found.failures.append(Failure(system=system, run=model, reason=one_line(error, 400)))
