@@ -7,12 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
-from llm2comp.data.weak_pairs import Seen
+from llm2comp.data.weak_pairs import Seen, WeakPair
 from llm2comp.errors import DataError, RecipeError, RunError
-from llm2comp.lab.adapt import adapt, work
+from llm2comp.lab.adapt import adapt, running, work
 from llm2comp.lab.adapt.corpus import read_task
 from llm2comp.lab.adapt.mining import with_negatives
-from llm2comp.lab.adapt.planning import Plan
+from llm2comp.lab.adapt.planning import LEAST_STEPS, Plan
 from llm2comp.lab.adapt.verdict import ADAPTED, BM25, LM, START, Verdict, hybrid
 from llm2comp.lab.evaluation.retrieval import Collection
 from llm2comp.runs.folder import Run
@@ -262,8 +262,6 @@ def test_a_difference_that_chance_explains_is_none():
 @pytest.mark.thorough
 def test_mined_negatives_are_other_passages(adapted):
     _, run, _ = adapted
-    from llm2comp.data.weak_pairs import WeakPair
-
     rows = [json.loads(line) for line in (run / "data" / "pairs.jsonl").read_text().splitlines()]
     pairs = [WeakPair(row["kind"], row["anchor"], row["positive"]) for row in rows]
     mined = with_negatives(pairs, load(finished()[1]), 2)
@@ -274,11 +272,44 @@ def test_mined_negatives_are_other_passages(adapted):
     assert with_negatives(pairs, None, 0) == rows
 
 
+@pytest.mark.thorough
+def test_the_plan_is_over_the_pairs_that_negatives_leave(tmp_path, monkeypatch):
+    """Mining leaves out pairs: the others are not seen the more often for it."""
+    planned = []
+
+    def begin(recipe, run):
+        planned.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "train", begin)
+    monkeypatch.setattr(work, "rate", lambda *_: 1e6)
+    documents = write_documents(tmp_path / "documents")
+    options = ("--model", finished()[1], "--minutes", 20, "--device", "cpu")
+    cli("adapt", documents, "-o", tmp_path / "run", *options, "--negatives", 2)
+    rows = (tmp_path / "run" / "data" / "pairs.jsonl").read_text().splitlines()
+    (recipe,) = planned
+    assert 0 < recipe.scl.steps * recipe.scl.batch_size <= 3 * len(rows)
+
+
+def test_too_few_pairs_with_hard_negatives_are_refused():
+    texts = sentences(12, 8, seed=3)
+    pairs = [WeakPair("heading", *pair) for pair in zip(texts[:6], texts[6:], strict=True)]
+    with pytest.raises(DataError, match=r"too few pairs have 8(.*\n)*.*give fewer --negatives"):
+        with_negatives(pairs, load("mean:builtin:tiny", "cpu"), 8, least=2)
+
+
 def test_minutes_that_do_not_suffice_are_refused_with_those_that_do():
     assert Plan.of(300, 100, 10, 32).steps == 20
-    assert Plan.of(300, 100, 10, 32).at_most(7).steps == 7
     with pytest.raises(RecipeError, match=r"too short(.*\n)*.*2 minutes more"):
         Plan.of(100, 150, 30, 32)
+
+
+@pytest.mark.parametrize("pairs", [2, 16, 31, 32, 75, 10_000])
+def test_no_pair_is_seen_more_than_three_times(pairs):
+    plan = Plan.of(300, 100, 10, 32).over(pairs)
+    assert 2 * pairs < plan.steps * plan.batch <= 3 * pairs or plan.steps == 20
+    assert LEAST_STEPS <= plan.steps <= 20
+    assert plan.batch == min(32, pairs)
 
 
 def test_bad_input_is_one_clear_line(tmp_path):

@@ -130,9 +130,9 @@ class Corpus:
         return found
 
 
-def kinds(pairs: Iterable[WeakPair]) -> str:
-    """For people: `320 heading, 118 opening`."""
-    return ", ".join(f"{n:,} {kind}" for kind, n in Counter(p.kind for p in pairs).most_common())
+def kinds(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Of rows, for people: `320 heading, 118 opening`."""
+    return ", ".join(f"{n:,} {kind}" for kind, n in Counter(r["kind"] for r in rows).most_common())
 
 
 def rows_of(pairs: Iterable[WeakPair]) -> list[dict[str, Any]]:

@@ -10,17 +10,20 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 
 from llm2comp.data.weak_pairs import WeakPair
-from llm2comp.lab.adapt.corpus import rows_of
+from llm2comp.errors import DataError
+from llm2comp.lab.adapt.corpus import LEAST_PAIRS, rows_of
 
 CANDIDATES, MARGIN = 30, 0.05
 
 
 def with_negatives(
-    pairs: Sequence[WeakPair], model: SentenceTransformer, count: int
+    pairs: Sequence[WeakPair], model: SentenceTransformer, count: int, least: int = LEAST_PAIRS
 ) -> list[dict[str, Any]]:
     """Pairs as rows, each with so many mined negatives; pairs that find fewer are left out.
 
     What scores above (1 − MARGIN) of the right passage may well be right, too, and is not taken.
+
+    Raises DataError: not even `least` are left.
     """
     rows = rows_of(pairs)
     if not count:
@@ -42,4 +45,12 @@ def with_negatives(
     for anchor, positive, *negatives in (row.values() for row in found):
         row = kept[anchor, positive]
         mined.append(row | dict(zip(names, negatives, strict=True)))
+    if len(mined) < least:
+        raise DataError(
+            f"too few pairs have {count} hard negatives",
+            where="--negatives",
+            expected=f"{least} or more of {len(pairs):,} pairs",
+            found=len(mined),
+            fix="give fewer --negatives or none, or add documents",
+        )
     return mined

@@ -102,9 +102,10 @@ class Plan:
             self, steps=max(LEAST_STEPS, steps), pretext=pretext, per_pretext=per_pretext
         )
 
-    def at_most(self, steps: int) -> Plan:
-        """The plan with no more steps than that: there is little to learn from."""
-        return replace(self, steps=max(LEAST_STEPS, min(self.steps, steps)))
+    def over(self, pairs: int) -> Plan:
+        """The plan over so many pairs, none of which is seen more than EPOCHS times."""
+        batch = min(self.batch, pairs)
+        return replace(self, steps=min(self.steps, EPOCHS * pairs // batch), batch=batch)
 
     def told(self, minutes: float) -> str:
         """The plan as one line."""

@@ -158,7 +158,7 @@ class Work:
             few = pairs(TRIED * BATCH)
             batch = min(BATCH, len(few) // 2)
             begin = time.monotonic()
-            rows = with_negatives(few, first, wanted.negatives)
+            rows = with_negatives(few, first, wanted.negatives, least=2)
             mining = (time.monotonic() - begin) / len(few) * batch if wanted.negatives else 0.0
             write_rows(Path(folder) / PAIRS_FILE, rows)
             trial = Plan(TRIED, TRIED_PAIRS, pretext=TRIED if wanted.pretext else 0)
@@ -173,18 +173,20 @@ class Work:
         plan = Plan.of(clock.left, after, per_step, batch)
         if wanted.pretext:
             plan = plan.begun_with(per_pretext, EPOCHS * len(passages) // PRETEXT_BATCH)
-        rows_wanted = pairs(plan.steps * batch)
-        plan = plan.at_most(EPOCHS * len(rows_wanted) // batch)
+        with clock.part("pairs"):
+            found = pairs(plan.steps * batch)
+            rows = with_negatives(found, first, wanted.negatives)
+        plan = plan.over(len(rows))
         say(plan.told(wanted.minutes))
         if wanted.pretext and not plan.pretext:
             say(f"no time for stage 1: a step of it takes {per_pretext:.0f} s")
         with clock.part("pairs"):
             data = self.run / DATA_FOLDER
-            rows = with_negatives(rows_wanted, first, wanted.negatives)
             write_rows(data / PAIRS_FILE, rows)
             if plan.pretext:
                 write_rows(data / PASSAGES_FILE, ({"text": text} for text in passages))
-        say(f"{len(rows):,} pairs to train on: {kinds(rows_wanted)}")
+        left_out = f"; {len(found) - len(rows):,} others find too few hard negatives"
+        say(f"{len(rows):,} pairs to train on: {kinds(rows)}{left_out * (len(rows) < len(found))}")
         return recipe(plan)
 
     def _questions(
