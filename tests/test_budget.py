@@ -6,7 +6,7 @@ from sentence_transformers import SentenceTransformer
 
 from llm2comp.data.loaded import Pair
 from llm2comp.errors import DataError, ModelFolderError
-from llm2comp.lab.budget import _stored, budget, export_row, worth
+from llm2comp.lab.budget import _stored, _task, budget, export_row, worth
 from llm2comp.lab.evaluation.retrieval import Collection
 from llm2comp.model.vectors import embed_texts
 from llm2comp.storage.loading import load
@@ -49,6 +49,18 @@ def test_the_whole_vector_scores_as_the_encoder_itself(rows):
     assert 0.1 < expected < 1
     whole = row_of(rows, 3, 32, "float32", "mean")
     assert whole.ndcg_at_10 == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_question_with_several_answers_is_one_query():
+    """Who ranks all of its answers first has found all there is to find."""
+    pairs = [Pair(f"question {n % 5}", text) for n, text in enumerate(TEXTS[:15])]
+    task = _task(TEXTS, pairs)
+    assert list(task.queries.values()) == [f"question {n}" for n in range(5)]
+    assert list(task.documents.values()) == TEXTS
+    assert [len(task.relevant[query]) for query in task.queries] == [3] * 5
+    perfect = [[(name, 1.0) for name in sorted(right)] for right in task.relevant.values()]
+    collection = Collection(task.queries, task.documents, task.relevant)
+    assert collection.ndcg_of_each(perfect) == pytest.approx(1)
 
 
 def test_a_worthy_row_is_bettered_by_no_cheaper_one(rows):

@@ -152,25 +152,29 @@ def export_row(model: str, row: Choice, folder: Path, device: str | None = None)
 
 
 def _task(texts: Sequence[str], pairs: Sequence[Pair]) -> Task:
-    task, ids = Task(), dict[str, str]()
+    """Each question once, with all of its answers."""
+    task, queries, ids = Task(), dict[str, str](), dict[str, str]()
 
     def add(text: str) -> str:
         return ids.setdefault(text, f"d{len(ids)}")
 
+    def ask(question: str, answer: str) -> None:
+        query = queries.setdefault(question, f"q{len(queries)}")
+        task.relevant.setdefault(query, set()).add(add(answer))
+
     for pair in pairs:
-        query = f"q{len(task.queries)}"
-        task.queries[query], task.relevant[query] = pair.anchor, {add(pair.positive)}
+        ask(pair.anchor, pair.positive)
     for text in dict.fromkeys(texts):
-        asked = None if pairs else opening(text)
-        answer = add(asked[1] if asked else text)
-        if asked:
-            query = f"q{len(task.queries)}"
-            task.queries[query], task.relevant[query] = asked[0], {answer}
+        if not pairs and (asked := opening(text)):
+            ask(*asked)
+        else:
+            add(text)
+    task.queries.update((name, text) for text, name in queries.items())
     task.documents.update((name, text) for text, name in ids.items())
     if len(task.queries) < LEAST_QUERIES:
         raise DataError(
             "too few queries to measure by",
-            expected=f"{LEAST_QUERIES} or more pairs, or texts of several sentences",
+            expected=f"{LEAST_QUERIES} or more questions, or texts of several sentences",
             found=len(task.queries),
             fix="give --pairs: questions and their answers",
         )
