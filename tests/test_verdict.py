@@ -8,7 +8,8 @@ import json
 import pytest
 
 from llm2comp.lab.report import page
-from llm2comp.lab.report.reading import read_log
+from llm2comp.lab.report.reading import columns, read_log
+from llm2comp.lab.report.sections import evaluation_table
 from llm2comp.lab.report.verdict import (
     courses,
     short_section,
@@ -134,6 +135,35 @@ def test_the_verdict_of_an_evaluation_is_over_sets_that_all_have(run):
         "is not better than TF-IDF, which only matches words: 40.0 against 44.0 (A, × 100)"
         in short(run)[0]
     )
+
+
+def test_the_verdict_is_about_the_encoder_itself_as_it_is_now(run):
+    """Neither about some of its memory tokens, nor about an earlier revision of it."""
+    rows = [
+        ("mine", "llm2comp/mine", "old", 30),
+        ("mine", "llm2comp/mine", "new", 50),
+        ("mine", "llm2comp/mine-last-1", "new", 10),
+        ("mine/2-ucl", "llm2comp/mine-2-ucl-last-1", "new", 5),
+        ("bm25", "llm2comp/bm25", "1", 40),
+    ]
+    summary = [
+        {
+            "model": model,
+            "name": name,
+            "revision": revision,
+            "scores": {"A": {"score": x / 100, "metric": "ndcg_at_10", "split": "test"}},
+        }
+        for model, name, revision, x in rows
+    ]
+    (run / "scores" / "summary.json").write_text(json.dumps(summary))
+    log = read_log(run, "mine")
+    (course,) = courses(log)
+    assert course.states == (("after SCL", 50.0),)
+    assert verdict(course).startswith("The encoder after SCL is better than BM25")
+    shown = evaluation_table(columns(log.evaluations))
+    names = ("mine, old", "mine, new", "mine (last-1)", "mine/2-ucl (last-1)", "bm25")
+    assert shown.header == ("task", *names, "metric")
+    assert shown.rows[0] == ("A", *(f"{row[-1]:.2f}" for row in rows), "ndcg_at_10, test")
 
 
 def test_models_that_share_no_set_are_not_compared(run):

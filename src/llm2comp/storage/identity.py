@@ -60,9 +60,9 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
     if isinstance(module, BaselineEncoder):
         kind, _, name = str(path).partition(":")
         label = (
-            f"llm2comp/{kind}-{_plain(name)}"
+            f"llm2comp/{kind}-{plain_name(name)}"
             if name and kind in NAMES
-            else f"local/{_plain(folder.name)}"
+            else f"local/{plain_name(folder.name)}"
         )
         saved, prompts = module.saved(), sorted(item for item in model.prompts.items() if item[1])
         return Identity(
@@ -72,22 +72,23 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
         return Identity(str(path), hub_commit(str(path)) or "unknown")
     run, stage = Run.of(folder), stage_of(folder)
     if run is None:
-        return Identity(f"local/{_plain(folder.name)}", _short(_content(folder)))
+        return Identity(f"local/{plain_name(folder.name)}", _short(_content(folder)))
     if stage is None:
         return Identity(
-            f"llm2comp/{_plain(run.path.name)}", _short(_content(model_folder(folder, str(path))))
+            f"llm2comp/{plain_name(run.path.name)}",
+            _short(_content(model_folder(folder, str(path)))),
         )
     recipe = run.recipe
     names = list(recipe.stages)
     start = [start_digest(run.start)] if run.start else []
     parts = [_content(run.stage(earlier)) for earlier in names[: names.index(stage) + 1]]
-    label = f"llm2comp/{_plain(run.path.name)}-{folder.name}"
+    label = f"llm2comp/{plain_name(run.path.name)}-{folder.name}"
     return Identity(
         label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *start, *parts]))
     )
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name without what a result folder's name cannot hold."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 

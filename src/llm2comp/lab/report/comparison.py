@@ -17,7 +17,7 @@ from llm2comp.lab.report.blocks import (
     number,
     percent,
 )
-from llm2comp.lab.report.reading import RunLog
+from llm2comp.lab.report.reading import RunLog, columns
 from llm2comp.lab.report.sections import evaluation_table, spectrum_plots
 from llm2comp.lab.report.verdict import measured_states
 from llm2comp.lab.report.words import FIGURES, LOSS
@@ -35,7 +35,9 @@ def comparison_part(runs: Sequence[RunLog]) -> Part:
     settings = {run.label: settings_of(run) for run in runs}
     changed = _side_by_side("Settings that differ", "setting", settings, differing=True)
     evaluations = {
-        f"{run.label}: {entry.model}": entry for run in runs for entry in run.evaluations
+        f"{run.label}: {name}": entry
+        for run in runs
+        for name, entry in columns(run.evaluations).items()
     }
     scores = [evaluation_table(evaluations)] if evaluations else []
     sections = [

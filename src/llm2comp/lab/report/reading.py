@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -11,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, Validat
 from llm2comp.errors import RunError
 from llm2comp.recipe import PretextStage, Recipe, Stage
 from llm2comp.runs.folder import DONE_FILE, FOLDERS, Run
+from llm2comp.storage.identity import plain_name
 
 T = TypeVar("T")
 SEARCHES_FILE, ADAPTED_FILE = "searches.json", "adapted.json"
@@ -149,6 +151,21 @@ class Evaluation(Line):
     revision: str | None = None
     scores: dict[str, TaskScore]
     failed: dict[str, str] = {}
+
+    @property
+    def variant(self) -> str:
+        """What its name (`identity`) says beyond the label, such as `last-1`; mostly nothing."""
+        own, name = plain_name(self.model), self.name.partition("/")[2]
+        return name.removeprefix(own).strip("-") if name.startswith(f"{own}-") else ""
+
+
+def columns(entries: Sequence[Evaluation]) -> dict[str, Evaluation]:
+    """Entries by label, and by all that tells two of one label apart."""
+    labels = [entry.model + f" ({entry.variant})" * bool(entry.variant) for entry in entries]
+    return {
+        label if labels.count(label) == 1 else f"{label}, {entry.revision}": entry
+        for label, entry in zip(labels, entries, strict=True)
+    }
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from llm2comp.lab.report.blocks import (
     number,
     percent,
 )
-from llm2comp.lab.report.reading import Evaluation, RunLog, StageLog
+from llm2comp.lab.report.reading import Evaluation, RunLog, StageLog, columns
 from llm2comp.lab.report.verdict import (
     adapted_section,
     measured_states,
@@ -123,10 +123,11 @@ def _scores(run: RunLog, ident: str) -> list[PageSection]:
             "Finding held-out Python documentation by its summary line; nDCG and MRR times 100"
         )
         tables.append(Table(caption, ("model", "nDCG@10", "MRR@10", "effective rank"), rows))
-    if run.evaluations:
-        tables.append(evaluation_table({entry.model: entry for entry in run.evaluations}))
+    models = columns(run.evaluations)
+    if models:
+        tables.append(evaluation_table(models))
     failed = tuple(
-        (task, entry.model, why) for entry in run.evaluations for task, why in entry.failed.items()
+        (task, name, why) for name, entry in models.items() for task, why in entry.failed.items()
     )
     if failed:
         tables.append(Table("Tasks that failed", ("task", "model", "why"), failed, numeric=False))

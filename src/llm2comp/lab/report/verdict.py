@@ -87,9 +87,12 @@ def courses(run: RunLog) -> list[Course]:
 
 
 def _evaluated(run: RunLog) -> list[Course]:
-    """The mean over the sets that the encoder, its stages and word matching all have."""
+    """The mean over the sets that the encoder, its stages and word matching all have.
+
+    Of each model itself, all of its memory states; of several revisions the newest.
+    """
     name = run.folder.resolve().name
-    entries = {entry.model: entry for entry in run.evaluations if entry.scores}
+    entries = {e.model: e for e in run.evaluations if e.scores and not e.variant}
     lexical = {LEXICAL_TITLES[e.name]: e for e in entries.values() if e.name in LEXICAL_TITLES}
     ours: dict[str, Evaluation] = {}
     since: list[str] = []  # stages since the last one that has scores
