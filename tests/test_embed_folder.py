@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from sentence_transformers.util.quantization import quantize_embeddings
 import llm2comp
 from llm2comp.data.streams import Stream, sources_of
 from llm2comp.errors import DataError, RunError
+from llm2comp.use import bulk, making
 from llm2comp.use.embed import embed
 from tiny_run import assert_refused, cli, finished, no_file_over, sentences, write_rows
 
@@ -246,6 +248,30 @@ def test_two_workers_make_the_same_shards(source, whole, tmp_path):
         *("embed", tmp_path / "long.jsonl", "-o", f"{bad}/", "--long-texts", "error", *arguments)
     )
     assert_refused(said, "texts are longer than the model reads", "(from 0)")
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_the_first_process_holds_no_model_while_workers_embed(
+    engine, source, tmp_path, monkeypatch
+):
+    """It would lie on the GPU of the first worker."""
+    loaded = []
+
+    def load_as(*arguments):
+        model = making.load_as(*arguments)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def ended(*_):
+        raise RunError("here workers begin")
+
+    monkeypatch.setattr(bulk, "load_as", load_as)
+    monkeypatch.setattr(bulk, {"local": "in_workers", "ray": "on_ray"}[engine], ended)
+    monkeypatch.setattr(bulk, "find_spec", lambda name: True)
+    job = bulk.prepare([source], tmp_path / "out", bulk.EmbedOptions())
+    with pytest.raises(RunError, match="here workers begin"):
+        bulk.embed_job(job, str(finished()[1]), "cpu", workers=2, engine=engine)
+    assert [model() for model in loaded] == [None]
 
 
 def test_errors_in_the_middle_name_the_row(tmp_path):

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 from sentence_transformers import SentenceTransformer
 
@@ -89,13 +91,16 @@ def embed_job(
         missing = [i for i in range(manifest.shards) if facts_of(shard_file(job.out, i)) is None]
         done = manifest.rows - sum(manifest.rows_of(shard) for shard in missing)
         with Bar("embed", manifest.rows, done, unit="rows") as bar:
+            if missing and (engine == "ray" or workers > 1):
+                del encoder  # each worker has its own, one of them on the device of this one
+                gc.collect()
+                torch.cuda.empty_cache()
             if not missing:
                 pass
             elif engine == "ray":
                 for rows in on_ray(missing, bench, workers):
                     bar.advance(rows)
             elif workers > 1:
-                del encoder  # each worker has its own
                 task = functools.partial(make_shard, bench=bench)
                 (job.out / LOGS).mkdir(exist_ok=True)
                 for rows in in_workers(task, missing, workers, job.out / LOGS):
