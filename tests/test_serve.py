@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 import llm2comp
-from families import make_compressor
+from families import make_compressor, make_tokenizer
 from llm2comp.errors import RunError
 from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.vectors import memory_vectors
@@ -165,6 +167,46 @@ def test_usage_counts_what_was_read(served):
     assert max(tokens) > room
     used = served.embeddings(TEXTS).json()["usage"]
     assert used["prompt_tokens"] == used["total_tokens"] == sum(min(n, room) for n in tokens)
+
+
+def test_texts_of_a_training_free_encoder_are_counted_and_not_cut_silently():
+    """It tokenises for itself, each text within a template."""
+    path = "echo:builtin:tiny"
+    model = llm2comp.load(path, "cpu")
+    model.max_seq_length = 30
+    with serving(model, path) as served:
+        counts = [len(row) for row in model.tokenizer(TEXTS, add_special_tokens=False)["input_ids"]]
+        room = served.server.engine.limit
+        assert served.client.get("/info").json()["max_input_length"] == room == 29
+        fits = [text for text, count in zip(TEXTS, counts, strict=True) if count <= room]
+        longer = next(text for text, count in zip(TEXTS, counts, strict=True) if count > room)
+        assert len(fits) > 10
+        used = served.embeddings(TEXTS).json()["usage"]
+        assert used["prompt_tokens"] == sum(min(count, room) for count in counts)
+        assert served.post("/embed", {"inputs": fits, "truncate": False}).status_code == 200
+        found = np.array(served.post("/embed", {"inputs": [longer]}).json())
+        np.testing.assert_allclose(found, unit(model.encode([longer])), atol=2e-6)
+        refused = served.post("/embed", {"inputs": [longer], "truncate": False})
+        assert (refused.status_code, "more than 29 tokens" in refused.text) == (413, True)
+        asked = {"query": "a fox", "texts": [longer], "truncate": False}
+        assert served.post("/rerank", asked).status_code == 413
+
+
+@pytest.mark.parametrize(("limit", "status"), [(None, 200), (20, 422)])
+def test_a_model_whose_tokens_are_not_known_does_not_promise_to_cut_none(
+    limit, status, monkeypatch
+):
+    """One of static word vectors has no tokenizer of transformers."""
+    module = StaticEmbedding(make_tokenizer(), embedding_dim=8)
+    model = SentenceTransformer(modules=[module], device="cpu")
+    if limit:
+        monkeypatch.setattr(StaticEmbedding, "max_seq_length", limit)
+    with serving(model, "owner/static") as served:
+        assert served.client.get("/info").status_code == 200
+        assert served.post("/embed", {"inputs": TEXTS[0]}).status_code == 200
+        answer = served.post("/embed", {"inputs": TEXTS[0], "truncate": False})
+        assert answer.status_code == status
+        assert ("cannot be counted" in answer.text) == (status == 422)
 
 
 def test_memory_states_are_the_models_own(served, pair):

@@ -5,6 +5,8 @@ Texts are tokenised where requests arrive, each once; the model's thread is give
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,16 +32,16 @@ class Text:
     """One text as the model will read it.
 
     Args:
-        length: positions that it takes in the model, a guess where its tokens are not known.
-        tokens: of the text and its prompt, as read; BOS and memory are not counted.
-        cut: it was longer than the model reads.
+        length: positions that it takes in the model, a guess where it is without ids.
+        tokens: of the text and its prompt, as read; BOS, memory and templates are not counted.
+        cut: it was longer than the model reads; None: not known, as `tokens` is a guess.
         ids: token ids, cut to the limit; None: the model reads `text` for itself.
         prompt, role: what stands before `text`, and whose it is; of texts without ids.
     """
 
     length: int
     tokens: int
-    cut: bool = False
+    cut: bool | None = False
     ids: Ids | None = None
     text: str = ""
     prompt: str = ""
@@ -68,6 +70,10 @@ class Engine:
         self.prompts = {name: text for name, text in model.prompts.items() if text}
         frames = {role: frame_of(model, role) for role in (None, *ROLES)}
         self.frames: dict[str | None, Frame] = {r: f for r, f in frames.items() if f is not None}
+        # Of a model that tokenises for itself: it does so in another thread, with settings of its
+        # own, and a tokenizer holds one set of them.
+        own = None if self.frames else getattr(model, "tokenizer", None)
+        self._counter = copy.deepcopy(own) if callable(own) else None
         for role in (*ROLES, None):
             check_prompt(model, prompt_of(model, role), role)
         self.states = self._count_states()
@@ -84,10 +90,13 @@ class Engine:
             raise ModelFolderError("has no frozen LM", where=self.name, expected=expected)
         return module.compressor
 
-    @property
+    @functools.cached_property
     def limit(self) -> int:
         """Tokens of the longest text that is read whole, its prompt included."""
-        return self.frames[None].room if self.frames else self.model.max_seq_length or NO_LIMIT
+        if self.frames:
+            return self.frames[None].room
+        around = len(self._counter("", verbose=False)["input_ids"]) if self._counter else 0
+        return int(min(self.model.max_seq_length or NO_LIMIT, NO_LIMIT)) - around
 
     def prompt(self, role: str | None, name: str | None = None) -> str:
         """What stands before texts of a role, or the prompt of a name. Raises KeyError: none."""
@@ -97,16 +106,31 @@ class Engine:
         """Texts after a prompt, as the model will read them; may run in any thread."""
         frame = self.frames.get(role)
         if frame is None:
-            parts = Inputs(self.model, texts, None, None, prompt, role).lengths
+            limit, known = self.limit, self._counter is not None or self.limit == NO_LIMIT
             return [
-                Text(length, length, text=text, prompt=prompt, role=role)
-                for text, length in zip(texts, parts, strict=True)
+                Text(
+                    1 + min(count, limit),
+                    min(count, limit),
+                    count > limit if known else None,
+                    text=text,
+                    prompt=prompt,
+                    role=role,
+                )
+                for text, count in zip(texts, self._counts(texts, prompt), strict=True)
             ]
         rows = tokenise(self.model, [prompt + text for text in texts])
         return [
             Text(len(row) + frame.added, len(row), len(row) < len(whole), row)
             for whole, row in ((whole, whole[: frame.room]) for whole in rows)
         ]
+
+    def _counts(self, texts: Sequence[str], prompt: str) -> list[int]:
+        """Tokens of texts that are read without a frame; a guess where there is no tokenizer."""
+        whole = [prompt + text for text in texts]
+        if self._counter is None:
+            return Inputs(self.model, whole).lengths
+        rows = self._counter(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        return [len(row) for row in rows]
 
     def decode(self, ids: Sequence[int]) -> str | None:
         """The text that exactly these token ids are of, BOS before it or not; None: there is

@@ -45,7 +45,7 @@ class Metrics:
         """Texts were answered."""
         self._texts.inc(len(texts))
         self._tokens.inc(sum(text.tokens for text in texts))
-        self._cut.inc(sum(text.cut for text in texts))
+        self._cut.inc(sum(bool(text.cut) for text in texts))
 
     def batch(self, texts: int, tokens: int, seconds: float) -> None:
         """A batch was computed."""

@@ -53,8 +53,8 @@ class Server:
         """Texts of a field of a request, or token ids, as the model will read them.
 
         Raises:
-            RefusedError: too many, ids that are of no text, no Unicode, one that is too long and
-                must not be cut.
+            RefusedError: too many, ids that are of no text, no Unicode, one that is or may be too
+                long and must not be cut.
         """
         several = isinstance(given, list) and not isinstance(given[0], int)
         inputs = given if several else [given]
@@ -72,6 +72,9 @@ class Server:
             if sum(map(len, inputs)) <= AT_ONCE
             else await asyncio.to_thread(self.engine.read, *arguments)
         )
+        if not truncate and any(text.cut is None for text in texts):
+            problem = "truncate: false: the tokens of this model cannot be counted"
+            raise RefusedError(INVALID, problem, param=field)
         if not truncate and any(text.cut for text in texts):
             raise RefusedError(
                 413,
