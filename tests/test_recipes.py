@@ -105,6 +105,7 @@ def test_unknown_key_names_nearest(minimal: Path, addition: str, location: str, 
             ["ucl.schedule={learning_rate: 1.0e-6, floor_learning_rate: 1.0e-5}"],
             "above learning_rate",
         ),
+        (["ucl.schedule={floor_learning_rate: 5.0e-5}"], "above the rate of learning_rate auto"),
         (["pretext=null", "ucl=null"], "at least one of pretext, ucl, scl"),
         (
             ["scl={data: [{source: pairs.jsonl}], query_prompt: 'query: '}"],
@@ -117,6 +118,11 @@ def test_contradictions_raise(minimal: Path, overrides: list[str], says: str):
     with pytest.raises(RecipeError) as caught:
         load_recipe(minimal, overrides)
     assert says in str(caught.value)
+
+
+def test_a_floor_below_the_stage_s_own_auto_is_taken(minimal: Path):
+    floors = ["pretext.schedule={floor_learning_rate: 1.0e-4}", "ucl.schedule={decay: constant}"]
+    assert load_recipe(minimal, floors).stages["pretext"].schedule.learning_rate == "auto"
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,17 @@ class Stage(Section):
         return self.model_copy(update={"schedule": self.schedule.model_copy(update=rates)})
 
     @model_validator(mode="after")
+    def _floor_below_auto(self) -> Stage:
+        floor = self.schedule.floor_learning_rate
+        if self.schedule.learning_rate == "auto" and floor > self.released_rate:
+            raise ValueError(
+                f"schedule.floor_learning_rate {floor} is above the rate of learning_rate auto, "
+                f"{self.released_rate} before both are scaled to the LM's width: lower it, or "
+                "give learning_rate a number"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patience_for_something(self) -> Stage:
         if self.patience is not None and self.keep_best is None:
             raise ValueError(
