@@ -274,6 +274,20 @@ def test_other_settings_are_refused(lm, made, tmp_path):
     assert content(folder) == before
 
 
+def test_a_folder_goes_on_with_its_own_shards(lm, made, tmp_path):
+    """Where none is asked for; a new folder has small ones."""
+    folder = tmp_path / "r"
+    usual = changed(teacher=f"mean:{lm}", shard_size=None)
+    folder.mkdir()
+    for name, data in content(made[0]).items():
+        if "00001" not in name:
+            (folder / name).write_bytes(data)
+    generate_responses(lm, TEXTS, folder, usual)
+    assert content(folder) == content(made[0])
+    generate_responses(lm, TEXTS, tmp_path / "new", changed(shard_size=None, max_new_tokens=1))
+    assert read_manifest(tmp_path / "new").shard_size == 200
+
+
 def test_a_folder_of_something_else_is_refused(lm, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RunError, match="would replace what is not its own"):

@@ -141,7 +141,7 @@ def generate_responses(
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
     teacher: TeacherOption = None,
-    shard_size: ShardSizeOption = 1000,
+    shard_size: ShardSizeOption = None,
     shards: ShardsOption = "1/1",
     batch_size: BatchSizeOption = 16,
     revision: RevisionOption = None,

@@ -43,7 +43,10 @@ TeacherOption = Annotated[
     str | None,
     typer.Option(help="Encoder; its embeddings of the responses are stored, too.", metavar="MODEL"),
 ]
-ShardSizeOption = Annotated[int, typer.Option(min=1, help="Texts per file.", metavar="N")]
+ShardSizeOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Texts per file; default: as the folder has, or 200.", metavar="N"),
+]
 ShardsOption = Annotated[
     str,
     typer.Option(

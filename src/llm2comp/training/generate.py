@@ -44,6 +44,8 @@ from llm2comp.training.responder import Responder, ResponseOptions
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+SHARD_SIZE = 200  # what a stop may lose: minutes of a CPU
+
 
 def generate_responses(
     model: str,
@@ -75,7 +77,8 @@ def generate_responses(
     )
     responder = Responder(load_backbone(settings), options)
     teacher = None if options.teacher is None else load(options.teacher, options.device)
-    manifest = _manifest(settings, responder, texts, teacher)
+    begun = read_manifest(out).shard_size if (out / MANIFEST_FILE).is_file() else SHARD_SIZE
+    manifest = _manifest(settings, responder, texts, teacher, options.shard_size or begun)
     _claim(out, manifest)
     mine = range(share[0] - 1, manifest.shards, share[1])
     missing = [shard for shard in mine if not shard_file(out, shard).exists()]
@@ -161,6 +164,7 @@ def _manifest(
     responder: Responder,
     texts: Sequence[str],
     teacher: SentenceTransformer | None,
+    shard_size: int,
 ) -> Manifest:
     options = responder.options
     digest = hashlib.sha256("".join(to_json(text) + "\n" for text in texts).encode())
@@ -180,7 +184,7 @@ def _manifest(
         teacher_revision=identity(options.teacher, teacher).revision
         if options.teacher and teacher
         else None,
-        shard_size=options.shard_size,
+        shard_size=shard_size,
     )
 
 

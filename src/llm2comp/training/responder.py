@@ -26,7 +26,8 @@ class ResponseOptions:
         temperature: 0 = greedy; above, tokens are drawn from the whole distribution.
         seed: of the drawing; each shard has its own sequence.
         teacher: whatever `llm2comp.load` takes; embeds the responses.
-        shard_size: texts per shard.
+        shard_size: texts per shard, and what a stop loses at most; None = as the folder has it,
+            200 in a new one.
         batch_size: texts at once.
         revision: of the model, on the Hub.
         device: None = the best there is.
@@ -39,7 +40,7 @@ class ResponseOptions:
     temperature: float = 0.0
     seed: int = 0
     teacher: str | None = None
-    shard_size: int = 1000
+    shard_size: int | None = None
     batch_size: int = 16
     revision: str | None = None
     device: str | None = None
