@@ -22,6 +22,7 @@ from llm2comp.system.files import (
 )
 from llm2comp.system.folders import (
     MARK_FILE,
+    START,
     Kind,
     claim,
     new_folder,
@@ -29,6 +30,7 @@ from llm2comp.system.folders import (
     refuse_output,
     refuse_taken,
     remove_folder,
+    unclaim,
 )
 from tiny_run import no_file_over, small_disk
 
@@ -213,6 +215,29 @@ def test_a_folder_that_is_filled_bit_by_bit(tmp_path):
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / ".lock").write_text("")
     claim(tmp_path / "hidden", whole)
+
+
+def test_a_claim_that_is_undone_leaves_what_others_have_there(tmp_path):
+    whole, folder = Kind("all of a folder"), tmp_path / "m"
+    for hidden in ((), (".git/HEAD", ".bashrc")):
+        for name in hidden:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("years of work")
+        kept = names(tmp_path)
+        before = claim(folder, whole)
+        (folder / "table" / "data").mkdir(parents=True)
+        (folder / "link").symlink_to(tmp_path)
+        for name in (".lock", "table/data/x", *[".cache"] * bool(hidden)):
+            (folder / name).write_text("")
+        unclaim(folder, before)
+        assert names(tmp_path) == sorted([*kept, *["m/.cache"] * bool(hidden)])
+
+
+def test_a_start_of_a_run_takes_no_file_of_others_along(tmp_path):
+    folder = written(tmp_path / "start", START)
+    written(folder, START)
+    (folder / ".notes").write_text("years of work")
+    refused(folder, START, ".notes")
 
 
 def test_outputs_that_are_inputs_folders_or_anothers(tmp_path):

@@ -18,7 +18,7 @@ pytest.importorskip("lancedb", reason="needs the extra search")
 
 import llm2comp
 from document_files import pdf_bytes, write_all
-from llm2comp.errors import DataError, RunError
+from llm2comp.errors import DataError, Llm2CompError, RunError
 from llm2comp.use.index import filling, store
 from llm2comp.use.index.hits import fused
 from llm2comp.use.index.info import INFO_FILE, read_info
@@ -423,6 +423,20 @@ def test_what_is_refused(made, tmp_path):
         "passages are longer than the model reads",
     )
     assert not db.exists()
+
+
+def test_an_index_that_fails_leaves_the_files_of_others(made, tmp_path):
+    """Before there is an index, a folder of hidden names alone is as it was."""
+    folder, _ = made
+    (tmp_path / "home" / ".git").mkdir(parents=True)
+    (tmp_path / "home" / ".git" / "HEAD").write_text("years of work")
+    (tmp_path / "home" / ".bashrc").write_text("")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for db in ("home", "empty", "new"):
+        with pytest.raises(Llm2CompError):
+            llm2comp.Index(tmp_path / db, "mean:no-such-model").add(folder)
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

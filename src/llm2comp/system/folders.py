@@ -23,8 +23,9 @@ from llm2comp.errors import RunError
 from llm2comp.system.files import explain_disk_errors, open_to_others, to_json, write_text
 
 MARK_FILE = ".llm2comp.json"
-# What systems put into folders by themselves, and a run's lock.
-_NOBODYS = (MARK_FILE, ".lock", ".DS_Store", "Thumbs.db", "desktop.ini")
+_OUR_HIDDEN = (MARK_FILE, ".lock")
+# And what systems put into folders by themselves.
+_NOBODYS = (*_OUR_HIDDEN, ".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ STAGE = Kind(
     (*_IN_STAGE.split(), "adapter/*", "best/*", "checkpoint-*", "runs/*", ".*.part"),
     ("config.json",),
 )
-START = Kind("a copy of the encoder that a run starts from")
+START = Kind("a copy of the encoder that a run starts from", ())
 RUN = Kind("a run", older=("recipe.yaml", "environment.json"))
 RESPONSES = Kind("a folder of responses", older=("responses.json",))
 EMBEDDINGS = Kind("a folder of embeddings")
@@ -158,15 +159,32 @@ def refuse_taken(folder: Path, kind: Kind) -> None:
         _refuse(folder, f"a new or empty folder, or {kind.name}", taken)
 
 
-def claim(folder: Path, kind: Kind) -> None:
+def claim(folder: Path, kind: Kind) -> frozenset[str] | None:
     """Mark a folder that will be filled step by step.
 
-    Raises RunError as `refuse_taken` does, or if writing fails.
+    Returns the names that it held before; None: there was no folder. Raises RunError as
+    `refuse_taken` does, or if writing fails.
     """
     refuse_taken(folder, kind)
+    before = frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else None
     marks = _marks(folder)
     if kind.name not in marks:
         write_text(folder / MARK_FILE, to_json(marks | {kind.name: []}, indent=1))
+    return before
+
+
+def unclaim(folder: Path, before: frozenset[str] | None) -> None:
+    """Undo a claim: remove what is new since `claim` gave `before`, and a new folder if empty.
+
+    Hidden names stay but our own: others, such as caches, may have come meanwhile.
+    """
+    with explain_disk_errors(folder):
+        for path in list(folder.iterdir()):
+            ours = not path.name.startswith(".") or path.name in _OUR_HIDDEN
+            if ours and path.name not in (before or ()):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if before is None and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def refuse_output(

@@ -26,7 +26,7 @@ from llm2comp.errors import DataError, RunError
 from llm2comp.recipe import expanded
 from llm2comp.system.console import GENERAL
 from llm2comp.system.files import explain_disk_errors
-from llm2comp.system.folders import INDEX, claim, remove_folder
+from llm2comp.system.folders import INDEX, claim, unclaim
 from llm2comp.use.index.hits import Hit, fused, words_of
 from llm2comp.use.index.info import Info, read_info, require_info, write_info
 from llm2comp.use.index.store import Store, drop_other_tables, matching, readable, stems
@@ -224,10 +224,10 @@ class Index:
     def _writing(self) -> Iterator[None]:
         """Hold the index against other writers.
 
-        A failed write names the place; an index that was not begun leaves no folder.
+        A failed write names the place; an index that was not begun leaves nothing behind.
         """
         with explain_disk_errors(self.db):
-            claim(self.db, INDEX)
+            before = claim(self.db, INDEX)
             try:
                 lock = FileLock(self.db / ".lock").acquire(timeout=0)
             except Timeout:
@@ -239,7 +239,7 @@ class Index:
                     yield
                 finally:
                     if read_info(self.db) is None:
-                        remove_folder(self.db, INDEX)
+                        unclaim(self.db, before)
 
     def _begin(self) -> tuple[Info, Store, Encoder]:
         """The index and its encoder; both are made where there is none."""
