@@ -472,6 +472,16 @@ def test_question_is_checked(made):
         made[1].search("")
     for text in ('a "quoted AND (x', "???", "x" * 5000, "naïve 数据"):
         made[1].search(text, mode="keywords")
+    plain, quoted = (
+        [(hit.text, hit.score) for hit in made[1].search(text, mode="keywords", path=path)]
+        for text, path in (("dogs bark", "*.md"), ('"dogs bark"', "*.md"))
+    )
+    assert quoted == plain != []
+    assert made[1].search('"dogs bark"', mode="keywords")[0].matched == ("Dogs", "bark")
+    for mode in ("hybrid", "keywords"):
+        for text, path in (("dogs \udcff", None), ("dogs", "\udcff")):
+            with pytest.raises(DataError, match=r"not a Unicode text\n  found: .*\\udcff"):
+                made[1].search(text, mode=mode, path=path)
 
 
 @pytest.mark.thorough

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llm2comp.errors import DataError
+
 # The constant of reciprocal rank fusion (Cormack et al. 2009): 1 / (60 + rank) of each list.
 _CONSTANT = 60
 _SNIPPET = 240
@@ -65,6 +67,17 @@ class Hit:
             return []
         words = "|".join(map(re.escape, self.matched))
         return list(re.finditer(rf"(?<![^\W_])(?:{words})(?![^\W_])", text))
+
+
+def check_question(text: str, k: int, path: str | None) -> None:
+    """Raise DataError for a question that cannot be asked."""
+    if not text.strip() or k < 1:
+        raise DataError("nothing to search for", expected="a question, and k of 1 or more")
+    for where, given in (("question", text), ("path", path or "")):
+        try:
+            given.encode("utf-8")
+        except UnicodeEncodeError:  # a byte that did not decode, as in arguments
+            raise DataError("not a Unicode text", where=where, found=ascii(given)[:80]) from None
 
 
 def fused(rankings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:

@@ -27,7 +27,7 @@ from llm2comp.recipe import expanded
 from llm2comp.system.console import GENERAL
 from llm2comp.system.files import explain_disk_errors
 from llm2comp.system.folders import INDEX, claim, unclaim
-from llm2comp.use.index.hits import Hit, fused, words_of
+from llm2comp.use.index.hits import Hit, check_question, fused, words_of
 from llm2comp.use.index.info import Info, read_info, require_info, write_info
 from llm2comp.use.index.store import Store, drop_other_tables, matching, readable, stems
 
@@ -135,11 +135,10 @@ class Index:
             path: only files that are, or lie below, what this pattern names: `guide`, `*.md`.
 
         Raises:
-            DataError: an empty question. RunError: no index; its vectors are of another model than
-                the encoder is now.
+            DataError: an empty question, or no Unicode. RunError: no index; its vectors are of
+                another model than the encoder is now.
         """
-        if not text.strip() or k < 1:
-            raise DataError("nothing to search for", expected="a question, and k of 1 or more")
+        check_question(text, k, path)
         info, store = self._open()
         where = matching(path) if path else None
         candidates = max(_CANDIDATES, 5 * k) if mode == "hybrid" else k

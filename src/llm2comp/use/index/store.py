@@ -19,6 +19,7 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 from lancedb.index import FTS, IvfFlat
+from lancedb.query import MatchQuery
 from numpy.typing import NDArray
 
 from llm2comp.errors import RunError, one_line
@@ -118,7 +119,9 @@ class Store:
 
     def by_words(self, text: str, k: int, where: str | None = None) -> Ranked:
         """The k best passages by BM25 over stems of words."""
-        query = self.table.search(text, query_type="fts").select(["_score"])
+        # a string between quotes would be a phrase, which this index has no positions for
+        query: Any = self.table.search(MatchQuery(text, "text"), query_type="fts")
+        query = query.select(["_score"])
         if where:
             query = query.where(where)
         found = query.with_row_id(True).limit(k).to_arrow()
