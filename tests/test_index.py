@@ -248,6 +248,26 @@ def test_disk_that_is_full_loses_nothing(own):
     assert index.add(folder).changed == 1
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "keywords"])
+def test_what_is_written_during_a_search_is_in_the_next(own, monkeypatch, mode):
+    """Rows leave and move between ranking and reading: the search ends on what it ranked."""
+    folder, index = own
+    before = index.search("dogs bark", mode=mode)
+    whole = Store.by_words
+
+    def written_meanwhile(self, *asked):
+        found = whole(self, *asked)
+        other = Store(index.db, self.name)
+        other.remove([str(folder / "pets.md")])
+        other.finish()
+        return found
+
+    monkeypatch.setattr(Store, "by_words", written_meanwhile)
+    assert index.search("dogs bark", mode=mode) == before
+    monkeypatch.setattr(Store, "by_words", whole)
+    assert {Path(hit.path).name for hit in index.search("dogs bark", mode=mode)} == {"cars.md"}
+
+
 def test_two_processes_on_one_index(own):
     folder, index = own
     (folder / "new.txt").write_text("Fish swim.")

@@ -147,6 +147,7 @@ class Index:
             vector_D = self._encoder_of(info).vectors([text], "query")[0]
         rankings = []
         with readable(self.db):
+            store = store.pinned()
             if vector_D is not None:
                 rankings.append(store.by_vector(vector_D, candidates, where, info.nprobes))
             if mode != "vectors":

@@ -69,20 +69,34 @@ class Store:
         db: the folder of the index.
         name: of the table.
         dimensions: makes the table, where it is not there yet.
+        version: of the table, to be read alone; None: always the newest.
     """
 
-    def __init__(self, db: Path, name: str, dimensions: int | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, db: Path, name: str, dimensions: int | None = None, version: int | None = None
+    ) -> None:
+        self.db, self.name = db, name
         connection = lancedb.connect(str(db), read_consistency_interval=timedelta(0))
         if dimensions is not None and name not in connection.list_tables().tables:
             self.table = connection.create_table(name, schema=schema_of(dimensions))
             self.table.create_index("text", config=FTS(stem=True, remove_stop_words=False))
         else:
-            self.table = connection.open_table(name)
+            self.table = connection.open_table(name, version=version)
         self._vectors: tuple[int, NDArray[np.uint64], NDArray[np.float32]] | None = None
+        self._pinned: Store | None = None
 
     def __len__(self) -> int:
         return int(self.table.count_rows())
+
+    def pinned(self) -> Store:
+        """The table as it is now, to be read several times whatever is written meanwhile.
+
+        The number of a row holds within one version alone: compacting gives it another.
+        """
+        version = self.table.version
+        if self._pinned is None or self._pinned.table.version != version:
+            self._pinned = Store(self.db, self.name, version=version)
+        return self._pinned
 
     def files(self, below: Path | None = None) -> dict[str, FileState]:
         """What is known of each file, or of those below a folder (or that file itself)."""
