@@ -478,11 +478,16 @@ def test_index_of_another_version(tmp_path, made, content, parts):
 
 
 def test_damaged_tables_are_told(own):
-    _, index = own
+    folder, index = own
     (table,) = index.db.glob("*.lance")
-    for file in (table / "data").iterdir():
-        file.write_bytes(b"no such format")
-    assert_refused(cli("search", "dogs", "--db", index.db), "cannot be read", "index the documents")
+    told = "cannot be read", "index the documents"
+    for damage in (lambda file: file.write_bytes(b"no such format"), Path.unlink):
+        for file in (table / "data").iterdir():
+            damage(file)
+        assert_refused(cli("search", "dogs", "--db", index.db), *told)
+        assert_refused(cli("index", folder, "--db", index.db), *told)
+        with pytest.raises(RunError, match="cannot be read"):
+            _ = llm2comp.Index(index.db).info
     shutil.rmtree(table)
     assert_refused(cli("search", "dogs", "--db", index.db), "cannot be read", "not found")
 

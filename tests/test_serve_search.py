@@ -1,6 +1,7 @@
 """A mounted index: the server finds what `llm2comp.Index` finds, with one model in memory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -81,6 +82,17 @@ def test_info_tells_of_the_index(served):
     assert (index["model"], index["files"]) == (TINY, 3)
     assert index["passages"] >= 3
     assert "/search" in served.client.get("/openapi.json").json()["paths"]
+
+
+def test_an_index_that_cannot_be_read_is_told(db, tmp_path):
+    copied = shutil.copytree(db, tmp_path / "db")
+    for file in copied.glob("*.lance/data/*"):
+        file.unlink()
+    with serving(index=llm2comp.Index(copied)) as found:
+        asked = {"query": "a", "mode": "keywords"}
+        for answer in (found.client.get("/info"), found.post("/search", asked)):
+            assert answer.status_code == 503
+            assert answer.json()["error"].startswith("the index: cannot be read: ")
 
 
 def test_the_command_asks_a_server_as_it_asks_an_index(served, db):

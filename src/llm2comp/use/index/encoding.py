@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from llm2comp.errors import DataError
 from llm2comp.model.encoder import NO_LIMIT, refuse_not_finite
 from llm2comp.model.vectors import embed_texts, unit_length
 from llm2comp.storage.identity import identity
 from llm2comp.storage.loading import load
 from llm2comp.system.console import Role
+from llm2comp.use.index.info import Info
 
 
 class Encoder:
@@ -34,6 +36,19 @@ class Encoder:
     def room(self) -> int:
         """Most tokens of an input."""
         return int(self.model.max_seq_length or NO_LIMIT)
+
+    def described(self, passage_tokens: int, overlap: int) -> Info:
+        """What an index of it is. Raises DataError where it reads less than a passage."""
+        if self.room < passage_tokens:
+            raise DataError(
+                "passages are longer than the model reads",
+                where="passage tokens",
+                expected=f"{self.room:,} or fewer",
+                found=passage_tokens,
+                fix="index into a new folder with shorter passages (--passage-tokens)",
+            )
+        who = self.identity
+        return Info(self.name, who.name, who.revision, self.dimensions, passage_tokens, overlap)
 
     def vectors(self, texts: Sequence[str], role: Role) -> NDArray[np.float32]:
         """Vectors of length 1, (N, D). Raises DataError: one that is not finite."""

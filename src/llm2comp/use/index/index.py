@@ -27,14 +27,15 @@ from llm2comp.recipe import expanded
 from llm2comp.system.console import GENERAL
 from llm2comp.system.files import explain_disk_errors
 from llm2comp.system.folders import INDEX, claim, unclaim
-from llm2comp.use.index.hits import Hit, check_question, fused, words_of
+from llm2comp.use.index.hits import Hit, check_question, fused
 from llm2comp.use.index.info import Info, read_info, require_info, write_info
-from llm2comp.use.index.store import Store, drop_other_tables, matching, readable, stems
+from llm2comp.use.index.store import Store, drop_other_tables, hits_of, matching, readable
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from llm2comp.use.index.encoding import Encoder
+    from llm2comp.use.index.store import FileState
 
 Mode: TypeAlias = Literal["hybrid", "vectors", "keywords"]
 _CANDIDATES = 100  # of each ranking, at least, before they are fused
@@ -93,13 +94,15 @@ class Index:
     def info(self) -> dict[str, Any]:
         """Model, revision, dimensions, how many files and passages, how vectors are searched."""
         info, store = self._open()
+        with readable(self.db):
+            files, passages = len(store.files()), len(store)
         return {
             "model": info.model,
             "revision": info.revision,
             "dimensions": info.dimensions,
             "passage_tokens": info.passage_tokens,
-            "files": len(store.files()),
-            "passages": len(store),
+            "files": files,
+            "passages": passages,
             "search": "exact" if info.nprobes is None else f"IVF, recall@10 {info.recall:.3f}",
         }
 
@@ -114,7 +117,7 @@ class Index:
         report = Report(str(folder))
         files = find_files(root, report)
         info = read_info(self.db)
-        known = self._open()[1].files(root) if info else {}
+        known = self._known(root)
         if not files and not known:
             found = report.left_out() or "an empty folder"
             raise DataError("no documents in it", where=str(folder), found=found)
@@ -154,8 +157,7 @@ class Index:
                 rankings.append(store.by_words(text, candidates, where))
             best = (fused(rankings) if mode == "hybrid" else rankings[0])[:k]
             rows = store.rows([number for number, _ in best]) if best else {}
-        wanted = stems(text, telling=True) or stems(text)
-        return [_hit(rows[number], score, wanted) for number, score in best]
+        return hits_of(best, rows, text)
 
     def lend(self, name: str, model: SentenceTransformer) -> None:
         """Let questions be read by a model that is loaded already, as `load(name)` gives it."""
@@ -178,7 +180,7 @@ class Index:
         with self._writing():
             self._asked = _place(model)
             encoder = self._encoder_of(None)
-            changed = _described(encoder, info.passage_tokens, info.overlap)
+            changed = encoder.described(info.passage_tokens, info.overlap)
             if not info.same_model(changed.name, changed.revision):
                 new = Store(self.db, changed.table, changed.dimensions)
                 copy(old, new, encoder)
@@ -198,6 +200,13 @@ class Index:
             with readable(self.db):
                 self._store = Store(self.db, info.table)
         return info, self._store
+
+    def _known(self, root: Path) -> dict[str, FileState]:
+        """What the index holds of the files below a folder, or of a file."""
+        if read_info(self.db) is None:
+            return {}
+        with readable(self.db):
+            return self._open()[1].files(root)
 
     def _encoder_of(self, info: Info | None) -> Encoder:
         """The encoder, loaded when first needed, and again when the index has changed its model.
@@ -246,7 +255,7 @@ class Index:
         info = read_info(self.db)
         encoder = self._encoder_of(info)
         if info is None:
-            info = _described(encoder, self._size, self._overlap)
+            info = encoder.described(self._size, self._overlap)
             self._store = Store(self.db, info.table, info.dimensions)
             write_info(self.db, info)
         return *self._open(), encoder
@@ -254,7 +263,7 @@ class Index:
     def _update(self, root: Path, files: list[Path], report: Report) -> Added:
         from llm2comp.use.index.filling import fill, unchanged
 
-        known = self._open()[1].files(root) if read_info(self.db) else {}
+        known = self._known(root)
         todo = [path for path in files if not unchanged(path, known.get(str(path)))]
         same = len(files) - len(todo)
         report.there, report.used = same, same
@@ -276,24 +285,3 @@ def _place(model: str | Path) -> str:
     """What names a model, from any working folder."""
     path = expanded(model)
     return str(path.absolute()) if path.exists() else str(model)
-
-
-def _described(encoder: Encoder, passage_tokens: int, overlap: int) -> Info:
-    """What an index of an encoder is. Raises DataError where it reads less than a passage."""
-    if encoder.room < passage_tokens:
-        raise DataError(
-            "passages are longer than the model reads",
-            where="passage tokens",
-            expected=f"{encoder.room:,} or fewer",
-            found=passage_tokens,
-            fix="index into a new folder with shorter passages (--passage-tokens)",
-        )
-    who = encoder.identity
-    return Info(encoder.name, who.name, who.revision, encoder.dimensions, passage_tokens, overlap)
-
-
-def _hit(row: dict[str, Any], score: float, wanted: set[str]) -> Hit:
-    headings = tuple(row["headings"])
-    text = row["text"].partition("\n")[2] if headings else row["text"]
-    matched = sorted(word for word in words_of(text) if stems(word) & wanted)
-    return Hit(row["path"], row["first"], row["last"], headings, text, score, tuple(matched))

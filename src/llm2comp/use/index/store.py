@@ -23,6 +23,7 @@ from lancedb.query import MatchQuery
 from numpy.typing import NDArray
 
 from llm2comp.errors import RunError, one_line
+from llm2comp.use.index.hits import Hit, words_of
 
 # Measured: a matrix product over so many vectors is some tens of milliseconds.
 EXACT_UP_TO = 250_000
@@ -134,8 +135,8 @@ class Store:
     def by_words(self, text: str, k: int, where: str | None = None) -> Ranked:
         """The k best passages by BM25 over stems of words."""
         # a string between quotes would be a phrase, which this index has no positions for
-        query: Any = self.table.search(MatchQuery(text, "text"), query_type="fts")
-        query = query.select(["_score"])
+        words = MatchQuery(text, "text")  # type: ignore[call-arg]
+        query = self.table.search(words, query_type="fts").select(["_score"])
         if where:
             query = query.where(where)
         found = query.with_row_id(True).limit(k).to_arrow()
@@ -240,6 +241,19 @@ def matching(pattern: str) -> str:
 def stems(text: str, telling: bool = False) -> set[str]:
     """The words of a text as the full-text index knows them; `telling`: without "the", "is", ..."""
     return {token.text for token in lancedb.tokenize(text, stem=True, remove_stop_words=telling)}
+
+
+def hits_of(ranked: Ranked, rows: dict[int, dict[str, Any]], question: str) -> list[Hit]:
+    """Ranked passages with the words that they share with a question, in their order."""
+    wanted = stems(question, telling=True) or stems(question)
+
+    def hit(row: dict[str, Any], score: float) -> Hit:
+        headings = tuple(row["headings"])
+        text = row["text"].partition("\n")[2] if headings else row["text"]
+        matched = sorted(word for word in words_of(text) if stems(word) & wanted)
+        return Hit(row["path"], row["first"], row["last"], headings, text, score, tuple(matched))
+
+    return [hit(rows[number], score) for number, score in ranked]
 
 
 def drop_other_tables(db: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import socket
 import time
@@ -17,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from sentence_transformers import SentenceTransformer
 from starlette.exceptions import HTTPException
 
+from llm2comp.errors import RunError
 from llm2comp.model.vectors import Budget
 from llm2comp.use.serve.batcher import Batcher
 from llm2comp.use.serve.engine import Engine
@@ -33,6 +35,8 @@ from llm2comp.use.serve.tei import tei_routes
 
 if TYPE_CHECKING:
     from llm2comp.use.index.index import Index
+
+log = logging.getLogger(__name__)
 
 
 def make_server(
@@ -153,10 +157,16 @@ def _tell_errors(app: FastAPI) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
+    async def unusable(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RunError)
+        log.error("%s", error)
+        return RefusedError(503, f"the index: {error.problem}").told(request.url.path)
+
     async def failed(request: Request, error: Exception) -> Response:
         return RefusedError(500, "the model failed").told(request.url.path)
 
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RunError, unusable)
     app.add_exception_handler(Exception, failed)

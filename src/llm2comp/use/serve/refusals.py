@@ -25,7 +25,11 @@ KINDS = {
     429: ("rate_limit_error", "Overloaded", "Too much waits: try again after Retry-After."),
     499: ("invalid_request_error", "Gone", "The client left."),
     500: ("server_error", "Backend", "The model failed."),
-    503: ("server_error", "Unhealthy", "The server is stopping, or its model has failed."),
+    503: (
+        "server_error",
+        "Unhealthy",
+        "It is stopping, its model failed, or its index is unusable.",
+    ),
     504: ("server_error", "Timeout", "No answer within the deadline."),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 from fastapi import Request
 from numpy.typing import NDArray
 
-from llm2comp.errors import DataError
+from llm2comp.errors import DataError, RunError
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.vectors import unit_length
 from llm2comp.use.serve.batcher import Batcher
@@ -113,7 +113,7 @@ class Server:
         """What some work gives, as long as the client waits and the deadline has not passed.
 
         Raises:
-            RefusedError: as `vectors`.
+            RefusedError: as `vectors`. RunError: the work's own, of an index that cannot be read.
         """
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(_gone(request))
@@ -126,7 +126,7 @@ class Server:
                 raise RefusedError(499, "the client left")
             problem = "no answer within the deadline: ask for less at once"
             raise RefusedError(504, problem, code="deadline")
-        except RefusedError:
+        except (RefusedError, RunError):
             raise
         except DataError as error:
             raise RefusedError(INVALID, error.problem) from error

@@ -40,7 +40,7 @@ def tei_routes(server: Server) -> APIRouter:
         content = orjson.dumps(rows_ND, option=orjson.OPT_SERIALIZE_NUMPY)
         return Response(content, media_type="application/json")
 
-    @router.get("/info", responses=documented(TeiError, 401))
+    @router.get("/info", responses=documented(TeiError, 401, 503))
     async def info() -> Info:
         """What is served."""
         batcher, settings = server.batcher, server.settings
