@@ -213,6 +213,35 @@ def test_several_folders_and_one_file(own, tmp_path):
     assert index.search("words") == []
 
 
+def test_documents_that_were_moved_or_removed_leave_when_told(own, tmp_path):
+    """A folder that is missing is not an empty one; `--remove` takes it out without a model."""
+    folder, index = own
+    (tmp_path / "single.txt").write_text("Single words.")
+    index.add(tmp_path / "single.txt")
+    moved = folder.rename(tmp_path / "documents")
+    fix = f"llm2comp index --remove {folder} --db {index.db}"
+    for path in (folder, f"{folder}/"):
+        with pytest.raises(DataError, match=f"(?s)2 files of it in the index.*{re.escape(fix)}"):
+            index.add(path)
+    assert_refused(cli("index", moved, folder, "--db", index.db), "no such file or folder", fix)
+    assert len(rows(index)) == 4, "nothing was done"
+    assert_refused(
+        cli("index", "--db", index.db, "--remove", tmp_path / "dosc"),
+        f"nothing of it is in the index\n  found: 3 files in {tmp_path}\n",
+        f"did you mean {str(folder)!r}?",
+    )
+    said = cli("index", "--db", index.db, "--remove", folder, "--remove", f"{tmp_path}/single.txt")
+    assert (said.code, said.err.count("taken out of the index")) == (0, 2), said.err
+    assert f"{folder}: 2 files" in said.err
+    assert rows(index) == index.search("dogs") == []
+    with pytest.raises(DataError, match="found: 0 files"):
+        index.remove(folder)
+    assert index.add(moved).passages == 3, "none twice"
+    assert (index.remove(moved / "sub"), len(rows(index))) == (1, 2)
+    with pytest.raises(DataError, match="no such file"):
+        index.add(tmp_path / "no \udcff")
+
+
 def test_what_was_interrupted_goes_on(own, monkeypatch):
     """Killed after its first batch: the same command stores the others, none twice."""
     folder, index = own

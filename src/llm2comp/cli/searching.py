@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 DbOption = Annotated[
     Path, typer.Option("--db", help="Folder of the index.", metavar="DIR", show_default=False)
 ]
+MigrateOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Embed all passages anew with another model; searches go on meanwhile.",
+        metavar="MODEL",
+    ),
+]
+RemoveOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Take this file, or all below this folder, out of the index; may be repeated.",
+        metavar="PATH",
+    ),
+]
 
 
 @app.command(rich_help_panel=USE)
@@ -42,13 +56,8 @@ def index(
             metavar="MODEL",
         ),
     ] = None,
-    migrate: Annotated[
-        str | None,
-        typer.Option(
-            help="Embed all passages anew with another model; searches go on meanwhile.",
-            metavar="MODEL",
-        ),
-    ] = None,
+    migrate: MigrateOption = None,
+    remove: RemoveOption = None,
     passage_tokens: Annotated[
         int, typer.Option(min=16, help="Most tokens of a passage of a new index.", metavar="N")
     ] = 256,
@@ -61,22 +70,25 @@ def index(
     from llm2comp.system.folders import INDEX, refuse_taken
     from llm2comp.use.index.info import read_info, require_info
 
-    if bool(documents) == (migrate is not None):
-        raise DataError(
-            "nothing to do, or two things", expected="folders to index, or --migrate MODEL"
-        )
-    for folder in documents or ():
-        if not folder.expanduser().exists():
-            raise DataError("no such file or folder", where=str(folder))
-    if migrate is not None:
+    if [bool(documents), bool(remove), migrate is not None].count(True) != 1:
+        expected = "folders to index, --remove PATH, or --migrate MODEL"
+        raise DataError("nothing to do, or two things", expected=expected)
+    if not documents:
         require_info(db)
     elif read_info(db) is None:
         refuse_taken(db, INDEX)
-    from llm2comp.model.backbone.quiet import quiet_libraries
     from llm2comp.use.index.index import Index  # lancedb is missing: said before torch loads
 
-    quiet_libraries()
     made = Index(db, model, device=device, passage_tokens=passage_tokens, overlap=overlap)
+    for path in remove or ():
+        say(f"{path}: {made.remove(path):,} files taken out of the index")
+    for folder in documents or ():
+        made.require(folder)
+    if remove:
+        return
+    from llm2comp.model.backbone.quiet import quiet_libraries
+
+    quiet_libraries()
     if migrate is not None:
         made.migrate(migrate)
         info = made.info

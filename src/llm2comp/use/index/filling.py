@@ -1,21 +1,68 @@
-"""Files → rows of an index, and the rows of one index → those of another model's."""
+"""What writes to an index: files → rows, and the rows of one index → those of another model's."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from llm2comp.data.documents import Document, Passage, Report, passages, read_or_report
+from llm2comp.errors import RunError
 from llm2comp.system.console import Bar
-from llm2comp.system.files import sha256
-from llm2comp.use.index.encoding import Encoder
-from llm2comp.use.index.info import Info
+from llm2comp.system.files import explain_disk_errors, sha256
+from llm2comp.system.folders import INDEX, claim, unclaim
+from llm2comp.use.index.info import Info, read_info
 from llm2comp.use.index.store import FileState, Store
+
+if TYPE_CHECKING:
+    from llm2comp.use.index.encoding import Encoder
 
 AT_ONCE = 512  # passages that are embedded and written together
 _COPIED = ("path", "sha256", "size", "mtime", "number", "headings", "first", "last", "text")
+
+
+@dataclass(frozen=True)
+class Added:
+    """What `Index.add` did: the report of the folder, and counts of files and passages."""
+
+    report: Report
+    changed: int
+    unchanged: int
+    gone: int
+    passages: int
+
+    def summary(self) -> str:
+        """What was read and left out, and what the index holds now."""
+        return (
+            f"{self.report.summary()}\n{self.changed:,} new or changed, {self.unchanged:,} "
+            f"unchanged, {self.gone:,} gone; {self.passages:,} passages in the index"
+        )
+
+
+@contextlib.contextmanager
+def writing(db: Path) -> Iterator[None]:
+    """Hold an index against other writers.
+
+    A failed write names the place; an index that was not begun leaves nothing behind.
+    """
+    with explain_disk_errors(db):
+        before = claim(db, INDEX)
+        try:
+            lock = FileLock(db / ".lock").acquire(timeout=0)
+        except Timeout:
+            fix = "wait for it to end; searching goes on meanwhile"
+            problem = "another process writes to this index"
+            raise RunError(problem, where=str(db), fix=fix) from None
+        with lock:
+            try:
+                yield
+            finally:
+                if read_info(db) is None:
+                    unclaim(db, before)
 
 
 def unchanged(path: Path, state: FileState | None) -> bool:

@@ -12,21 +12,17 @@ inside functions, as a search by words alone has no use for it.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from filelock import FileLock, Timeout
-
 from llm2comp.data.documents import OVERLAP, SIZE, Report, find_files
 from llm2comp.errors import DataError, RunError
-from llm2comp.recipe import expanded
+from llm2comp.recipe import expanded, nearest
 from llm2comp.system.console import GENERAL
-from llm2comp.system.files import explain_disk_errors
-from llm2comp.system.folders import INDEX, claim, unclaim
+from llm2comp.use.index.filling import Added, copy, fill, unchanged, writing
 from llm2comp.use.index.hits import Hit, check_question, fused
 from llm2comp.use.index.info import Info, read_info, require_info, write_info
 from llm2comp.use.index.store import Store, drop_other_tables, hits_of, matching, readable
@@ -39,24 +35,6 @@ if TYPE_CHECKING:
 
 Mode: TypeAlias = Literal["hybrid", "vectors", "keywords"]
 _CANDIDATES = 100  # of each ranking, at least, before they are fused
-
-
-@dataclass(frozen=True)
-class Added:
-    """What `Index.add` did: the report of the folder, and counts of files and passages."""
-
-    report: Report
-    changed: int
-    unchanged: int
-    gone: int
-    passages: int
-
-    def summary(self) -> str:
-        """What was read and left out, and what the index holds now."""
-        return (
-            f"{self.report.summary()}\n{self.changed:,} new or changed, {self.unchanged:,} "
-            f"unchanged, {self.gone:,} gone; {self.passages:,} passages in the index"
-        )
 
 
 class Index:
@@ -110,10 +88,10 @@ class Index:
         """Bring the index up to date with a folder, or a file.
 
         Raises:
-            DataError: no such folder; nothing in it that can be read. RunError: the vectors are of
+            DataError: as `require`; nothing in it that can be read. RunError: the vectors are of
                 another model; another process writes to the index; the disk is full.
         """
-        root = Path(os.path.normpath(expanded(folder).absolute()))  # links stay as they are
+        root = self.require(folder)
         report = Report(str(folder))
         files = find_files(root, report)
         info = read_info(self.db)
@@ -121,10 +99,48 @@ class Index:
         if not files and not known:
             found = report.left_out() or "an empty folder"
             raise DataError("no documents in it", where=str(folder), found=found)
-        with self._writing():
+        with writing(self.db):
             if info and self._asked is not None:
                 self._encoder_of(info)
             return self._update(root, files, report)
+
+    def require(self, folder: str | Path) -> Path:
+        """The absolute path of documents to index. Raises DataError: no such file or folder.
+
+        One that is gone is not taken for an empty one: its drive may not be mounted.
+        """
+        root = _absolute(folder)
+        if not root.exists():
+            found = fix = None
+            if known := self._known(root):
+                found = f"{len(known):,} files of it in the index"
+                fix = f"if it is gone for good: llm2comp index --remove {root} --db {self.db}"
+            raise DataError("no such file or folder", where=str(folder), found=found, fix=fix)
+        return root
+
+    def remove(self, path: str | Path) -> int:
+        """Take a file, or all files below a folder, out of the index; gone from the disk or not.
+
+        Returns how many files.
+
+        Raises:
+            DataError: nothing of it is in the index. RunError: no index; another process writes to
+                it; the disk is full.
+        """
+        self._open()
+        root = _absolute(path)
+        with writing(self.db):
+            gone = self._known(root)
+            if not gone:
+                files = [Path(file) for file in self._known(Path(root.anchor))]
+                near = {str(file.parent if file.parent != root.parent else file) for file in files}
+                found = f"{len(files):,} files" + (
+                    f" in {os.path.commonpath(near)}" if near else ""
+                )
+                problem, fix = "nothing of it is in the index", nearest(str(root), near)
+                raise DataError(problem, where=str(root), found=found, fix=fix)
+            self._clean(gone)
+        return len(gone)
 
     def search(
         self, text: str, k: int = 10, *, mode: Mode = "hybrid", path: str | None = None
@@ -174,10 +190,8 @@ class Index:
             RunError: no index; another process writes to it. DataError: the encoder reads less than
                 a passage. As `llm2comp.load`.
         """
-        from llm2comp.use.index.filling import copy
-
         info, old = self._open()
-        with self._writing():
+        with writing(self.db):
             self._asked = _place(model)
             encoder = self._encoder_of(None)
             changed = encoder.described(info.passage_tokens, info.overlap)
@@ -203,7 +217,8 @@ class Index:
 
     def _known(self, root: Path) -> dict[str, FileState]:
         """What the index holds of the files below a folder, or of a file."""
-        if read_info(self.db) is None:
+        utf8 = str(root).isprintable() or "\\udc" not in ascii(str(root))  # no other is indexed
+        if not utf8 or read_info(self.db) is None:
             return {}
         with readable(self.db):
             return self._open()[1].files(root)
@@ -229,27 +244,6 @@ class Index:
             )
         return self._encoder
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Hold the index against other writers.
-
-        A failed write names the place; an index that was not begun leaves nothing behind.
-        """
-        with explain_disk_errors(self.db):
-            before = claim(self.db, INDEX)
-            try:
-                lock = FileLock(self.db / ".lock").acquire(timeout=0)
-            except Timeout:
-                fix = "wait for it to end; searching goes on meanwhile"
-                problem = "another process writes to this index"
-                raise RunError(problem, where=str(self.db), fix=fix) from None
-            with lock:
-                try:
-                    yield
-                finally:
-                    if read_info(self.db) is None:
-                        unclaim(self.db, before)
-
     def _begin(self) -> tuple[Info, Store, Encoder]:
         """The index and its encoder; both are made where there is none."""
         info = read_info(self.db)
@@ -261,8 +255,6 @@ class Index:
         return *self._open(), encoder
 
     def _update(self, root: Path, files: list[Path], report: Report) -> Added:
-        from llm2comp.use.index.filling import fill, unchanged
-
         known = self._known(root)
         todo = [path for path in files if not unchanged(path, known.get(str(path)))]
         same = len(files) - len(todo)
@@ -272,13 +264,22 @@ class Index:
             raise DataError(
                 "nothing in it can be read", where=report.source, found=report.left_out()
             )
-        info, store = self._open()
         gone = known.keys() - ({str(path) for path in files} - unreadable)
-        store.remove(gone)
         if todo or gone:
-            nprobes, recall = store.finish()
-            write_info(self.db, replace(info, nprobes=nprobes, recall=recall))
-        return Added(report, len(todo) - len(unreadable), same, len(gone), len(store))
+            self._clean(gone)
+        left = len(self._open()[1])
+        return Added(report, len(todo) - len(unreadable), same, len(gone), left)
+
+    def _clean(self, gone: Iterable[str]) -> None:
+        """Take files out, and bring the indexes of the table up to date."""
+        info, store = self._open()
+        store.remove(gone)
+        nprobes, recall = store.finish()
+        write_info(self.db, replace(info, nprobes=nprobes, recall=recall))
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.normpath(expanded(path).absolute()))  # links stay as they are
 
 
 def _place(model: str | Path) -> str:
