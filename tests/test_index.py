@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ pytest.importorskip("lancedb", reason="needs the extra search")
 import llm2comp
 from document_files import pdf_bytes, write_all
 from llm2comp.errors import DataError, Llm2CompError, RunError
+from llm2comp.system.console import GENERAL_TINY
 from llm2comp.use.index import filling, store
 from llm2comp.use.index.hits import fused
-from llm2comp.use.index.info import INFO_FILE, read_info
+from llm2comp.use.index.info import INFO_FILE, read_info, write_info
 from llm2comp.use.index.store import Store
 from tiny_run import assert_refused, cli, no_file_over
 
@@ -98,6 +100,51 @@ def test_vectors_are_those_of_the_encoder(made):
     hits = made[1].search(question, mode="vectors")
     assert [hit.score for hit in hits] == pytest.approx([c for c, _ in expected], abs=1e-5)
     assert [f"{hit.heading}\n{hit.text}" for hit in hits] == [text for _, text in expected]
+
+
+def test_no_passage_is_longer_than_the_model_reads(made, tmp_path):
+    """BOS, memory, headings and the prompt of documents take room from the text: a vector holds all
+    of its passage. Where a model reads less than the usual passage, its own room is the size.
+    """
+    model = llm2comp.load(GENERAL_TINY, "cpu")
+    model.prompts["document"] = "text: "
+    model[0].role_max_tokens = {"document": 64}
+    (tmp_path / "docs").mkdir()
+    long = " ".join(f"word{n} is followed by more." for n in range(60))
+    (tmp_path / "docs" / "long.md").write_text(f"# A title\n\n## A longer heading\n\n{long}\n")
+
+    def index(db, size=None):
+        found = llm2comp.Index(tmp_path / db, GENERAL_TINY, passage_tokens=size)
+        found.lend(GENERAL_TINY, model)
+        return found
+
+    own = index("db")
+    own.add(tmp_path / "docs")
+    prompt = len(model.tokenizer("text: ", add_special_tokens=False)["input_ids"])
+    assert own.info["passage_tokens"] == 64 - 1 - prompt
+    table = Store(own.db, read_info(own.db).table).table.to_arrow().to_pylist()
+    assert len(table) > 5
+    model[0].role_max_tokens = {}
+    whole = model.encode_document([row["text"] for row in table], normalize_embeddings=True)
+    assert np.vstack([row["vector"] for row in table]) == pytest.approx(whole, abs=1e-5)
+    model[0].role_max_tokens = {"document": 64}
+    with pytest.raises(DataError, match="longer than the model reads"):
+        index("other", 64).add(tmp_path / "docs")
+    # of an index whose passages are longer already, new files are cut to what is read
+    write_info(own.db, replace(read_info(own.db), passage_tokens=256))
+    (tmp_path / "docs" / "new.md").write_text(f"# New\n\n{long}\n")
+    assert index("db").add(tmp_path / "docs").unchanged == 1
+    counts = [len(model.tokenizer(text)["input_ids"]) for _, _, text in rows(own)]
+    assert max(counts) + prompt <= 64
+    # the same model at another place: nothing is embedded, whatever the size
+    assert index("db").migrate(GENERAL_TINY) == 0
+    # of another model's passages, those that this one does not read whole are counted
+    moved = llm2comp.Index(tmp_path / "moved", TINY, passage_tokens=32)
+    moved.add(tmp_path / "docs")
+    model[0].role_max_tokens = {"document": 1 + prompt + 32}
+    moved.lend(GENERAL_TINY, model)
+    counts = [len(model.tokenizer(text)["input_ids"]) for _, _, text in rows(moved)]
+    assert moved.migrate(GENERAL_TINY) == sum(count > 1 + 32 for count in counts) > 0
 
 
 def test_words_are_found_by_their_stems(made):
@@ -345,11 +392,11 @@ def test_migration(own, monkeypatch):
     monkeypatch.setattr(Store, "add", stops)
     mover = llm2comp.Index(index.db)
     with pytest.raises(KeyboardInterrupt):
-        mover.migrate(OTHER)
+        assert mover.migrate(OTHER) == 0, "all are read whole"
     assert seen == [2]
     assert reader.search("dogs", mode="vectors") == old
     monkeypatch.setattr(Store, "add", lambda self, new: (seen.append(len(new)), whole(self, new)))
-    mover.migrate(OTHER)
+    assert mover.migrate(OTHER) == 0, "all are read whole"
     assert seen == [2, 1], "what was embedded is not embedded again"
     fresh = llm2comp.Index(folder.parent / "fresh", OTHER)
     fresh.add(folder)

@@ -238,6 +238,24 @@ def test_passages_end_with_sentences_where_they_can():
     assert first.in_context == f"Title\n{first.text}"
 
 
+def test_headings_count_where_there_is_little_room():
+    """The text below its headings fits; headings that would take over half of it lose the outer."""
+    text = " ".join(f"w{n}" for n in range(40))
+
+    def cut(headings, room):
+        found = passages(Document("x", (Block(text, headings, 1, 1),)), by_word, 16, 4, room)
+        assert {word for passage in found for word in passage.text.split()} == set(text.split())
+        return found
+
+    free, ample = cut(("a b", "c"), None), cut(("a b", "c"), 20)
+    assert free == ample
+    tight = cut(("a b", "c"), 16)
+    assert {passage.headings for passage in tight} == {("a b", "c")}
+    assert max(len(by_word(passage.in_context)) for passage in tight) == 16
+    assert {passage.headings for passage in cut(("a b c d", "e"), 10)} == {("e",)}
+    assert {passage.headings for passage in cut(("a b c d",), 6)} == {()}
+
+
 def test_passages_of_a_real_tokenizer(found):
     """Byte-level tokens hold a space or a part of a character: no passage is over the size all the
     same.

@@ -28,6 +28,14 @@ MigrateOption = Annotated[
         metavar="MODEL",
     ),
 ]
+PassageOption = Annotated[
+    int | None,
+    typer.Option(
+        min=16,
+        help="Most tokens of a passage of a new index. Default: 256, or what the model reads.",
+        metavar="N",
+    ),
+]
 RemoveOption = Annotated[
     list[Path] | None,
     typer.Option(
@@ -58,9 +66,7 @@ def index(
     ] = None,
     migrate: MigrateOption = None,
     remove: RemoveOption = None,
-    passage_tokens: Annotated[
-        int, typer.Option(min=16, help="Most tokens of a passage of a new index.", metavar="N")
-    ] = 256,
+    passage_tokens: PassageOption = None,
     overlap: Annotated[
         int, typer.Option(min=0, help="Tokens that neighbours share in a new index.", metavar="N")
     ] = 32,
@@ -90,7 +96,10 @@ def index(
 
     quiet_libraries()
     if migrate is not None:
-        made.migrate(migrate)
+        if long := made.migrate(migrate):
+            say(
+                f"{long:,} passages are longer than {migrate} reads: index into a new folder for it"
+            )
         info = made.info
         say(f"{db}: {info['passages']:,} passages, of {info['model']} now")
     for folder in documents or ():

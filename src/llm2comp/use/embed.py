@@ -50,7 +50,7 @@ def embed(
     """
     _check_texts(texts)
     prompt, frame = prompt_of(model, role), frame_of(model)
-    room = _room(model, frame, prompt)
+    room = room_of(model, frame, prompt)
     # A text is one part or, under chunk-mean, several: what the model is given, its tokens, its
     # weight in the mean.
     parts = [[prompt + text] for text in texts]
@@ -103,7 +103,7 @@ def _check_texts(texts: Sequence[str]) -> None:
             ) from None
 
 
-def _room(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
+def room_of(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:
     """Tokens of prompt and text that fit into one input, beside the model's own (BOS, memory)."""
     limit = model.max_seq_length or NO_LIMIT
     around = len(model.tokenizer("", verbose=False)["input_ids"])

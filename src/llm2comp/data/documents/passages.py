@@ -34,11 +34,15 @@ class Passage:
     @property
     def in_context(self) -> str:
         """The text below its headings: what is embedded and searched."""
-        return f"{' > '.join(self.headings)}\n{self.text}" if self.headings else self.text
+        return _head(self.headings) + self.text
 
 
 def passages(
-    document: Document, offsets: Offsets, size: int = SIZE, overlap: int = OVERLAP
+    document: Document,
+    offsets: Offsets,
+    size: int = SIZE,
+    overlap: int = OVERLAP,
+    room: int | None = None,
 ) -> list[Passage]:
     """Cut a document.
 
@@ -47,15 +51,30 @@ def passages(
         offsets: the encoder's tokenizer: a text → a (begin, end) for each of its tokens.
         size: most tokens of a passage's text.
         overlap: about how many tokens at the end of a passage begin the next one too.
+        room: most tokens of a passage below its headings; None: any. Headings take half of it at
+            most: the outermost are left out of longer ones.
     """
     return [
         passage
         for section in document.sections
-        for passage in _cut(section, offsets, size, min(overlap, size // 2))
+        for passage in _cut(section, offsets, size, overlap, room)
     ]
 
 
-def _cut(section: Sequence[Block], offsets: Offsets, size: int, overlap: int) -> Iterator[Passage]:
+def _cut(
+    section: Sequence[Block], offsets: Offsets, size: int, overlap: int, room: int | None
+) -> Iterator[Passage]:
+    headings = section[0].headings
+    if room is not None:
+        while headings and len(offsets(_head(headings))) > room // 2:
+            headings = headings[1:]
+        size = min(size, room - len(offsets(_head(headings))))
+    overlap, head = min(overlap, size // 2), _head(headings)
+
+    def fits(part: str) -> bool:
+        whole = room is None or not head or len(offsets(head + part)) <= room
+        return whole and len(offsets(part)) <= size
+
     text = _BETWEEN.join(block.text for block in section)
     lengths = (len(block.text) + len(_BETWEEN) for block in section)
     starts = [0, *accumulate(lengths)][:-1]
@@ -72,17 +91,21 @@ def _cut(section: Sequence[Block], offsets: Offsets, size: int, overlap: int) ->
     while begin < len(spans):
         stop = min(begin + size, len(spans))
         # cut out, a text may have more tokens than it had in its place
-        while stop > begin + 1 and len(offsets(text[spans[begin][0] : spans[stop - 1][1]])) > size:
+        while stop > begin + 1 and not fits(text[spans[begin][0] : spans[stop - 1][1]]):
             stop -= 1
         if stop < len(spans):
             stop = _good_end(text, spans, begin + max(1, (stop - begin) * 3 // 4), stop)
         a, b = spans[begin][0], spans[stop - 1][1]
         a += len(text[a:b]) - len(text[a:b].lstrip())
         kept = text[a:b].rstrip()
-        yield Passage(kept, section[0].headings, line(a, False), line(a + len(kept) - 1, True))
+        yield Passage(kept, headings, line(a, False), line(a + len(kept) - 1, True))
         if stop == len(spans):
             return
         begin = max(begin + 1, _word_start(text, spans, stop - overlap, stop))
+
+
+def _head(headings: Headings) -> str:
+    return f"{' > '.join(headings)}\n" if headings else ""
 
 
 def _good_end(text: str, spans: Sequence[tuple[int, int]], least: int, most: int) -> int:

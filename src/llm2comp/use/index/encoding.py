@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
+from llm2comp.data.documents import SIZE
 from llm2comp.errors import DataError
-from llm2comp.model.encoder import NO_LIMIT, refuse_not_finite
+from llm2comp.model.encoder import refuse_not_finite
+from llm2comp.model.inputs import frame_of, prompt_of, tokenise
 from llm2comp.model.vectors import embed_texts, unit_length
 from llm2comp.storage.identity import identity
 from llm2comp.storage.loading import load
 from llm2comp.system.console import Role
+from llm2comp.use.embed import room_of
 from llm2comp.use.index.info import Info
 
 
@@ -32,20 +36,30 @@ class Encoder:
         """D of its vectors."""
         return int(self.model.get_embedding_dimension() or 0)
 
-    @property
+    @functools.cached_property
     def room(self) -> int:
-        """Most tokens of an input."""
-        return int(self.model.max_seq_length or NO_LIMIT)
+        """Most tokens of a passage and its headings, behind the prompt of documents.
 
-    def described(self, passage_tokens: int, overlap: int) -> Info:
-        """What an index of it is. Raises DataError where it reads less than a passage."""
+        Raises DataError: none.
+        """
+        prompt = prompt_of(self.model, "document")
+        room = room_of(self.model, frame_of(self.model, "document"), prompt)
+        return room - len(tokenise(self.model, [prompt])[0])
+
+    def described(self, passage_tokens: int | None, overlap: int) -> Info:
+        """What an index of it is; None: passages of the usual size, or as long as it reads.
+
+        Raises DataError where it reads less than a passage.
+        """
+        if passage_tokens is None:
+            passage_tokens = min(SIZE, self.room)
         if self.room < passage_tokens:
             raise DataError(
                 "passages are longer than the model reads",
                 where="passage tokens",
                 expected=f"{self.room:,} or fewer",
                 found=passage_tokens,
-                fix="index into a new folder with shorter passages (--passage-tokens)",
+                fix="index into a new folder, without --passage-tokens or with fewer",
             )
         who = self.identity
         return Info(self.name, who.name, who.revision, self.dimensions, passage_tokens, overlap)

@@ -108,8 +108,11 @@ def fill(
     return unreadable
 
 
-def copy(old: Store, new: Store, encoder: Encoder) -> None:
-    """Embed the passages of a store anew for another; what is there already is not done again."""
+def copy(old: Store, new: Store, encoder: Encoder) -> int:
+    """Embed the passages of a store anew for another; what is there already is not done again.
+
+    Returns how many are longer than the encoder reads, so that their ends are in no vector.
+    """
 
     def keys(store: Store) -> set[tuple[Any, ...]]:
         columns = ("path", "sha256", "number")
@@ -121,17 +124,16 @@ def copy(old: Store, new: Store, encoder: Encoder) -> None:
 
     wanted, done = keys(old), keys(new)
     new.remove({path for path, *_ in done - wanted})
-    done = keys(new)
+    done, long = keys(new), 0
     with Bar("migrate", len(wanted), len(done)) as bar:
         for batch in old.batches(_COPIED, AT_ONCE):
-            rows = [
-                row
-                for row in batch.to_pylist()
-                if (row["path"], row["sha256"], row["number"]) not in done
-            ]
+            there = batch.to_pylist()
+            long += sum(len(encoder.offsets(row["text"])) > encoder.room for row in there)
+            rows = [row for row in there if (row["path"], row["sha256"], row["number"]) not in done]
             if rows:
                 new.add(_with_vectors(rows, encoder))
                 bar.advance(len(rows))
+    return long
 
 
 def _cut(document: Document, info: Info, encoder: Encoder) -> list[tuple[dict[str, Any], Passage]]:
@@ -142,7 +144,7 @@ def _cut(document: Document, info: Info, encoder: Encoder) -> list[tuple[dict[st
         "size": now.st_size,
         "mtime": now.st_mtime_ns,
     }
-    cut = passages(document, encoder.offsets, info.passage_tokens, info.overlap)
+    cut = passages(document, encoder.offsets, info.passage_tokens, info.overlap, encoder.room)
     return [(state | {"number": number}, passage) for number, passage in enumerate(cut)]
 
 

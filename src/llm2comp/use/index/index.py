@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from llm2comp.data.documents import OVERLAP, SIZE, Report, find_files
+from llm2comp.data.documents import OVERLAP, Report, find_files
 from llm2comp.errors import DataError, RunError
 from llm2comp.recipe import expanded, nearest
 from llm2comp.system.console import GENERAL
@@ -45,7 +45,7 @@ class Index:
         model: what names the encoder, as `llm2comp.load` takes it; None: the index's own, or
             `builtin:general` for a new one.
         device: of the encoder.
-        passage_tokens: most tokens of a passage of a new index.
+        passage_tokens: most tokens of a passage of a new index; None: 256, or what the model reads.
         overlap: how many tokens neighbours share in a new index.
 
     Raises:
@@ -58,7 +58,7 @@ class Index:
         model: str | Path | None = None,
         *,
         device: str | None = None,
-        passage_tokens: int = SIZE,
+        passage_tokens: int | None = None,
         overlap: int = OVERLAP,
     ) -> None:
         self.db = expanded(db).absolute()
@@ -181,10 +181,12 @@ class Index:
 
         self._encoder = Encoder(name, model=model)
 
-    def migrate(self, model: str | Path) -> None:
+    def migrate(self, model: str | Path) -> int:
         """Embed all passages anew with another encoder, then change to it.
 
         The index answers with the old vectors until the end; what was interrupted goes on.
+
+        Returns how many passages are longer, in its own tokens, than the encoder reads.
 
         Raises:
             RunError: no index; another process writes to it. DataError: the encoder reads less than
@@ -192,18 +194,19 @@ class Index:
         """
         info, old = self._open()
         with writing(self.db):
-            self._asked = _place(model)
+            self._asked, long = _place(model), 0
             encoder = self._encoder_of(None)
-            changed = encoder.described(info.passage_tokens, info.overlap)
-            if not info.same_model(changed.name, changed.revision):
+            if info.same_model(encoder.identity.name, encoder.identity.revision):
+                changed = replace(info, model=encoder.name)
+            else:
+                changed = encoder.described(info.passage_tokens, info.overlap)
                 new = Store(self.db, changed.table, changed.dimensions)
-                copy(old, new, encoder)
+                long = copy(old, new, encoder)
                 nprobes, recall = new.finish()
                 changed = replace(changed, nprobes=nprobes, recall=recall)
-            else:
-                changed = replace(info, model=changed.model)
             write_info(self.db, changed)
             drop_other_tables(self.db, changed.table)
+        return long
 
     # ---- inside
 
