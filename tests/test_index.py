@@ -456,7 +456,7 @@ def test_approximate_search_above_the_limit(tmp_path, monkeypatch):
 # ---- the command line
 
 
-def test_commands(made, tmp_path):
+def test_commands(made, monkeypatch):
     folder, index = made
     db = index.db
     said = cli("index", folder, "--db", db)
@@ -476,7 +476,10 @@ def test_commands(made, tmp_path):
         "text": CARS.partition("\n\n")[2].strip(),
         "matched": ["dog"],
     }
-    said = cli("search", "zebra", "--db", db, "--keywords-only")
+    monkeypatch.setenv("HOME", str(db.parent))
+    assert cli("index", folder, "--db=~/db").code == 0
+    assert cli("index", "--db=~/db", "--migrate", TINY).code == 0
+    said = cli("search", "zebra", "--db=~/db", "--keywords-only")
     assert (said.code, said.out) == (0, "")
     assert "nothing found" in said.err
 

@@ -118,7 +118,10 @@ finally:
 
 def test_a_server_that_cannot_search_is_told(served):
     assert_refused(cli("search", "a", "--url", "127.0.0.1:1"), "not an address")
+    for url in ("http://[::1", "http://127.0.0.1:port", "http://:8000"):
+        assert_refused(cli("search", "a", "--url", url), "not an address")
     assert_refused(cli("search", "a", "--url", "http://127.0.0.1:1"), "no answer")
+    assert_refused(cli("search", "a", "--url", "http://local host"), "no answer")
     assert_refused(cli("search", " ", "--url", served.url), "refuses: HTTP 4", "nothing to search")
     assert_refused(cli("search", "a"), "where to search?")
     assert_refused(cli("search", "a", "--url", served.url, "--db", "x"), "where to search?")
@@ -136,7 +139,8 @@ def test_the_command_serves_the_model_of_the_index_once(db, monkeypatch):
     """Its last step is looked at instead of run."""
     seen = []
     monkeypatch.setattr(app, "run", lambda server, place: seen.append((server, place.close())))
-    said = cli("serve", "--db", db, "--port", "0")
+    monkeypatch.setenv("HOME", str(db.parent))
+    said = cli("serve", "--db=~/db", "--port", "0")
     assert said.code == 0, said.err
     assert f"{TINY}, 256 dimensions" in said.err
     server = seen[0][0]

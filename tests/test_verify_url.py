@@ -331,6 +331,7 @@ def test_command_line(folders, tmp_path):
     for url, told in (
         ("127.0.0.1:1", "not an address"),
         ("ftp://x", "not an address"),
+        ("http://[::1", "not an address"),
         ("http://127.0.0.1:1", "no answer"),
     ):
         assert_refused(cli("verify", folder, "--url", url), told)

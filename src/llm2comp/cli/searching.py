@@ -73,9 +73,11 @@ def index(
     device: DeviceOption = None,
 ) -> None:
     """Index folders of documents; only what has changed is read and embedded again."""
+    from llm2comp.recipe import expanded
     from llm2comp.system.folders import INDEX, refuse_taken
     from llm2comp.use.index.info import read_info, require_info
 
+    db = expanded(db)
     if [bool(documents), bool(remove), migrate is not None].count(True) != 1:
         expected = "folders to index, --remove PATH, or --migrate MODEL"
         raise DataError("nothing to do, or two things", expected=expected)
@@ -161,9 +163,10 @@ def search(
 def _search_here(
     db: Path, question: str, count: int, mode: Mode, path: str | None, device: str | None
 ) -> list[Hit]:
+    from llm2comp.recipe import expanded
     from llm2comp.use.index.info import require_info
 
-    require_info(db)
+    require_info(expanded(db))
     from llm2comp.use.index.index import Index
 
     if mode != "keywords":

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -78,8 +79,12 @@ class Endpoint:
 
 def require_address(url: str) -> None:
     """Raise ModelFolderError unless it is an address of a web server."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # an open bracket, a port that is no number
+        sound = False
+    if not sound:
         raise ModelFolderError(
             "not an address", where="--url", expected="http://HOST:PORT", found=url
         )
@@ -141,7 +146,7 @@ def ask(
         raise RefusedError(
             error.code, one_line(error.read().decode(errors="replace"), 200)
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise ModelFolderError(
             f"no answer: {one_line(error)}", where=url, fix="is the server running there?"
         ) from error
