@@ -5,6 +5,8 @@ What a command does is tested where the command is; here it must exist, with the
 """
 
 import ast
+import contextlib
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -280,6 +282,34 @@ def test_files_named_exist(page: Path):
     assert [entry for body in file_trees(text) for entry in missing_in_tree(body, ROOT)] == []
     assert [name for name in sorted(recipes_named(page)) if not (ROOT / name).is_file()] == []
     assert dead_links(page) == []
+
+
+def functions_named(text: str) -> list[str]:
+    """Dotted names in the last column of the table of equations."""
+    rows = text.partition("## Equation")[2].partition("\n## ")[0].splitlines()
+    cells = [row.rstrip("| ").rpartition("|")[2] for row in rows if row.startswith("| ")]
+    return re.findall(r"`(\w+(?:\.\w+)+)`", " ".join(cells))
+
+
+def missing_functions(names: list[str]) -> list[str]:
+    """Names of no module, class or function: of the package, of `model`, or of the compressor's."""
+
+    def exists(name: str) -> bool:
+        for base in ("llm2comp", "llm2comp.model", "llm2comp.model.compressor"):
+            with contextlib.suppress(ImportError, AttributeError):
+                pkgutil.resolve_name(f"{base}.{name}")
+                return True
+        return False
+
+    return [name for name in names if not exists(name)]
+
+
+def test_functions_of_the_equations_exist():
+    names = functions_named((ROOT / "docs" / "method.md").read_text(encoding="utf-8"))
+    assert len(names) >= 20
+    assert missing_functions(names) == []
+    planted = ["measures.spectrum", "analysis.spectrum", "Compressor.memory", "objectives.loss.no"]
+    assert missing_functions(planted) == planted[1:]
 
 
 SIMILARITIES = [command for command in COMMANDS if command.startswith("llm2comp similarity ")]
