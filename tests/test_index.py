@@ -141,10 +141,11 @@ def test_no_passage_is_longer_than_the_model_reads(made, tmp_path):
     # of another model's passages, those that this one does not read whole are counted
     moved = llm2comp.Index(tmp_path / "moved", TINY, passage_tokens=32)
     moved.add(tmp_path / "docs")
-    model[0].role_max_tokens = {"document": 1 + prompt + 32}
+    model[0].role_max_tokens = {"document": 1 + prompt + 24}
     moved.lend(GENERAL_TINY, model)
     counts = [len(model.tokenizer(text)["input_ids"]) for _, _, text in rows(moved)]
-    assert moved.migrate(GENERAL_TINY) == sum(count > 1 + 32 for count in counts) > 0
+    assert moved.migrate(GENERAL_TINY) == sum(count > 1 + 24 for count in counts) > 0
+    assert moved.info["passage_tokens"] == 24, "files to come are cut to what it reads"
 
 
 def test_words_are_found_by_their_stems(made):

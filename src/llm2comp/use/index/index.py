@@ -189,8 +189,7 @@ class Index:
         Returns how many passages are longer, in its own tokens, than the encoder reads.
 
         Raises:
-            RunError: no index; another process writes to it. DataError: the encoder reads less than
-                a passage. As `llm2comp.load`.
+            RunError: no index; another process writes to it. As `llm2comp.load`.
         """
         info, old = self._open()
         with writing(self.db):
@@ -199,7 +198,8 @@ class Index:
             if info.same_model(encoder.identity.name, encoder.identity.revision):
                 changed = replace(info, model=encoder.name)
             else:
-                changed = encoder.described(info.passage_tokens, info.overlap)
+                size = min(info.passage_tokens, encoder.room)  # of files to come
+                changed = encoder.described(size, info.overlap)
                 new = Store(self.db, changed.table, changed.dimensions)
                 long = copy(old, new, encoder)
                 nprobes, recall = new.finish()
