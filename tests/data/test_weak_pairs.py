@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from document_files import pdf_bytes
 from llm2comp.data.documents import Report, documents
 from llm2comp.data.weak_pairs import (
     Seen,
@@ -91,6 +92,15 @@ def test_names_of_source_code_are_no_queries(tmp_path):
     assert [(pair.kind, pair.query) for pair in found] == [
         ("opening", "Add all the numbers given.")
     ]
+
+
+def test_pages_of_a_pdf_are_asked_for_by_their_openings_not_their_numbers(tmp_path):
+    pytest.importorskip("pypdfium2", reason="needs the extra search")
+    (tmp_path / "book.PDF").write_bytes(pdf_bytes(f"Roses want a lot of water. {REST}", REST))
+    weak = Weak(units_of(tmp_path), words, 60)
+    asked = [("opening", "Roses want a lot of water.")]
+    assert [(pair.kind, pair.query) for pair in weak.pairs(units_of(tmp_path))] == asked
+    assert list(weak.task(units_of(tmp_path), 9, 9).queries.values()) == [asked[0][1]]
 
 
 def test_what_is_held_out_depends_on_the_text_alone(tmp_path):

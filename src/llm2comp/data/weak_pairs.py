@@ -10,7 +10,7 @@
     next      a passage                             → the passage after it (for training alone)
 
 A heading that stands over several sections is put behind the document's title; one that is still
-not alone says too little, and is left out.
+not alone says too little, and is left out. So are names in source code and page numbers.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ MOST_ANSWERS = 10
 # Words in a row that are compared, and the share of them that makes two texts near duplicates.
 SHINGLE_WORDS, ALIKE = 5, 0.6
 _ROWS = (".jsonl",)
+# Kinds of files whose headings are names in source code, or page numbers: nobody asks by them.
+_LABELLED = (".py", ".pdf")
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+(?=\S)")
 
 
@@ -187,8 +189,8 @@ class Weak:
             yield passages(Document(unit.path, section), self.offsets, self.size, overlap=0)
 
     def _heading(self, unit: Document, passage: Passage) -> str | None:
-        """What asks for a section; None for a name in source code, and one of several."""
-        if not passage.headings or unit.path.suffix == ".py":
+        """What asks for a section; None for a name in code, a page number, and one of several."""
+        if not passage.headings or unit.path.suffix.lower() in _LABELLED:
             return None
         last, whole = passage.headings[-1], f"{passage.headings[0]}: {passage.headings[-1]}"
         if self._alone[normal(last)] == 1 and len(last.split()) > 1:
