@@ -105,6 +105,45 @@ def test_notebook(found, folder):
     assert "answer = 42" in lines[code.first - 1]
 
 
+def test_docx_with_tracked_changes_and_content_controls(tmp_path):
+    """What was inserted or moved here is read, what was deleted or moved away is not."""
+    import docx
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import nsdecls
+
+    def run(text):
+        return f'<w:r><w:t xml:space="preserve">{text}</w:t></w:r>'
+
+    def within(name, inner):
+        return f"<w:{name}>{inner}</w:{name}>"
+
+    def control(inner):
+        return within("sdt", "<w:sdtPr><w:tag w:val='x'/></w:sdtPr>" + within("sdtContent", inner))
+
+    deleted = within("del", "<w:r><w:delText>gone</w:delText></w:r>")
+    cell = within("tc", within("p", run("cell")))
+    contents = '<w:pPr><w:pStyle w:val="TOCHeading"/></w:pPr>' + run("Contents")
+    parts = [
+        within("p", run("a ") + within("ins", run("b ") + within("smartTag", run("c"))) + deleted),
+        within("p", within("moveFrom", run("gone")) + within("moveTo", run("d"))),
+        control(within("p", contents) + control(within("p", run("e ") + control(run("f"))))),
+        control(within("tbl", "<w:tblPr/><w:tblGrid/>" + control(within("tr", control(cell))))),
+        within("p", run("see ") + within("fldSimple", run("1"))),
+    ]
+    document = docx.Document()
+    for child in parse_xml(f"<w:x {nsdecls('w')}>{''.join(parts)}</w:x>"):
+        document.element.body.insert_element_before(child, "w:sectPr")
+    document.save(str(tmp_path / "a.docx"))
+    blocks = read_document(tmp_path / "a.docx").blocks
+    assert [(b.text, b.first) for b in blocks] == [
+        ("a b c", 1),
+        ("d", 2),
+        ("e f", 4),
+        ("cell", 5),
+        ("see 1", 6),
+    ]
+
+
 def test_report(found, folder):
     documents_found, report = found
     assert sorted(documents_found) == sorted(p.name for p in folder.iterdir())

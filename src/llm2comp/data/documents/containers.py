@@ -21,6 +21,9 @@ from llm2comp.errors import DataError
 # A .docx that unpacks to more is refused: its parser would need many times that memory.
 UNPACKED_BYTES = 500_000_000
 _TITLES = ("title", "question", "query", "heading", "name")
+# What stands around paragraphs, rows, cells or runs of a .docx, where python-docx looks for none:
+# tracked changes, content controls, fields, custom XML, and directions of writing.
+_AROUND = ("ins", "moveTo", "sdt", "sdtContent", "fldSimple", "smartTag", "customXml", "dir", "bdo")
 
 
 def html(path: Path, _: Tally) -> Iterator[Block]:
@@ -72,15 +75,18 @@ def pdf(path: Path, _: Tally) -> Iterator[Block]:
 
 
 def docx(path: Path, _: Tally) -> Iterator[Block]:
-    """Paragraphs and tables of a Word document, counted from 1."""
+    """Paragraphs and tables of a Word document, counted from 1, with all its changes accepted."""
     from docx import Document
+    from docx.oxml.ns import qn
     from docx.table import Table
+    from lxml.etree import strip_tags
 
     with zipfile.ZipFile(path) as archive:
         if sum(part.file_size for part in archive.infolist()) > UNPACKED_BYTES:
             raise DataError("unpacks to more than 500 MB", where=str(path))
-    headings: Headings = ()
-    for number, item in enumerate(Document(str(path)).iter_inner_content(), 1):
+    document, headings = Document(str(path)), Headings()
+    strip_tags(document.element.body, *(qn(f"w:{name}") for name in _AROUND))
+    for number, item in enumerate(document.iter_inner_content(), 1):
         if isinstance(item, Table):
             text = "\n".join(" | ".join(cell.text for cell in row.cells) for row in item.rows)
         else:
@@ -89,6 +95,8 @@ def docx(path: Path, _: Tally) -> Iterator[Block]:
             heading = re.fullmatch(r"(Heading|Title) ?(\d?)", style)
             if heading and text.strip():
                 headings = under(headings, int(heading[2] or 1), text)
+                continue
+            if re.match("toc ", style, re.IGNORECASE):  # the table of contents says headings twice
                 continue
         if text.strip():
             yield Block(text, headings, number, number)
