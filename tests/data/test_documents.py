@@ -144,6 +144,17 @@ def test_docx_with_tracked_changes_and_content_controls(tmp_path):
     ]
 
 
+def test_pages_of_a_pdf_without_text_are_told_in_a_line(tmp_path):
+    (tmp_path / "a.pdf").write_bytes(pdf_bytes("words", *[""] * 7, "more"))
+    report = Report("docs")
+    (document,) = documents(tmp_path, report)
+    assert [block.first for block in document.blocks] == [1, 9]
+    assert report.notes == [
+        "a.pdf: left out: 7 without text, blank or scanned "
+        "(page 2, page 3, page 4, page 5, page 6, ...)"
+    ]
+
+
 def test_report(found, folder):
     documents_found, report = found
     assert sorted(documents_found) == sorted(p.name for p in folder.iterdir())

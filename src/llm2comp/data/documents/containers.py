@@ -43,8 +43,8 @@ def html(path: Path, _: Tally) -> Iterator[Block]:
     return placed(markdown_blocks(text.splitlines()), raw.decode("utf-8", "replace"))
 
 
-def pdf(path: Path, _: Tally) -> Iterator[Block]:
-    """The pages of a PDF.
+def pdf(path: Path, tally: Tally) -> Iterator[Block]:
+    """The pages of a PDF; those without text are told.
 
     Raises:
         DataError: encrypted; no text in it.
@@ -57,21 +57,21 @@ def pdf(path: Path, _: Tally) -> Iterator[Block]:
         reason = "encrypted: it asks for a password" if "assword" in str(error) else "a broken PDF"
         raise DataError(reason, where=str(path)) from None
     with file:
-        pages = len(file)
         # U+FFFE is the hyphen of a word that goes on in the next line
-        texts = (
+        texts = [
             re.sub("\ufffe\\s*|\r", "", page.get_textpage().get_text_bounded()).strip()
             for page in file
-        )
-        found = [
-            Block(text, (f"page {n}",), n, n) for n, text in enumerate(texts, 1) if text.strip()
         ]
-    if not found:
+    if not any(texts):
         raise DataError(
-            f"no text in its {pages:,} pages, as in scans: recognise it first (ocrmypdf)",
+            f"no text in its {len(texts):,} pages, as in scans: recognise it first (ocrmypdf)",
             where=str(path),
         )
-    return iter(found)
+    for number, text in enumerate(texts, 1):
+        if text:
+            yield Block(text, (f"page {number}",), number, number)
+        else:
+            tally.leave_out("without text, blank or scanned", f"page {number}")
 
 
 def docx(path: Path, _: Tally) -> Iterator[Block]:
