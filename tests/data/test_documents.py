@@ -2,6 +2,7 @@
 told and the rest goes on.
 """
 
+import json
 import os
 import random
 import re
@@ -153,6 +154,33 @@ def test_pages_of_a_pdf_without_text_are_told_in_a_line(tmp_path):
         "a.pdf: left out: 7 without text, blank or scanned "
         "(page 2, page 3, page 4, page 5, page 6, ...)"
     ]
+
+
+def test_text_of_rows_is_one_column_and_the_others_are_told(tmp_path):
+    """Without a usual name it is the column with the longest strings, in all rows of a file."""
+    article = "A long article about the rose, its water and its light."
+
+    def read(*rows):
+        (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        document = read_document(tmp_path / "a.jsonl")
+        return [(b.text, b.headings, b.first) for b in document.blocks], document.left_out
+
+    rows = [
+        {"id": "a" * 99, "author": "Smith", "article": article},
+        {"author": "A name that is longer than the text", "title": "Roses", "article": "Short."},
+        {"author": "Jones", "article": ""},
+        {"author": "Jones", "title": "Thorns"},
+    ]
+    blocks = [(article, (), 1), ("Short.", ("Roses",), 2), ("Thorns", (), 4)]
+    left_out = (
+        "1 without a text (line 3), 1 of its columns, apart from 'article', 'title' ('author')"
+    )
+    assert read(*rows) == (blocks, left_out)
+    usual = [{"text": "Short.", "comment": article}, {"text": "", "comment": article}]
+    left_out = "1 without a text (line 2), 1 of its columns, apart from 'text' ('comment')"
+    assert read(*usual) == ([("Short.", (), 1)], left_out)
+    assert read({"id": "a" * 99, "title": "Roses"}) == ([("Roses", (), 1)], "")
+    assert read({"url": "roses.org"}) == ([("roses.org", (), 1)], "")
 
 
 def test_report(found, folder):

@@ -82,10 +82,19 @@ def likely(role: str, names: Sequence[str], asked: str = "") -> str | None:
     """The column most likely meant: by spelling, by usual names, else the first suitable one."""
     if near := difflib.get_close_matches(asked, names, n=1, cutoff=0.75):
         return near[0]
+    others = suitable(names) or names
+    return usual(role, names) or (others[0] if others and role != "negatives" else None)
+
+
+def usual(role: str, names: Sequence[str]) -> str | None:
+    """The column with a name that is usual for that role."""
     by_name = {name.strip().lower(): name for name in reversed(names)}
-    known = next((by_name[name] for name in _NAMES[role].split() if name in by_name), None)
-    others = [name for name in names if name.strip().lower() not in _NO_TEXT] or names
-    return known or (others[0] if others and role != "negatives" else None)
+    return next((by_name[name] for name in _NAMES[role].split() if name in by_name), None)
+
+
+def suitable(names: Iterable[str]) -> list[str]:
+    """The columns that may hold texts: no ids, labels, dates, ..."""
+    return [name for name in names if name.strip().lower() not in _NO_TEXT]
 
 
 def settings_for(asked: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm2comp.data.columns import likely
+from llm2comp.data.columns import suitable, usual
 from llm2comp.data.documents.blocks import Block, Headings, placed, under
 from llm2comp.data.documents.texts import lines_of, markdown_blocks
 from llm2comp.data.loaded import Tally
-from llm2comp.data.tables import file_rows
+from llm2comp.data.tables import Row, file_rows
 from llm2comp.errors import DataError
 
 # A .docx that unpacks to more is refused: its parser would need many times that memory.
@@ -115,21 +116,37 @@ def notebook(path: Path, _: Tally) -> Iterator[Block]:
 
 
 def json_lines(path: Path, tally: Tally) -> Iterator[Block]:
-    """A block for each row: its text, under its title or question where it has one."""
+    """A block for each row: its text, under its title or question where it has one.
+
+    The text is the column of a usual name, else that of the file's longest strings, else the title.
+    Columns that are not read are told.
+    """
+    lengths = Counter[str]()
+    for _, row in file_rows(path, ()):
+        lengths.update({name: len(value) for name, value in _texts(row).items()})
+    names = suitable(name for name in lengths if name not in _TITLES) or suitable(lengths)
+    names = names or list(lengths)
+    chosen = usual("column", names) or max(names, key=lengths.__getitem__, default=None)
+    read = set[str]()
     for number, (place, row) in enumerate(file_rows(path, ()), 1):
-        texts = (
-            {}
-            if isinstance(row, str)
-            else {
-                name: value
-                for name, value in row.items()
-                if isinstance(value, str) and value.strip()
-            }
-        )
-        column = likely("column", [name for name in texts if name not in _TITLES] or list(texts))
+        texts = _texts(row)
+        others = [name for name in texts if name not in _TITLES]
+        found = (name for name in (chosen, *_TITLES) if name in texts)
+        column = usual("column", others) or next(found, None)
         if column is None:
             tally.leave_out(row if isinstance(row, str) else "without a text", place)
             continue
         title = next((name for name in _TITLES if name in texts and name != column), None)
+        read |= {column, title or column}
         line = int(place.split()[-1]) if place.startswith("line") else number
         yield Block(texts[column], under((), 1, texts[title]) if title else (), line, line)
+    reason = f"of its columns, apart from {', '.join(map(repr, sorted(read)))}"
+    for name in suitable(lengths):
+        if name not in read:
+            tally.leave_out(reason, repr(name))
+
+
+def _texts(row: Row | str) -> dict[str, str]:
+    """The columns of a row that hold a text."""
+    items = {}.items() if isinstance(row, str) else row.items()
+    return {name: value for name, value in items if isinstance(value, str) and value.strip()}
