@@ -183,6 +183,27 @@ def test_text_of_rows_is_one_column_and_the_others_are_told(tmp_path):
     assert read({"url": "roses.org"}) == ([("roses.org", (), 1)], "")
 
 
+def test_a_rule_at_the_beginning_is_no_front_matter(tmp_path):
+    """Front matter is a YAML mapping, and in Markdown files alone."""
+
+    def read(name, text):
+        (tmp_path / name).write_text(text)
+        found = read_document(tmp_path / name)
+        return [(b.text, b.headings, b.first) for b in found.blocks]
+
+    text = "\n\nIntroduction.\n\n---\n\nLast words.\n"
+    parts = [("Introduction.", (), 3), ("Last words.", (), 7)]
+    assert read("rule.md", f"---{text}") == parts
+    assert read("slides.md", "---\n# One\n---\nwords\n") == [("words", ("One",), 4)]
+    assert read("list.md", "---\n- one\n- two: [\n\n---\n")[0][0] == "- one\n- two: ["
+    assert read("matter.md", f"---\ndate: 2024-02-31\ntags: [a, b]\n---{text}") == [
+        ("Introduction.", (), 6),
+        ("Last words.", (), 10),
+    ]
+    cell = {"cell_type": "markdown", "metadata": {}, "source": ["---\n\nNote: words\n\n---\n"]}
+    assert read("a.ipynb", json.dumps({"cells": [cell]}))[0][0] == "Note: words"
+
+
 def test_report(found, folder):
     documents_found, report = found
     assert sorted(documents_found) == sorted(p.name for p in folder.iterdir())

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
 from markdown_it import MarkdownIt
 
 from llm2comp.data.documents.blocks import Block, Headings, paragraphs, under
@@ -40,15 +41,25 @@ def plain(path: Path, _: Tally) -> Iterator[Block]:
 
 def markdown(path: Path, _: Tally) -> Iterator[Block]:
     """Blocks of a Markdown file; front matter is left out."""
-    return markdown_blocks(lines_of(path))
+    lines = lines_of(path)
+    end = _front_matter_end(lines)
+    return markdown_blocks([""] * end + lines[end:])
+
+
+def _front_matter_end(lines: Sequence[str]) -> int:
+    """How many lines front matter takes: a YAML mapping between two rules; 0: there is none."""
+    rules = [number for number, line in enumerate(lines) if line.strip() == "---"]
+    if len(rules) < 2 or rules[0] > 0:
+        return 0
+    try:  # not safe_load, for which a date that does not exist is an error
+        found = yaml.compose("\n".join(lines[1 : rules[1]]), yaml.SafeLoader)
+    except yaml.YAMLError:
+        return 0
+    return rules[1] + 1 if isinstance(found, yaml.MappingNode) else 0
 
 
 def markdown_blocks(lines: Sequence[str], headings: Headings = ()) -> Iterator[Block]:
     """Paragraphs, lists, tables and code of Markdown as they are written."""
-    lines = list(lines)
-    if lines and lines[0].strip() == "---" and "---" in (rest := [x.strip() for x in lines[1:]]):
-        end = rest.index("---") + 2
-        lines[:end] = [""] * end
     tokens = MarkdownIt("commonmark").enable("table").parse("\n".join(lines))
     for number, token in enumerate(tokens):
         if token.level or token.map is None or token.type == "hr":
