@@ -270,6 +270,15 @@ def test_single_file_and_missing_folder(tmp_path):
     assert [d.path.name for d in documents(tmp_path / "a.md", Report("a"))] == ["a.md"]
     with pytest.raises(DataError, match="of a kind that is not read"):
         read_document(tmp_path / "a.xyz")
+    (tmp_path / "rows.jsonl").write_text('{"text": "words"}\n{"n": 1}\n')
+    (tmp_path / "empty.md").write_text("\n")
+    for name, told in (
+        ("rows.jsonl", "x: 1 files\nrows.jsonl: left out: 1 without a text (line 2)"),
+        ("empty.md", "x: 0 files; left out: 1 no text in it (empty.md)"),
+    ):
+        report = Report("x")
+        list(documents(tmp_path / name, report))
+        assert report.summary() == told
 
 
 # ---- passages

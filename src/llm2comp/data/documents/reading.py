@@ -64,7 +64,8 @@ def documents(root: Path, report: Report) -> Iterator[Document]:
     Raises DataError where there is no such folder.
     """
     for path in find_files(root, report):
-        document = read_or_report(path, path.relative_to(root).as_posix(), report)
+        name = path.name if path == root else path.relative_to(root).as_posix()
+        document = read_or_report(path, name, report)
         if document is not None:
             yield document
 
