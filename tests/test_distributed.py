@@ -304,15 +304,15 @@ def test_one_process_trains_on_one_of_several_gpus(tmp_path, monkeypatch, name):
 def test_a_gpu_of_a_number_is_refused(tmp_path, monkeypatch):
     """The trainer would take the first one."""
 
-    def recipe_on(device):
-        tree = make_tree(tmp_path)
-        return parse_recipe(tree | {"model": tree["model"] | {"device": device}})
-
+    tree = make_tree(tmp_path)
+    first, second = (
+        parse_recipe(tree | {"model": tree["model"] | {"device": f"cuda:{number}"}})
+        for number in range(2)
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_launch(recipe_on("cuda:0"))
+    check_launch(first)
     with pytest.raises(RunError, match="CUDA_VISIBLE_DEVICES=1"):
-        check_launch(recipe_on("cuda:1"))
+        check_launch(second)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="model.device: auto"):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    check_launch(recipe_on("cuda:0"))
+        check_launch(first)
