@@ -38,20 +38,28 @@ def folders(tmp_path_factory):
 
 
 class Server:
-    """Both protocols over a function (texts, role) → rows, in a thread."""
+    """Both protocols over a function (texts, role) → rows, in a thread.
 
-    def __init__(self, encode, paths=("/v1/embeddings", "/embed"), key=None):
+    `page`: an HTML page at every other place, also where models are listed. `broken`: answers end
+    before their length.
+    """
+
+    def __init__(
+        self, encode, paths=("/v1/embeddings", "/embed"), key=None, page=None, broken=False
+    ):
         self.asked, outer = [], self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.reply(200, {"data": [{"id": "the-model"}]})
+                self.reply(200, page or {"data": [{"id": "the-model"}]})
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append((self.path, body))
                 if key and self.headers.get("Authorization") != f"Bearer {key}":
                     return self.reply(401, {"error": "who are you?"})
+                if self.path not in paths and page:
+                    return self.reply(200, page)
                 if self.path not in paths:
                     return self.reply(404, {"error": "nothing here"})
                 openai = self.path == "/v1/embeddings"
@@ -65,9 +73,9 @@ class Server:
                 return self.reply(200, {"data": data[::-1]} if openai else rows)
 
             def reply(self, status, content):
-                text = json.dumps(content).encode()
+                text = (content if content == page else json.dumps(content)).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(text)))
+                self.send_header("Content-Length", str(len(text) + broken))
                 self.end_headers()
                 self.wfile.write(text)
 
@@ -307,6 +315,26 @@ def test_a_key_and_a_name(folders):
         assert server.asked[-1][1]["model"] == "mine"
 
 
+def test_pages_where_json_is_asked_for(folders):
+    """As a proxy or a single-page app answers whatever it does not know."""
+    page = "<!doctype html>\n<title>welcome</title>"
+    for path in ("/v1/embeddings", "/embed"):
+        with serving(right(folders / "last"), paths=(path,), page=page) as server:
+            assert llm2comp.verify_url(folders / "last", server.url).sound
+    with serving(None, paths=(), page=page) as server:
+        said = cli("verify", folders / "last", "--url", server.url)
+        assert_refused(said, "gives no embeddings", "/embed: HTTP 200: no JSON: <!doctype html>")
+        said = cli("search", "a", "--url", server.url)
+        assert_refused(said, "refuses: HTTP 200: no JSON: <!doctype html>")
+
+
+@pytest.mark.parametrize("paths", [("/v1/embeddings", "/embed"), ()], ids=["200", "404"])
+def test_an_answer_that_breaks_off(folders, paths):
+    with serving(right(folders / "last"), paths=paths, broken=True) as server:
+        said = cli("verify", folders / "last", "--url", server.url, "--model-name", "x")
+    assert_refused(said, "no answer", "IncompleteRead")
+
+
 @pytest.mark.parametrize("rows", [[["a"]], [], [[1.0], [1.0, 2.0]], [[None]]], ids=str)
 def test_answers_that_are_no_embeddings(folders, rows):
     with pytest.raises(ModelFolderError, match="does not answer with embeddings|gives no emb"):
@@ -332,6 +360,7 @@ def test_command_line(folders, tmp_path):
         ("127.0.0.1:1", "not an address"),
         ("ftp://x", "not an address"),
         ("http://[::1", "not an address"),
+        ("http://127.0.0.1:80a", "not an address"),
         ("http://127.0.0.1:1", "no answer"),
     ):
         assert_refused(cli("verify", folder, "--url", url), told)

@@ -132,7 +132,7 @@ def ask(
     """What a server answers as JSON to a JSON body, or to a GET.
 
     Raises:
-        RefusedError: the server's own. ModelFolderError: no answer, or none that is JSON.
+        RefusedError: the server's own, or what is no JSON (a page). ModelFolderError: no answer.
     """
     headers = {"Content-Type": "application/json"}
     if key:
@@ -140,13 +140,20 @@ def ask(
     data = None if body is None else to_json(body).encode()
     request = urllib.request.Request(url, data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            return json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        raise RefusedError(
-            error.code, one_line(error.read().decode(errors="replace"), 200)
-        ) from None
+        try:
+            answer = urllib.request.urlopen(request, timeout=timeout_s)
+        except urllib.error.HTTPError as refused:
+            answer = refused
+        with answer:
+            status, content = answer.status, answer.read()
     except (OSError, ValueError, HTTPException) as error:
         raise ModelFolderError(
             f"no answer: {one_line(error)}", where=url, fix="is the server running there?"
         ) from error
+    if not 200 <= status < 300:
+        raise RefusedError(status, one_line(content.decode(errors="replace"), 200))
+    try:
+        return json.loads(content)
+    except ValueError:
+        words = one_line(content.decode(errors="replace"), 120)
+        raise RefusedError(status, f"no JSON: {words}") from None
