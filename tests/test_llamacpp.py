@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import unicodedata
 import urllib.request
 
 import pytest
@@ -144,6 +145,26 @@ def test_its_server_is_certified(tmp_path):
     (tmp_path / "own" / "golden.json").write_text("{}")
     with pytest.raises(ModelFolderError, match="no answer|cannot be read"):
         llm2comp.verify_url(tmp_path / "own", address)
+
+
+def test_who_must_compose_texts_is_told(tmp_path, capsys):
+    """The tokenizer of Qwen composes letters with their accents, llama.cpp does not."""
+    told = {}
+    for name in ("llama", "qwen2"):
+        export(ENCODERS[name](), tmp_path / name)
+        told[name] = "Send texts in NFC" in (tmp_path / name / "README.md").read_text()
+        assert ("model.gguf: send texts in NFC" in capsys.readouterr().err) == told[name]
+        texts = json.loads((tmp_path / name / "golden.json").read_text())["texts"]
+        composed = all(unicodedata.is_normalized("NFC", text) for text in texts)
+        assert composed == told[name]
+        assert len(set(texts)) == len(texts)
+    assert told == {"llama": False, "qwen2": True}
+    forms = [unicodedata.normalize(form, "Müll für Köche") for form in ("NFC", "NFD")]
+    own = as_sentence_transformer(ENCODERS["qwen2"](), LIMIT).encode(forms, convert_to_tensor=True)
+    with served(tmp_path / "qwen2") as address:
+        composed, decomposed = torch.cosine_similarity(embeddings(address, forms), own).tolist()
+    assert composed > 0.999
+    assert decomposed < 0.99, "llama.cpp composes now: no need to tell"
 
 
 UNFIT = {

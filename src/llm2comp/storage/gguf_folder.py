@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import unicodedata
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from tokenizers.normalizers import NFC
 
 from llm2comp.storage.gguf_file import GGUF_FILE, write_gguf
 from llm2comp.storage.golden import FORMAT_VERSION, GOLDEN_FILE, golden_vectors, load_as, rounded
 from llm2comp.storage.probes import probes
 from llm2comp.storage.weights import memory_ids
+from llm2comp.system.console import say
 from llm2comp.system.files import to_json, write_text
 
 # Lowest cosine of what llama.cpp computes with matrices in half precision.
@@ -43,6 +46,10 @@ Without them the embedding is another one.
 _PROMPT = """
 llama.cpp knows no prompts: put the {role}'s in front of it, `{prompt}`
 """
+_NFC = """
+Send texts in NFC (in Python `unicodedata.normalize("NFC", text)`): the LM's own tokenizer composes
+letters with their accents first, llama.cpp does not. Of decomposed texts it makes other embeddings.
+"""
 
 
 def write_gguf_folder(stock: Path, target: Path, facts: dict[str, str], dtype: str) -> None:
@@ -55,6 +62,9 @@ def write_gguf_folder(stock: Path, target: Path, facts: dict[str, str], dtype: s
     suffix = write_gguf(stock, target / GGUF_FILE, list(memory_ids(model).values()), dtype)
     length = int(model.max_seq_length)
     texts = [(model.prompts.get(p.role or "") or "") + p.text for p in probes(model.prompts)]
+    # llama.cpp has no normaliser: the client composes, and so do we
+    if composes := isinstance(model.tokenizer.backend_tokenizer.normalizer, NFC):
+        texts = list(dict.fromkeys(unicodedata.normalize("NFC", text) for text in texts))
     whole = [t for t in texts if len(model.tokenizer(t, truncation=False).input_ids) <= length]
     golden = {
         "format_version": FORMAT_VERSION,
@@ -71,6 +81,9 @@ def write_gguf_folder(stock: Path, target: Path, facts: dict[str, str], dtype: s
     note += "".join(
         _PROMPT.format(role=role, prompt=prompt) for role, prompt in model.prompts.items() if prompt
     )
+    if composes:
+        note += _NFC
+        say(f"{GGUF_FILE}: send texts in NFC, as llama.cpp does not compose decomposed letters")
     rows = {"embedding dimension": model.get_embedding_dimension(), "matrices": dtype} | facts
     card = _CARD.format(
         file=GGUF_FILE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,8 +32,13 @@ QUESTION = "which memory keeps what a text said?"
 def probes(prompts: Mapping[str, str | None]) -> list[Probe]:
     """All probes of an encoder with these stored prompts; roles only where they have one."""
     plain = [Probe("short", text) for text in SHORT]
-    plain += [Probe("Unicode", GOLDEN_TEXTS[1]), Probe("special tokens", LOOK_ALIKES)]
-    plain += [Probe("long", GOLDEN_TEXTS[2]), Probe("empty", "")]
+    plain += [Probe("Unicode", GOLDEN_TEXTS[1])]
+    plain += [Probe("decomposed", unicodedata.normalize("NFD", GOLDEN_TEXTS[1]))]
+    plain += [
+        Probe("special tokens", LOOK_ALIKES),
+        Probe("long", GOLDEN_TEXTS[2]),
+        Probe("empty", ""),
+    ]
     roles: tuple[Role, ...] = ("query", "document")
     asked = [role for role in roles if prompts.get(role)]
     return plain + [Probe(role, text, role) for role in asked for text in (QUESTION, SHORT[0])]
