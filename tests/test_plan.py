@@ -1,6 +1,7 @@
 """`--dry-run`: what it promises is what the run does, and it writes nothing."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,8 @@ from llm2comp.errors import BackboneError, DataError
 from llm2comp.model.backbone import load_backbone
 from llm2comp.recipe import ModelSettings, parse_recipe
 from llm2comp.training import estimates, trainers
-from llm2comp.training.plan import GIB, plan
+from llm2comp.training.cost import GPUS
+from llm2comp.training.plan import FITS, GIB, TRAINED, plan, show_plan
 from llm2comp.training.run import train
 from tiny_run import assert_refused, cli, make_tree, save_backbone, write_pairs, write_recipe
 
@@ -150,6 +152,20 @@ def test_verdict_when_it_will_not_fit(tmp_path, monkeypatch):
     assert said.code == 0, said
     assert "will probably NOT fit: lower batch_size, or set gradient_checkpointing" in said.err
     assert psutil.virtual_memory().available == 1_000_000
+
+
+def test_batches_are_cut_by_what_the_base_and_the_optimiser_leave(tmp_path, capsys):
+    """As the run cuts them, so that it fits: what they hold is half of this card."""
+    tree = make_tree(tmp_path, model={"name": "builtin:tiny"}, pretext=None, scl=None)
+    tree["ucl"] |= {"batch_size": 40}
+    recipe, card = parse_recipe(tree), GPUS["h100"]
+    (whole,), base = plan(recipe, card)
+    fixed = base + TRAINED * whole.trainable
+    small = replace(card, memory=2 * fixed / 1e9)
+    (cut,), _ = plan(recipe, small)
+    assert fixed < cut.peak < 1.6 * fixed < whole.peak, "vacuous: whole batches fit"
+    show_plan(recipe, gpu=small)
+    assert f": {FITS}\n" in capsys.readouterr().err
 
 
 def test_brackets_in_a_recipe_are_printed_as_they_are(tmp_path):

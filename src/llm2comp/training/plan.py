@@ -42,6 +42,8 @@ FITS_NOT = (
 )
 # interpreter, libraries and texts, as the demo's process holds them between its stages
 PROCESS = 3 * GIB // 2
+# bytes of a trained weight: itself, its gradient, two of AdamW
+TRAINED = 16
 
 
 @dataclass(frozen=True)
@@ -89,18 +91,21 @@ def plan(
             trained.add(name, recipe.adapter)
         learning = sum(p.numel() for p in trained.parameters(name))
         texts, rows, per_sample, batch = stage_texts(asked)
-        stage = planned(asked, batch, config, full, device, free)
+        trainable = learning + trained_embeddings(
+            asked, lm, recipe.memory_tokens, recipe.encoder.projection
+        )
+        fixed = held + TRAINED * trainable
+        # the run measures what is free beside the base, and cuts its batches by that
+        left = max(0, free - fixed - (PROCESS if device.type == "cpu" else 0))
+        stage = planned(asked, batch, config, full, device, left)
         mean = mean_tokens(tokenizer, texts, stage)
         samples = stage.steps * stage.batch_size * getattr(stage, "gradient_accumulation_steps", 1)
-        trainable = learning + trained_embeddings(
-            stage, lm, recipe.memory_tokens, recipe.encoder.projection
-        )
         at_once = texts_at_once(stage, per_sample, mean)
         length = mean + recipe.memory_tokens
         kept = activations(config, stage, at_once, length, full) + logits(
             config, stage, at_once * length, full
         )
-        peak = held + 16 * trainable + kept
+        peak = fixed + kept
         own = size if size.whole else replace(size, adapter=learning)
         flops = samples * sample_flops(stage, own, mean, per_sample, recipe.memory_tokens)
         launches = layer_passes(stage, size.layers, per_sample, at_once)
@@ -113,7 +118,10 @@ def plan(
 def planned(
     stage: Stage, batch: int, config: Any, full: bool, device: torch.device, free: int
 ) -> Stage:
-    """The stage with the batch and the tokens at once that it will be trained with."""
+    """The stage with the batch and the tokens at once that it will be trained with.
+
+    `free`: bytes that the base and the optimiser leave.
+    """
     stage = stage.model_copy(update={"batch_size": batch})
     limit = "max_tokens_per_batch" if isinstance(stage, PretextStage) else "mini_batch_tokens"
     tokens = tokens_at_once(stage, config, full, device, free)
