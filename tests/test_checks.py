@@ -3,10 +3,12 @@ one line.
 """
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import constants
 
 import llm2comp
@@ -144,6 +146,38 @@ def test_what_is_computed_at_once_follows_the_memory(monkeypatch):
         assert fitted(
             "ucl", stage.model_copy(update=own), backbone, False
         ).mini_batch_size == own.get("mini_batch_size")
+
+
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+GROUPS = {
+    "container": ("0::/", {".": (V2, 1000, 700, 100)}, 400),
+    "container, v1": ("4:memory:/docker/abc", {"memory": (V1, 1000, 700, 100)}, 400),
+    "v1 without a limit": ("4:memory:/", {"memory": (V1, 2**63 - 4096, 700, 0)}, 2**63 - 4796),
+    "no limit": ("0::/", {".": (V2, "max", 700, 100)}, math.inf),
+    "a job's parent": ("0::/a/b", {"a/b": (V2, "max", 5, 0), "a": (V2, 90, 80, 0)}, 10),
+    "another's": ("0::/a", {"b": (V2, 90, 80, 0)}, math.inf),
+    "full": ("0::/", {".": (V2, 1000, 1100, 0)}, 0),
+    "host": ("9:name=systemd:/\n0::/", {}, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_container_s_limit_is_a_limit(tmp_path, name, monkeypatch):
+    line, groups, expected = GROUPS[name]
+    (tmp_path / "own").write_text(f"{line}\n")
+    for place, ((limit, used, cache), most, now, back) in groups.items():
+        folder = tmp_path / "groups" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text(f"{now}\n")
+        (folder / "memory.stat").write_text(f"anon 3\n{cache} {back}\n")
+    found = estimates.free_in_groups(tmp_path / "groups", tmp_path / "own")
+    assert found == expected
+    monkeypatch.setattr(estimates, "free_in_groups", lambda: found)
+    if expected <= 400:
+        assert estimates.free_memory(torch.device("cpu")) == expected
+    assert estimates.free_memory(torch.device("cpu")) < 2**60
 
 
 # ---- learning rates

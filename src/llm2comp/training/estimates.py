@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -19,6 +20,12 @@ SHARE = 0.6
 # A batch that must be cut is cut into parts of so many tokens at most: more at once are no faster.
 MOST = {"cpu": 8192}
 MOST_ON_GPU = 65536
+# Of a control group, by version 2 and 1: its limit, what it uses, and what the kernel gives back of
+# this first (page cache: as in the working set of Kubernetes).
+_GROUP = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 AnyStage = TypeVar("AnyStage", bound=Stage)
 
 
@@ -45,10 +52,34 @@ def fitted(name: str, stage: AnyStage, backbone: Backbone, full_copy: bool) -> A
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now; on a CPU those that the system can give."""
+    """Bytes that are free on a device now; on a CPU those that system and container can give."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, free_in_groups()))
+
+
+def free_in_groups(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float:
+    """Bytes that a container or a job leaves this process: the least of its control groups."""
+    free = [math.inf]
+    for line in own.read_text(encoding="utf-8").splitlines() if own.is_file() else ():
+        _, controller, place = line.split(":", maxsplit=2)
+        if (names := _GROUP.get(controller)) is not None:
+            top = root / controller
+            group = top / place.lstrip("/")  # a container may see `top` alone, as its own
+            free += [_free(g, *names) for g in (group, *group.parents) if g.is_relative_to(top)]
+    return min(free)
+
+
+def _free(group: Path, limit: str, used: str, cache: str) -> float:
+    try:
+        most, now = (int((group / name).read_text(encoding="ascii")) for name in (limit, used))
+        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        back = int(dict(line.split() for line in stat).get(cache, 0))
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return math.inf
+    return max(0, most - max(0, now - back))
 
 
 def tokens_at_once(
