@@ -10,31 +10,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import yaml
+from sentence_transformers import SentenceTransformer
 from tokenizers import processors
 
-from families import FAMILIES, TEXTS, make_backbone, make_tokenizer, push_adapter, untouched
+from families import (
+    FAMILIES,
+    TEXTS,
+    make_backbone,
+    make_lm,
+    make_tokenizer,
+    push_adapter,
+    untouched,
+)
 from llm2comp.errors import BackboneError, ModelFolderError, RecipeError
 from llm2comp.lab.analyze import analyze
-from llm2comp.model.backbone import Backbone
+from llm2comp.model.backbone import Backbone, load_backbone
 from llm2comp.model.backbone.sources import TINY
 from llm2comp.model.baselines.kinds import NAMES, BaselineSettings, read_saved, variant
-from llm2comp.model.baselines.module import (
-    BaselineEncoder,
-    as_sentence,
-    baseline,
-    fill,
-    pooling_weights,
-)
-from llm2comp.model.baselines.prompts import META_EOL
+from llm2comp.model.baselines.module import BaselineEncoder, baseline, pooling_weights
+from llm2comp.model.baselines.prompts import META_EOL, as_sentence, fill
+from llm2comp.recipe import ModelSettings
 from llm2comp.storage.identity import identity
 from llm2comp.storage.loading import load
 from llm2comp.use.embed import embed
 from oracles import embed_texts
-from tiny_run import assert_refused, cli, sentences, write_rows
+from tiny_run import assert_refused, cli, save_backbone, sentences, write_rows
 
 HOSTILE = [
     "{text}",
@@ -569,6 +574,52 @@ def test_saved_and_loaded(tmp_path):
     (tmp_path / "mine" / "config_sentence_transformers.json").write_text("{")
     with pytest.raises(ModelFolderError, match="damaged"):
         load(tmp_path / "mine")
+
+
+def test_what_was_set_on_it_comes_back(tmp_path):
+    """By us and by sentence-transformers alone; and it is another encoder than one without."""
+    model = load("echo:builtin:tiny", "cpu")
+    seen = {identity("echo:builtin:tiny", model).revision}
+    model.prompts["query"] = "find: "
+    changes = {"default_prompt_name": "query", "similarity_fn_name": "dot"}
+    changes |= {"truncate_dim": 16, "max_seq_length": 9}
+    for key, value in changes.items():
+        setattr(model, key, value)
+        seen.add(identity("echo:builtin:tiny", model).revision)
+    assert len(seen) == 1 + len(changes)
+    model.save(str(tmp_path / "mine"))
+    plain = SentenceTransformer(str(tmp_path / "mine"), device="cpu", trust_remote_code=True)
+    for found in (load(tmp_path / "mine", "cpu"), plain):
+        assert {key: getattr(found, key) for key in changes} == changes
+        assert np.array_equal(found.encode([LONG]), model.encode([LONG]))
+    assert found.encode([LONG]).shape == (1, 16)
+    config = tmp_path / "mine" / "config_sentence_transformers.json"
+    kept = json.loads(config.read_text())
+    wrong = {"default_prompt_name": "no", "similarity_fn_name": "no", "truncate_dim": "no"}
+    for key, value in wrong.items():
+        config.write_text(json.dumps(kept | {key: value}))
+        with pytest.raises(ModelFolderError, match="transformers.json: damaged"):
+            load(tmp_path / "mine", "cpu")
+
+
+def test_a_pinned_lm_stays_pinned(tmp_path, monkeypatch):
+    """Though main has moved on; and one in 4 bits is loaded in 4 bits."""
+    pinned, current = "a" * 40, "b" * 40
+    place = tmp_path / "hub" / "models--owner--name"
+    for number, commit in enumerate((pinned, current)):
+        save_backbone(place / "snapshots" / commit, lm=make_lm(seed=number))
+    for ref, commit in (("main", current), ("v1", pinned)):
+        (place / "refs").mkdir(exist_ok=True)
+        (place / "refs" / ref).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    settings = ModelSettings(name="owner/name", revision="v1", device="cpu", attention="causal")
+    model = baseline(load_backbone(settings), "mean")
+    model.save(str(tmp_path / "mine"), create_model_card=False)
+    assert read_saved(tmp_path / "mine" / "baseline.yaml").model.revision == pinned
+    assert np.array_equal(load(tmp_path / "mine", "cpu").encode(TEXTS), model.encode(TEXTS))
+    model[0].backbone.settings = settings.model_copy(update={"quantization": "nf4"})
+    model[0].save(str(tmp_path / "mine"))
+    assert read_saved(tmp_path / "mine" / "baseline.yaml").model.settings().quantization == "nf4"
 
 
 @pytest.mark.thorough

@@ -65,9 +65,10 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
             else f"local/{plain_name(folder.name)}"
         )
         saved, prompts = module.saved(), sorted(item for item in model.prompts.items() if item[1])
-        return Identity(
-            label, _short(f"{saved.to_yaml()}:{prompts}:{weights_digest(saved.model.settings())}")
-        )
+        own = (model.default_prompt_name, model.truncate_dim, model.similarity_fn_name)
+        more = "" if own == (None, None, "cosine") else f":{own}"
+        digest = weights_digest(saved.model.settings())
+        return Identity(label, _short(f"{saved.to_yaml()}:{prompts}:{digest}{more}"))
     if not folder.is_dir():
         return Identity(str(path), hub_commit(str(path)) or "unknown")
     run, stage = Run.of(folder), stage_of(folder)

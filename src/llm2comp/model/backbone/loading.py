@@ -202,6 +202,7 @@ def load_backbone(settings: ModelSettings) -> Backbone:
         settings.name,
         settings.bos,
     )
+    backbone.settings = settings
     if backbone.bos_id is None:
         log.info(
             "%s: no BOS; texts start with their first token, the decoder with the memory",

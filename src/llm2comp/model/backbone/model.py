@@ -25,7 +25,7 @@ from llm2comp.model.backbone.probes import possible_savings
 from llm2comp.model.backbone.quantized import keep_gradients
 from llm2comp.model.backbone.trainable import Trainable
 from llm2comp.model.tokens import position_ids
-from llm2comp.recipe import AdapterSettings
+from llm2comp.recipe import AdapterSettings, ModelSettings
 from llm2comp.recipe.parts import TEXT
 
 # What a stage may train of the LM, by `adapter.kind` of a recipe.
@@ -67,6 +67,7 @@ class Backbone(nn.Module):
         self.attention = attention
         self.name = name
         self.bos = bos
+        self.settings: ModelSettings | None = None  # what it was loaded by, if it was
         # of every text, for encoder and teacher alike; None: none
         self.bos_id = starting_token(tokenizer, bos, name)
         self.adapters: Trainable = AdapterStack(lm, name)

@@ -79,6 +79,7 @@ class SavedModel(Section):
     name: str
     revision: str | None = None
     dtype: Dtype = "auto"
+    quantization: Literal["nf4", "int8"] | None = None
     bos: str = "auto"
 
     def settings(self, device: str = "auto") -> ModelSettings:
@@ -92,10 +93,17 @@ class SavedBaseline(Section):
     format_version: Literal[1]
     model: SavedModel
     encoder: BaselineSettings
+    max_seq_length: Annotated[StrictInt, Field(ge=1)] | None = None
 
     def to_yaml(self) -> str:
         """Every setting written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        tree = self.model_dump(mode="json")
+        # An encoder's revision is of this text: what came later must not change it where unset.
+        if self.max_seq_length is None:
+            del tree["max_seq_length"]
+        if self.model.quantization is None:
+            del tree["model"]["quantization"]
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def variant(name: str, **changes: Any) -> BaselineSettings:

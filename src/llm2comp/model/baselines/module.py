@@ -26,12 +26,13 @@ from llm2comp.model.baselines.kinds import (
     read_saved,
     variant,
 )
-from llm2comp.model.baselines.prompts import TEXT
+from llm2comp.model.baselines.prompts import TEXT, as_sentence, fill
 from llm2comp.model.tokens import Tokens, limit_of
 from llm2comp.system.files import write_text
 
-# Where sentence-transformers keeps the prompts of a saved model.
-PROMPTS_FILE = "config_sentence_transformers.json"
+# Where sentence-transformers keeps what was set on a saved model: its prompts, and these.
+CONFIG_FILE = "config_sentence_transformers.json"
+SET = {"default_prompt_name": str, "similarity_fn_name": str, "truncate_dim": int}
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,20 @@ class BaselineEncoder(InputModule):
         return features
 
     def saved(self) -> SavedBaseline:
-        """What `save` writes: the LM by name and commit, its dtype, the settings."""
-        name = self.backbone.name
+        """What `save` writes: the LM by name and commit, how it was loaded, the settings."""
+        name, loaded = self.backbone.name, self.backbone.settings
+        revision = loaded.revision if loaded else None
         model = SavedModel(
             name=str(Path(name).absolute()) if Path(name).exists() else name,
-            revision=hub_commit(name) or None,
+            revision=hub_commit(name, revision) or revision,
             dtype=str(self.backbone.input_table.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            quantization=loaded.quantization if loaded else None,
             bos=self.backbone.bos,
         )
-        return SavedBaseline(format_version=1, model=model, encoder=self.settings)
+        longest = None if self.limit is None else self.max_seq_length
+        return SavedBaseline(
+            format_version=1, model=model, encoder=self.settings, max_seq_length=longest
+        )
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Write `baseline.yaml`; nothing of the LM is copied."""
@@ -153,7 +159,9 @@ class BaselineEncoder(InputModule):
     ) -> BaselineEncoder:
         """The encoder that `save` wrote. Raises RecipeError or BackboneError."""
         saved = read_saved(Path(model_name_or_path, subfolder, BASELINE_FILE))
-        return cls(load_backbone(saved.model.settings(device)), saved.encoder)
+        encoder = cls(load_backbone(saved.model.settings(device)), saved.encoder)
+        encoder.max_seq_length = saved.max_seq_length
+        return encoder
 
     def _pooled(self, ids_BT: Tensor, mask_BT: Tensor, span_BT: Tensor) -> Tensor:
         states_BTD = self.backbone.decoder_layer(
@@ -225,24 +233,6 @@ class BaselineEncoder(InputModule):
         )
 
 
-def fill(template: str, text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The template with the text in place of every {text}, and where these copies begin and end."""
-    string, *rest = template.split(TEXT)
-    copies = []
-    for part in rest:
-        copies.append((len(string), len(string) + len(text)))
-        string += text + part
-    return string, copies
-
-
-def as_sentence(text: str) -> str:
-    """The text as PromptEOL's and MetaEOL's code quotes it (`BaselineSettings.as_sentence`)."""
-    if text and text[-1] not in ".?\"'":
-        text += "."
-    text = text.replace('"', "'")
-    return text[:-1] + "." if text.endswith("?") else text
-
-
 def pooling_weights(span_BT: Tensor, pooling: str) -> Tensor:
     """Weights of the tokens, float32 (B, T), each row's sum 1.
 
@@ -281,7 +271,7 @@ def load_saved(folder: Path, device: str | None = None) -> SentenceTransformer:
             prompts.
     """
     module = BaselineEncoder.load(str(folder), device=device or "auto")
-    file = folder / PROMPTS_FILE
+    file = folder / CONFIG_FILE
     try:
         kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         prompts = {
@@ -289,10 +279,14 @@ def load_saved(folder: Path, device: str | None = None) -> SentenceTransformer:
             for key, prompt in kept.get("prompts", {}).items()
             if isinstance(prompt, str)
         }
-    except (OSError, ValueError, AttributeError) as error:
+        model = SentenceTransformer(
+            modules=[module],
+            device=str(module.backbone.input_table.device),
+            prompts=prompts,
+            **{key: kind(kept[key]) for key, kind in SET.items() if kept.get(key) is not None},
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelFolderError(
             f"damaged: {error}", where=str(file), fix="save the encoder again"
         ) from None
-    return SentenceTransformer(
-        modules=[module], device=str(module.backbone.input_table.device), prompts=prompts
-    ).eval()
+    return model.eval()

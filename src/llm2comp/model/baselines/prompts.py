@@ -1,4 +1,6 @@
-"""The prompts of published encoders, word for word: they are the methods."""
+"""The prompts of published encoders, word for word: they are the methods; a text within one."""
+
+from __future__ import annotations
 
 TEXT = "{text}"
 
@@ -49,3 +51,21 @@ META_EOL = (
     ': "{text}" highlights the primary '
     'entity or relation in one word:"',
 )
+
+
+def fill(template: str, text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The template with the text in place of every {text}, and where these copies begin and end."""
+    string, *rest = template.split(TEXT)
+    copies = []
+    for part in rest:
+        copies.append((len(string), len(string) + len(text)))
+        string += text + part
+    return string, copies
+
+
+def as_sentence(text: str) -> str:
+    """The text as PromptEOL's and MetaEOL's code quotes it (`BaselineSettings.as_sentence`)."""
+    if text and text[-1] not in ".?\"'":
+        text += "."
+    text = text.replace('"', "'")
+    return text[:-1] + "." if text.endswith("?") else text
