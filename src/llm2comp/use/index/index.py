@@ -220,8 +220,11 @@ class Index:
 
     def _known(self, root: Path) -> dict[str, FileState]:
         """What the index holds of the files below a folder, or of a file."""
-        utf8 = str(root).isprintable() or "\\udc" not in ascii(str(root))  # no other is indexed
-        if not utf8 or read_info(self.db) is None:
+        try:
+            str(root).encode()
+        except UnicodeEncodeError:  # bytes that did not decode: no such name is indexed
+            return {}
+        if read_info(self.db) is None:
             return {}
         with readable(self.db):
             return self._open()[1].files(root)
