@@ -163,10 +163,9 @@ def search(
 def _search_here(
     db: Path, question: str, count: int, mode: Mode, path: str | None, device: str | None
 ) -> list[Hit]:
-    from llm2comp.recipe import expanded
     from llm2comp.use.index.info import require_info
 
-    require_info(expanded(db))
+    require_info(db)
     from llm2comp.use.index.index import Index
 
     if mode != "keywords":

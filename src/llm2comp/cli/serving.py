@@ -53,7 +53,6 @@ def serve(
 
     A key may also stand in the environment, as LLM2COMP_API_KEY.
     """
-    from llm2comp.recipe import expanded
     from llm2comp.use.index.info import require_info
     from llm2comp.use.serve.settings import Keys, Settings, listen
 
@@ -63,7 +62,7 @@ def serve(
         max_waiting_tokens=max_waiting_tokens,
         deadline_seconds=deadline,
     )
-    indexed = require_info(expanded(db)).model if db else None
+    indexed = require_info(db).model if db else None
     model = model or indexed or GENERAL
     require_model(model)
     place = listen(host, port)

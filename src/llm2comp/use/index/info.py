@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llm2comp.errors import RunError
+from llm2comp.recipe import expanded
 from llm2comp.system.files import to_json, write_text
 
 INFO_FILE = "index.json"
@@ -74,7 +75,8 @@ def read_info(db: Path) -> Info | None:
 
 
 def require_info(db: Path) -> Info:
-    """As `read_info`. Raises RunError where there is no index."""
+    """As `read_info`, of a path that may begin with `~`. Raises RunError where there is none."""
+    db = expanded(db)
     info = read_info(db)
     if info is None:
         found = "an empty or foreign folder" if db.is_dir() else "nothing"
