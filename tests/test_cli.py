@@ -285,6 +285,23 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(clock, shown):
     ]
 
 
+def test_a_total_that_is_estimated_is_told_anew(clock, shown):
+    with Bar("index", 0) as bar:
+        bar.expect(40)
+        clock(10)
+        bar.advance(10)
+        bar.expect(20)
+        clock(10)
+        bar.advance(10)
+    with Bar("index", 0):
+        pass
+    assert shown.getvalue().splitlines() == [
+        "index 10/40: 10 s, 30 s left",
+        "index 20/20: 20 s, 0 s left",
+        "index 20/20: 20 s, 0 s left",
+    ]
+
+
 def test_time_left_of_a_resumed_task_counts_only_what_was_done_now(clock, shown):
     with Bar("ucl", 100, done=80) as bar:
         clock(10)

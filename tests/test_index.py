@@ -20,6 +20,7 @@ pytest.importorskip("lancedb", reason="needs the extra search")
 import llm2comp
 from document_files import pdf_bytes, write_all
 from llm2comp.errors import DataError, Llm2CompError, RunError
+from llm2comp.system import console
 from llm2comp.system.console import GENERAL_TINY
 from llm2comp.use.index import filling, store
 from llm2comp.use.index.hits import fused
@@ -212,7 +213,7 @@ def test_only_what_has_changed_is_embedded_again(own, monkeypatch):
     monkeypatch.setattr(
         type(encoder),
         "vectors",
-        lambda self, texts, role: seen.extend(texts) or whole(self, texts, role),
+        lambda self, texts, *a: seen.extend(texts) or whole(self, texts, *a),
     )
     added = index.add(folder)
     assert (added.changed, added.unchanged, added.gone, seen) == (0, 2, 0, [])
@@ -483,6 +484,22 @@ def test_commands(made, monkeypatch):
     said = cli("search", "zebra", "--db=~/db", "--keywords-only")
     assert (said.code, said.out) == (0, "")
     assert "nothing found" in said.err
+
+
+def test_progress_counts_passages_and_tells_how_many_there_will_be(tmp_path, monkeypatch):
+    """Four equal files, each embedded by itself: the first one's count gives the total."""
+    monkeypatch.setattr(filling, "AT_ONCE", 1)
+    monkeypatch.setattr(console, "LINE_EVERY_SECONDS", 0.0)
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for name in "abcd":
+        (folder / f"{name}.md").write_text(PETS)
+    said = cli("index", folder, "--db", tmp_path / "db", "-m", TINY).err
+    steps = re.findall(r"index (\d+)/(\d+): .*passages/s", said)
+    assert steps == [(str(done), "8") for done in (2, 4, 6, 8, 8)]
+    monkeypatch.setattr(filling, "AT_ONCE", 512)
+    said = cli("index", "--db", tmp_path / "db", "--migrate", OTHER).err
+    assert re.findall(r"migrate (\d+)/(\d+)", said) == [("8", "8")] * 2
 
 
 def test_formats_through_the_command(tmp_path):

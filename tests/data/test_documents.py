@@ -145,6 +145,57 @@ def test_docx_with_tracked_changes_and_content_controls(tmp_path):
     ]
 
 
+def test_docx_with_notes_text_boxes_and_a_table_in_a_table(tmp_path):
+    """Each is read once, behind the paragraph it belongs to; the older form of a box is not."""
+    import docx
+    from docx.opc.packuri import PackURI
+    from docx.opc.part import Part
+    from docx.oxml import parse_xml
+
+    spaces = (
+        'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main" '
+        'xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"'
+    )
+
+    def paragraph(*inner):
+        return f"<w:p>{''.join(inner)}</w:p>"
+
+    def run(text):
+        return f"<w:r><w:t>{text}</w:t></w:r>"
+
+    def box(text):
+        return f"<w:txbxContent>{paragraph(run(text))}</w:txbxContent>"
+
+    drawing = (
+        f"<w:r><mc:AlternateContent><mc:Choice Requires='wps'><w:drawing>{box('boxed')}</w:drawing>"
+        f"</mc:Choice><mc:Fallback><w:pict>{box('boxed')}</w:pict></mc:Fallback>"
+        "</mc:AlternateContent></w:r>"
+    )
+    marks = "<w:r><w:footnoteReference w:id='2'/></w:r><w:r><w:endnoteReference w:id='2'/></w:r>"
+    document = docx.Document()
+    for kind, text in (("footnotes", "below"), ("endnotes", "behind")):
+        note = f"<w:{kind[:-1]} w:id='2'>{paragraph(run(text))}</w:{kind[:-1]}>"
+        rule = f"<w:{kind[:-1]} w:id='0'>{paragraph(run('rule'))}</w:{kind[:-1]}>"
+        xml = f"<w:{kind} {spaces}>{rule}{note}</w:{kind}>".encode()
+        part = Part(PackURI(f"/word/{kind}.xml"), "application/xml", xml, document.part.package)
+        base = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+        document.part.relate_to(part, f"{base}/{kind}")
+    body = paragraph(run("before "), drawing, run("after"), marks)
+    for child in parse_xml(f"<w:x {spaces}>{body}</w:x>"):
+        document.element.body.insert_element_before(child, "w:sectPr")
+    document.add_heading("Plain", 1)
+    outer = document.add_table(1, 2)
+    outer.cell(0, 0).text = "left"
+    inner = outer.cell(0, 1).add_table(1, 2)
+    inner.cell(0, 0).text, inner.cell(0, 1).text = "in", "side"
+    document.sections[0].header.paragraphs[0].text = "on every page"
+    document.save(str(tmp_path / "a.docx"))
+    assert [(b.text, b.headings, b.first) for b in read_document(tmp_path / "a.docx").blocks] == [
+        ("before after\nboxed\nbelow\nbehind", (), 1),
+        ("left | in | side", ("Plain",), 3),
+    ]
+
+
 def test_pages_of_a_pdf_without_text_are_told_in_a_line(tmp_path):
     (tmp_path / "a.pdf").write_bytes(pdf_bytes("words", *[""] * 7, "more"))
     report = Report("docs")

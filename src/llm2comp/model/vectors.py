@@ -129,6 +129,7 @@ def embed_texts(
     *,
     role: str | None = None,
     max_tokens_per_batch: int | None = None,
+    bar: Bar | None = None,
 ) -> Tensor:
     """Embeddings in order, (N, D), float32, on the CPU; not normalised, too long texts are cut.
 
@@ -137,9 +138,10 @@ def embed_texts(
         texts: the texts.
         role: `query` or `document`: with the model's prompt and limit for it.
         max_tokens_per_batch: tokens at once, padding included; None: what suits the device.
+        bar: is told how many texts are done.
     """
     budget = Budget.of(model.device, max_tokens_per_batch)
-    return embeddings_of(Inputs.of(model, texts, role=role), budget)
+    return embeddings_of(Inputs.of(model, texts, role=role), budget, bar)
 
 
 def memory_states(

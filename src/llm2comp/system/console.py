@@ -56,7 +56,8 @@ class Bar:
         bar.advance(32, "1,234 tokens/s")
 
     `stays=False` removes the bar at the end (part of a longer task). `shown=False` shows nothing.
-    With a `unit` ("texts") the note is how many of these are done in a second.
+    With a `unit` ("texts") the note is how many of these are done in a second. Where the total is
+    only estimated, `expect` tells it anew.
     """
 
     def __init__(
@@ -99,6 +100,12 @@ class Bar:
             self._progress.start()
         return self
 
+    def expect(self, total: int) -> None:
+        """So many are to be done in all, as far as is known now."""
+        self.total = total
+        if self._progress is not None:
+            self._progress.update(self._task, total=total)
+
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """`count` more are done; `note` (loss, rate) stays until the next one."""
         self.done += count
@@ -120,7 +127,7 @@ class Bar:
         """Leave the last state on the screen."""
         if self._progress is not None:
             self._progress.stop()
-        elif self.shown and self.stays and kind is None:
+        elif self.shown and self.stays and kind is None and self.total:
             self._line()
 
     def _line(self) -> None:

@@ -9,8 +9,9 @@ import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llm2comp.data.columns import suitable, usual
 from llm2comp.data.documents.blocks import Block, Headings, placed, under
@@ -19,12 +20,18 @@ from llm2comp.data.loaded import Tally
 from llm2comp.data.tables import Row, file_rows
 from llm2comp.errors import DataError
 
+if TYPE_CHECKING:
+    from docx.table import Table
+    from docx.text.paragraph import Paragraph
+
 # A .docx that unpacks to more is refused: its parser would need many times that memory.
 UNPACKED_BYTES = 500_000_000
 _TITLES = ("title", "question", "query", "heading", "name")
 # What stands around paragraphs, rows, cells or runs of a .docx, where python-docx looks for none:
-# tracked changes, content controls, fields, custom XML, and directions of writing.
+# tracked changes, content controls, fields, custom XML, directions of writing, and the newer of
+# two forms of a drawing.
 _AROUND = ("ins", "moveTo", "sdt", "sdtContent", "fldSimple", "smartTag", "customXml", "dir", "bdo")
+_COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
 
 
 def html(path: Path, _: Tally) -> Iterator[Block]:
@@ -76,22 +83,28 @@ def pdf(path: Path, tally: Tally) -> Iterator[Block]:
 
 
 def docx(path: Path, _: Tally) -> Iterator[Block]:
-    """Paragraphs and tables of a Word document, counted from 1, with all its changes accepted."""
+    """Paragraphs and tables of a Word document, counted from 1, with all its changes accepted.
+
+    Text boxes and notes are read with the paragraph that they belong to; headers and footers, which
+    every page repeats, are not.
+    """
     from docx import Document
-    from docx.oxml.ns import qn
+    from docx.oxml import parse_xml
     from docx.table import Table
-    from lxml.etree import strip_tags
 
     with zipfile.ZipFile(path) as archive:
         if sum(part.file_size for part in archive.infolist()) > UNPACKED_BYTES:
             raise DataError("unpacks to more than 500 MB", where=str(path))
-    document, headings = Document(str(path)), Headings()
-    strip_tags(document.element.body, *(qn(f"w:{name}") for name in _AROUND))
+    document, headings, notes = Document(str(path)), Headings(), dict[tuple[str, str], str]()
+    for relation in document.part.rels.values():
+        kind = relation.reltype.rpartition("/")[2]
+        if kind in ("footnotes", "endnotes") and not relation.is_external:
+            for note in _bare(parse_xml(relation.target_part.blob)):
+                notes[f"{kind[:-1]}Reference", note.get(_w("id"))] = _paragraphs(note)
+    _bare(document.element.body)
     for number, item in enumerate(document.iter_inner_content(), 1):
-        if isinstance(item, Table):
-            text = "\n".join(" | ".join(cell.text for cell in row.cells) for row in item.rows)
-        else:
-            text = item.text
+        text = _with_notes(item, notes)
+        if not isinstance(item, Table):
             style = (item.style.name or "") if item.style is not None else ""
             heading = re.fullmatch(r"(Heading|Title) ?(\d?)", style)
             if heading and text.strip():
@@ -101,6 +114,44 @@ def docx(path: Path, _: Tally) -> Iterator[Block]:
                 continue
         if text.strip():
             yield Block(text, headings, number, number)
+
+
+def _w(name: str) -> str:
+    return f"{{http://schemas.openxmlformats.org/wordprocessingml/2006/main}}{name}"
+
+
+def _bare(element: Any) -> Any:
+    """The same element of a .docx, without what stands around its text."""
+    from lxml.etree import strip_elements, strip_tags
+
+    strip_elements(element, f"{_COMPATIBILITY}Fallback", with_tail=False)
+    around = (f"{_COMPATIBILITY}{name}" for name in ("AlternateContent", "Choice"))
+    strip_tags(element, *map(_w, _AROUND), *around)
+    return element
+
+
+def _paragraphs(element: Any) -> str:
+    from docx.text.paragraph import Paragraph
+
+    return "\n".join(Paragraph(p, element).text.strip() for p in element.iter(_w("p"))).strip()
+
+
+def _with_notes(item: Paragraph | Table, notes: Mapping[tuple[str, str], str]) -> str:
+    """A paragraph, its text boxes and notes; or the rows of a table, with all of this."""
+    from docx.table import Table
+
+    if isinstance(item, Table):
+        return "\n".join(
+            " | ".join(
+                "\n".join(_with_notes(inner, notes) for inner in cell.iter_inner_content()).strip()
+                for cell in row.cells
+            )
+            for row in item.rows
+        )
+    boxes = [_paragraphs(box) for box in item._p.iter(_w("txbxContent"))]
+    marks = item._p.iter(_w("footnoteReference"), _w("endnoteReference"))
+    told = [notes.get((mark.tag.rpartition("}")[2], mark.get(_w("id"))), "") for mark in marks]
+    return "\n".join([item.text, *filter(None, [*boxes, *told])])
 
 
 def notebook(path: Path, _: Tally) -> Iterator[Block]:

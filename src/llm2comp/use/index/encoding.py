@@ -16,7 +16,7 @@ from llm2comp.model.inputs import frame_of, prompt_of, tokenise
 from llm2comp.model.vectors import embed_texts, unit_length
 from llm2comp.storage.identity import identity
 from llm2comp.storage.loading import load
-from llm2comp.system.console import Role
+from llm2comp.system.console import Bar, Role
 from llm2comp.use.embed import room_of
 from llm2comp.use.index.info import Info
 
@@ -64,9 +64,11 @@ class Encoder:
         who = self.identity
         return Info(self.name, who.name, who.revision, self.dimensions, passage_tokens, overlap)
 
-    def vectors(self, texts: Sequence[str], role: Role) -> NDArray[np.float32]:
+    def vectors(
+        self, texts: Sequence[str], role: Role, bar: Bar | None = None
+    ) -> NDArray[np.float32]:
         """Vectors of length 1, (N, D). Raises DataError: one that is not finite."""
-        found_ND = embed_texts(self.model, texts, role=role).numpy()
+        found_ND = embed_texts(self.model, texts, role=role, bar=bar).numpy()
         refuse_not_finite(found_ND, texts)
         return unit_length(found_ND)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,20 +92,25 @@ def fill(
     Returns the paths that could not be read.
     """
     unreadable, batch = set[str](), list[tuple[dict[str, Any], Passage]]()
-    with Bar("index", len(files), shown=bool(files)) as bar:
-        for path in files:
+    found, read = 0, list(accumulate(_size(path) for path in files))
+    with Bar("index", 0, shown=bool(files), unit="passages") as bar:
+        for path, bytes_read in zip(files, read, strict=True):
             name = path.name if path == root else path.relative_to(root).as_posix()
             document = read_or_report(path, name, report)
             if document is None:
                 unreadable.add(str(path))
             else:
                 info, store, encoder = begin()
-                batch += _cut(document, info, encoder)
+                cut = _cut(document, info, encoder)
+                batch += cut
+                found += len(cut)
+                # the files to come have as many passages a byte as those before
+                bar.expect(round(found * read[-1] / max(1, bytes_read)))
             if len(batch) >= AT_ONCE:
-                _store(batch, store, encoder)
-            bar.advance()
+                _store(batch, store, encoder, bar)
+        bar.expect(found)
         if batch:
-            _store(batch, store, encoder)
+            _store(batch, store, encoder, bar)
     return unreadable
 
 
@@ -125,14 +131,13 @@ def copy(old: Store, new: Store, encoder: Encoder) -> int:
     wanted, done = keys(old), keys(new)
     new.remove({path for path, *_ in done - wanted})
     done, long = keys(new), 0
-    with Bar("migrate", len(wanted), len(done)) as bar:
+    with Bar("migrate", len(wanted), len(done), unit="passages") as bar:
         for batch in old.batches(_COPIED, AT_ONCE):
             there = batch.to_pylist()
             long += sum(len(encoder.offsets(row["text"])) > encoder.room for row in there)
             rows = [row for row in there if (row["path"], row["sha256"], row["number"]) not in done]
             if rows:
-                new.add(_with_vectors(rows, encoder))
-                bar.advance(len(rows))
+                new.add(_with_vectors(rows, encoder, bar))
     return long
 
 
@@ -148,18 +153,28 @@ def _cut(document: Document, info: Info, encoder: Encoder) -> list[tuple[dict[st
     return [(state | {"number": number}, passage) for number, passage in enumerate(cut)]
 
 
-def _store(batch: list[tuple[dict[str, Any], Passage]], store: Store, encoder: Encoder) -> None:
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # reading it will say what is wrong
+        return 0
+
+
+def _store(
+    batch: list[tuple[dict[str, Any], Passage]], store: Store, encoder: Encoder, bar: Bar
+) -> None:
     """Embed and write passages, in the place of what their files had; empties the batch."""
     rows = [
         state | {"headings": p.headings, "first": p.first, "last": p.last, "text": p.in_context}
         for state, p in batch
     ]
     store.remove({state["path"] for state, _ in batch})
-    store.add(_with_vectors(rows, encoder))
+    store.add(_with_vectors(rows, encoder, bar))
     batch.clear()
 
 
-def _with_vectors(rows: Iterable[dict[str, Any]], encoder: Encoder) -> list[dict[str, Any]]:
-    rows = list(rows)
-    vectors_ND = encoder.vectors([row["text"] for row in rows], "document")
+def _with_vectors(
+    rows: Sequence[dict[str, Any]], encoder: Encoder, bar: Bar
+) -> list[dict[str, Any]]:
+    vectors_ND = encoder.vectors([row["text"] for row in rows], "document", bar)
     return [row | {"vector": vector_D} for row, vector_D in zip(rows, vectors_ND, strict=True)]
