@@ -21,7 +21,7 @@ from llm2comp.data.tables import Row, file_rows
 from llm2comp.data.values import UnusableError, filled
 from llm2comp.errors import DataError
 from llm2comp.recipe import TextData
-from llm2comp.system.files import to_json
+from llm2comp.system.files import is_unicode, to_json
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,8 @@ class Shards:
 def _as_text(row: Row, column: str) -> str | None:
     value = row.get(column)
     text = value if value is None or isinstance(value, str) else to_json(value, default=str)
-    try:
-        (text or "").encode("utf-8")
-    except UnicodeEncodeError:
-        raise UnusableError(f"{column!r} is not UTF-8") from None
+    if not is_unicode(text or ""):
+        raise UnusableError(f"{column!r} is not UTF-8")
     return text
 
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from llm2comp.data.columns import Columns, check_columns
 from llm2comp.errors import DataError
+from llm2comp.system.files import is_unicode
 
 Row: TypeAlias = dict[str, Any]
 # (place, row), or (place, reason why there is none)
@@ -60,9 +61,9 @@ def file_rows(path: Path, columns: Columns) -> Rows:
 
 def _json_rows(path: Path, columns: Columns) -> Rows:
     """JSON lines, or one array of objects, whichever the file's name says."""
-    if next((line for line in _lines(path) if line.strip()), "").lstrip().startswith("["):
+    if next((line for line in file_lines(path) if line.strip()), "").lstrip().startswith("["):
         try:
-            values = json.loads("".join(_lines(path)), object_pairs_hook=_object)
+            values = json.loads("".join(file_lines(path)), object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             if file_kind(path) == ".json":
                 fix = "write one JSON object per line instead"
@@ -71,18 +72,17 @@ def _json_rows(path: Path, columns: Columns) -> Rows:
             for number, value in enumerate(values, 1):
                 yield f"item {number}", _json_row(value, columns)
             return
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(file_lines(path), 1):
         yield f"line {number}", _json_line(line, columns)
 
 
 def _json_line(line: str, columns: Columns) -> Row | str:
     if not line.strip():
         return "empty"
-    try:
-        line.encode("utf-8")
-        return _json_row(json.loads(line, object_pairs_hook=_object), columns)
-    except UnicodeEncodeError:  # bytes that did not decode
+    if not is_unicode(line):
         return "not UTF-8"
+    try:
+        return _json_row(json.loads(line, object_pairs_hook=_object), columns)
     except (ValueError, RecursionError):
         return "malformed JSON"
 
@@ -116,7 +116,7 @@ def _table_rows(path: Path, columns: Columns) -> Rows:
     """Comma- or tab-separated with a header; quotes as in RFC 4180."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(
-        _lines(path), delimiter="\t" if file_kind(path) == ".tsv" else ",", strict=True
+        file_lines(path), delimiter="\t" if file_kind(path) == ".tsv" else ",", strict=True
     )
     header: list[str] = []
     while True:
@@ -192,11 +192,11 @@ def _line_rows(path: Path, columns: Columns) -> Rows:
             where=str(path),
             fix="use .jsonl, .csv or .parquet",
         )
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(file_lines(path), 1):
         yield f"line {number}", {columns[0]: line.rstrip("\r\n")}
 
 
-def _lines(path: Path) -> Iterator[str]:
+def file_lines(path: Path) -> Iterator[str]:
     """Lines of a plain or compressed file with their ends: LF, CR LF or CR.
 
     Blank ones at the file's end are none.

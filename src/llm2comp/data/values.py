@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm2comp.data.tables import Row
+from llm2comp.system.files import is_unicode
 
 
 class UnusableError(Exception):
@@ -49,11 +50,8 @@ def _texts(row: Row, column: str) -> Iterator[str]:
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str | None):
             raise UnusableError(f"{column!r} is not a string")
-        try:
-            (text or "").encode("utf-8")
-        # lone surrogates: an escape in JSON, or a byte that did not decode
-        except UnicodeEncodeError:
-            raise UnusableError("not UTF-8") from None
+        if not is_unicode(text or ""):
+            raise UnusableError("not UTF-8")
         yield text or ""
 
 

@@ -41,6 +41,18 @@ def write_bytes(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8.
+
+    Lone surrogates cannot: escapes in JSON, or bytes of an argument or a name that did not decode.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def open_to_others(path: Path) -> None:
     """Give a file or folder the access that the umask allows.
 

@@ -15,6 +15,7 @@ from llm2comp.model.encoder import NO_LIMIT, refuse_not_finite
 from llm2comp.model.inputs import Frame, Inputs, frame_of, prompt_of, tokenise
 from llm2comp.model.vectors import Budget, embeddings_of, unit_length
 from llm2comp.system.console import Bar, LongTexts, Role
+from llm2comp.system.files import is_unicode
 from llm2comp.use.writing import Embedded
 
 if TYPE_CHECKING:
@@ -94,13 +95,8 @@ def _check_texts(texts: Sequence[str]) -> None:
     if not texts:
         raise DataError("nothing to embed", expected="one or more texts", found="none")
     for number, text in enumerate(texts, 1):
-        try:
-            text.encode("utf-8")
-        # a byte that did not decode, as in arguments; no string at all
-        except (UnicodeEncodeError, AttributeError):
-            raise DataError(
-                "not a Unicode text", where=f"text {number}", found=ascii(text)[:80]
-            ) from None
+        if not (isinstance(text, str) and is_unicode(text)):
+            raise DataError("not a Unicode text", where=f"text {number}", found=ascii(text)[:80])
 
 
 def room_of(model: SentenceTransformer, frame: Frame | None, prompt: str) -> int:

@@ -14,8 +14,9 @@ from markdown_it import MarkdownIt
 
 from llm2comp.data.documents.blocks import Block, Headings, paragraphs, under
 from llm2comp.data.loaded import Tally
-from llm2comp.data.tables import _lines
+from llm2comp.data.tables import file_lines
 from llm2comp.errors import DataError
+from llm2comp.system.files import is_unicode
 
 # A line of one repeated mark, under or over the title of a section.
 _RULE = re.compile(r"([!-/:-@\[-`{-~])\1{2,}\s*")
@@ -24,13 +25,10 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 def lines_of(path: Path) -> list[str]:
     """The lines of a text file without their ends. Raises DataError where it is not Unicode."""
-    found = [line.rstrip("\r\n") for line in _lines(path)]
+    found = [line.rstrip("\r\n") for line in file_lines(path)]
     for number, line in enumerate(found, 1):
-        if not line.isascii():
-            try:
-                line.encode("utf-8")
-            except UnicodeEncodeError:  # bytes that did not decode
-                raise DataError(f"not UTF-8 (line {number})", where=str(path)) from None
+        if not (line.isascii() or is_unicode(line)):
+            raise DataError(f"not UTF-8 (line {number})", where=str(path))
     return found
 
 

@@ -15,7 +15,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 from llm2comp.data.tables import file_rows
 from llm2comp.errors import DataError
-from llm2comp.system.files import sha256
+from llm2comp.system.files import is_unicode, sha256
 
 Parts: TypeAlias = DatasetDict | dict[str, RetrievalSplitData]  # split → its data
 
@@ -92,10 +92,8 @@ class CheckedRow:
     def _checked_text(self, key: str, value: object, may_be_blank: bool) -> str:
         if not isinstance(value, str) or not (may_be_blank or value.strip()):
             raise self._wrong(key, "a string" if may_be_blank else "a string with a text in it")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise self._wrong(key, "a text in UTF-8") from None
+        if not is_unicode(value):
+            raise self._wrong(key, "a text in UTF-8")
         return value
 
     def _wrong(self, key: str, expected: str) -> DataError:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm2comp.errors import DataError
+from llm2comp.system.files import is_unicode
 
 # The constant of reciprocal rank fusion (Cormack et al. 2009): 1 / (60 + rank) of each list.
 _CONSTANT = 60
@@ -74,10 +75,8 @@ def check_question(text: str, k: int, path: str | None) -> None:
     if not text.strip() or k < 1:
         raise DataError("nothing to search for", expected="a question, and k of 1 or more")
     for where, given in (("question", text), ("path", path or "")):
-        try:
-            given.encode("utf-8")
-        except UnicodeEncodeError:  # a byte that did not decode, as in arguments
-            raise DataError("not a Unicode text", where=where, found=ascii(given)[:80]) from None
+        if not is_unicode(given):
+            raise DataError("not a Unicode text", where=where, found=ascii(given)[:80])
 
 
 def fused(rankings: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:

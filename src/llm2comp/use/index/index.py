@@ -22,6 +22,7 @@ from llm2comp.data.documents import OVERLAP, Report, find_files
 from llm2comp.errors import DataError, RunError
 from llm2comp.recipe import expanded, nearest
 from llm2comp.system.console import GENERAL
+from llm2comp.system.files import is_unicode
 from llm2comp.use.index.filling import Added, copy, fill, unchanged, writing
 from llm2comp.use.index.hits import Hit, check_question, fused
 from llm2comp.use.index.info import Info, read_info, require_info, write_info
@@ -220,11 +221,7 @@ class Index:
 
     def _known(self, root: Path) -> dict[str, FileState]:
         """What the index holds of the files below a folder, or of a file."""
-        try:
-            str(root).encode()
-        except UnicodeEncodeError:  # bytes that did not decode: no such name is indexed
-            return {}
-        if read_info(self.db) is None:
+        if not is_unicode(str(root)) or read_info(self.db) is None:  # no such name is indexed
             return {}
         with readable(self.db):
             return self._open()[1].files(root)

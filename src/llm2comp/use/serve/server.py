@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from llm2comp.errors import DataError, RunError
 from llm2comp.model.compressor import Compressor
 from llm2comp.model.vectors import unit_length
+from llm2comp.system.files import is_unicode
 from llm2comp.use.serve.batcher import Batcher
 from llm2comp.use.serve.engine import Engine, Text
 from llm2comp.use.serve.metrics import Metrics
@@ -64,7 +65,7 @@ class Server:
             )
         if any(not isinstance(text, str) for text in inputs):
             inputs = [self._decoded(ids, field) for ids in inputs]
-        if any(not _is_unicode(text) for text in inputs):
+        if any(not is_unicode(text) for text in inputs):
             raise RefusedError(INVALID, "not a Unicode text", param=field)
         arguments = inputs, role, self.engine.prompt(role) if prompt is None else prompt
         texts = (
@@ -155,11 +156,3 @@ async def _gone(request: Request) -> None:
     """Returns when the client has closed its connection; its request is read already."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
