@@ -217,6 +217,16 @@ def test_fixed_seed_fixes_the_memory():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_fresh_memory_has_the_scale_of_token_inputs(family):
+    """Gemma's embedding module multiplies its rows by the root of their width."""
+    backbone = make_backbone(family)
+    vectors = Compressor.fresh(backbone, 512, seed=1).memory.vectors_KD
+    rows = backbone.embed(torch.arange(len(backbone.input_table)))
+    assert torch.allclose(vectors.std(0), rows.std(0), rtol=0.2)
+    assert torch.allclose(vectors.mean(0), rows.mean(0), atol=0.2 * rows.std().item())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_memory_that_begins_as_words_reads_like_the_prompt(family):
     """Untrained and causal, the last state is the LM's own after a text and these words."""
     words = " the dog sleeps"

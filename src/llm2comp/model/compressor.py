@@ -115,7 +115,7 @@ class Compressor(nn.Module):
         """
         nesting = MemorySettings(tokens=memory) if isinstance(memory, int) else memory
         count = nesting.tokens if settings is None or settings.pooling == "memory" else 0
-        tokens = MemoryTokens.like(backbone.input_table, count, seed)
+        tokens = MemoryTokens.like(backbone.input_table, count, seed, backbone.embedding_scale)
         if count and nesting.start_as is not None:
             tokens.begin_as(rows_of(nesting.start_as, backbone)[-count:])
         return cls(backbone, tokens, settings, nesting, seed)

@@ -24,12 +24,15 @@ class MemoryTokens(nn.Module):
         self.vectors_KD = nn.Parameter(vectors_KD.detach().clone().float())
 
     @classmethod
-    def like(cls, embeddings_VD: Tensor, count: int, seed: int) -> MemoryTokens:
-        """Fresh vectors with the mean and spread of an embedding table's rows, per dimension."""
+    def like(cls, embeddings_VD: Tensor, count: int, seed: int, scale: float = 1.0) -> MemoryTokens:
+        """Fresh vectors with the mean and spread of an embedding table's rows, per dimension.
+
+        `scale`: what the LM's embedding module multiplies these rows by (`embedding_scale`).
+        """
         rows = embeddings_VD.detach().float()
         generator = torch.Generator().manual_seed(seed)
         noise_KD = torch.randn(count, rows.shape[1], generator=generator).to(rows.device)
-        return cls(rows.mean(0) + rows.std(0) * noise_KD)
+        return cls(scale * (rows.mean(0) + rows.std(0) * noise_KD))
 
     def begin_as(self, rows_ND: Tensor) -> None:
         """The last N ≤ K of the vectors become these input embeddings (a prompt's, say)."""
