@@ -45,6 +45,28 @@ def test_recipe_parses(file: Path):
     assert recipe.stages
 
 
+SAMPLES = {
+    "llama2-7b-paper": (32_000, 128_000, 204_800),
+    "llama2-7b-release": (128_000, 128_000, 204_800),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_papers_recipes_have_its_batches_and_samples(name: str):
+    """On one device, and on four by the command that stands in the recipe."""
+    (command,) = [
+        line for line in (RECIPES / f"{name}.yaml").read_text().splitlines() if "launch" in line
+    ]
+    processes = int(command.split("--num_processes ")[1].split()[0])
+    overrides = command.partition(f"train {name}")[2].split()
+    for recipe, devices in ((load_recipe(name), 1), (load_recipe(name, overrides), processes)):
+        stages = recipe.stages.values()
+        batches = tuple(stage.batch_size * devices for stage in stages)
+        assert batches == (4, 128, 1024)
+        seen = tuple(stage.steps * batch for stage, batch in zip(stages, batches, strict=True))
+        assert seen == SAMPLES[name]
+
+
 def test_names_are_unique():
     names = [file.stem for file in FILES]
     assert sorted(set(names)) == sorted(names)
