@@ -427,6 +427,17 @@ def test_plots_draw_averages_with_their_deviations():
     assert set(figures(results.model_copy(update={"rows": tuple(named)}))) == {"averages"}
 
 
+def test_many_systems_keep_their_marks():
+    rows = [
+        StudyRow(system=f"s{n}", stage="scl", base=f"s{n}", scores={0: {"a": 40.0 + n}})
+        for n in range(40)
+    ]
+    drawn = figures(Results(name="many", sets=("a",), rows=tuple(rows)))
+    (line,) = drawn["averages"].axes[0].lines
+    assert (len(line.get_xdata()), line.get_linestyle()) == (40, "None")
+    assert line.get_marker() not in ("", "None")
+
+
 # ---- settings
 
 

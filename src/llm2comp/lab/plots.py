@@ -91,8 +91,9 @@ def curves_figure(
     xlabel: str,
     ylabel: str,
     log_y: bool = False,
+    joined: bool = True,
 ) -> Figure:
-    """One line per name through its (x, y) points.
+    """One line per name through its (x, y) points; not `joined`: the points alone.
 
     Raises DataError when there is no point at all.
     """
@@ -104,7 +105,9 @@ def curves_figure(
     for points in curves.values():
         xy = np.asarray(points, dtype=np.float64).reshape(-1, 2)
         (line,) = axes.plot(*xy.T)
-        if len(xy) > FEW_POINTS:
+        if not joined:
+            line.set_linestyle("none")
+        elif len(xy) > FEW_POINTS:
             line.set_marker("")
     if all(float(x).is_integer() for points in curves.values() for x, _ in points):
         axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))

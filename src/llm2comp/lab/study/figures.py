@@ -34,8 +34,6 @@ def by_system(rows: Sequence[StudyRow], sets: Sequence[str]) -> Figure:
         points.setdefault(row.stage, []).append((mean, systems.index(row.system), sd))
     figure = _with_bars(points, "average over all sets, percent", "", along_x=True)
     (axes,) = figure.axes
-    for line in (*axes.lines, *(line for legend in figure.legends for line in legend.get_lines())):
-        line.set_linestyle("none")
     axes.set_yticks(range(len(systems)), [name.replace("$", r"\$") for name in systems])
     axes.set_ylim(len(systems) - 0.5, -0.5)
     figure.set_size_inches(6.4, 1.4 + 0.26 * len(systems))
@@ -71,7 +69,10 @@ def _with_bars(
     points: Mapping[str, Points], xlabel: str, ylabel: str, along_x: bool = False
 ) -> Figure:
     figure = curves_figure(
-        {name: [(x, y) for x, y, _ in line] for name, line in points.items()}, xlabel, ylabel
+        {name: [(x, y) for x, y, _ in line] for name, line in points.items()},
+        xlabel,
+        ylabel,
+        joined=not along_x,
     )
     (axes,) = figure.axes
     lines = list(axes.lines)
