@@ -11,6 +11,7 @@ import mteb
 import numpy as np
 import pytest
 import torch
+from mteb.abstasks import AbsTaskClustering
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 import llm2comp
 from llm2comp.errors import DataError, ModelFolderError, RecipeError, RunError
 from llm2comp.lab.evaluation.evaluate import EvaluateOptions, evaluate
+from llm2comp.lab.evaluation.lexical import TfidfEncoder
 from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
 from llm2comp.lab.evaluation.paper14 import PAPER14
 from llm2comp.lab.evaluation.published import published
@@ -387,6 +389,19 @@ def test_a_task_s_name_in_a_benchmark_and_by_itself_is_one():
     names = [task.metadata.name for task in named_tasks(["STS12", "MTEB(eng, v2)", "STS12"])]
     assert len(names) == len(set(names)) == 41
     assert names[0] == "STS12"
+
+
+def test_each_model_of_a_call_gets_the_same_random_draws(tmp_path):
+    folder = tmp_path / "clustering" / "Topics"
+    folder.mkdir(parents=True)
+    rows = [{"text": text, "label": n % 4} for n, text in enumerate(sentences(60, 6))]
+    write_rows(folder / "test.jsonl", rows)
+    (ours,) = local_tasks(folder)
+    own = {"metadata": ours.metadata, "max_fraction_of_documents_to_embed": None}
+    task = type("Mtebs", (AbsTaskClustering,), own)()
+    task.dataset, task.data_loaded = ours.dataset, True
+    first, second = (run_task(TfidfEncoder(), task).score for _ in range(2))
+    assert first == second
 
 
 @pytest.mark.thorough

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import mteb
+import numpy as np
 import torch
 from mteb.cache import ResultCache
 
@@ -100,6 +102,8 @@ def run_task(encoder: Encoder, task: Any, results: Path | None = None) -> Score:
                     task.load_data()
             if isinstance(encoder, LexicalEncoder):
                 encoder.fit_task(task)
+            # A task goes on with its random draws, and each model is to have the same ones.
+            task.rng_state, task.np_rng = Random(task.seed), np.random.default_rng(task.seed)
             with (
                 explain_disk_errors(results or Path()),
                 _explained(task, "mteb cannot score it with this model", None),
