@@ -182,6 +182,8 @@ class AdapterStack(Trainable):
         config = copy.copy(self._peft.peft_config[name])
         # as AutoPeftModelForCausalLM asks for
         config.inference_mode, config.task_type = (True, peft.TaskType.CAUSAL_LM)
+        # the order of a set is another one in every process
+        vars(config).update({k: sorted(v) for k, v in vars(config).items() if isinstance(v, set)})
         if writes():
             config.save_pretrained(str(folder))
 
