@@ -262,6 +262,15 @@ def test_no_two_checkpoints_share_name_and_revision(tmp_path):
         for place in ("1-pretext", "2-ucl", "3-scl", "")
     ]
     assert len({(who.name, who.revision) for who in stages}) == 4
+    other = shutil.copytree(run, tmp_path / run.name)
+    recipe = (other / "recipe.yaml").read_text()
+    assert "query_max_tokens: 24" in recipe
+    (other / "recipe.yaml").write_text(recipe.replace("max_tokens: 24", "max_tokens: 23"))
+    first, second = (other / place for place in ("1-pretext", "2-ucl"))
+    for stage, who in zip((first, second), stages, strict=False):
+        found = identity(stage, llm2comp.load(stage, "cpu"))
+        assert found.name == who.name
+        assert found.revision != who.revision, "queries are cut elsewhere"
     copy = shutil.copytree(run / "model", tmp_path / "a" / "model")
     twin = shutil.copytree(run / "model", tmp_path / "b" / "model")
     one, same = (identity(folder, llm2comp.load(folder, "cpu")) for folder in (copy, twin))

@@ -14,6 +14,7 @@ from llm2comp.model.backbone import hub_commit, weights_digest
 from llm2comp.model.baselines.kinds import NAMES
 from llm2comp.model.baselines.module import BaselineEncoder
 from llm2comp.model.memory import Order, mean_weights, prefix_weights
+from llm2comp.runs.finished import limits_of
 from llm2comp.runs.folder import Run, stage_of
 from llm2comp.runs.starting import start_digest
 from llm2comp.storage.compiled import compiled_of
@@ -83,6 +84,9 @@ def _identity(path: str | Path, model: SentenceTransformer) -> Identity:
     names = list(recipe.stages)
     start = [start_digest(run.start)] if run.start else []
     parts = [_content(run.stage(earlier)) for earlier in names[: names.index(stage) + 1]]
+    # queries are cut where a later stage says
+    if stage != names[-1] and (roles := limits_of(recipe)[1]):
+        parts.append(str(roles["query"]))
     label = f"llm2comp/{plain_name(run.path.name)}-{folder.name}"
     return Identity(
         label, _short(":".join([recipe.model.name, weights_digest(recipe.model), *start, *parts]))
