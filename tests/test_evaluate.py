@@ -650,6 +650,20 @@ def test_the_summary_keeps_other_models_and_other_tasks(tmp_path, sets):
     }
 
 
+def test_scores_on_other_data_leave_the_summary(tmp_path, sets):
+    _, run = finished()
+    run_local(run, sets / "sts", tmp_path)
+    file = sets / "sts" / "One" / "test.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    now = run_local(run / "1-pretext", sets / "sts", tmp_path)
+    found = {row.name: set(row.scores) for row in read_summary(tmp_path / "summary.json")}
+    assert found == {
+        "llm2comp/run": {"Local-Two"},
+        "llm2comp/run-1-pretext": {"Local-One", "Local-Two"},
+    }
+    assert [set(row.scores) for row in earlier_rows([now], tmp_path)] == [{"Local-Two"}]
+
+
 @pytest.mark.parametrize("path", ["a/b", "x"])
 def test_hub_ids_keep_their_name(path, monkeypatch):
     model = llm2comp.load(finished()[1], "cpu")

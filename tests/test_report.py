@@ -12,7 +12,7 @@ import yaml
 
 from llm2comp.errors import Llm2CompError, RunError
 from llm2comp.lab.report import page, report
-from llm2comp.lab.report.blocks import duration, number
+from llm2comp.lab.report.blocks import NONE, duration, number
 from synthetic_run import WARNING, write_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "path", "use"}
@@ -228,6 +228,23 @@ def test_mean(light):
     assert table[0][1] == "demo"
     scores = [score["score"] for score in summary[0]["scores"].values()]
     assert table[-1][:2] == ["mean of 3", f"{100 * sum(scores) / 3:.2f}"]
+
+
+def test_runs_that_were_scored_on_other_data_are_not_set_side_by_side(light, tmp_path):
+    other = shutil.copytree(light, tmp_path / "other")
+    for run, data in ((light, "aa"), (other, "bb")):
+        file = run / "scores" / "summary.json"
+        summary = json.loads(file.read_text())
+        for row in summary:
+            for task, score in row["scores"].items():
+                score["data"] = "cc" if task == "Local-MRPC" else data
+        file.write_text(json.dumps(summary))
+    table = Page(page([light, other])).table("Evaluation")
+    cells = {row[0]: row[1:5] for row in table[1:]}
+    assert NONE not in cells["Local-MRPC"]
+    assert cells["Local-STSBenchmark, data aa"][2:] == [NONE, NONE]
+    assert cells["Local-STSBenchmark, data bb"][:2] == [NONE, NONE]
+    assert "Local-STSBenchmark" not in cells
 
 
 def test_what_was_trained_where_and_how(text):

@@ -166,7 +166,7 @@ def _evaluate_one(path: str, encoder: Encoder, tasks: Sequence[Any], folder: Pat
             result = f"left out: {outcome.why}"
         else:
             row.scores[outcome.task] = {
-                key: getattr(outcome.score, key) for key in ("score", "metric", "split")
+                key: getattr(outcome.score, key) for key in ("score", "metric", "split", "data")
             }
             result = f"{100 * outcome.score.score:.2f} {outcome.score.metric}"
         spent = time.monotonic() - begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import math
 import time
@@ -23,7 +24,7 @@ from llm2comp.errors import DataError, Llm2CompError, one_line
 from llm2comp.lab.evaluation.lexical import LexicalEncoder
 from llm2comp.lab.evaluation.mteb_encoder import MtebEncoder
 from llm2comp.lab.evaluation.paper14 import PAPER14
-from llm2comp.system.files import explain_disk_errors
+from llm2comp.system.files import explain_disk_errors, to_json
 
 if TYPE_CHECKING:
     from mteb.models import EncoderProtocol
@@ -40,12 +41,16 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @dataclass(frozen=True)
 class Score:
-    """One task's figure, 0 to 1: mean over splits and subsets; `metric` is mteb's key for it."""
+    """One task's figure, 0 to 1: mean over splits and subsets; `metric` is mteb's key for it.
+
+    `data` tells the data set's revision and subsets from others.
+    """
 
     task: str
     score: float
     metric: str
     split: str
+    data: str
 
 
 class TaskFailedError(DataError):
@@ -169,8 +174,10 @@ def _score(task: Any, result: Any) -> Score:
         if row["hf_subset"] in task.hf_subsets
     ]
     score = sum(float(row[metric]) for row in rows) / len(rows)
+    data = to_json([task.metadata.revision, sorted(task.hf_subsets)])
+    digest = hashlib.sha256(data.encode()).hexdigest()[:12]
     # as exact as mteb's files
-    return Score(name, round(score, 6), metric, "+".join(task.eval_splits))
+    return Score(name, round(score, 6), metric, "+".join(task.eval_splits), digest)
 
 
 @contextmanager

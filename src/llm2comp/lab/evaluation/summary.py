@@ -15,6 +15,7 @@ from llm2comp.errors import RunError
 from llm2comp.lab.evaluation.paper14 import PAPER14
 from llm2comp.lab.evaluation.published import published
 from llm2comp.runs.folder import Run
+from llm2comp.system.console import say
 from llm2comp.system.files import explain_disk_errors, to_json, write_text
 
 SCORES_FOLDER, SUMMARY_FILE = "scores", "summary.json"
@@ -24,7 +25,7 @@ RESULTS_FOLDER = Path("llm2comp-scores")
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What one model got: task → {score (0 to 1), metric, split}; task → why it failed."""
+    """What one model got: task → {score (0 to 1), metric, split, data}; task → why it failed."""
 
     model: str
     name: str
@@ -102,7 +103,8 @@ def earlier_rows(rows: Sequence[ModelScores], folder: Path) -> list[ModelScores]
 def keep(file: Path, row: ModelScores) -> None:
     """Put a row into the summary, beside those of other models and processes.
 
-    What it got in other tasks stays.
+    What it got in other tasks stays. Scores of others on what a task's data were before are left
+    out: beside the new ones they would be taken for scores on the same data.
     """
     with explain_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,18 @@ def keep(file: Path, row: ModelScores) -> None:
             scores = {
                 task: score for old in same for task, score in old.scores.items()
             } | row.scores
-            kept = [old for old in rows if old not in same]
+            kept = [_comparable(old, row) for old in rows if old not in same]
             merged = replace(row, scores=scores)
             write_text(file, to_json([vars(one) for one in (*kept, merged)], indent=1))
+
+
+def _comparable(old: ModelScores, new: ModelScores) -> ModelScores:
+    """A row without scores of tasks whose data were others than `new` has; says which."""
+    gone = [
+        task
+        for task, found in old.scores.items()
+        if found.get("data") and found["data"] != new.scores.get(task, found).get("data")
+    ]
+    if gone:
+        say(f"left out of the summary, on other data: {', '.join(gone)} of {old.model}")
+    return replace(old, scores={t: found for t, found in old.scores.items() if t not in gone})

@@ -17,7 +17,7 @@ from llm2comp.lab.report.blocks import (
     number,
     percent,
 )
-from llm2comp.lab.report.reading import RunLog, columns
+from llm2comp.lab.report.reading import RunLog, by_data, columns
 from llm2comp.lab.report.sections import evaluation_table, spectrum_plots
 from llm2comp.lab.report.verdict import measured_states
 from llm2comp.lab.report.words import FIGURES, LOSS
@@ -39,7 +39,7 @@ def comparison_part(runs: Sequence[RunLog]) -> Part:
         for run in runs
         for name, entry in columns(run.evaluations).items()
     }
-    scores = [evaluation_table(evaluations)] if evaluations else []
+    scores = [evaluation_table(by_data(evaluations))] if evaluations else []
     sections = [
         PageSection(f"{IDENT}-final", "Final figures", tables=(final, *scores)),
         PageSection(f"{IDENT}-settings", "Changed settings", tables=(changed,))

@@ -136,11 +136,12 @@ class Adapted(Line):
 
 
 class TaskScore(Line):
-    """A task's main score, 0 to 1."""
+    """A task's main score, 0 to 1; `data`: which data, None: an earlier version did not note it."""
 
     score: float
     metric: str
     split: str
+    data: str | None = None
 
 
 class Evaluation(Line):
@@ -165,6 +166,24 @@ def columns(entries: Sequence[Evaluation]) -> dict[str, Evaluation]:
     return {
         label if labels.count(label) == 1 else f"{label}, {entry.revision}": entry
         for label, entry in zip(labels, entries, strict=True)
+    }
+
+
+def by_data(entries: dict[str, Evaluation]) -> dict[str, Evaluation]:
+    """The same entries; tasks whose data differ between them are told apart by name."""
+    known: dict[str, set[str]] = {}
+    for entry in entries.values():
+        for task, score in entry.scores.items():
+            known.setdefault(task, set()).update([score.data] if score.data else [])
+
+    def named(task: str, score: TaskScore) -> str:
+        return f"{task}, data {score.data or 'unknown'}" if len(known[task]) > 1 else task
+
+    return {
+        label: entry.model_copy(
+            update={"scores": {named(task, s): s for task, s in entry.scores.items()}}
+        )
+        for label, entry in entries.items()
     }
 
 
