@@ -2,8 +2,10 @@
 on with, collected.
 """
 
+import hashlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -121,6 +123,54 @@ def test_results_of_another_commit_are_not_mixed_in(place):
     done = run(place, "study", "other.yaml")
     assert done.returncode == 1
     assert "holds results of commit bbbb" in done.stderr
+
+
+def test_results_are_of_the_code_s_commit_where_it_has_one(place):
+    tree = shutil.copytree(place / "tools", place / "cloned" / "tools").parent
+    git = ("git", "-C", str(tree), "-c", "user.name=x", "-c", "user.email=x@x")
+    for command in (("init", "-q"), ("commit", "-q", "--allow-empty", "-m", "x")):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    (place / "packed").mkdir(exist_ok=True)
+    (place / "packed" / "commit").write_text("a" * 40)
+    (tree / "runs").mkdir()
+    (tree / "runs" / "gpu-other.commit").write_text("b" * 40)
+    done = run(tree, "study", "other.yaml", PIECES=str(place / "packed"))
+    assert f"this is {head.stdout.strip()}" in done.stderr
+
+
+def test_new_pieces_take_the_place_of_what_was_unpacked(tmp_path, place):
+    for number in (1, 2):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (tmp_path / "new" / "number").write_text(str(number))
+        with tarfile.open(tmp_path / "data.tar.xz", "w:xz") as archive:
+            archive.add(tmp_path / "new" / "number", "number")
+        with tarfile.open(tmp_path / "piece-00", "w") as archive:
+            archive.add(tmp_path / "data.tar.xz", "data.tar.xz")
+        total = hashlib.sha256((tmp_path / "piece-00").read_bytes()).hexdigest()
+        (tmp_path / "sum").write_text(f"{total}  -\n")
+        done = run(place, "setup", PIECES=str(tmp_path), SITE=str(tmp_path / "site"))
+        assert done.returncode == 0, done.stderr
+        assert (place / "data" / "number").read_text() == str(number)
+
+
+def test_no_piece_of_an_earlier_archive_stays(tmp_path, monkeypatch):
+    study, out = tmp_path / "study", tmp_path / "out"
+    for run_of in ("model-a-seed0", "model"):
+        (study / run_of).mkdir(parents=True)
+        (study / run_of / "log").write_bytes(os.urandom(3000))
+    collect = runpy.run_path(str(ROOT / "tools" / "gpu" / "collect.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["collect", str(study), str(out), "s"])
+    for piece, names in (
+        (2**20, {"s.tar.xz"}),
+        (2000, {"s.tar.xz.00", "s.tar.xz.01"}),
+        (2**20, {"s.tar.xz"}),
+    ):
+        monkeypatch.setitem(collect.__globals__, "PIECE", piece)
+        collect()
+        assert {file.name for file in out.iterdir()} == names
+    with tarfile.open(out / "s.tar.xz") as archive:
+        assert archive.getnames() == ["model-a-seed0/log"]
 
 
 def test_an_unknown_part_is_told(place):

