@@ -318,6 +318,17 @@ def test_what_is_there_is_not_run_again(tmp_path, sets, monkeypatch):
     assert set(encoded) == {"Local-Two"}, "another checkpoint"
 
 
+def test_files_of_another_kind_of_set_are_scored_anew(tmp_path):
+    texts = sentences(40, 6)
+    rows = [sts_row(texts, i) | {"score": i % 2, "label": i % 2} for i in range(20)]
+    for kind in ("sts", "pair_classification"):
+        folder = tmp_path / kind / "Both"
+        folder.mkdir(parents=True)
+        write_rows(folder / "test.jsonl", rows)
+        (found,) = run_local("tfidf", folder, tmp_path / "out").scores.values()
+        assert found["metric"] == ("cosine_spearman" if kind == "sts" else "cosine_ap")
+
+
 def test_results_of_a_run_go_into_it(tmp_path, sets):
     run = shutil.copytree(finished()[1], tmp_path / "run")
     said = cli("evaluate", run, "--local", sets, "--device", "cpu")

@@ -148,7 +148,9 @@ def _explained(task: Any, problem: str, fix: str | None) -> Iterator[None]:
 
 
 def _kept(cache: ResultCache | None, encoder: Encoder, task: Any) -> Any:
-    """The result of an earlier run, unless its data set was another or a split is missing."""
+    """The result of an earlier run, unless its data set was another, or a split or the figure is
+    missing, as where the files were of another kind of set.
+    """
     if cache is None or encoder.mteb_model_meta is None:
         return None
     try:
@@ -159,14 +161,19 @@ def _kept(cache: ResultCache | None, encoder: Encoder, task: Any) -> Any:
         found is None
         or found.dataset_revision != task.metadata.revision
         or found.get_missing_evaluations(task)
+        or any(_metric(task) not in row for rows in found.scores.values() for row in rows)
     ):
         return None
     return found
 
 
-def _score(task: Any, result: Any) -> Score:
+def _metric(task: Any) -> str:
     name = task.metadata.name
-    metric = PAPER14[name].metric if name in PAPER14 else task.metadata.main_score
+    return PAPER14[name].metric if name in PAPER14 else str(task.metadata.main_score)
+
+
+def _score(task: Any, result: Any) -> Score:
+    name, metric = task.metadata.name, _metric(task)
     rows = [
         row
         for split in task.eval_splits
