@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from llm2comp.measures.spectrum import effective_rank, spectrum
 from llm2comp.model.compressor import Compressor
 from llm2comp.recipe import WATCHED, PairData, TextData, parse_recipe
 from llm2comp.runs.folder import FOLDERS
+from llm2comp.runs.keys import stage_keys
 from llm2comp.training.sample import Watch, unchanged_randomness
 from llm2comp.training.watch import warnings_of
 from oracles import embed_texts
@@ -271,6 +273,21 @@ def test_a_watch_that_steers_is_part_of_the_stage(tmp_path):
     )
     with pytest.raises(RunError, match="another recipe"):
         train(other, tmp_path / "run")
+
+
+def test_what_a_steering_watch_measures_on_is_part_of_the_stage(tmp_path):
+    folder = sts_folder(tmp_path)
+    keys = []
+    for _ in range(2):
+        for figure in ("Local-Planted", None):
+            watch = {"tasks": [folder]}
+            recipe = parse_recipe(tree(tmp_path, stages=["ucl"], watch=watch, keep_best=figure))
+            keys.append(stage_keys(recipe)["ucl"])
+        (file,) = Path(folder).rglob("test.jsonl")
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    steered, watched, steered_anew, watched_anew = keys
+    assert steered != steered_anew
+    assert watched == watched_anew
 
 
 def test_a_watch_that_only_looks_is_not(tmp_path):

@@ -69,6 +69,15 @@ def _without_newer(section: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in section.items() if value or name not in NEWER}
 
 
+def _watched(recipe: Recipe) -> list[str]:
+    """All files and other sources that a watch measures on, beside those of the stages."""
+    if recipe.watch is None:
+        return []
+    sets = [Path(folder) for folder in recipe.watch.tasks]
+    files = sorted(str(file) for folder in sets for file in folder.rglob("*") if file.is_file())
+    return [spec.source for spec in (*recipe.watch.data, *recipe.watch.pairs)] + files
+
+
 def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     """Hash of all that a stage's result depends on.
 
@@ -88,6 +97,7 @@ def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
     )
     shared["memory"] = _without_newer(shared["memory"])
     sources = [data["source"] for data in settings["data"]]
+    sources += _watched(recipe) if steered else []
     files = [
         source_digest(Path(source))
         for source in sources
