@@ -396,6 +396,9 @@ def test_the_same_results_give_the_same_files(tmp_path):
     plots = {f"{name}.{ending}" for name in ("averages", "over-k") for ending in ("svg", "png")}
     assert set(files) == plots | {"results.json", "table.csv", "table.md"}
     assert {file.name: file.read_bytes() for file in (tmp_path / "two").iterdir()} == files
+    plain = [row.model_copy(update={"axes": {}}) for row in example().rows]
+    write_results(example().model_copy(update={"rows": tuple(plain)}), tmp_path / "two")
+    assert not list((tmp_path / "two").glob("over-*")), "a plot of earlier results"
 
 
 def test_plots_draw_averages_with_their_deviations():

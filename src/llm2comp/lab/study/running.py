@@ -118,7 +118,12 @@ def write_results(results: Results, folder: Path) -> None:
     write_text(folder / RESULTS_FILE, to_json(content, indent=1))
     write_text(folder / "table.csv", as_csv(records(results)))
     write_text(folder / "table.md", as_markdown(results))
-    for name, figure in figures(results).items():
+    drawn = figures(results)
+    with explain_disk_errors(folder):
+        for old in (*folder.glob("averages.*"), *folder.glob("over-*.*")):
+            if old.stem not in drawn and old.suffix in (".png", ".svg"):
+                old.unlink()
+    for name, figure in drawn.items():
         save_figure(figure, folder / name)
     say(shown(f"study {results.name}, percent", *main_cells(results), words=2))
     header, rows = pair_cells(results)
