@@ -73,9 +73,10 @@ def _watched(recipe: Recipe) -> list[str]:
     """All files and other sources that a watch measures on, beside those of the stages."""
     if recipe.watch is None:
         return []
+    texts, pairs = recipe.watch.data, recipe.watch.pairs
     sets = [Path(folder) for folder in recipe.watch.tasks]
     files = sorted(str(file) for folder in sets for file in folder.rglob("*") if file.is_file())
-    return [spec.source for spec in (*recipe.watch.data, *recipe.watch.pairs)] + files
+    return [*(spec.source for spec in texts), *(spec.source for spec in pairs), *files]
 
 
 def _stage_key(recipe: Recipe, name: str, stage: Stage, previous: str) -> str:
