@@ -196,6 +196,64 @@ def test_docx_with_notes_text_boxes_and_a_table_in_a_table(tmp_path):
     ]
 
 
+def test_docx_heading_with_a_note_and_a_text_box(tmp_path):
+    """They are text below the heading, not words of it."""
+    import docx
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import nsdecls
+
+    document = docx.Document()
+    heading = document.add_heading("Guide", 1)
+    box = "<w:txbxContent><w:p><w:r><w:t>boxed</w:t></w:r></w:p></w:txbxContent>"
+    heading._p.append(parse_xml(f"<w:r {nsdecls('w')}><w:pict>{box}</w:pict></w:r>"))
+    document.add_paragraph("Words.")
+    document.save(str(tmp_path / "a.docx"))
+    blocks = read_document(tmp_path / "a.docx").blocks
+    assert [(b.text, b.headings, b.first) for b in blocks] == [
+        ("boxed", ("Guide",), 1),
+        ("Words.", ("Guide",), 2),
+    ]
+
+
+def test_docx_merged_cells_are_read_once(tmp_path):
+    """A cell that says it goes on one above it, where there is none, ends no document."""
+    import docx
+    from docx.oxml import parse_xml
+    from docx.oxml.ns import nsdecls
+
+    document = docx.Document()
+    table = document.add_table(3, 3)
+    table.cell(0, 0).merge(table.cell(0, 2)).text = "wide"
+    table.cell(1, 0).merge(table.cell(2, 0)).text = "tall"
+    table.cell(1, 1).text, table.cell(2, 1).text = "one", "two"
+    table.cell(0, 0)._tc.get_or_add_tcPr().append(parse_xml(f"<w:vMerge {nsdecls('w')}/>"))
+    document.save(str(tmp_path / "a.docx"))
+    (block,) = read_document(tmp_path / "a.docx").blocks
+    assert words(block) == "wide tall one two"
+
+
+@pytest.mark.parametrize("kind", ["md", "docx"])
+def test_levels_that_are_left_out(tmp_path, kind):
+    """A heading ends all of its level and below, wherever the levels of a document begin."""
+    import docx
+
+    path, lines = tmp_path / f"a.{kind}", "## One,a,#### Deep,b,## Two,c,# Top,d,### Under,e"
+    path.write_text(lines.replace(",", "\n\n"))
+    if kind == "docx":
+        document = docx.Document()
+        for line in lines.split(","):
+            marks, _, title = line.rpartition(" ")
+            document.add_paragraph(title, f"Heading {len(marks)}" if marks else None)
+        document.save(str(path))
+    assert {b.text: b.headings for b in read_document(path).blocks} == {
+        "a": ("One",),
+        "b": ("One", "Deep"),
+        "c": ("Two",),
+        "d": ("Top",),
+        "e": ("Top", "Under"),
+    }
+
+
 def test_pages_of_a_pdf_without_text_are_told_in_a_line(tmp_path):
     (tmp_path / "a.pdf").write_bytes(pdf_bytes("words", *[""] * 7, "more"))
     report = Report("docs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from pathlib import Path
@@ -62,9 +62,12 @@ class Document:
         return [tuple(section) for section in found]
 
 
-def under(headings: Headings, level: int, title: str) -> Headings:
-    """The headings below a new heading of that level, from 1; a very long one is cut."""
-    return (*headings[: level - 1], " ".join(title.split())[:_HEADING_CHARACTERS])
+def under(above: Mapping[int, str], level: int, title: str) -> dict[int, str]:
+    """Headings by their levels, of which some may be left out, below a new one; a very long one is
+    cut.
+    """
+    kept = {higher: heading for higher, heading in above.items() if higher < level}
+    return kept | {level: " ".join(title.split())[:_HEADING_CHARACTERS]}
 
 
 def paragraphs(lines: Sequence[str], headings: Headings = (), first: int = 1) -> Iterator[Block]:

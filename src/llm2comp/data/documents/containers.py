@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm2comp.data.columns import suitable, usual
-from llm2comp.data.documents.blocks import Block, Headings, placed, under
+from llm2comp.data.documents.blocks import Block, placed, under
 from llm2comp.data.documents.texts import lines_of, markdown_blocks
 from llm2comp.data.loaded import Tally
 from llm2comp.data.tables import Row, file_rows
@@ -95,7 +95,8 @@ def docx(path: Path, _: Tally) -> Iterator[Block]:
     with zipfile.ZipFile(path) as archive:
         if sum(part.file_size for part in archive.infolist()) > UNPACKED_BYTES:
             raise DataError("unpacks to more than 500 MB", where=str(path))
-    document, headings, notes = Document(str(path)), Headings(), dict[tuple[str, str], str]()
+    document, headings = Document(str(path)), dict[int, str]()
+    notes = dict[tuple[str, str], str]()
     for relation in document.part.rels.values():
         kind = relation.reltype.rpartition("/")[2]
         if kind in ("footnotes", "endnotes") and not relation.is_external:
@@ -107,13 +108,15 @@ def docx(path: Path, _: Tally) -> Iterator[Block]:
         if not isinstance(item, Table):
             style = (item.style.name or "") if item.style is not None else ""
             heading = re.fullmatch(r"(Heading|Title) ?(\d?)", style)
-            if heading and text.strip():
-                headings = under(headings, int(heading[2] or 1), text)
-                continue
-            if re.match("toc ", style, re.IGNORECASE):  # the table of contents says headings twice
+            if heading and item.text.strip():
+                headings = under(headings, int(heading[2] or 1), item.text)
+                text = text.removeprefix(item.text).lstrip()
+            elif re.match(
+                "toc ", style, re.IGNORECASE
+            ):  # the table of contents says headings twice
                 continue
         if text.strip():
-            yield Block(text, headings, number, number)
+            yield Block(text, tuple(headings.values()), number, number)
 
 
 def _w(name: str) -> str:
@@ -138,15 +141,17 @@ def _paragraphs(element: Any) -> str:
 
 def _with_notes(item: Paragraph | Table, notes: Mapping[tuple[str, str], str]) -> str:
     """A paragraph, its text boxes and notes; or the rows of a table, with all of this."""
-    from docx.table import Table
+    from docx.table import Table, _Cell
 
     if isinstance(item, Table):
         return "\n".join(
             " | ".join(
-                "\n".join(_with_notes(inner, notes) for inner in cell.iter_inner_content()).strip()
-                for cell in row.cells
+                "\n".join(
+                    _with_notes(inner, notes) for inner in _Cell(tc, item).iter_inner_content()
+                ).strip()
+                for tc in row.tc_lst  # `row.cells` has merged ones several times
             )
-            for row in item.rows
+            for row in item._tbl.tr_lst
         )
     boxes = [_paragraphs(box) for box in item._p.iter(_w("txbxContent"))]
     marks = item._p.iter(_w("footnoteReference"), _w("endnoteReference"))
@@ -190,7 +195,8 @@ def json_lines(path: Path, tally: Tally) -> Iterator[Block]:
         title = next((name for name in _TITLES if name in texts and name != column), None)
         read |= {column, title or column}
         line = int(place.split()[-1]) if place.startswith("line") else number
-        yield Block(texts[column], under((), 1, texts[title]) if title else (), line, line)
+        headings = under({}, 1, texts[title]) if title else {}
+        yield Block(texts[column], tuple(headings.values()), line, line)
     reason = f"of its columns, apart from {', '.join(map(repr, sorted(read)))}"
     for name in suitable(lengths):
         if name not in read:

@@ -56,8 +56,9 @@ def _front_matter_end(lines: Sequence[str]) -> int:
     return rules[1] + 1 if isinstance(found, yaml.MappingNode) else 0
 
 
-def markdown_blocks(lines: Sequence[str], headings: Headings = ()) -> Iterator[Block]:
+def markdown_blocks(lines: Sequence[str]) -> Iterator[Block]:
     """Paragraphs, lists, tables and code of Markdown as they are written."""
+    headings = dict[int, str]()
     tokens = MarkdownIt("commonmark").enable("table").parse("\n".join(lines))
     for number, token in enumerate(tokens):
         if token.level or token.map is None or token.type == "hr":
@@ -68,12 +69,12 @@ def markdown_blocks(lines: Sequence[str], headings: Headings = ()) -> Iterator[B
         else:
             while end > begin and not lines[end - 1].strip():
                 end -= 1
-            yield Block("\n".join(lines[begin:end]), headings, begin + 1, end)
+            yield Block("\n".join(lines[begin:end]), tuple(headings.values()), begin + 1, end)
 
 
 def restructured(path: Path, _: Tally) -> Iterator[Block]:
     """Paragraphs of a reStructuredText file; its titles are known by the lines under them."""
-    lines, marks, headings = lines_of(path), list[str](), Headings()
+    lines, marks, headings = lines_of(path), list[str](), dict[int, str]()
     begin, number = 0, 0
     while number + 1 < len(lines):
         title, rule = lines[number], lines[number + 1]
@@ -82,7 +83,8 @@ def restructured(path: Path, _: Tally) -> Iterator[Block]:
         long_enough = len(rule.rstrip()) >= len(title.rstrip())
         titled = _RULE.fullmatch(rule) and title.strip() and not _RULE.fullmatch(title)
         if titled and long_enough and (alone or over):
-            yield from paragraphs(lines[begin : number - over], headings, begin + 1)
+            above = tuple(headings.values())
+            yield from paragraphs(lines[begin : number - over], above, begin + 1)
             mark = rule[0] + rule[0] * over  # with a line above it is a level of its own
             if mark not in marks:
                 marks.append(mark)
@@ -90,7 +92,7 @@ def restructured(path: Path, _: Tally) -> Iterator[Block]:
             begin = number = number + 2
         else:
             number += 1
-    yield from paragraphs(lines[begin:], headings, begin + 1)
+    yield from paragraphs(lines[begin:], tuple(headings.values()), begin + 1)
 
 
 def python(path: Path, _: Tally) -> Iterator[Block]:
