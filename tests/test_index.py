@@ -412,6 +412,28 @@ def test_migration(own, monkeypatch):
     assert reader.info["model"] == OTHER
 
 
+@pytest.mark.parametrize("how", ["migrated", "made anew"])
+def test_search_goes_on_where_another_process_replaces_the_table(own, monkeypatch, how):
+    """Also between the question's vector and the ranking: the answer is that of the new table."""
+    folder, index = own
+    reader, whole = llm2comp.Index(index.db), Store.pinned
+    assert reader.search("dogs bark")
+
+    def replaced(self):
+        monkeypatch.setattr(Store, "pinned", whole)
+        if how == "migrated":
+            llm2comp.Index(index.db).migrate(OTHER)
+        else:
+            shutil.rmtree(index.db)
+            llm2comp.Index(index.db, TINY).add(folder)
+        return self.pinned()
+
+    monkeypatch.setattr(Store, "pinned", replaced)
+    found = reader.search("dogs bark")
+    assert found == llm2comp.Index(index.db).search("dogs bark")
+    assert reader.info == llm2comp.Index(index.db).info
+
+
 # ---- many passages
 
 

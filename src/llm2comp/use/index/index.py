@@ -13,10 +13,10 @@ inside functions, as a search by words alone has no use for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from llm2comp.data.documents import OVERLAP, Report, find_files
 from llm2comp.errors import DataError, RunError
@@ -25,7 +25,7 @@ from llm2comp.system.console import GENERAL
 from llm2comp.system.files import is_unicode
 from llm2comp.use.index.filling import Added, copy, fill, unchanged, writing
 from llm2comp.use.index.hits import Hit, check_question, fused
-from llm2comp.use.index.info import Info, read_info, require_info, write_info
+from llm2comp.use.index.info import Info, absolute, place_of, read_info, require_info, write_info
 from llm2comp.use.index.store import Store, drop_other_tables, hits_of, matching, readable
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llm2comp.use.index.store import FileState
 
 Mode: TypeAlias = Literal["hybrid", "vectors", "keywords"]
+T = TypeVar("T")
 _CANDIDATES = 100  # of each ranking, at least, before they are fused
 
 
@@ -63,7 +64,7 @@ class Index:
         overlap: int = OVERLAP,
     ) -> None:
         self.db = expanded(db).absolute()
-        self._asked = None if model is None else _place(model)
+        self._asked = None if model is None else place_of(model)
         self._device, self._size, self._overlap = device, passage_tokens, overlap
         self._store: Store | None = None
         self._encoder: Encoder | None = None
@@ -72,9 +73,13 @@ class Index:
     @property
     def info(self) -> dict[str, Any]:
         """Model, revision, dimensions, how many files and passages, how vectors are searched."""
-        info, store = self._open()
-        with readable(self.db):
-            files, passages = len(store.files()), len(store)
+
+        def read() -> tuple[Info, int, int]:
+            info, store = self._open()
+            with readable(self.db):
+                return info, len(store.files()), len(store)
+
+        info, files, passages = self._reading(read)
         return {
             "model": info.model,
             "revision": info.revision,
@@ -110,7 +115,7 @@ class Index:
 
         One that is gone is not taken for an empty one: its drive may not be mounted.
         """
-        root = _absolute(folder)
+        root = absolute(folder)
         if not root.exists():
             found = fix = None
             if known := self._known(root):
@@ -129,7 +134,7 @@ class Index:
                 it; the disk is full.
         """
         self._open()
-        root = _absolute(path)
+        root = absolute(path)
         with writing(self.db):
             gone = self._known(root)
             if not gone:
@@ -159,22 +164,26 @@ class Index:
                 another model than the encoder is now.
         """
         check_question(text, k, path)
-        info, store = self._open()
-        where = matching(path) if path else None
-        candidates = max(_CANDIDATES, 5 * k) if mode == "hybrid" else k
-        vector_D = None
-        if mode != "keywords":
-            vector_D = self._encoder_of(info).vectors([text], "query")[0]
-        rankings = []
-        with readable(self.db):
-            store = store.pinned()
-            if vector_D is not None:
-                rankings.append(store.by_vector(vector_D, candidates, where, info.nprobes))
-            if mode != "vectors":
-                rankings.append(store.by_words(text, candidates, where))
-            best = (fused(rankings) if mode == "hybrid" else rankings[0])[:k]
-            rows = store.rows([number for number, _ in best]) if best else {}
-        return hits_of(best, rows, text)
+
+        def read() -> list[Hit]:
+            info, store = self._open()
+            where = matching(path) if path else None
+            candidates = max(_CANDIDATES, 5 * k) if mode == "hybrid" else k
+            vector_D = None
+            if mode != "keywords":
+                vector_D = self._encoder_of(info).vectors([text], "query")[0]
+            rankings = []
+            with readable(self.db):
+                store = store.pinned()
+                if vector_D is not None:
+                    rankings.append(store.by_vector(vector_D, candidates, where, info.nprobes))
+                if mode != "vectors":
+                    rankings.append(store.by_words(text, candidates, where))
+                best = (fused(rankings) if mode == "hybrid" else rankings[0])[:k]
+                rows = store.rows([number for number, _ in best]) if best else {}
+            return hits_of(best, rows, text)
+
+        return self._reading(read)
 
     def lend(self, name: str, model: SentenceTransformer) -> None:
         """Let questions be read by a model that is loaded already, as `load(name)` gives it."""
@@ -194,7 +203,7 @@ class Index:
         """
         info, old = self._open()
         with writing(self.db):
-            self._asked, long = _place(model), 0
+            self._asked, long = place_of(model), 0
             encoder = self._encoder_of(None)
             if info.same_model(encoder.identity.name, encoder.identity.revision):
                 changed = replace(info, model=encoder.name)
@@ -218,6 +227,14 @@ class Index:
             with readable(self.db):
                 self._store = Store(self.db, info.table)
         return info, self._store
+
+    def _reading(self, read: Callable[[], T]) -> T:
+        """What it gives; once more where another process has put another table in its place."""
+        try:
+            return read()
+        except RunError:
+            self._store = None
+            return read()
 
     def _known(self, root: Path) -> dict[str, FileState]:
         """What the index holds of the files below a folder, or of a file."""
@@ -279,13 +296,3 @@ class Index:
         store.remove(gone)
         nprobes, recall = store.finish()
         write_info(self.db, replace(info, nprobes=nprobes, recall=recall))
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.normpath(expanded(path).absolute()))  # links stay as they are
-
-
-def _place(model: str | Path) -> str:
-    """What names a model, from any working folder."""
-    path = expanded(model)
-    return str(path.absolute()) if path.exists() else str(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,3 +89,14 @@ def require_info(db: Path) -> Info:
 def write_info(db: Path, info: Info) -> None:
     """Write `index.json` in one step: from then on this is the index."""
     write_text(db / INFO_FILE, to_json(asdict(info), indent=1))
+
+
+def absolute(path: str | Path) -> Path:
+    """By what an index knows a file; links stay as they are."""
+    return Path(os.path.normpath(expanded(path).absolute()))
+
+
+def place_of(model: str | Path) -> str:
+    """What names a model, from any working folder."""
+    path = expanded(model)
+    return str(path.absolute()) if path.exists() else str(model)
