@@ -223,10 +223,11 @@ class Index:
     def _open(self) -> tuple[Info, Store]:
         """The index as it is now: another process may have changed its model."""
         info = require_info(self.db)
-        if self._store is None or self._store.name != info.table:
+        store = self._store  # a server asks in several threads
+        if store is None or store.name != info.table:
             with readable(self.db):
-                self._store = Store(self.db, info.table)
-        return info, self._store
+                store = self._store = Store(self.db, info.table)
+        return info, store
 
     def _reading(self, read: Callable[[], T]) -> T:
         """What it gives; once more where another process has put another table in its place."""
