@@ -239,6 +239,16 @@ def test_the_prompt_takes_room(model):
     assert embed(model, [long], role="document").long_texts == 0
 
 
+def test_a_role_with_a_limit_of_its_own_is_cut_there(pair):
+    """As a stage of a run has it: `encode_query` and the server cut at the same token."""
+    live = as_sentence_transformer(pair[0][0].compressor, LIMIT, {"query": 12})
+    text = text_of(live, 20)
+    found = embed(live, [text], role="query")
+    assert found.long_texts == 1
+    np.testing.assert_allclose(found.embeddings_ND, live.encode_query([text]), atol=1e-5)
+    assert embed(live, [text], role="document").long_texts == 0
+
+
 def test_every_byte_may_be_a_token(model):
     """Characters of several tokens each: shorter than the limit in characters, over it in
     tokens.

@@ -192,6 +192,16 @@ def test_texts_of_a_training_free_encoder_are_counted_and_not_cut_silently():
         assert served.post("/rerank", asked).status_code == 413
 
 
+def test_a_refusal_names_the_limit_of_the_role():
+    live = as_sentence_transformer(make_compressor("llama"), LIMIT, {"query": 12}, {"query": "q: "})
+    with serving(live, "runs/x/3-scl") as served:
+        asked = {"inputs": "a fox " * 20, "truncate": False}
+        room = served.server.engine.limit
+        assert f"more than {room} tokens" in served.post("/embed", asked).text
+        refused = served.post("/embed", asked | {"prompt_name": "query"})
+        assert f"more than {room - LIMIT + 12} tokens" in refused.text
+
+
 @pytest.mark.parametrize(("limit", "status"), [(None, 200), (20, 422)])
 def test_a_model_whose_tokens_are_not_known_does_not_promise_to_cut_none(
     limit, status, monkeypatch

@@ -37,7 +37,7 @@ def embed(
     Args:
         model: any sentence-transformers model.
         texts: the texts.
-        role: use the model's stored prompt for queries or documents.
+        role: use the model's stored prompt for queries or documents, and its limit for them.
         long_texts: what to do with texts over the model's limit: cut them, embed their parts and
             average (each part weighs by its tokens), or stop.
         max_tokens_per_batch: texts are encoded so many tokens at once, padding and memory included;
@@ -50,7 +50,7 @@ def embed(
             prompt that leaves no room; an embedding that is not finite.
     """
     _check_texts(texts)
-    prompt, frame = prompt_of(model, role), frame_of(model)
+    prompt, frame = prompt_of(model, role), frame_of(model, role)
     room = room_of(model, frame, prompt)
     # A text is one part or, under chunk-mean, several: what the model is given, its tokens, its
     # weight in the mean.

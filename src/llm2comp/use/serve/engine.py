@@ -98,6 +98,10 @@ class Engine:
         around = len(self._counter("", verbose=False)["input_ids"]) if self._counter else 0
         return int(min(self.model.max_seq_length or NO_LIMIT, NO_LIMIT)) - around
 
+    def limit_of(self, role: str | None) -> int:
+        """The same of texts of a role."""
+        return self.frames[role].room if role in self.frames else self.limit
+
     def prompt(self, role: str | None, name: str | None = None) -> str:
         """What stands before texts of a role, or the prompt of a name. Raises KeyError: none."""
         return prompt_of(self.model, role) if name is None else self.model.prompts[name] or ""

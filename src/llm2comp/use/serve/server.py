@@ -79,7 +79,7 @@ class Server:
         if not truncate and any(text.cut for text in texts):
             raise RefusedError(
                 413,
-                f"a text has more than {self.engine.limit:,} tokens",
+                f"a text has more than {self.engine.limit_of(role):,} tokens",
                 param=field,
                 code="context_length_exceeded",
             )
