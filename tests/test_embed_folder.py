@@ -312,6 +312,27 @@ def test_a_folder_of_other_embeddings_is_refused(source, whole, tmp_path):
         run(source, whole)
 
 
+def test_shards_without_their_manifest_are_not_taken_for_done(source, tmp_path):
+    out, options = tmp_path / "v", llm2comp.EmbedOptions(shard_rows=16)
+    llm2comp.embed([source], out, "mean:builtin:tiny", options, "cpu")
+    (out / "_manifest.json").unlink()
+    before = files(out)
+    with pytest.raises(RunError, match=r"without their manifest.*\n.*shard-00000.parquet"):
+        llm2comp.embed([source], out, finished()[1], options, "cpu")
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("bad_rows", ["stop", "zero"])
+def test_a_source_that_grows_meanwhile_gives_the_rows_that_were_counted(tmp_path, bad_rows):
+    source = write_rows(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS[:5]])
+    options = llm2comp.EmbedOptions(shard_rows=4, bad_rows=bad_rows)
+    job = bulk.prepare([source], tmp_path / "v", options)
+    with source.open("a") as lines:
+        lines.write('{"text": "one more"}\n')
+    bulk.embed_job(job, "mean:builtin:tiny", "cpu")
+    assert column(pq.read_table(tmp_path / "v"), "row").tolist() == [0, 1, 2, 3, 4]
+
+
 def test_full_disk_in_the_middle(source, whole, tmp_path):
     out = tmp_path / "out"
     size = (whole / "shard-00000.parquet").stat().st_size - 1

@@ -82,7 +82,9 @@ class ShardMaker:
 
     def __call__(self, shard: int, bar: Bar) -> int:
         """Make a shard; returns how many of the stream's rows it stands for."""
-        manifest, rows = self.manifest, self._shards[shard]
+        manifest = self.manifest
+        # a source that grows meanwhile has more rows than were counted
+        rows = [row for row in self._shards[shard] if row.number < manifest.rows]
         size = manifest.rows_of(shard)
         end = bar.done + size
         floats_ND, long_texts = self._embed(rows, bar)

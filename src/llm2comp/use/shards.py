@@ -167,6 +167,9 @@ def read_manifest(out: Path) -> Manifest | None:
 def refuse_other(out: Path, asked: Mapping[str, Any]) -> None:
     """Raise RunError if a folder's embeddings were made otherwise; says what differs."""
     if (manifest := read_manifest(out)) is None:
+        if stray := min(out.glob("shard-*.parquet"), default=None):
+            problem, fix = "shards without their manifest", "give another --out, or delete them"
+            raise RunError(problem, where=str(out), found=stray.name, fix=fix)
         return
     there = manifest.model_dump()
     changed = [key for key in asked if key not in _FREE and asked[key] != there[key]]
