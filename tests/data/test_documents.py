@@ -292,6 +292,17 @@ def test_text_of_rows_is_one_column_and_the_others_are_told(tmp_path):
     assert read({"url": "roses.org"}) == ([("roses.org", (), 1)], "")
 
 
+def test_texts_that_are_not_unicode_are_left_out(tmp_path):
+    """JSON's escapes can write half of a character; a tokenizer takes none."""
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "\\ud83d half"}\n{"text": "\\ud83d\\ude00 whole"}\n'
+        '{"title": "\\udc00", "text": "b"}\n'
+    )
+    document = read_document(tmp_path / "a.jsonl")
+    assert [(b.text, b.first) for b in document.blocks] == [("😀 whole", 2)]
+    assert document.left_out == "2 not Unicode (line 1, line 3)"
+
+
 def test_a_rule_at_the_beginning_is_no_front_matter(tmp_path):
     """Front matter is a YAML mapping, and in Markdown files alone."""
 
@@ -453,6 +464,21 @@ def test_passages_end_with_sentences_where_they_can():
     first, *_ = passages(document, by_word, 11, 0)
     assert first.text == "One two three four. Five six seven eight."
     assert first.in_context == f"Title\n{first.text}"
+
+
+def test_cutting_short_lines_counts_tokens_a_few_times():
+    """White space has tokens of its own: half of them are between the words of a passage."""
+    asked = []
+
+    def offsets(text):
+        asked.append(text)
+        return [match.span() for match in re.finditer(r"\w+|\s", text)]
+
+    text = "\n".join(f"w{n}" for n in range(2_000))
+    cut = passages(Document("x", (Block(text, (), 1, 2_000),)), offsets, 256, 0)
+    assert max(len(offsets(passage.text)) for passage in cut) <= 256
+    assert [passage.first for passage in cut[:2]] == [1, cut[0].last + 1]
+    assert len(asked) < 13 * len(cut)
 
 
 def test_headings_count_where_there_is_little_room():

@@ -8,7 +8,7 @@ sentence.
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -71,28 +71,33 @@ def _cut(
         size = min(size, room - len(offsets(_head(headings))))
     overlap, head = min(overlap, size // 2), _head(headings)
 
-    def fits(part: str) -> bool:
-        whole = room is None or not head or len(offsets(head + part)) <= room
-        return whole and len(offsets(part)) <= size
-
     text = _BETWEEN.join(block.text for block in section)
     lengths = (len(block.text) + len(_BETWEEN) for block in section)
     starts = [0, *accumulate(lengths)][:-1]
+    breaks = [match.start() for match in re.finditer("\n", text)]
+    # of the others the lines are not those of a file
+    exact = [block.text.count("\n") == block.last - block.first for block in section]
 
     def line(at: int, end: bool) -> int:
         number = bisect_right(starts, at) - 1
         block = section[number]
-        if block.text.count("\n") != block.last - block.first:  # its lines are not those of a file
+        if not exact[number]:
             return block.last if end else block.first
-        return block.first + text.count("\n", starts[number], at)
+        return block.first + bisect_left(breaks, at) - bisect_left(breaks, starts[number])
 
     spans = [span for span in offsets(text) if text[slice(*span)].strip()]
+
+    def too_long(stop: int) -> bool:
+        part = text[spans[begin][0] : spans[stop - 1][1]]
+        whole = room is None or not head or len(offsets(head + part)) <= room
+        return not (whole and len(offsets(part)) <= size)
+
     begin = 0
     while begin < len(spans):
         stop = min(begin + size, len(spans))
-        # cut out, a text may have more tokens than it had in its place
-        while stop > begin + 1 and not fits(text[spans[begin][0] : spans[stop - 1][1]]):
-            stop -= 1
+        # cut out, a text may have more tokens than it had in its place; those of white space count
+        if too_long(stop):
+            stop = begin + 1 + bisect_left(range(begin + 2, stop + 1), True, key=too_long)
         if stop < len(spans):
             stop = _good_end(text, spans, begin + max(1, (stop - begin) * 3 // 4), stop)
         a, b = spans[begin][0], spans[stop - 1][1]

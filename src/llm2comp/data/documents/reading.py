@@ -19,6 +19,7 @@ from llm2comp.data.documents import containers, texts
 from llm2comp.data.documents.blocks import Block, Document
 from llm2comp.data.loaded import Tally
 from llm2comp.errors import DataError, one_line
+from llm2comp.system.files import is_unicode
 
 # Raises DataError, or what its parser raises.
 Reader = Callable[[Path, Tally], Iterator[Block]]
@@ -127,14 +128,18 @@ def read_document(path: Path) -> Document:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError("of a kind that is not read", where=str(path), expected=", ".join(READERS))
-    tally = Tally(path.name)
+    tally, blocks = Tally(path.name), list[Block]()
     try:
         if (size := path.stat().st_size) > MOST_BYTES:
             raise DataError(
                 f"{size / 1e6:,.0f} MB, over the limit of {MOST_BYTES / 1e6:.0f}: split it",
                 where=str(path),
             )
-        blocks = tuple(reader(path, tally))
+        for block in reader(path, tally):
+            if is_unicode("".join([block.text, *block.headings])):
+                blocks.append(block)
+            else:  # escapes of JSON may stand for halves of a character
+                tally.leave_out("not Unicode", f"line {block.first}")
     except (DataError, ModuleNotFoundError):
         raise
     except Exception as error:  # each parser raises kinds of its own for a broken file
@@ -143,7 +148,7 @@ def read_document(path: Path) -> Document:
     if not blocks:
         left_out = f": {tally.left_out()}" if tally.skipped else ""
         raise DataError(f"no text in it{left_out}", where=str(path))
-    return Document(path, blocks, tally.left_out())
+    return Document(path, tuple(blocks), tally.left_out())
 
 
 def _shown(path: Path, root: Path) -> str:
