@@ -316,6 +316,26 @@ def test_what_was_interrupted_goes_on(own, monkeypatch):
     assert len(set(rows(index))) == len(rows(index)) == 9
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_that_changes_after_it_was_read_is_read_again(own, monkeypatch, gone):
+    """As while the encoder is loaded: the index has the text that was there, and knows it."""
+    folder, index = own
+    new, begin = folder / "new.txt", llm2comp.Index._begin
+    new.write_text("Fish swim.")
+
+    def written_meanwhile(self):
+        new.unlink() if gone else new.write_text("Birds fly.")
+        monkeypatch.setattr(llm2comp.Index, "_begin", begin)
+        return self._begin()
+
+    monkeypatch.setattr(llm2comp.Index, "_begin", written_meanwhile)
+    index.add(new)
+    assert index.search("swim", mode="keywords")
+    index.add(folder)
+    assert not index.search("swim", mode="keywords")
+    assert bool(index.search("fly", mode="keywords")) is not gone
+
+
 def test_disk_that_is_full_loses_nothing(own):
     folder, index = own
     before = rows(index)

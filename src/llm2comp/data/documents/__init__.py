@@ -3,6 +3,7 @@
 from llm2comp.data.documents.blocks import Block, Document, Headings
 from llm2comp.data.documents.passages import OVERLAP, SIZE, Offsets, Passage, passages
 from llm2comp.data.documents.reading import (
+    MOST_BYTES,
     READERS,
     Report,
     documents,
@@ -12,6 +13,7 @@ from llm2comp.data.documents.reading import (
 )
 
 __all__ = [
+    "MOST_BYTES",
     "OVERLAP",
     "READERS",
     "SIZE",

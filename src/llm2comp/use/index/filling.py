@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from llm2comp.data.documents import Document, Passage, Report, passages, read_or_report
+from llm2comp.data.documents import MOST_BYTES, Passage, Report, passages, read_or_report
 from llm2comp.errors import RunError
 from llm2comp.system.console import Bar
 from llm2comp.system.files import explain_disk_errors, sha256
@@ -96,13 +96,15 @@ def fill(
     with Bar("index", 0, shown=bool(files), unit="passages") as bar:
         for path, bytes_read in zip(files, read, strict=True):
             name = path.name if path == root else path.relative_to(root).as_posix()
+            state = _state(path)  # what is written from here on is a change for the next time
             document = read_or_report(path, name, report)
-            if document is None:
+            if document is None or not state:
                 unreadable.add(str(path))
             else:
                 info, store, encoder = begin()
-                cut = _cut(document, info, encoder)
-                batch += cut
+                size, overlap = info.passage_tokens, info.overlap
+                cut = passages(document, encoder.offsets, size, overlap, encoder.room)
+                batch += [(state | {"number": number}, part) for number, part in enumerate(cut)]
                 found += len(cut)
                 # the files to come have as many passages a byte as those before
                 bar.expect(round(found * read[-1] / max(1, bytes_read)))
@@ -141,16 +143,13 @@ def copy(old: Store, new: Store, encoder: Encoder) -> int:
     return long
 
 
-def _cut(document: Document, info: Info, encoder: Encoder) -> list[tuple[dict[str, Any], Passage]]:
-    now = document.path.stat()
-    state = {
-        "path": str(document.path),
-        "sha256": sha256(document.path),
-        "size": now.st_size,
-        "mtime": now.st_mtime_ns,
-    }
-    cut = passages(document, encoder.offsets, info.passage_tokens, info.overlap, encoder.room)
-    return [(state | {"number": number}, passage) for number, passage in enumerate(cut)]
+def _state(path: Path) -> dict[str, Any]:
+    """A file as it is now; empty where reading it will say what is wrong."""
+    with contextlib.suppress(OSError):
+        if (now := path.stat()).st_size <= MOST_BYTES:
+            times = {"size": now.st_size, "mtime": now.st_mtime_ns}
+            return {"path": str(path), "sha256": sha256(path)} | times
+    return {}
 
 
 def _size(path: Path) -> int:
