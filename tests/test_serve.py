@@ -383,6 +383,12 @@ def test_openapi_tells_what_is_answered(served):
 # ---- keys
 
 
+@pytest.mark.parametrize("text", ["first-secret\n", "# ours\nfirst-secret\n"])
+def test_keys_behind_a_byte_order_mark(tmp_path, text):
+    (tmp_path / "keys").write_text(text, encoding="utf-8-sig")
+    assert Keys.read(tmp_path / "keys", None) == Keys.of(["first-secret"])
+
+
 def test_keys(tmp_path):
     (tmp_path / "keys").write_text("# ours\nfirst-secret\n\nsecond-secret\n")
     keys = Keys.read(tmp_path / "keys", "third-secret")

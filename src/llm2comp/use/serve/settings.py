@@ -34,7 +34,7 @@ class Keys:
             RunError: no such file, no key in it, or one that is too short.
         """
         try:
-            lines = file.read_text(encoding="utf-8").splitlines() if file else []
+            lines = file.read_text(encoding="utf-8-sig").splitlines() if file else []
         except (OSError, UnicodeDecodeError) as error:
             raise RunError("cannot be read", where=str(file), found=error) from None
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
