@@ -591,7 +591,11 @@ def test_command_counts_long_texts(tmp_path, command, policy):
         "truncate": "cut there: --long-texts chunk-mean reads them whole",
         "chunk-mean": "read in parts",
     }[policy]
-    assert re.search(rf"; 2 over the model's limit of \d+ tokens, {done}$", said.err, re.MULTILINE)
+    note = rf"; 2 over the model's limit of (\d+) tokens, {done}$"
+    (limit,) = re.findall(note, said.err, re.MULTILINE)
+    at = arguments.index(policy)
+    refused = cli(*arguments[:at], "error", *arguments[at + 1 :], stdin=stdin)
+    assert f"expected: {limit} tokens or fewer" in refused.err
     rows = np.array(pq.read_table(out)["embedding"].to_pylist())
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
 

@@ -136,12 +136,15 @@ def _embed_file(
     from llm2comp.model.backbone.quiet import quiet_libraries
 
     quiet_libraries()
+    from llm2comp.model.inputs import frame_of
+    from llm2comp.use.embed import room_of
     from llm2comp.use.making import embed_as, load_as
 
     encoder = load_as(model, device, options)
     result = embed_as(encoder, loaded.rows, options)
     writing.write_embeddings(out, result, loaded.rows, places)
-    notes = _cut_note(result.long_texts, encoder.max_seq_length, options.long_texts)
+    room = room_of(encoder, frame_of(encoder, options.role), "")
+    notes = _cut_note(result.long_texts, room, options.long_texts)
     if places and places.zero and loaded.skipped:
         notes += f"; zeros in the place of {places.rows - loaded.used:,} rows"
     elif places and not places.zero:
@@ -181,7 +184,7 @@ def similarity(
         )
 
 
-def _cut_note(count: int, limit: int | None, policy: LongTexts) -> str:
+def _cut_note(count: int, limit: int, policy: LongTexts) -> str:
     """Note on texts over the model's limit, and what was done with them."""
     done = (
         "read in parts"
