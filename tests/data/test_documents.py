@@ -183,6 +183,7 @@ def test_docx_with_notes_text_boxes_and_a_table_in_a_table(tmp_path):
     body = paragraph(run("before "), drawing, run("after"), marks)
     for child in parse_xml(f"<w:x {spaces}>{body}</w:x>"):
         document.element.body.insert_element_before(child, "w:sectPr")
+    document.add_heading("Report", 0)
     document.add_heading("Plain", 1)
     outer = document.add_table(1, 2)
     outer.cell(0, 0).text = "left"
@@ -192,7 +193,7 @@ def test_docx_with_notes_text_boxes_and_a_table_in_a_table(tmp_path):
     document.save(str(tmp_path / "a.docx"))
     assert [(b.text, b.headings, b.first) for b in read_document(tmp_path / "a.docx").blocks] == [
         ("before after\nboxed\nbelow\nbehind", (), 1),
-        ("left | in | side", ("Plain",), 3),
+        ("left | in | side", ("Report", "Plain"), 4),
     ]
 
 

@@ -109,11 +109,10 @@ def docx(path: Path, _: Tally) -> Iterator[Block]:
             style = (item.style.name or "") if item.style is not None else ""
             heading = re.fullmatch(r"(Heading|Title) ?(\d?)", style)
             if heading and item.text.strip():
-                headings = under(headings, int(heading[2] or 1), item.text)
+                level = int(heading[2] or heading[1] == "Heading")  # the title is above all of them
+                headings = under(headings, level, item.text)
                 text = text.removeprefix(item.text).lstrip()
-            elif re.match(
-                "toc ", style, re.IGNORECASE
-            ):  # the table of contents says headings twice
+            elif style.lower().startswith("toc "):  # the table of contents says headings twice
                 continue
         if text.strip():
             yield Block(text, tuple(headings.values()), number, number)
