@@ -300,8 +300,11 @@ def test_too_few_pairs_with_hard_negatives_are_refused():
 
 def test_minutes_that_do_not_suffice_are_refused_with_those_that_do():
     assert Plan.of(300, 100, 10, 32).steps == 20
-    with pytest.raises(RecipeError, match=r"too short(.*\n)*.*2 minutes more"):
+    with pytest.raises(RecipeError, match=r"too short(.*\n)*.*at least 3 more"):
         Plan.of(100, 150, 30, 32)
+    with pytest.raises(RecipeError, match=r"too short(.*\n)*.*at least 1 more"):
+        Plan.of(160, 150, 5, 32)
+    assert Plan.of(100 + 3 * 60, 150, 30, 32).steps >= LEAST_STEPS
 
 
 @pytest.mark.parametrize("pairs", [2, 16, 31, 32, 75, 10_000])

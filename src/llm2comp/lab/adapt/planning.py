@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -88,7 +89,7 @@ class Plan:
             raise RecipeError(
                 "too short on this machine",
                 where="--minutes",
-                expected=f"{lacking / 60:.0f} minutes more, or above",
+                expected=f"at least {math.ceil(lacking / 60)} more",
                 found=f"{per_step:.1f} s for a step of {batch} pairs, {after:.0f} s for scoring",
                 fix="give more minutes, or train on a GPU",
             )
