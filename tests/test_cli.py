@@ -23,6 +23,7 @@ from llm2comp.data import hub
 from llm2comp.errors import Llm2CompError, RunError, install_extra
 from llm2comp.system import console
 from llm2comp.system.console import Bar, say
+from llm2comp.training.progress import METRICS_FILE
 from tiny_run import Said, assert_refused, cli, finished, write_recipe
 
 GROUPS = {
@@ -346,7 +347,8 @@ def test_tables_too(shown):
 
 def test_training_shows_loss_and_rate_per_stage(tmp_path):
     said = cli("train", write_recipe(tmp_path, pretext=None, scl=None), "--out", tmp_path / "run")
-    assert "ucl 4/4: loss " in said.err
+    *_, last = (tmp_path / "run" / "2-ucl" / METRICS_FILE).read_text().splitlines()
+    assert f"ucl 4/4: loss {json.loads(last)['loss']:.4f} " in said.err, "that of the last step"
     assert " tokens/s, " in said.err
     assert "\r" not in said.err
     assert "\x1b" not in said.err

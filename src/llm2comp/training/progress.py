@@ -50,19 +50,24 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One step further."""
         if self.bar is not None:
-            self.bar.advance(1, f"{self.loss}{self.counter.rate():,.0f} tokens/s")
+            self.bar.advance(1, self._note())
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
-        """Remember the loss for the bar."""
+        """Show the loss, which is logged after the end of its step."""
         if logs and "loss" in logs:
             self.loss = f"loss {logs['loss']:.4f} "
+            if self.bar is not None:
+                self.bar.advance(0, self._note())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the bar."""
         if self.bar is not None:
             self.bar.__exit__(None, None, None)
+
+    def _note(self) -> str:
+        return f"{self.loss}{self.counter.rate():,.0f} tokens/s"
 
 
 class StepLines:
