@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -25,6 +27,7 @@ from llm2comp.model.encoder import as_sentence_transformer
 from llm2comp.model.vectors import memory_vectors
 from llm2comp.storage.export import export
 from llm2comp.storage.golden import load_folder
+from llm2comp.use.serve import app
 from llm2comp.use.serve.settings import Keys, listen
 from serving import TINY, serving
 from tiny_run import assert_refused, cli, sentences
@@ -475,3 +478,13 @@ def test_the_command_starts_answers_and_drains(tmp_path):
     assert process.returncode == -signal.SIGTERM
     assert "Traceback" not in said
     assert "secret" not in line + said
+
+
+def test_ctrl_c_is_how_a_server_ends_and_no_failure(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "configured", lambda _: uvicorn.Config("none:none"))
+    monkeypatch.setattr(uvicorn.Server, "run", interrupted)
+    with socket.socket() as place:
+        app.run(None, place)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -90,13 +90,15 @@ def configured(server: Server) -> uvicorn.Config:
 
 def run(server: Server, place: socket.socket) -> None:
     """Answer requests until SIGTERM or Ctrl-C; what is under way then is still answered."""
-    uvicorn.Server(configured(server)).run(sockets=[place])
+    # uvicorn raises Ctrl-C again once all is answered; it is how a server ends, with nothing left
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(configured(server)).run(sockets=[place])
 
 
 def application(server: Server) -> FastAPI:
     """The application around a server; starting it starts the model's thread."""
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         server.batcher.start()
         yield
