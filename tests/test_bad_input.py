@@ -88,6 +88,21 @@ def test_missing_recipe_file(tmp_path):
     assert_refused(cli("train", "tinny", "--out", tmp_path / "run"), "did you mean 'tiny'?")
     assert_refused(cli("train", tmp_path, "--out", tmp_path / "run"), "no such recipe")
     assert files_in(tmp_path) == []
+    (tmp_path / "my-tiny.yaml").touch()
+    said = cli("train", tmp_path / "mytiny.yaml", "--out", tmp_path / "run")
+    assert_refused(said, "did you mean 'my-tiny.yaml'?")
+    run = tmp_path / "before"
+    run.mkdir()
+    (run / "recipe.yaml").touch()
+    said = cli("train", run, "--out", tmp_path / "run")
+    assert_refused(said, f"did you mean '{run / 'recipe.yaml'}'?")
+
+
+def test_a_file_where_a_folder_is_to_be(tmp_path):
+    (tmp_path / "mine.txt").write_text("a text\n")
+    said = cli("train", "tiny", "--out", tmp_path / "mine.txt")
+    assert_refused(said, "cannot write", "a file stands in the way: move it or choose another")
+    assert (tmp_path / "mine.txt").read_text() == "a text\n"
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,16 @@ def find_recipe(path: str | Path) -> Path:
         "no such recipe",
         where=str(path),
         expected=f"a YAML file or one of: {', '.join(shipped)}",
-        fix=nearest(name, shipped),
+        fix=_likely(file) or nearest(name, shipped),
     )
+
+
+def _likely(file: Path) -> str | None:
+    """The recipe of a run that was given in its place, or a file beside it with nearly its name."""
+    if (file / "recipe.yaml").is_file():
+        return f"did you mean {str(file / 'recipe.yaml')!r}?"
+    beside = (other.name for other in file.parent.glob("*.y*ml"))
+    return nearest(file.name, beside) if file.suffix else None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -89,10 +89,12 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
         reason = _failed_write(error)
         if reason is None:
             raise
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        fix = "a file stands in the way: move it or" if in_the_way else "free space or"
         raise RunError(
             f"cannot write: {reason}",
             where=str(path),
-            fix="free space or choose another place, then run again",
+            fix=f"{fix} choose another place, then run again",
         ) from error
 
 
