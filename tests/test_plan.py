@@ -137,7 +137,8 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch):
     assert "│ 28 " in table["pretext"], "7 steps of 4 samples"
     assert set(table) == {"pretext", "ucl", "scl"}
     assert re.search(
-        r"^cpu: [\d.]+ GiB free, base model 0\.0 GiB, needs about 1\.5 GiB: will fit$",
+        r"^cpu: [\d.]+ GiB free, base model 0\.0 GiB, libraries 1\.5 GiB, "
+        r"needs about 1\.5 GiB: will fit$",
         said.err,
         re.MULTILINE,
     )

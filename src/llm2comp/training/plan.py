@@ -231,9 +231,11 @@ def show_plan(
     device = None if gpu else resolve_device(recipe.model.device)
     free = int(1e9 * gpu.memory) if gpu else free_memory(device)  # type: ignore[arg-type]
     on_cpu = device is not None and device.type == "cpu"
-    worst = max(p.peak for p in plans) + (PROCESS if on_cpu else 0)
+    process = PROCESS if on_cpu else 0
+    worst = max(p.peak for p in plans) + process
     fits = worst < 0.9 * free
-    need = f"base model {base / GIB:.1f} GiB, needs about {worst / GIB:.1f} GiB"
+    own = f"libraries {process / GIB:.1f} GiB, " if process else ""
+    need = f"base model {base / GIB:.1f} GiB, {own}needs about {worst / GIB:.1f} GiB"
     has = (
         f"{gpu.name}: {free / GIB:.1f} GiB in all"
         if gpu
