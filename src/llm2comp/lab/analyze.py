@@ -103,6 +103,8 @@ def analyze(
         raise DataError("too few texts to analyze", expected="2 or more", found=len(texts))
     model = load(live_place(path), device)
     who, compressor = identity(path, model), live_compressor(model)
+    if compressor is not None:  # one limit for both roles, as the finished encoder has it
+        model.max_seq_length = model.max_seq_length
     if needs_memory and not (compressor.memory.count if compressor else memory_names(model)):
         raise ModelFolderError("has no memory tokens to weigh", where=path, expected=WITH_MEMORY)
     memory_NKD, embeddings_ND = _embeddings(model, compressor, texts)
