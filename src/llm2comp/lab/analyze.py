@@ -101,10 +101,8 @@ def analyze(
     """
     if len(texts) < 2:
         raise DataError("too few texts to analyze", expected="2 or more", found=len(texts))
-    model = load(live_place(path), device)
-    who, compressor = identity(path, model), live_compressor(model)
-    if compressor is not None:  # one limit for both roles, as the finished encoder has it
-        model.max_seq_length = model.max_seq_length
+    model, compressor = _looked_at(path, device)
+    who = identity(path, model)
     if needs_memory and not (compressor.memory.count if compressor else memory_names(model)):
         raise ModelFolderError("has no memory tokens to weigh", where=path, expected=WITH_MEMORY)
     memory_NKD, embeddings_ND = _embeddings(model, compressor, texts)
@@ -135,6 +133,15 @@ def analyze(
         merge_weights=None if labels is None else merge_weights(labels).tolist(),
         readouts=tuple(readouts),
     )
+
+
+def _looked_at(path: str, device: str | None) -> tuple[SentenceTransformer, Compressor | None]:
+    """The model, of a run its live last stage; one limit for both roles, as it has when finished."""
+    model = load(live_place(path), device)
+    compressor = live_compressor(model)
+    if compressor is not None:
+        model.max_seq_length = model.max_seq_length  # ends the limits of roles
+    return model, compressor
 
 
 def _related(
