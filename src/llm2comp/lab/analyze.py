@@ -136,7 +136,7 @@ def analyze(
 
 
 def _looked_at(path: str, device: str | None) -> tuple[SentenceTransformer, Compressor | None]:
-    """The model, of a run its live last stage; one limit for both roles, as it has when finished."""
+    """The model, of a run its live last stage, with one limit for both roles as when finished."""
     model = load(live_place(path), device)
     compressor = live_compressor(model)
     if compressor is not None:
